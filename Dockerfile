@@ -1,0 +1,51 @@
+# Any Debian-like base with Python 3.11 or newer and its venv module will do: BASE_IMAGE=python:3.11-slim, or a plain
+# Debian with python3-venv. The same base serves both stages, so that the copied environment finds its interpreter.
+ARG BASE_IMAGE=python:3.11-slim
+
+FROM ${BASE_IMAGE} AS build
+# Where PyTorch comes from besides the default index. Empty: the index's own build, on Linux the CUDA one.
+# For a machine without a GPU: https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX_URL=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+RUN python3 -m venv /opt/wavespeed
+ENV PATH=/opt/wavespeed/bin:$PATH
+
+# Dependencies first: their layer, gigabytes with CUDA, outlives changes of the code.
+COPY pyproject.toml constraints.txt ./
+RUN python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))' \
+        > requirements.txt \
+    && python -m pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
+        --constraint constraints.txt --requirement requirements.txt
+
+COPY README.md LICENSE ./
+COPY cache cache
+COPY models models
+COPY app app
+RUN python -m pip install --no-deps . && python -m pip uninstall --yes pip
+
+
+FROM ${BASE_IMAGE}
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /tmp wavespeed \
+    && mkdir --parents /srv/wavespeed/logs /srv/wavespeed/checkpoints \
+    && chown --recursive wavespeed:wavespeed /srv/wavespeed
+COPY --from=build /opt/wavespeed /opt/wavespeed
+
+# The root file system may be read-only: only logs/ and /tmp are written to.
+ENV PATH=/opt/wavespeed/bin:$PATH \
+    HOME=/tmp \
+    HF_HUB_OFFLINE=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    WAVESPEED_HOST=0.0.0.0 \
+    WAVESPEED_PORT=7861
+WORKDIR /srv/wavespeed
+USER wavespeed
+VOLUME /srv/wavespeed/logs
+EXPOSE 7861
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", "\
+import http.client, os, sys; \
+c = http.client.HTTPConnection('127.0.0.1', int(os.environ['WAVESPEED_PORT']), timeout=4); \
+c.request('GET', '/livez'); \
+sys.exit(c.getresponse().status != 200)"]
+CMD ["wavespeed", "serve"]
