@@ -27,7 +27,7 @@ RUN python -m pip install --no-deps . && python -m pip uninstall --yes pip
 
 FROM ${BASE_IMAGE}
 RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /tmp wavespeed \
-    && mkdir --parents /srv/wavespeed/logs /srv/wavespeed/checkpoints \
+    && mkdir --parents /srv/wavespeed/logs \
     && chown --recursive wavespeed:wavespeed /srv/wavespeed
 COPY --from=build /opt/wavespeed /opt/wavespeed
 
