@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.test_architecture import OUR_PACKAGES, imported_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -45,3 +49,32 @@ def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
+
+
+# Declared, and used by diffusers on our behalf instead of being imported here.
+USED_BY_DIFFUSERS = {
+    "accelerate",  # loads weights without a second copy in memory
+    "scipy",  # beta and LMS noise schedules
+    "torchsde",  # the Brownian tree of the SDE samplers
+}
+# Imported, and pinned by the package that is made of it: FastAPI by Starlette, Pydantic by its core.
+PART_OF_ANOTHER = {"starlette", "pydantic-core"}
+
+
+def imported_distributions(package: str) -> set[str]:
+    """Distributions that the package's modules import, by canonical name."""
+    providers = packages_distributions()
+    modules = {
+        name
+        for path in (ROOT / package).rglob("*.py")
+        for name in imported_modules(path.read_text(encoding="utf-8"))
+        if name not in sys.stdlib_module_names and name not in OUR_PACKAGES
+    }
+    return {canonicalize_name(provider) for name in modules for provider in providers.get(name, [name])}
+
+
+def test_the_service_declares_what_it_imports_and_nothing_else() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    imported = set().union(*(imported_distributions(package) for package in ("app", "cache", "models")))
+    assert declared - imported - USED_BY_DIFFUSERS == set(), "declared, but nothing imports it"
+    assert imported - declared - PART_OF_ANOTHER == set(), "imported, but not declared"
