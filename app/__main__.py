@@ -1,0 +1,202 @@
+"""The command line: serve, generate, models, bench."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from app.errors import ServiceError
+from app.settings import Settings
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Image generation with feature caching.")
+_log = logging.getLogger("app")
+
+
+def main() -> None:
+    """The entry point: errors meant for the user end in one line, not in a stack trace."""
+    from models.base import ModelError
+
+    try:
+        cli()
+    except ValidationError as error:
+        for fault in error.errors(include_url=False):
+            print(f"setting {'.'.join(map(str, fault['loc']))}: {fault['msg']}", file=sys.stderr)
+        sys.exit(2)
+    except (ServiceError, ModelError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; overrides WAVESPEED_PORT.")] = None,
+) -> None:
+    """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
+    import uvicorn
+
+    from app.engine.local import LocalEngine
+    from app.engine.runner import embedded_runner
+    from app.log import logging_to
+    from app.main import create_app
+
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+    with logging_to(settings.log_folder, settings.log_level) as path:
+        _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
+        if "batch_timeout" in settings.model_fields_set:
+            _log.warning("LD_BATCH_TIMEOUT has no effect in this version: requests are not batched with one another")
+        engine = LocalEngine(
+            partial(embedded_runner, default=settings.model, threads=settings.threads),
+            settings.devices,
+            queue_size=settings.queue_size,
+            stop_seconds=settings.stop_seconds,
+        )
+        uvicorn.run(
+            create_app(settings, engine),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(settings.stop_seconds)),
+        )
+
+
+@cli.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; several get -0, -1, …")] = Path(
+        "image.png"
+    ),
+    model: Annotated[str | None, typer.Option(help="A name that `models` lists.")] = None,
+    flux: Annotated[bool, typer.Option("--flux", help="The configured Flux model.")] = False,
+    width: int = 512,
+    height: int = 512,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    seed: int | None = None,
+    num_images: int = 1,
+    sampler: str | None = None,
+    scheduler: str | None = None,
+    deepcache: Annotated[bool, typer.Option("--deepcache/--no-deepcache", help="Cache UNet features.")] = False,
+    preset: Annotated[str | None, typer.Option(help="balanced, max_speed, max_quality or partial.")] = None,
+    interval: int | None = None,
+    depth: int | None = None,
+    fbcache: Annotated[bool | None, typer.Option("--fbcache/--no-fbcache", help="First-block cache.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of the first-block cache.")] = None,
+) -> None:
+    """Draw pictures in this process, with the checks and the code of the server."""
+    values: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "model": model,
+        "flux_enabled": flux,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "num_images": num_images,
+        "sampler": sampler,
+        "scheduler": scheduler,
+        "deepcache_enabled": deepcache or preset is not None,
+        "deepcache_preset": preset,
+        "deepcache_interval": interval,
+        "deepcache_depth": depth,
+        "fbcache_enabled": fbcache,
+        "fbcache_threshold": threshold,
+        "output_format": _format_of(output),
+    }
+    result = _draw({name: value for name, value in values.items() if value is not None}, Settings())
+    for index, (seed_used, picture) in enumerate(result["pictures"]):
+        path = output if num_images == 1 else output.with_stem(f"{output.stem}-{index}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+        print(f"{path} seed={seed_used}")
+    for sentence in result["warnings"]:
+        print(f"note: {sentence}", file=sys.stderr)
+    cache, timings = result["cache"], result["timings"]
+    print(
+        f"cache strategy={cache['strategy']} computed={cache['computed']} reused={cache['reused']} "
+        f"hit_rate={cache['hit_rate']:.2f} denoise_seconds={timings.denoise_seconds:.2f}"
+    )
+
+
+@cli.command()
+def models() -> None:
+    """List the models as GET /api/models does, as JSON."""
+    from dataclasses import asdict
+
+    from app.engine.runner import embedded_runner
+
+    settings = Settings()
+    catalogue = embedded_runner("cpu", default=settings.model, threads=settings.threads).catalogue()
+    print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the cache benchmark of a source checkout; further arguments are its own."""
+    if find_spec("benchmarks") is None or find_spec("benchmarks.cache") is None:
+        raise ServiceError("The benchmarks come with the source checkout only; run this in its folder.")
+    sys.argv = ["benchmarks.cache", *context.args]
+    runpy.run_module("benchmarks.cache", run_name="__main__")
+
+
+def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from app.api.resolve import Limits, resolve
+    from app.api.schemas import parse
+    from app.engine.runner import embedded_runner
+    from models.base import Step
+
+    request = parse(values)
+    runner = embedded_runner(settings.devices[0], default=settings.model, threads=settings.threads)
+    limits = Limits(max_batch_size=settings.max_batch_size)
+    job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[decision]}"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"loading {job.model}", total=None, decision="")
+        runner.load(job.model)
+
+        def on_step(step: Step) -> None:
+            progress.update(
+                task, description=job.model, completed=step.index + 1, total=step.total, decision=step.decision
+            )
+
+        result = runner.run(job, on_step)
+    return {
+        "pictures": list(zip(job.params.seeds, result.images, strict=True)),
+        "warnings": [*job.warnings, *result.warnings],
+        "cache": result.cache,
+        "timings": result.timings,
+    }
+
+
+def _format_of(path: Path) -> str:
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    try:
+        return formats[path.suffix.lower()]
+    except KeyError:
+        raise ServiceError(f"{path.name}: name a file that ends in {', '.join(formats)}.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The bodies of answers, as OpenAPI describes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Timing(BaseModel):
+    """Seconds."""
+
+    queue_seconds: float = Field(description="Waiting for a worker.")
+    text_seconds: float = Field(description="Encoding the prompt.")
+    denoise_seconds: float = Field(description="All denoising steps.")
+    decode_seconds: float = Field(description="From latents to pixels.")
+    total_seconds: float = Field(description="From the job's arrival to its end.")
+
+
+class CacheAnswer(BaseModel):
+    """What the cache did; the strategy's own settings stand beside these fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    strategy: str = Field(description="none, deepcache or first_block.")
+    computed: int = Field(description="Denoiser calls computed in full, over all batches.")
+    reused: int = Field(description="Denoiser calls served from the cache.")
+    hit_rate: float = Field(description="reused / (computed + reused).")
+    decisions: str = Field(description="C or R for each call, a space between batches.")
+    reuse_cost: float | None = Field(description="A reuse call's share of a full call's operations.")
+    predicted_speedup: float | None = Field(description="Denoising speed-up that the operations promise.")
+    cache_bytes: int = Field(description="Most bytes kept between two calls.")
+
+
+class GenerateAnswer(BaseModel):
+    """Pictures and the report on them."""
+
+    image: str | None = Field(None, description="Base64; when one image was asked for.")
+    images: list[str] | None = Field(None, description="Base64 each; when several were asked for.")
+    request_id: str = Field(description="Also in X-Request-Id and in every line of the log about it.")
+    model: str = Field(description="The model that drew.")
+    seeds: list[int] = Field(description="One an image.")
+    width: int = Field(description="Pixels.")
+    height: int = Field(description="Pixels.")
+    steps: int = Field(description="Denoising steps.")
+    warnings: list[str] = Field(description="Sentences on what was not quite as asked.")
+    timings: Timing = Field(description="Where the time went.")
+    cache: CacheAnswer = Field(description="What the cache did.")
+
+
+class ErrorDetail(BaseModel):
+    type: str = Field(description="A word to branch on: invalid, incompatible, unsupported, queue_full, …")
+    message: str = Field(description="What is wrong and what to do about it.")
+    field: str | None = Field(description="The request's field at fault, if it is one's.")
+    request_id: str = Field(description="To find the request in the log.")
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail = Field(description="What went wrong.")
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` for these statuses."""
+    words = {
+        401: "API keys are configured and none of them was sent.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        422: "The request is invalid, or asks for things that do not go together.",
+        429: "The queue is full; try again after Retry-After seconds.",
+        500: "The model failed; the log has the cause.",
+        503: "No worker, or it was lost, or out of memory; try again after Retry-After seconds.",
+    }
+    return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}

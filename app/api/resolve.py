@@ -1,0 +1,180 @@
+"""From a request that is well-formed to a job that a model can do: defaults, compatibility, what is not there yet."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from app.api.schemas import GenerateRequest, shown
+from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
+from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from models.base import GenerationParams, UnsupportedSampler
+from models.samplers import check as check_sampler
+
+SEEDS = 2**32
+
+# Features of later versions: each is accepted at the values that leave it off, and refused at all others.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "img2img_enabled": (False,),
+    "img2img_image": (None,),
+    "img2img_denoise": (0.75,),
+    "hires_fix": (False,),
+    "adetailer": (False,),
+    "multiscale_enabled": (False,),
+    "multiscale_factor": (0.5,),
+    "multiscale_fullres_start": (3,),
+    "multiscale_fullres_end": (8,),
+    "multiscale_intermittent": (True,),
+    "loras": ([],),
+    "stable_fast": (False,),
+    "enable_preview": (False,),
+    "attention": ("auto", "sdpa"),
+    "cache_forecast": (None, "none"),
+    "deepcache_schedule": (None, "uniform"),
+}
+_DEEPCACHE_FIELDS = {
+    "deepcache_preset",
+    "deepcache_interval",
+    "deepcache_depth",
+    "deepcache_start_step",
+    "deepcache_end_step",
+    "deepcache_schedule",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the operator allows."""
+
+    max_batch_size: int = 4
+
+
+def resolve(
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+) -> Job:
+    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
+    model = pick_model(request, catalogue)
+    _check_compatible(request, model)
+    _check_supported(request)
+    _check_size(request, model)
+    _check_sampler(request, model)
+    warnings = _warnings(request, model)
+    batch_size = min(request.batch_size, request.num_images)
+    if batch_size > limits.max_batch_size:
+        batch_size = limits.max_batch_size
+        warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
+    first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
+    params = GenerationParams(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        steps=model.steps if request.steps is None else request.steps,
+        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
+        batch_size=batch_size,
+        sampler=request.sampler,
+        scheduler=request.scheduler,
+    )
+    return Job(
+        id=job_id,
+        model=model.name,
+        params=params,
+        strategy=_strategy(request, model),
+        output_format=output_format,
+        warnings=tuple(warnings),
+    )
+
+
+def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
+    name = request.model
+    if name is None:
+        name = catalogue.default_flux if request.flux_enabled else catalogue.default
+        if name is None:
+            raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
+    model = catalogue.models.get(name)
+    if model is None:
+        known = ", ".join(catalogue.models)
+        raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field="model")
+    if request.flux_enabled and model.cache != "first_block":
+        raise Incompatible(
+            f"flux_enabled asks for a Flux model, and {model.name} is none. Leave one of the two out.",
+            field="flux_enabled",
+        )
+    return model
+
+
+def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
+    is_flux = model.cache == "first_block"
+    if request.deepcache_enabled and is_flux:
+        raise Incompatible(
+            f"DeepCache works on UNet models, and {model.name} is a transformer. "
+            "Leave deepcache_enabled out and use FBCache (fbcache_enabled), which is on by default there.",
+            field="deepcache_enabled",
+        )
+    if request.fbcache_enabled and not is_flux:
+        raise Incompatible(
+            f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
+            field="fbcache_enabled",
+        )
+    if request.deepcache_enabled and request.img2img_enabled:
+        raise Incompatible(
+            "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
+        )
+    if request.stable_fast and is_flux:
+        raise Incompatible("stable_fast cannot compile Flux models. Leave it out.", field="stable_fast")
+
+
+def _check_supported(request: GenerateRequest) -> None:
+    for field, neutral in _NEUTRAL.items():
+        if getattr(request, field) not in neutral:
+            allowed = " or ".join(str(value).lower() if isinstance(value, bool) else repr(value) for value in neutral)
+            raise Unsupported(
+                f"This version cannot do {field} yet. Leave it out, or give {allowed.replace('None', 'null')}.",
+                field=field,
+            )
+
+
+def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
+    for field in ("width", "height"):
+        pixels, multiple = getattr(request, field), model.size_multiple
+        if pixels % multiple:
+            below = max(pixels // multiple * multiple, -(-64 // multiple) * multiple)
+            raise Invalid(
+                f"{field} must be a multiple of {multiple} for {model.name}; {pixels} is not. "
+                f"{below} would be one, or {below + multiple}.",
+                field=field,
+            )
+
+
+def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
+    try:
+        check_sampler(model.samplers, request.sampler, request.scheduler)
+    except UnsupportedSampler as error:
+        unknown = request.sampler is not None and request.sampler not in model.samplers
+        raise Invalid(str(error), field="sampler" if unknown else "scheduler") from None
+
+
+def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
+    if request.deepcache_enabled:
+        return DeepCache(**request.deepcache)
+    if model.cache == "first_block" and request.fbcache_enabled is not False:
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive)
+    return NoCache()
+
+
+def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
+    """A cache setting that nothing will read deserves a sentence: it may be a cache that was meant to be on."""
+    given = request.model_fields_set
+    warnings = []
+    if not request.deepcache_enabled:
+        idle = sorted(field for field in given & _DEEPCACHE_FIELDS if getattr(request, field) is not None)
+        if idle:
+            warnings.append(f"{', '.join(idle)} had no effect: deepcache_enabled is not true.")
+    if model.cache != "first_block" or request.fbcache_enabled is False:
+        idle = sorted(given & {"fbcache_threshold", "fbcache_max_consecutive"})
+        if idle:
+            reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
+            warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
+    return warnings

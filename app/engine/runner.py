@@ -1,0 +1,133 @@
+"""The models of one device, as a worker runs them and as the command line does without one.
+
+Importing this needs no torch; `embedded_runner` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from app import images
+from app.engine.base import (
+    Branch,
+    Catalogue,
+    DeviceMemory,
+    Job,
+    JobResult,
+    ModelInfo,
+    StepListener,
+)
+from app.engine.messages import Condition
+from app.engine.report import summarise
+from app.settings import available_cores
+from models.base import LoadedModel, ModelError
+
+
+class Models(Protocol):
+    """What of `models.registry.Registry` a runner needs."""
+
+    default: str
+    default_flux: str
+    device: str
+
+    @property
+    def loaded(self) -> Sequence[str]: ...
+
+    def get(self, name: str) -> LoadedModel: ...
+
+    def describe(self) -> list[dict[str, Any]]: ...
+
+
+class RegistryRunner:
+    """A `Runner` over a model registry."""
+
+    def __init__(self, registry: Models, device_name: str) -> None:
+        self._registry = registry
+        self._device_name = device_name
+
+    def catalogue(self) -> Catalogue:
+        return Catalogue(
+            models={row["name"]: _info(row) for row in self._registry.describe()},
+            default=self._registry.default,
+            default_flux=self._registry.default_flux,
+        )
+
+    def load(self, model: str) -> None:
+        self._registry.get(model)
+
+    def run(self, job: Job, on_step: StepListener) -> JobResult:
+        model = self._registry.get(job.model)
+        generation = model.generate(job.params, job.strategy, on_step)
+        cache = summarise(generation.reports)
+        pictures = tuple(
+            images.encode(image, job.output_format, images.metadata(job, seed, cache))
+            for image, seed in zip(generation.images, job.params.seeds, strict=True)
+        )
+        said = [sentence for report in generation.reports for sentence in report.warnings]
+        return JobResult(
+            images=pictures,
+            cache=cache,
+            timings=generation.timings,
+            batches=len(generation.reports),
+            warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
+        )
+
+    def condition(self) -> Condition:
+        device = self._registry.device
+        return Condition(
+            kind=device.split(":")[0],
+            name=self._device_name,
+            memory=_memory(device),
+            loaded=tuple(self._registry.loaded),
+        )
+
+
+def embedded_runner(device: str, *, default: str | None = None, threads: int = 0) -> RegistryRunner:
+    """A runner of the models that come with the project. `device` may be `auto`; 0 threads: the cores available.
+
+    Raises UnknownModel for a default that is not among them.
+    """
+    import torch
+
+    from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+    from models.registry import Registry
+
+    torch.set_num_threads(threads or available_cores())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"There is no device {device!r} that torch can use. Set WAVESPEED_DEVICE to cpu or auto.")
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+    return RegistryRunner(Registry(SPECS, default or DEFAULT, DEFAULT_FLUX, device), name)
+
+
+def _info(row: dict[str, Any]) -> ModelInfo:
+    return ModelInfo(
+        name=row["name"],
+        family=row["family"],
+        native_size=(row["native_width"], row["native_height"]),
+        size_multiple=row["size_multiple"],
+        cache=row["cache"],
+        steps=row["steps"],
+        guidance_scale=row["guidance_scale"],
+        samplers={name: tuple(schedulers) for name, schedulers in row["samplers"].items()},
+        branches=tuple(Branch(**branch) for branch in row["branches"]),
+        render_sizes=tuple((width, height) for width, height in row["render_sizes"]),
+        error=row["error"],
+    )
+
+
+def _memory(device: str) -> DeviceMemory:
+    if not device.startswith("cuda"):
+        return DeviceMemory()
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(
+        total=total,
+        used=total - free,
+        allocated=torch.cuda.memory_allocated(device),
+        reserved=torch.cuda.memory_reserved(device),
+        peak=torch.cuda.max_memory_allocated(device),
+    )

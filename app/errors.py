@@ -1,0 +1,127 @@
+"""Every error that a client can be answered with: one tree, one JSON shape."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """An answer that is not a picture. The message says what is wrong and what to do about it.
+
+    `field` names the request's field at fault; `retry_after` is in seconds.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after = retry_after
+
+    def body(self, request_id: str) -> dict[str, dict[str, str | None]]:
+        return {
+            "error": {
+                "type": self.type,
+                "message": self.message,
+                "field": self.field,
+                "request_id": request_id,
+            }
+        }
+
+
+class Invalid(ServiceError):
+    """The request is not one that this API knows: unknown field, wrong type, out of bounds."""
+
+    status = 422
+    type = "invalid"
+
+
+class Incompatible(ServiceError):
+    """Each field is good, but not together."""
+
+    status = 422
+    type = "incompatible"
+
+
+class Unsupported(ServiceError):
+    """A documented feature that this version has not got."""
+
+    status = 422
+    type = "unsupported"
+
+
+class BodyTooLarge(ServiceError):
+    status = 413
+    type = "body_too_large"
+
+
+class BodyTimeout(ServiceError):
+    """The client did not finish sending its request."""
+
+    status = 408
+    type = "body_timeout"
+
+
+class Unauthorized(ServiceError):
+    status = 401
+    type = "unauthorized"
+
+
+class NotFound(ServiceError):
+    status = 404
+    type = "not_found"
+
+
+class ModelNotFound(NotFound):
+    type = "unknown_model"
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+    type = "method_not_allowed"
+
+
+class QueueFull(ServiceError):
+    status = 429
+    type = "queue_full"
+
+
+class NotReady(ServiceError):
+    """No worker can take a job now: starting, failing to start, or shutting down."""
+
+    status = 503
+    type = "not_ready"
+
+
+class WorkerLost(ServiceError):
+    """The worker process died under the job, and again when it was tried a second time."""
+
+    status = 503
+    type = "worker_lost"
+
+
+class OutOfMemory(ServiceError):
+    status = 503
+    type = "out_of_memory"
+
+
+class ModelUnavailable(ServiceError):
+    """The model is configured, but its files do not load."""
+
+    status = 503
+    type = "model_unavailable"
+
+
+class GenerationFailed(ServiceError):
+    """The model raised. The cause is in the log, not in the answer."""
+
+    type = "generation_failed"
+
+
+class Cancelled(ServiceError):
+    """The job was cancelled before it was done. Seen only by whoever waits for a job that another one cancels."""
+
+    status = 409
+    type = "cancelled"

@@ -1,0 +1,85 @@
+"""The web application, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from app import __version__
+from app.api import generate, health, models, telemetry
+from app.api.middleware import RequestContext, error_response
+from app.api.schemas import request_schema
+from app.api.service import Service, catalogue_or_none, request_id_of
+from app.engine.base import Engine
+from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
+from app.metrics import Metrics
+from app.settings import Settings
+
+_DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
+
+
+def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """The app starts `engine` when it starts and stops it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        try:
+            yield
+        finally:
+            await engine.stop()
+
+    app = FastAPI(title="WaveSpeed", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app.state.service = Service(settings, engine, Metrics(engine.status, lambda: catalogue_or_none(engine)))
+    app.add_middleware(RequestContext, api_keys=settings.api_keys)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    for module in (generate, models, telemetry, health):
+        app.include_router(module.router)
+    _describe(app)
+    return app
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ServiceError):
+        raise error
+    return error_response(error, request_id_of(request))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses by itself, in our shape."""
+    if not isinstance(error, HTTPException):
+        raise error
+    ours: ServiceError
+    match error.status_code:
+        case 404:
+            ours = NotFound("There is nothing at this address; /docs lists what there is.")
+        case 405:
+            ours = MethodNotAllowed("This address does not take this method; /docs lists what it takes.")
+        case _:
+            ours = Invalid(str(error.detail))
+    response = error_response(ours, request_id_of(request))
+    if error.headers and "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the request's schema to OpenAPI: its body is parsed by us, so the framework doesn't know of it."""
+    framework = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = framework()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "GenerateRequest" not in schemas:
+            request = request_schema()
+            schemas.update(request.pop("$defs", {}))
+            schemas["GenerateRequest"] = request
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,148 @@
+"""What the service counts: one source for `/metrics`, `/api/telemetry` and the log."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from app.engine.base import Catalogue, EngineStatus
+
+RECENT = 100  # requests that the recent hit rate looks back on
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+_TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheUse:
+    """What a cache did in one request, in denoiser calls."""
+
+    model: str
+    strategy: str
+    computed: int
+    reused: int
+    cache_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return hit_rate(self.computed, self.reused)
+
+
+def hit_rate(computed: int, reused: int) -> float:
+    return round(reused / (computed + reused), 4) if computed + reused else 0.0
+
+
+class _CacheTotals:
+    def __init__(self) -> None:
+        self.requests = 0
+        self.computed = 0
+        self.reused = 0
+        self.recent: deque[CacheUse] = deque(maxlen=RECENT)
+
+    def add(self, use: CacheUse) -> None:
+        self.requests += 1
+        self.computed += use.computed
+        self.reused += use.reused
+        self.recent.append(use)
+
+    def report(self) -> dict[str, object]:
+        last = self.recent[-1] if self.recent else None
+        return {
+            "requests": self.requests,
+            "computed_steps": self.computed,
+            "reused_steps": self.reused,
+            "hit_rate": hit_rate(self.computed, self.reused),
+            "last": {**asdict(last), "hit_rate": last.hit_rate} if last else None,
+            "recent_requests": len(self.recent),
+            "recent_hit_rate": hit_rate(sum(u.computed for u in self.recent), sum(u.reused for u in self.recent)),
+        }
+
+
+class Metrics:
+    """Counters of one app. `status` and `catalogue` are asked whenever the metrics are read."""
+
+    def __init__(self, status: Callable[[], EngineStatus], catalogue: Callable[[], Catalogue | None]) -> None:
+        self._status = status
+        self._catalogue = catalogue
+        self.started = time.time()
+        self.requests_processed = 0
+        self.images_produced = 0
+        self.batches_processed = 0
+        self._wait_seconds = 0.0
+        self._caches = {name: _CacheTotals() for name in _TELEMETRY_NAMES}
+
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "wavespeed_requests_total", "Generation requests answered.", ["model", "outcome"], registry=registry
+        )
+        self._wait = Histogram(
+            "wavespeed_queue_wait_seconds", "Time a job waited for a worker.", buckets=_SECONDS, registry=registry
+        )
+        self._generation = Histogram(
+            "wavespeed_generation_seconds",
+            "Time a job took on its worker.",
+            ["model", "strategy"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._steps = Counter(
+            "wavespeed_cache_steps_total",
+            "Denoiser calls computed in full or served from the cache.",
+            ["model", "strategy", "outcome"],
+            registry=registry,
+        )
+        self._cache_bytes = Gauge(
+            "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=registry
+        )
+        self._queue_depth = Gauge("wavespeed_queue_depth", "Jobs waiting for a worker.", registry=registry)
+        self._memory_used = Gauge(
+            "wavespeed_gpu_memory_used_bytes", "GPU memory in use.", ["device"], registry=registry
+        )
+        self._memory_total = Gauge(
+            "wavespeed_gpu_memory_total_bytes", "GPU memory there is.", ["device"], registry=registry
+        )
+        self._loaded = Gauge(
+            "wavespeed_model_loaded", "1 when some worker holds the model.", ["model"], registry=registry
+        )
+
+    def answered(self, model: str | None, outcome: str) -> None:
+        """Count an answer. `model` must be a configured name, or None where the request named none that exists."""
+        self._requests.labels(model or "none", outcome).inc()
+
+    def generated(
+        self, use: CacheUse, *, queue_seconds: float, generation_seconds: float, images: int, batches: int
+    ) -> None:
+        """Count a job that was done."""
+        self.requests_processed += 1
+        self.images_produced += images
+        self.batches_processed += batches
+        self._wait_seconds += queue_seconds
+        self._wait.observe(queue_seconds)
+        self._generation.labels(use.model, use.strategy).observe(generation_seconds)
+        self._steps.labels(use.model, use.strategy, "computed").inc(use.computed)
+        self._steps.labels(use.model, use.strategy, "reused").inc(use.reused)
+        if use.strategy in self._caches:
+            self._caches[use.strategy].add(use)
+            self._cache_bytes.labels(use.strategy).set(use.cache_bytes)
+
+    @property
+    def average_wait_seconds(self) -> float:
+        return self._wait_seconds / self.requests_processed if self.requests_processed else 0.0
+
+    def cache_report(self) -> dict[str, dict[str, object]]:
+        """Telemetry's `cache`."""
+        return {_TELEMETRY_NAMES[name]: totals.report() for name, totals in self._caches.items()}
+
+    def exposition(self) -> bytes:
+        """Prometheus text."""
+        status, catalogue = self._status(), self._catalogue()
+        self._queue_depth.set(status.pending)
+        for device in status.devices:
+            self._memory_used.labels(device.device).set(device.memory.used)
+            self._memory_total.labels(device.device).set(device.memory.total)
+        for name in catalogue.models if catalogue else ():
+            self._loaded.labels(name).set(name in status.loaded)
+        return generate_latest(self.registry)

@@ -1,0 +1,73 @@
+"""What an operator can set: `WAVESPEED_*` environment variables, `.env`, and the three `LD_*` names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class Settings(BaseSettings):
+    """Read once by whoever starts the service, never at import."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WAVESPEED_", env_file=".env", extra="ignore", populate_by_name=True, frozen=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
+    port: int = Field(7861, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("auto",),
+        min_length=1,
+        validation_alias=AliasChoices("WAVESPEED_DEVICES", "WAVESPEED_DEVICE"),
+        description="One worker process each, separated by commas: cpu, cuda:0, cuda:1. auto: a GPU, else the CPU.",
+    )
+    threads: int = Field(0, ge=0, description="Threads that a worker computes with; 0 takes the cores available.")
+    model: str | None = Field(None, description="Model of a request that names none; unset takes the embedded one.")
+    queue_size: int = Field(64, ge=1, description="Jobs that may wait; one more is answered 429.")
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Longest request body; a longer one is answered 413.")
+    body_seconds: float = Field(30.0, gt=0, description="Time for a client to finish sending its body.")
+    stop_seconds: float = Field(10.0, gt=0, description="Time for a worker to end by itself at shutdown.")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
+    )
+    log_folder: Path = Field(Path("logs"), description="Where server.log is written.")
+    log_level: LogLevel = Field("INFO", validation_alias=AliasChoices("LD_SERVER_LOGLEVEL", "WAVESPEED_LOG_LEVEL"))
+    max_batch_size: int = Field(
+        4,
+        ge=1,
+        le=16,
+        validation_alias=AliasChoices("LD_MAX_BATCH_SIZE", "WAVESPEED_MAX_BATCH_SIZE"),
+        description="Images denoised together at most, whatever a request asks.",
+    )
+    batch_timeout: float = Field(
+        0.5,
+        ge=0,
+        validation_alias=AliasChoices("LD_BATCH_TIMEOUT", "WAVESPEED_BATCH_TIMEOUT"),
+        description="Seconds to wait for requests to batch with. This version batches within a request only.",
+    )
+
+    @field_validator("devices", "api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which in a container are fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS or Windows
+        return os.cpu_count() or 1
