@@ -1,0 +1,165 @@
+"""What a generation is: its parameters, its steps, its result, and what a model family provides.
+
+Nothing heavy is imported here: the HTTP process uses these types without torch or diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from cache import CacheReport, CacheStrategy, Denoiser
+
+CacheName = Literal["deepcache", "first_block"]
+
+
+class ModelError(Exception):
+    """A model could not be found, loaded or run as asked. The message carries the remedy."""
+
+
+class UnknownModel(ModelError):
+    """No model of that name is configured."""
+
+
+class LoadFailed(ModelError):
+    """The model's files are missing, corrupt or of another family."""
+
+
+class UnsupportedSampler(ModelError):
+    """The model has no such sampler, or that sampler cannot be paired with that scheduler."""
+
+
+class GenerationCancelled(Exception):
+    """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """One request for pictures, validated, with every default filled in.
+
+    `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
+    denoised together.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 20
+    guidance_scale: float = 7.5
+    seeds: tuple[int, ...] = (0,)
+    batch_size: int = 1
+    sampler: str | None = None
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished denoising step: `index` counts from 0 to `total` - 1 over all batches of the request.
+
+    `decision` holds the letters (C computed, R reused) of the denoiser calls that the step made: one for most
+    samplers, two for those of second order.
+    """
+
+    index: int
+    total: int
+    decision: str
+
+
+StepHook = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds spent in each stage of a generation, summed over its batches."""
+
+    text_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a run made: one picture a seed, one cache report a batch, sentences for the user."""
+
+    images: list[Image.Image]
+    reports: list[CacheReport]
+    timings: Timings
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A configured model: where it lies and what it defaults to.
+
+    `render_sizes`: the (width, height) pairs, pixels, that the model draws well. Empty: any size that the request
+    names. Otherwise a request is drawn at the pair of the nearest aspect and resampled.
+    `vocabulary`: the words that the model was trained on. Empty: any.
+    """
+
+    name: str
+    family: str
+    source: Path
+    steps: int | None = None
+    guidance_scale: float | None = None
+    render_sizes: tuple[tuple[int, int], ...] = ()
+    vocabulary: frozenset[str] = frozenset()
+
+
+class LoadedModel(Protocol):
+    """A model on a device. Not thread-safe: a diffusers scheduler holds the step index."""
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        """Draw `params.seeds`; attach `strategy` afresh to each batch; call `on_step` after each step."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One architecture: its data, its loader. Stateless."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def native_size(self) -> int:
+        """Pixels of a side of the square that the family was trained at."""
+        ...
+
+    @property
+    def size_multiple(self) -> int: ...
+
+    @property
+    def cache(self) -> CacheName:
+        """The cache that acts on this family's denoiser."""
+        ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def guidance_scale(self) -> float: ...
+
+    @property
+    def samplers(self) -> Mapping[str, tuple[str, ...]]:
+        """Sampler name → names of the schedulers it can be paired with."""
+        ...
+
+    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+        """Floating-point operations of a reuse step at each branch, as shares of a full step, without the weights.
+
+        Empty where the cache has no branches. Raises LoadFailed.
+        """
+        ...
+
+    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
+        """Raises LoadFailed."""
+        ...

@@ -1,0 +1,108 @@
+"""Flux: CLIP and T5 text, a transformer of double- and single-stream blocks on packed latents, flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
+from .loading import check_class, dtype_for, load_pipeline, quiet
+from .pipeline import PipelineModel
+from .samplers import FLOW_MATCHING, choices
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PIPELINE = "FluxPipeline"
+LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flux:
+    """A family of FluxPipeline folders (Black Forest Labs 2024)."""
+
+    name: str
+    native_size: int
+    size_multiple: int = 16
+    steps: int = 28
+    guidance_scale: float = 3.5
+
+    @property
+    def cache(self) -> CacheName:
+        return "first_block"
+
+    @property
+    def samplers(self) -> Mapping[str, tuple[str, ...]]:
+        return choices(FLOW_MATCHING)
+
+    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+        check_class(spec, PIPELINE)
+        return ()
+
+    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
+        import torch
+
+        from cache import TransformerDenoiser
+
+        with quiet():
+            from diffusers import FluxPipeline
+            from transformers import CLIPTextModel, T5EncoderModel
+
+            pipeline = load_pipeline(
+                FluxPipeline,
+                {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
+                spec,
+                device,
+                dtype or dtype_for(device, torch.bfloat16),
+            )
+        return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+
+
+FLUX = Flux(name="flux", native_size=1024)
+
+
+class FluxModel(PipelineModel):
+    """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        embeddings = self._embed(params.prompt)
+        if self._runs_twice(params):
+            embeddings |= {f"negative_{name}": value for name, value in self._embed(params.negative_prompt).items()}
+        return embeddings
+
+    def _embed(self, prompt: str) -> dict[str, torch.Tensor]:
+        tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
+
+    def _guidance(self, params: GenerationParams) -> dict[str, float]:
+        scale = params.guidance_scale
+        if self._distilled:
+            return {"guidance_scale": scale}
+        return {"true_cfg_scale": scale if self._runs_twice(params) else 1.0}
+
+    def _decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+        vae, processor = self.pipeline.vae, self.pipeline.image_processor
+        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # (B, C, height / 8, width / 8)
+        images: list[Image.Image] = processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
+        return images
+
+    def _warnings(self, params: GenerationParams) -> list[str]:
+        sentences = self._truncation(self.pipeline.tokenizer_2, params.prompt, self._text_length)
+        if params.negative_prompt and not self._runs_twice(params):
+            reason = "is guidance-distilled" if self._distilled else "runs without guidance at a scale of 1 or less"
+            sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")
+        return sentences
+
+    @property
+    def _distilled(self) -> bool:
+        return bool(self.pipeline.transformer.config.guidance_embeds)
+
+    @property
+    def _text_length(self) -> int:
+        return int(min(self.pipeline.tokenizer_2.model_max_length, LONGEST_TEXT))
+
+    def _runs_twice(self, params: GenerationParams) -> bool:
+        return not self._distilled and params.guidance_scale > 1

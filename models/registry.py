@@ -1,0 +1,102 @@
+"""The configured models by name, each loaded when it is first asked for.
+
+Importing this module, and asking it for specs and families, needs neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from .base import LoadedModel, LoadFailed, ModelFamily, ModelSpec, UnknownModel
+from .flux import FLUX
+from .unet import SD
+
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in (SD, FLUX)})
+
+
+class Registry:
+    """Names → specs → loaded models on one `device`. `default` and `default_flux` are names of `specs`.
+
+    Raises UnknownModel for a name that is not configured; ValueError for specs that contradict one another.
+    """
+
+    def __init__(self, specs: Iterable[ModelSpec], default: str, default_flux: str, device: str = "cpu") -> None:
+        specs = tuple(specs)
+        self._specs = {spec.name: spec for spec in specs}
+        if len(self._specs) != len(specs):
+            raise ValueError("two models are configured under one name")
+        for spec in specs:
+            if spec.family not in FAMILIES:
+                raise ValueError(f"the model {spec.name!r} is of family {spec.family!r}; there are: {list(FAMILIES)}")
+        self.default = self.spec(default).name
+        self.default_flux = self.spec(default_flux).name
+        self.device = device
+        self._loaded: dict[str, LoadedModel] = {}
+        self._costs: dict[str, tuple[float, ...]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._specs)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the models in memory."""
+        return tuple(self._loaded)
+
+    def spec(self, name: str) -> ModelSpec:
+        try:
+            return self._specs[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self._specs, n=3, cutoff=0.4) or list(self._specs)
+            raise UnknownModel(f"There is no model {name!r}. Nearest: {', '.join(near)}.") from None
+
+    def family(self, name: str) -> ModelFamily:
+        return FAMILIES[self.spec(name).family]
+
+    def get(self, name: str) -> LoadedModel:
+        """The model, loaded on first use and kept. Raises LoadFailed."""
+        if name not in self._loaded:
+            self._loaded[name] = self.family(name).load(self.spec(name), self.device)
+        return self._loaded[name]
+
+    def reuse_costs(self, name: str) -> tuple[float, ...]:
+        """Cost of a reuse step at each branch as a share of a full step; empty without branches. Raises LoadFailed."""
+        if name not in self._costs:
+            self._costs[name] = self.family(name).reuse_costs(self.spec(name))
+        return self._costs[name]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One JSON-ready row a model. Imports torch to count operations, but loads no weights.
+
+        A model whose files are missing or broken keeps its row, with the reason under `error`.
+        """
+        return [self._row(name) for name in self._specs]
+
+    def _row(self, name: str) -> dict[str, Any]:
+        spec, family = self.spec(name), self.family(name)
+        width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
+        error: str | None = None
+        costs: tuple[float, ...] = ()
+        try:
+            costs = self.reuse_costs(name)
+        except LoadFailed as failure:
+            error = str(failure)
+        return {
+            "name": name,
+            "family": spec.family,
+            "native_width": width,
+            "native_height": height,
+            "size_multiple": family.size_multiple,
+            "render_sizes": [list(size) for size in spec.render_sizes],
+            "steps": family.steps if spec.steps is None else spec.steps,
+            "guidance_scale": family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale,
+            "loaded": name in self._loaded,
+            "default": name in (self.default, self.default_flux),
+            "cache": family.cache,
+            "branches": [{"branch": branch, "reuse_cost": cost} for branch, cost in enumerate(costs)],
+            "samplers": {sampler: list(schedulers) for sampler, schedulers in family.samplers.items()},
+            "error": error,
+        }

@@ -1,0 +1,165 @@
+"""Samplers and schedulers by their common names, and the diffusers scheduler that each pair stands for.
+
+The table is data: it is read without torch or diffusers, so that a bad pair is refused before a model is asked. Which
+class takes which flag is checked against diffusers' own signatures by tests/models/test_samplers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import UnsupportedSampler
+
+# Align Your Steps (Sabour et al. 2024), the published ten timesteps for Stable Diffusion 1.5.
+AYS_TIMESTEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
+
+# Scheduler name → config flags of the diffusers class (its documentation, "Schedulers", table "Noise schedules and
+# schedule types"), for each kind of class. "normal" keeps the timestep spacing that the model was saved with.
+Schedulers = Mapping[str, Mapping[str, object]]
+
+_PLAIN: Mapping[str, object] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_FLOW: Schedulers = {
+    "normal": _PLAIN,
+    "karras": {**_PLAIN, "use_karras_sigmas": True},
+    "exponential": {**_PLAIN, "use_exponential_sigmas": True},
+    "beta": {**_PLAIN, "use_beta_sigmas": True},
+}
+_SPACED: Schedulers = {"normal": {}, "sgm_uniform": {"timestep_spacing": "trailing"}}
+_SIGMAS: Schedulers = {
+    "normal": _PLAIN,
+    "karras": _FLOW["karras"],
+    "exponential": {**_FLOW["exponential"], "timestep_spacing": "linspace"},
+    "beta": {**_FLOW["beta"], "timestep_spacing": "linspace"},
+    "sgm_uniform": {**_PLAIN, "timestep_spacing": "trailing"},
+}
+_TIMESTEPS: Schedulers = {**_SIGMAS, "ays": _PLAIN}  # its set_timesteps takes the list of `custom_timesteps`
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A diffusers scheduler class by name, the settings that make it this sampler, the schedulers that it can take.
+
+    `noise_seeds`: the setting that takes the images' seeds, for a scheduler that draws its noise from no generator.
+    """
+
+    scheduler_class: str
+    schedulers: Schedulers
+    settings: Mapping[str, object] = field(default_factory=dict)
+    noise_seeds: str | None = None
+
+
+DIFFUSION: Mapping[str, Sampler] = {
+    "euler": Sampler("EulerDiscreteScheduler", _TIMESTEPS),
+    "euler_ancestral": Sampler("EulerAncestralDiscreteScheduler", _SPACED),
+    "heun": Sampler("HeunDiscreteScheduler", _TIMESTEPS),
+    "dpm2": Sampler("KDPM2DiscreteScheduler", _SIGMAS),
+    "dpm2_ancestral": Sampler("KDPM2AncestralDiscreteScheduler", _SIGMAS),
+    "dpmpp_2m": Sampler(
+        "DPMSolverMultistepScheduler", _TIMESTEPS, {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    ),
+    "dpmpp_2m_sde": Sampler(
+        "DPMSolverMultistepScheduler", _TIMESTEPS, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+    ),
+    "dpmpp_sde": Sampler("DPMSolverSDEScheduler", _SIGMAS, noise_seeds="noise_sampler_seed"),
+    "dpmpp_3m_sde": Sampler(
+        "DPMSolverMultistepScheduler", _TIMESTEPS, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    ),
+    # Latents are not confined to [-1, 1]; DDIM's default clips them.
+    "ddim": Sampler("DDIMScheduler", _SPACED, {"clip_sample": False}),
+    "lms": Sampler("LMSDiscreteScheduler", _SIGMAS),
+    "pndm": Sampler("PNDMScheduler", _SPACED, {"skip_prk_steps": True}),
+    "unipc": Sampler("UniPCMultistepScheduler", _SIGMAS),
+    "deis": Sampler("DEISMultistepScheduler", _SIGMAS),
+    "lcm": Sampler("LCMScheduler", _SPACED),
+}
+
+FLOW_MATCHING: Mapping[str, Sampler] = {
+    "euler": Sampler("FlowMatchEulerDiscreteScheduler", _FLOW),
+    "heun": Sampler("FlowMatchHeunScheduler", _FLOW),
+}
+
+DEFAULT_SAMPLER = "euler"
+
+
+def choices(samplers: Mapping[str, Sampler]) -> dict[str, tuple[str, ...]]:
+    """Sampler name → the scheduler names that it can be paired with."""
+    return {name: tuple(sampler.schedulers) for name, sampler in samplers.items()}
+
+
+def check(pairs: Mapping[str, tuple[str, ...]], sampler: str | None, scheduler: str | None) -> None:
+    """Raise UnsupportedSampler, naming what there is instead, unless `pairs` offers this sampler and scheduler.
+
+    A scheduler without a sampler is paired with `euler`.
+    """
+    name = sampler or DEFAULT_SAMPLER
+    if name not in pairs:
+        raise UnsupportedSampler(f"There is no sampler {name!r} for this model. It has: {', '.join(pairs)}.")
+    if scheduler is not None and scheduler not in pairs[name]:
+        also = [other for other, schedulers in pairs.items() if scheduler in schedulers]
+        remedy = f"; {scheduler!r} goes with: {', '.join(also)}" if also else ""
+        raise UnsupportedSampler(
+            f"The sampler {name!r} cannot be paired with the scheduler {scheduler!r}. "
+            f"It takes: {', '.join(pairs[name])}{remedy}."
+        )
+
+
+def build(
+    saved: Any,
+    samplers: Mapping[str, Sampler],
+    sampler: str | None,
+    scheduler: str | None,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+) -> Any:
+    """A scheduler for one run, with the noise schedule and prediction type of the model's `saved` one.
+
+    Without names it is a fresh instance of the saved one. `seeds` has one entry an image of the batch.
+    Raises UnsupportedSampler.
+    """
+    if sampler is None and scheduler is None:
+        return type(saved).from_config(saved.config)
+    check(choices(samplers), sampler, scheduler)
+    choice = samplers[sampler or DEFAULT_SAMPLER]
+    cls = _scheduler_class(choice.scheduler_class)
+    settings = {**choice.settings, **(choice.schedulers[scheduler] if scheduler is not None else {})}
+    if choice.noise_seeds is not None:
+        settings[choice.noise_seeds] = list(seeds)
+    if choice.scheduler_class == "LCMScheduler":
+        settings["original_inference_steps"] = _lcm_origin(steps, saved.config.num_train_timesteps)
+    return cls.from_config(saved.config, **settings)
+
+
+def custom_timesteps(scheduler: str | None, steps: int) -> list[int] | None:
+    """Training timesteps, falling, for the one scheduler that is given as a list; None for the others.
+
+    Align Your Steps publishes ten; other counts are read off the straight lines between them.
+    """
+    if scheduler != "ays":
+        return None
+    if steps == 1:
+        return [AYS_TIMESTEPS[0]]
+    last = len(AYS_TIMESTEPS) - 1
+    timesteps = []
+    for step in range(steps):
+        place = step * last / (steps - 1)
+        left = min(int(place), last - 1)
+        timesteps.append(round(AYS_TIMESTEPS[left] + (place - left) * (AYS_TIMESTEPS[left + 1] - AYS_TIMESTEPS[left])))
+    return timesteps
+
+
+def _scheduler_class(name: str) -> Any:
+    if name == "FlowMatchHeunScheduler":
+        from .flow_heun import FlowMatchHeunScheduler
+
+        return FlowMatchHeunScheduler
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def _lcm_origin(steps: int, train_timesteps: int) -> int:
+    """LCM picks its steps from this many evenly spaced ones; a divisor, so that they begin in pure noise."""
+    return next(n for n in range(max(50, steps), train_timesteps + 1) if train_timesteps % n == 0)

@@ -1,0 +1,108 @@
+"""Stable Diffusion: CLIP text, a UNet on latents, an autoencoder. A variant is one entry of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
+from .loading import check_class, dtype_for, load_pipeline, quiet, read_json
+from .pipeline import PipelineModel
+from .samplers import DIFFUSION, choices
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PIPELINE = "StableDiffusionPipeline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StableDiffusion:
+    """A family of StableDiffusionPipeline folders (Rombach et al. 2022)."""
+
+    name: str
+    native_size: int
+    size_multiple: int = 8
+    steps: int = 20
+    guidance_scale: float = 7.5
+
+    @property
+    def cache(self) -> CacheName:
+        return "deepcache"
+
+    @property
+    def samplers(self) -> Mapping[str, tuple[str, ...]]:
+        return choices(DIFFUSION)
+
+    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+        """Counted on the UNet's shape alone, at the latent size that its configuration names."""
+        import torch
+
+        from cache import UNetDenoiser
+
+        check_class(spec, PIPELINE)
+        config = read_json(spec, "unet/config.json")
+        with quiet(), torch.device("meta"):
+            from diffusers import UNet2DConditionModel
+
+            unet = UNet2DConditionModel.from_config(config)
+        return UNetDenoiser(unet).branch_costs
+
+    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
+        import torch
+
+        from cache import UNetDenoiser
+
+        with quiet():
+            from diffusers import StableDiffusionPipeline
+            from transformers import CLIPTextModel
+
+            pipeline = load_pipeline(
+                StableDiffusionPipeline,
+                {"text_encoder": CLIPTextModel},
+                spec,
+                device,
+                dtype or dtype_for(device, torch.float16),
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        pipeline.unet.to(memory_format=torch.channels_last)
+        denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
+        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION)
+
+
+SD = StableDiffusion(name="sd", native_size=512)
+
+
+class StableDiffusionModel(PipelineModel):
+    """Guidance above 1 runs the unconditional half in the same batch (Ho and Salimans 2022)."""
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        positive, negative = self.pipeline.encode_prompt(
+            params.prompt,
+            self.pipeline.device,
+            1,
+            params.guidance_scale > 1,
+            params.negative_prompt,
+        )  # (1, tokens, D) each; None for the negative one without guidance
+        named = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+        return {name: embedding for name, embedding in named.items() if embedding is not None}
+
+    def _guidance(self, params: GenerationParams) -> dict[str, float]:
+        return {"guidance_scale": params.guidance_scale}
+
+    def _decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+        vae, processor = self.pipeline.vae, self.pipeline.image_processor
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]  # (B, 3, H, W), -1 … 1
+        images: list[Image.Image] = processor.postprocess(pixels, output_type="pil")
+        return images
+
+    def _warnings(self, params: GenerationParams) -> list[str]:
+        tokenizer = self.pipeline.tokenizer
+        sentences = self._truncation(tokenizer, params.prompt, tokenizer.model_max_length)
+        if params.negative_prompt and params.guidance_scale <= 1:
+            sentences.append("The negative prompt has no effect at a guidance scale of 1 or less.")
+        return sentences

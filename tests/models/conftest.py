@@ -1,0 +1,152 @@
+"""Tiny randomly initialised pipelines of the true classes, saved to disk and read back by the families' own loaders."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from models.base import LoadedModel, ModelSpec
+from models.flux import FLUX
+from models.unet import SD
+
+TEXT_LENGTH = 16
+TEXT_WIDTH = 16
+
+
+def terminal_snr_betas(terminal_snr: float = 1e-4, steps: int = 1000) -> list[float]:
+    """Scaled-linear betas, stretched to end at that SNR (Lin et al. 2024, algorithm 1)."""
+    alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2).cumprod(0).sqrt()
+    last = (terminal_snr / (1 + terminal_snr)) ** 0.5
+    alphas = last + (alphas - alphas[-1]) * (alphas[0] - last) / (alphas[0] - alphas[-1])
+    products = alphas**2
+    return (1 - torch.cat([products[:1], products[1:] / products[:-1]])).tolist()
+
+
+def autoencoder(channels: int, shift: float | None) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=2,
+        latent_channels=channels,
+        layers_per_block=1,
+        mid_block_add_attention=False,
+        scaling_factor=0.5,
+        shift_factor=shift,
+    )
+
+
+def clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
+    characters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
+    vocabulary = {word: index for index, word in enumerate(["<|startoftext|>", "<|endoftext|>", *characters])}
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config), CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v-prediction on a schedule given by `trained_betas`, trailing timesteps: what tiny-sd is saved with."""
+    torch.manual_seed(0)
+    text_encoder, tokenizer = clip()
+    folder = tmp_path_factory.mktemp("models") / "sd"
+    StableDiffusionPipeline(
+        vae=autoencoder(4, None),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=(8, 8),
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            cross_attention_dim=TEXT_WIDTH,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        ),
+        scheduler=DDIMScheduler(
+            trained_betas=terminal_snr_betas(),
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    text_encoder, tokenizer = clip()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(4, 0.1),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(pieces), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        ),
+        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            guidance_embeds=False,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_spec(sd_folder: Path) -> ModelSpec:
+    return ModelSpec(name="random-sd", family="sd", source=sd_folder)
+
+
+@pytest.fixture(scope="session")
+def flux_spec(flux_folder: Path) -> ModelSpec:
+    return ModelSpec(name="random-flux", family="flux", source=flux_folder)
+
+
+@pytest.fixture(scope="session")
+def sd(sd_spec: ModelSpec) -> LoadedModel:
+    return SD.load(sd_spec, "cpu")
+
+
+@pytest.fixture(scope="session")
+def flux(flux_spec: ModelSpec) -> LoadedModel:
+    return FLUX.load(flux_spec, "cpu")
