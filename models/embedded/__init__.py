@@ -1,0 +1,36 @@
+"""The models in the repository: our own training, drawn at their native scale, loaded like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.base import ModelSpec
+from models.embedded.recipe.grammar import WORDS
+
+FOLDER = Path(__file__).parent
+
+# (width, height), pixels: what the recipe renders, and so what the models draw well.
+RENDER_SIZES = ((192, 128), (128, 128), (128, 192))
+
+SPECS = (
+    ModelSpec(
+        name="tiny-sd",
+        family="sd",
+        source=FOLDER / "tiny-sd",
+        steps=20,
+        guidance_scale=3.0,
+        render_sizes=RENDER_SIZES,
+        vocabulary=WORDS,
+    ),
+    ModelSpec(
+        name="tiny-flux",
+        family="flux",
+        source=FOLDER / "tiny-flux",
+        steps=28,
+        guidance_scale=3.0,
+        render_sizes=RENDER_SIZES,
+        vocabulary=WORDS,
+    ),
+)
+DEFAULT = "tiny-sd"
+DEFAULT_FLUX = "tiny-flux"

@@ -1,0 +1,99 @@
+"""The loop that every training of the recipe runs in: warm-up and cosine, EMA, a log, checkpoints to resume from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor has it: six times the float32 rate on the machine this ran on."""
+    return torch.autocast(DEVICE, dtype=torch.bfloat16)
+
+
+def train(
+    name: str,
+    folder: Path,
+    module: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    ema_decay: float = 0.999,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    checkpoint_every: int = 250,
+) -> nn.Module:
+    """Minimise `loss_of(step)` over the parameters of `module`; returns `module` holding the averaged weights.
+
+    A checkpoint of the same name in `folder` is resumed; a finished one returns at once.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+    )
+    average = [p.detach().clone() for p in parameters]
+    path = folder / f"{name}.pt"
+    start = 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True, map_location=DEVICE)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, start = saved["average"], saved["step"]
+        print(f"{name}: resumed at step {start}", flush=True)
+
+    def save(step: int) -> None:
+        state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    warm_up = min(100, steps // 10 + 1)
+    began, recent = time.monotonic(), 0.0
+    module.train()
+    for step in range(start, steps):
+        rate = min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        recent += loss.item()
+        if (step + 1) % 50 == 0:
+            pace = (time.monotonic() - began) / (step + 1 - start)
+            left = pace * (steps - step - 1) / 60
+            print(
+                f"{name} {step + 1}/{steps}  loss {recent / 50:.4f}  grad {float(norm):.2f}  {pace:.2f} s/step  "
+                f"{left:.0f} min left",
+                flush=True,
+            )
+            recent = 0.0
+        if (step + 1) % checkpoint_every == 0:
+            save(step + 1)
+    if start < steps:
+        save(steps)
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    return module.eval()
+
+
+def averaged(name: str, folder: Path, module: nn.Module) -> nn.Module:
+    """`module` with the averaged weights of a checkpoint, finished or not."""
+    saved = torch.load(folder / f"{name}.pt", weights_only=True, map_location=DEVICE)
+    module.load_state_dict(saved["module"])
+    with torch.no_grad():
+        for parameter, mean in zip((p for p in module.parameters() if p.requires_grad), saved["average"], strict=True):
+            parameter.copy_(mean)
+    return module.eval()
