@@ -1,0 +1,45 @@
+"""Feature caches for diffusion models: reuse between denoising steps, attached to one run at a time.
+
+    with attach(pipe, DeepCache(interval=3, depth=2)) as report:
+        image = pipe("a misty forest at twilight").images[0]
+    print(report)
+
+Strategies and reports are plain settings and plain numbers; importing them does not import torch. The views and
+`attach` do, on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .deepcache import DeepCache
+from .first_block import FirstBlockCache
+from .strategy import AlreadyAttached, CacheError, CacheReport, CacheStrategy, IncompatibleDenoiser, NoCache
+
+if TYPE_CHECKING:
+    from .denoiser import Denoiser, TransformerDenoiser, UNetDenoiser, attach, view_of
+
+__all__ = [
+    "AlreadyAttached",
+    "CacheError",
+    "CacheReport",
+    "CacheStrategy",
+    "DeepCache",
+    "Denoiser",
+    "FirstBlockCache",
+    "IncompatibleDenoiser",
+    "NoCache",
+    "TransformerDenoiser",
+    "UNetDenoiser",
+    "attach",
+    "view_of",
+]
+
+_NEEDS_TORCH = {"Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(import_module(".denoiser", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

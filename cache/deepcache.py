@@ -1,0 +1,206 @@
+"""DeepCache: most of a UNet's deep features are reused between denoising steps (Ma et al. 2023, arXiv:2312.00858).
+
+A compute call is the whole UNet and keeps one tensor, the hidden state that enters the outermost up-path layers at one
+skip branch. A reuse call runs only what lies outside of that branch. Branch b is bit-equal to the published helper's
+`cache_branch_id=b`; the helper keeps every layer's output, this keeps the one that is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .schedule import WHOLE_SCHEDULE, Uniform, Window
+from .strategy import CacheReport, IncompatibleDenoiser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .denoiser import Denoiser, UNetDenoiser
+    from .patching import Call
+
+DEEPEST = 12  # of `depth`
+
+
+@dataclass(frozen=True, slots=True)
+class DeepCache:
+    """Compute every `interval`-th call; run the others outside of a branch that `depth` chooses.
+
+    interval: denoiser calls from one compute call to the next, 1 or more; 1 never reuses.
+    depth: 0 to 12, higher is cheaper: a reuse call costs at most 1 / (depth + 2) of a full one, counted at the UNet's
+        native size (`cost.deepest_branch`). Where no branch is that cheap, the prediction itself is kept.
+    start, end: reuse is allowed at 1000 - timestep within them: 0 is pure noise, 1000 finished. Reading the timestep
+        synchronises with a GPU once a call; with 0 and 1000 it is not read.
+    """
+
+    name: ClassVar[str] = "deepcache"
+
+    interval: int = 3
+    depth: int = 2
+    start: int = 0
+    end: int = WHOLE_SCHEDULE
+
+    def __post_init__(self) -> None:
+        for setting, least, most in (
+            ("interval", 1, None),
+            ("depth", 0, DEEPEST),
+            ("start", 0, WHOLE_SCHEDULE),
+            ("end", 0, WHOLE_SCHEDULE),
+        ):
+            value = getattr(self, setting)
+            if type(value) is not int or value < least or (most is not None and value > most):
+                bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+                raise ValueError(f"{setting} must be a whole number {bounds}, not {value!r}.")
+        if self.start > self.end:
+            raise ValueError(f"start ({self.start}) must not lie behind end ({self.end}): exchange them.")
+
+    @contextmanager
+    def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
+        """One run of `denoiser`, which must be a UNet's view. Raises IncompatibleDenoiser and AlreadyAttached."""
+        from .cost import deepest_branch  # torch, where it is needed
+        from .denoiser import UNetDenoiser
+
+        if not isinstance(denoiser, UNetDenoiser):
+            raise IncompatibleDenoiser(
+                f"DeepCache needs a UNet, and {type(denoiser.root).__name__} is none: use FirstBlockCache for it."
+            )
+        run = _Run(self, denoiser, deepest_branch(denoiser.branch_costs, self.depth))
+        with denoiser.intercepted(run.handle), run.watching():
+            try:
+                yield run.report
+                run.explain()
+            finally:
+                run.passes.clear()
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What is carried between the calls of one pass: the conditional one, the unconditional one, or both at once."""
+
+    signature: tuple[Any, ...]
+    kept: Tensor  # the branch's state (batch, channels, height, width), or the prediction where there is no branch
+    rebuild: Callable[[Tensor], Any]  # the caller's form of answer around a prediction; unused with a branch
+    age: int = 0  # calls since the last computed one
+
+
+class _Run:
+    """The state of one run."""
+
+    def __init__(self, strategy: DeepCache, denoiser: UNetDenoiser, branch: int | None) -> None:
+        self.denoiser = denoiser
+        self.branch = branch
+        self.schedule = Uniform(strategy.interval)
+        self.window = Window(strategy.start, strategy.end)
+        self.passes: dict[str | None, _Pass] = {}
+        self.captured: Tensor | None = None
+        self.outside = 0  # calls that the window excluded
+        self.branch_pass = None if branch is None else denoiser.branch_pass(branch)
+        self.copies = denoiser.modifies_in_place
+        self.report = CacheReport(
+            strategy.name,
+            settings={**dataclasses.asdict(strategy), "branch": branch, "forecast": "none"},
+            reuse_cost=0.0 if branch is None else denoiser.branch_costs[branch],
+        )
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the context, `captured` is set by the layer whose output enters the branch's pass."""
+        if self.branch is None or self.schedule.interval == 1:
+            yield
+            return
+
+        def capture(module: object, inputs: object, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            self.captured = state.detach().clone() if self.copies else state.detach()
+
+        handle = self.denoiser.source(self.branch).register_forward_hook(capture)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def handle(self, call: Call) -> Any:
+        try:
+            entry = self.reusable(call)
+            output = self.compute(call) if entry is None else self.reuse(call, entry)
+        except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
+            self.passes.clear()
+            raise
+        finally:
+            self.captured = None
+        self.report.record("C" if entry is None else "R")
+        return output
+
+    def reusable(self, call: Call) -> _Pass | None:
+        """What the call may reuse; None if it has to compute."""
+        if self.schedule.interval == 1:
+            return None
+        if not self.window.is_whole:
+            timestep = self.denoiser.timestep_of(call)
+            if not self.window.contains(timestep, self.denoiser.num_train_timesteps):
+                self.outside += 1
+                return None
+        if (argument := self.denoiser.injected(call)) is not None:
+            self.report.warn(f"Calls with {argument} (ControlNet, T2I-Adapter) were computed fully.")
+            return None
+        entry = self.passes.get(call.pass_name)
+        if entry is None or entry.signature != call.signature or not self.schedule.reuses(entry.age + 1):
+            return None
+        return entry
+
+    def compute(self, call: Call) -> Any:
+        self.passes.pop(call.pass_name, None)  # before the call, so that the old and the new are not held at once
+        output = call.run()
+        if self.schedule.interval == 1 or self.denoiser.injected(call) is not None:
+            return output
+        if self.branch is None:
+            # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
+            prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
+            entry = _Pass(call.signature, prediction.detach().clone(), _rebuilder(output))
+        elif self.captured is None:
+            self.report.warn(
+                "The layer before the cached branch did not report its output, so nothing could be reused; it may have "
+                "been compiled into a larger block: compile the layers apart or the whole network after attaching."
+            )
+            return output
+        else:
+            entry = _Pass(call.signature, self.captured, _rebuilder(output))
+        self.passes[call.pass_name] = entry
+        held = sum(one.kept.numel() * one.kept.element_size() for one in self.passes.values())
+        self.report.cache_bytes = max(self.report.cache_bytes, held)
+        return output
+
+    def reuse(self, call: Call, entry: _Pass) -> Any:
+        entry.age += 1
+        if self.branch_pass is None:
+            return entry.rebuild(entry.kept.clone())
+        return self.branch_pass.run(call, entry.kept.clone() if self.copies else entry.kept)
+
+    def explain(self) -> None:
+        """Warn of whatever kept the cache from acting as asked."""
+        report, interval, calls = self.report, self.schedule.interval, len(self.report.decisions)
+        if interval == 1:
+            report.warn("DeepCache with interval 1 computes every call: use an interval of 2 or more.")
+        elif calls < 2:
+            report.warn(f"DeepCache had nothing to reuse in a run of {calls} denoiser calls: use more steps.")
+        elif report.reused == 0 and self.outside:
+            report.warn(
+                f"DeepCache reused nothing: no call that could have lay between start {self.window.start} and end "
+                f"{self.window.end} (progress along the noise schedule). Widen the window."
+            )
+        elif report.reused == 0 and not report.warnings:
+            report.warn("DeepCache reused nothing: the inputs changed their shape at every call.")
+        elif interval > calls:
+            report.warn(
+                f"DeepCache's interval {interval} exceeds the run's {calls} calls: only the first one computed."
+            )
+
+
+def _rebuilder(output: Any) -> Callable[[Tensor], Any]:
+    """Makes an answer of the same form around another tensor; holds on to no tensor of `output`."""
+    if isinstance(output, tuple):
+        return lambda prediction: (prediction,)
+    return type(output)

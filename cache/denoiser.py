@@ -1,0 +1,296 @@
+"""The views that strategies work on: what a UNet and a transformer look like to a cache, told by structure.
+
+A view knows where a network can be cut and how to run the rest of it; it holds no state of a run. What runs is always
+the root's own `forward`, over shortened lists of its own layers (`patching.shadowed`), so that conditioning, LoRA
+scales, masks, forced upsampling sizes and offload hooks are the model's business and not copied here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from . import cost
+from .patching import Call, Shadow, intercepted, shadowed
+from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
+
+__all__ = ["BranchPass", "Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"]
+
+
+class Denoiser:
+    """A network that is called once or more a step to predict noise, velocity or sample."""
+
+    injections: ClassVar[tuple[str, ...]] = ()
+    """Arguments that change the network between its layers. A call that has one computes fully."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
+
+    def argument(self, name: str, call: Call) -> Any:
+        """What `call` passes for the root's parameter `name`, by keyword or position; None if it does not."""
+        if name in call.kwargs:
+            return call.kwargs[name]
+        position = self._parameters.index(name) if name in self._parameters else len(call.args)
+        return call.args[position] if position < len(call.args) else None
+
+    def injected(self, call: Call) -> str | None:
+        """The first of `injections` that `call` carries."""
+        return next((name for name in self.injections if self.argument(name, call) is not None), None)
+
+    def timestep_of(self, call: Call) -> float:
+        """The call's timestep (that of the first batch item). Synchronises if it lies on a GPU."""
+        timestep = self.argument("timestep", call)
+        return float(timestep.reshape(-1)[0] if isinstance(timestep, Tensor) else timestep)
+
+    def intercepted(self, handle: Callable[[Call], Any]) -> AbstractContextManager[None]:
+        """Within the context, calls of the root go through `handle`. Raises AlreadyAttached."""
+        return intercepted(self.root, handle)
+
+
+class _Kept:
+    """Takes the middle block's place in a branch pass: answers with the kept state, whatever comes in."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        return self.state
+
+
+class BranchPass:
+    """The root's own forward over the layers outside of one branch, a kept hidden state standing for the rest."""
+
+    def __init__(self, shadows: list[Shadow], middle: _Kept) -> None:
+        self._shadows = shadows
+        self._middle = middle
+
+    def run(self, call: Call, state: Tensor) -> Any:
+        """`state` has the shape of what the branch's source put out: (batch, channels, height, width)."""
+        self._middle.state = state
+        try:
+            with shadowed(self._shadows):
+                return call.run()
+        finally:
+            self._middle.state = None
+
+
+class UNetDenoiser(Denoiser):
+    """A diffusers UNet with down, middle and up blocks of residual layers, with or without attentions.
+
+    The down path has n entries, each of which one of the n up-path layers takes as its skip: `conv_in`, then each
+    block's layers and its downsampler. Branch b (0 ≤ b < n, DeepCache's `cache_branch_id`) cuts before the up-path
+    layer n - 1 - b: a branch pass runs `conv_in`, the b following entries and the last b + 1 up-path layers.
+
+    native_size: height and width of the latents at which the costs are counted; None reads `config.sample_size`.
+    """
+
+    injections = (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    )
+
+    def __init__(
+        self, root: nn.Module, *, native_size: tuple[int, int] | None = None, num_train_timesteps: int = 1000
+    ) -> None:
+        super().__init__(root)
+        self.native_size = native_size
+        self.num_train_timesteps = num_train_timesteps
+        self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
+        self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
+        self.down_entries = [("conv_in",)]
+        for i, block in enumerate(self.down_blocks):
+            self.down_entries += _layer_paths(block, f"down_blocks.{i}")
+            if _samplers(block, "downsamplers"):
+                self.down_entries.append((f"down_blocks.{i}.downsamplers",))
+        self.up_layers: list[tuple[str, ...]] = []
+        for i, block in enumerate(self.up_blocks):
+            layers = _layer_paths(block, f"up_blocks.{i}")
+            if _samplers(block, "upsamplers"):
+                layers[-1] += (f"up_blocks.{i}.upsamplers",)
+            self.up_layers += layers
+        if len(self.down_entries) != len(self.up_layers):
+            raise IncompatibleDenoiser(
+                f"{type(root).__name__} has {len(self.down_entries)} skips for {len(self.up_layers)} up-path layers; "
+                "DeepCache needs a UNet whose up-path layers take one skip each."
+            )
+
+    @property
+    def branches(self) -> int:
+        """The number of branches. Without a middle block the deepest one would skip nothing and is not counted."""
+        return len(self.up_layers) - (self.root.mid_block is None)
+
+    @property
+    def branch_costs(self) -> tuple[float, ...]:
+        """Share of a full call's floating-point operations that each branch's pass needs, at the native size."""
+        return cost.branch_costs(self)
+
+    @property
+    def modifies_in_place(self) -> bool:
+        """FreeU scales the state that enters an up block in place, so what is kept must not be that very tensor."""
+        return any(getattr(block, "b1", None) is not None for block in self.up_blocks)
+
+    def source(self, branch: int) -> nn.Module:
+        """The module whose output is the state that enters the first up-path layer of the branch's pass.
+
+        That state has the shape (batch, channels, height, width) of the level it belongs to.
+        """
+        skipped = len(self.up_layers) - 1 - branch
+        if skipped == 0:
+            return self.root.mid_block  # type: ignore[return-value]
+        module: nn.Module = self.root.get_submodule(self.up_layers[skipped - 1][-1])
+        if self.up_layers[skipped - 1][-1].endswith(".upsamplers"):
+            return module[-1]  # type: ignore[index,return-value]
+        return module
+
+    def branch_pass(self, branch: int) -> BranchPass:
+        """What runs `conv_in`, the `branch` following entries and the last `branch` + 1 up-path layers."""
+        shadows: list[Shadow] = []
+        down, entries = [], branch
+        for block in self.down_blocks:
+            if entries == 0:
+                break
+            down.append(block)
+            layers = len(block.resnets)
+            if entries < layers + _samplers(block, "downsamplers"):
+                shadows += [*_shorten(block, slice(entries)), (block, "downsamplers", None)]
+                break
+            entries -= layers + _samplers(block, "downsamplers")
+        up, entries = [], branch + 1
+        for block in reversed(self.up_blocks):
+            up.insert(0, block)
+            layers = len(block.resnets)
+            if entries <= layers:
+                shadows += _shorten(block, slice(layers - entries, None))
+                break
+            entries -= layers
+        middle = _Kept()
+        shadows += [(self.root, "down_blocks", down), (self.root, "mid_block", middle), (self.root, "up_blocks", up)]
+        return BranchPass(shadows, middle)
+
+
+def _layer_paths(block: Any, path: str) -> list[tuple[str, ...]]:
+    """The block's layers in order, each as the paths of the modules that it runs in order."""
+    lists = [name for name, child in block.named_children() if isinstance(child, nn.ModuleList)]
+    known = {"resnets", "attentions", "downsamplers", "upsamplers"}
+    if "resnets" not in lists or not set(lists) <= known or hasattr(block, "skip_conv"):
+        raise IncompatibleDenoiser(
+            f"DeepCache cannot cut {type(block).__name__}: it knows blocks of residual layers, each with one or no "
+            "attention and one skip."
+        )
+    parallel = ["resnets", *(["attentions"] if "attentions" in lists else [])]
+    return [tuple(f"{path}.{name}.{i}" for name in parallel) for i in range(len(block.resnets))]
+
+
+def _samplers(block: Any, name: str) -> int:
+    """1 if the block changes resolution at its end, else 0."""
+    return int(bool(getattr(block, name, None)))
+
+
+def _shorten(block: Any, part: slice) -> list[Shadow]:
+    names = [name for name in ("resnets", "attentions") if hasattr(block, name)]
+    return [(block, name, getattr(block, name)[part]) for name in names]
+
+
+_STREAM_ORDER = ("hidden_states", "encoder_hidden_states")  # of a block's positional arguments in diffusers
+
+
+class TransformerDenoiser(Denoiser):
+    """A transformer whose root runs one or two lists of blocks in turn, over an image and perhaps a text stream.
+
+    block_lists: the root's attributes that hold the blocks, in the order of their running; None finds them by name.
+    streams: the block's results in their order, for blocks that return a tuple. One that returns a tensor returns the
+    image stream. Streams have the shape (batch, tokens, channels).
+    """
+
+    injections = (
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+        "skip_layers",
+    )
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        block_lists: Sequence[str] | None = None,
+        streams: Sequence[str] = ("encoder_hidden_states", "hidden_states"),
+    ) -> None:
+        super().__init__(root)
+        usual = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+        names = usual if block_lists is None else block_lists
+        self.block_lists = tuple(name for name in names if len(getattr(root, name, ())) > 0)
+        self.streams = tuple(streams)
+        if not self.block_lists or (block_lists is not None and self.block_lists != tuple(block_lists)):
+            raise IncompatibleDenoiser(
+                f"{type(root).__name__} has no blocks under {', '.join(names)}: name its lists in block_lists."
+            )
+
+    @property
+    def blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each list."""
+        return [list(getattr(self.root, name)) for name in self.block_lists]
+
+    def batch_of(self, call: Call) -> int:
+        """How many items `call` denoises together."""
+        return len(self.argument("hidden_states", call))
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The streams that a block is called with."""
+        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(kwargs)
+        return {name: named[name] for name in _STREAM_ORDER if isinstance(named.get(name), Tensor)}
+
+    def arguments(
+        self, streams: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with other streams in them."""
+        by_name = {name: streams.get(name, value) for name, value in kwargs.items()}
+        named = dict(zip(_STREAM_ORDER, args, strict=False)) | streams
+        return (*(named[name] for name in _STREAM_ORDER[: len(args)]), *args[len(_STREAM_ORDER) :]), by_name
+
+    def results(self, output: Any) -> dict[str, Tensor]:
+        """The streams in what a block returned."""
+        if not isinstance(output, tuple):
+            return {"hidden_states": output}
+        return {name: stream for name, stream in zip(self.streams, output, strict=True) if stream is not None}
+
+    def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
+        """What a block that put out `streams` would return; `packed` if the blocks return tuples."""
+        return tuple(map(streams.get, self.streams)) if packed else streams["hidden_states"]
+
+
+def view_of(target: Any) -> Denoiser:
+    """The view of a denoiser, of a network, or of the network in a diffusers pipeline.
+
+    Raises IncompatibleDenoiser if the structure is not known.
+    """
+    if isinstance(target, Denoiser):
+        return target
+    root = target
+    if not isinstance(target, nn.Module):
+        root = getattr(target, "unet", None) or getattr(target, "transformer", None)
+    if not isinstance(root, nn.Module):
+        raise IncompatibleDenoiser(
+            f"{type(target).__name__} has neither a unet nor a transformer: pass the network itself or a Denoiser."
+        )
+    if hasattr(root, "down_blocks") and hasattr(root, "up_blocks"):
+        schedule = getattr(getattr(target, "scheduler", None), "config", None)
+        return UNetDenoiser(root, num_train_timesteps=getattr(schedule, "num_train_timesteps", 1000))
+    return TransformerDenoiser(root)
+
+
+def attach(target: Any, strategy: CacheStrategy) -> AbstractContextManager[CacheReport]:
+    """Attach `strategy` to a diffusers pipeline, a network or a Denoiser for one run.
+
+    The context is one run: what the cache keeps is carried from call to call inside it and dropped at its end. Enter
+    it anew for the next picture. A loop that calls the network for the conditional and the unconditional pass apart
+    wraps each call in `root.cache_context(name)`, as diffusers' pipelines do. Raises IncompatibleDenoiser and
+    AlreadyAttached.
+    """
+    return strategy.attach(view_of(target))

@@ -1,0 +1,120 @@
+"""Scoped changes of a module that restore it exactly.
+
+Python looks into an instance's `__dict__` before `torch.nn.Module` looks among its registered children. An entry put
+there shadows a method or a child for whoever runs the module, while `parameters()`, `state_dict()`, LoRA scaling and
+offload hooks still see the registered network, and taking the entry away leaves no trace.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .strategy import AlreadyAttached
+
+Shadow = tuple[Any, str, Any]  # module, attribute, what takes its place
+
+_ABSENT = object()
+
+
+@contextmanager
+def shadowed(shadows: Iterable[Shadow]) -> Iterator[None]:
+    """Within the context, each module shows the given value under the given name."""
+    restore: list[Shadow] = []
+    try:
+        for module, name, value in shadows:
+            restore.append((module, name, module.__dict__.get(name, _ABSENT)))
+            module.__dict__[name] = value
+        yield
+    finally:
+        for module, name, value in reversed(restore):
+            if value is _ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a denoiser as its caller made it.
+
+    `pass_name` is the name of the surrounding `root.cache_context(name)`, by which diffusers pipelines tell the
+    conditional pass from the unconditional one where the two run apart; None outside of one.
+    """
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    pass_name: str | None
+
+    def run(self) -> Any:
+        """The root's own forward, with whatever hooks it had."""
+        return self.forward(*self.args, **self.kwargs)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Shapes, dtypes and devices of all tensors, and the flags. Calls of unequal signature share nothing."""
+        return (_signature(self.args), _signature(self.kwargs))
+
+
+def _signature(value: Any) -> Any:
+    match value:
+        case torch.Tensor():
+            return (value.shape, value.dtype, value.device)
+        case bool():
+            return value
+        case tuple() | list():
+            return tuple(_signature(item) for item in value)
+        case Mapping():
+            return tuple((key, _signature(item)) for key, item in value.items())
+    return None
+
+
+class _Interception:
+    """Stands in for `root.forward`; its presence is the mark that a cache is attached."""
+
+    def __init__(self, forward: Callable[..., Any], handle: Callable[[Call], Any]) -> None:
+        functools.update_wrapper(self, forward)  # pipelines read the signature
+        self.forward = forward
+        self.handle = handle
+        self.pass_name: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.handle(Call(self.forward, args, kwargs, self.pass_name))
+
+
+@contextmanager
+def intercepted(root: nn.Module, handle: Callable[[Call], Any]) -> Iterator[None]:
+    """Within the context, each call of `root` is handed to `handle`, whose result is returned to the caller.
+
+    `root.cache_context(name)` is there within the context, whether or not the module brings one.
+    Raises AlreadyAttached if the root is intercepted already.
+    """
+    if isinstance(root.__dict__.get("forward"), _Interception):
+        raise AlreadyAttached(
+            f"A cache is already attached to this {type(root).__name__}: leave its context before attaching another, "
+            "or load a second model to run two at once."
+        )
+    interception = _Interception(root.forward, handle)
+    own_context = getattr(root, "cache_context", None)
+
+    @contextmanager
+    def cache_context(name: str, **details: Any) -> Iterator[None]:
+        outer, interception.pass_name = interception.pass_name, name
+        try:
+            if own_context is None:
+                yield
+            else:
+                with own_context(name, **details):
+                    yield
+        finally:
+            interception.pass_name = outer
+
+    with shadowed([(root, "forward", interception), (root, "cache_context", cache_context)]):
+        yield

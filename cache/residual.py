@@ -1,0 +1,225 @@
+"""One run of the first-block cache: the residuals that it keeps, and the stand-ins that run or skip the blocks.
+
+For a call, each of the root's lists of blocks is shadowed by a single stand-in. The first one runs block 0 and decides;
+then each runs the rest of its list over the batch items that compute. The root's forward is untouched around them, so
+what it does between and after its lists stays its business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cost import first_block_cost, on_meta
+from .denoiser import TransformerDenoiser
+from .patching import Call, shadowed
+from .strategy import CacheReport, IncompatibleDenoiser
+
+IMAGE = "hidden_states"
+Streams = dict[str, Tensor]  # by name, each (batch, tokens, channels)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What is carried between the calls of one pass; every tensor's first dimension is the batch.
+
+    An item's entries are those of its last computed call.
+    """
+
+    signature: tuple[Any, ...]
+    probe: Tensor  # the first block's residual of the image stream (batch, tokens, channels)
+    scale: Tensor  # mean |probe| of each item (batch,)
+    tails: Streams  # what all blocks but the first added to each stream
+    streak: list[int]  # reused calls in a row of each item
+
+    @property
+    def bytes(self) -> int:
+        tensors = (self.probe, self.scale, *self.tails.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class ResidualRun:
+    """The state of one run, and what handles its calls."""
+
+    def __init__(
+        self, denoiser: TransformerDenoiser, report: CacheReport, threshold: float, max_consecutive: int | None
+    ) -> None:
+        self.denoiser = denoiser
+        self.report = report
+        self.threshold = threshold
+        self.cap = math.inf if max_consecutive is None else max_consecutive
+        self.blocks = denoiser.blocks
+        self.passes: dict[str | None, _Pass] = {}
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
+        # Whether blocks write into their inputs, so that what is subtracted later must be copied; None until seen.
+        self.in_place: bool | None = None
+
+    def handle(self, call: Call) -> Any:
+        denoiser, report = self.denoiser, self.report
+        argument = denoiser.injected(call)
+        if argument is not None:
+            report.warn(f"Calls with {argument} were computed fully: it changes what the blocks hand on.")
+        if self.threshold == 0 or argument is not None:
+            self.passes.pop(call.pass_name, None)
+            output = call.run()
+            report.record("C" * denoiser.batch_of(call))
+            report.residuals.append(None)
+            return output
+        if self.arguments is None:
+            self.arguments = on_meta(call)
+        turn = _Turn(self, call)
+        stand_ins = [
+            (denoiser.root, name, [partial(turn.through, index)]) for index, name in enumerate(denoiser.block_lists)
+        ]
+        try:
+            with shadowed(stand_ins):
+                output = call.run()
+        except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
+            self.passes.clear()
+            raise
+        report.record("".join("C" if row in turn.rows else "R" for row in range(turn.batch)))
+        report.residuals.append(turn.change)
+        report.cache_bytes = max(report.cache_bytes, sum(entry.bytes for entry in self.passes.values()))
+        return output
+
+    def reuse_cost(self) -> float | None:
+        """Share of a full call's operations that a reuse call needs; None where nothing was reused or counted."""
+        if self.report.reused == 0 or self.arguments is None:
+            return None
+        try:
+            return first_block_cost(self.denoiser, *self.arguments)
+        except (IncompatibleDenoiser, RuntimeError):
+            return None  # a network that cannot run without data: the pictures are made, only the prediction is missing
+
+
+class _Turn:
+    """One call in progress."""
+
+    def __init__(self, run: ResidualRun, call: Call) -> None:
+        self.run = run
+        self.call = call
+        self.batch = 0
+        self.rows: list[int] = []  # the batch items that compute
+        self.change: float | None = None  # the largest relative change of a probe in the batch
+        self.packed = True  # whether the blocks return a tuple
+        self.head: Streams = {}  # after the first block, as it was then
+        self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
+
+    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What the root gets for running its list of blocks `index`."""
+        run, denoiser = self.run, self.run.denoiser
+        blocks = run.blocks[index]
+        if index == 0:
+            streams = self.begin(args, kwargs)
+            blocks = blocks[1:]
+        else:
+            passed = denoiser.inputs(args, kwargs)
+            streams = {name: passed[name] for name in self.head}
+        if len(self.rows) == self.batch:
+            streams = self.run_blocks(blocks, streams, args, kwargs)
+        elif self.rows:
+            rows = self.index_of_rows()
+            some_args = tuple(_items(value, rows, self.batch) for value in args)
+            some_kwargs = {name: _items(value, rows, self.batch) for name, value in kwargs.items()}
+            some = {name: stream[rows] for name, stream in streams.items()}
+            some = self.run_blocks(blocks, some, some_args, some_kwargs)
+            streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
+        if index == len(run.blocks) - 1 and self.rows:
+            self.keep(streams)
+        return denoiser.output(streams, self.packed)
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
+        """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""
+        run, denoiser = self.run, self.run.denoiser
+        image = denoiser.inputs(args, kwargs)[IMAGE]
+        before = image if run.in_place is False else image.clone()
+        result = run.blocks[0][0](*args, **kwargs)
+        self.packed = isinstance(result, tuple)
+        self.live = denoiser.results(result)
+        self.head = self.live
+        if run.in_place is not False:
+            self.head = {name: stream.clone() for name, stream in self.live.items()}
+            run.in_place = run.in_place or not torch.equal(before, image) or None
+        self.probe = (self.head[IMAGE] - before).detach()
+        self.batch = len(self.probe)
+        entry = run.passes.get(self.call.pass_name)
+        if entry is None or entry.signature != self.call.signature:
+            run.passes.pop(self.call.pass_name, None)
+            self.rows = list(range(self.batch))
+            return self.live
+        self.decide(entry)
+        if len(self.rows) == self.batch:
+            return self.live
+        # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
+        streams = {name: entry.tails[name] + s if name in entry.tails else s for name, s in self.head.items()}
+        if self.rows:
+            rows = self.index_of_rows()
+            streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
+        return streams
+
+    def decide(self, entry: _Pass) -> None:
+        """Set which items compute, by how much each one's probe differs from the kept one."""
+        run = self.run
+        changes = [(now - then).abs().mean() for now, then in zip(self.probe, entry.probe, strict=True)]
+        ratios = (torch.stack(changes) / entry.scale).tolist()
+        for row, ratio in enumerate(ratios):
+            reuse = ratio < run.threshold and entry.streak[row] < run.cap  # false for NaN
+            entry.streak[row] = entry.streak[row] + 1 if reuse else 0
+            if not reuse:
+                self.rows.append(row)
+        if all(map(math.isfinite, ratios)):
+            self.change = max(ratios)
+        else:
+            run.report.warn("The first block's residual was zero, infinite or not a number: those calls computed.")
+
+    def run_blocks(
+        self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Streams:
+        denoiser = self.run.denoiser
+        for block in blocks:
+            block_args, block_kwargs = denoiser.arguments(streams, args, kwargs)
+            streams = denoiser.results(block(*block_args, **block_kwargs))
+        return streams
+
+    def keep(self, streams: Streams) -> None:
+        """Keep what the items that computed may reuse; `streams` are those after the last block."""
+        run = self.run
+        if any(stream.shape != self.head[name].shape for name, stream in streams.items()):
+            raise IncompatibleDenoiser(
+                f"{type(run.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
+                "lists that hand the same streams on in block_lists."
+            )
+        if run.in_place is None:
+            run.in_place = not all(torch.equal(self.live[name], stream) for name, stream in self.head.items())
+        tails = {name: (stream - self.head[name]).detach() for name, stream in streams.items()}
+        scale = torch.stack([item.abs().mean() for item in self.probe])
+        entry = run.passes.get(self.call.pass_name)
+        if entry is None or len(self.rows) == self.batch:
+            run.passes[self.call.pass_name] = _Pass(self.call.signature, self.probe, scale, tails, [0] * self.batch)
+            return
+        rows = self.index_of_rows()
+        for kept, new in (
+            (entry.probe, self.probe),
+            (entry.scale, scale),
+            *((entry.tails[name], tail) for name, tail in tails.items()),
+        ):
+            kept.index_copy_(0, rows, new[rows])
+
+    def index_of_rows(self) -> Tensor:
+        return torch.tensor(self.rows, device=self.probe.device)
+
+
+def _items(value: Any, rows: Tensor, batch: int) -> Any:
+    """The batch items `rows` of an argument that has a batch dimension; position ids and the like have none."""
+    match value:
+        case Tensor() if value.dim() > 0 and value.shape[0] == batch:
+            return value[rows]
+        case dict():
+            return {name: _items(item, rows, batch) for name, item in value.items()}
+    return value

@@ -1,0 +1,148 @@
+"""What a cache is to its user: a strategy that is attached for one run, the report of that run, and the errors.
+
+A strategy is a frozen setting without state. `attach` is a context manager around one run of a denoiser; all that the
+run keeps lives inside it. Torch is not imported here, nor by the strategies' modules, so that a process that only
+validates settings can build them and send them to the one that owns the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from .denoiser import Call, Denoiser
+
+
+class CacheError(Exception):
+    """A cache cannot act as asked. The message carries the remedy."""
+
+
+class AlreadyAttached(CacheError):
+    """The denoiser is inside another `attach`."""
+
+
+class IncompatibleDenoiser(CacheError):
+    """The strategy does not work on a denoiser of this kind, or its structure is not one that the views know."""
+
+
+@dataclass(slots=True)
+class CacheReport:
+    """What a cache did in one run; filled while the run goes on.
+
+    `decisions` has one letter for each finished denoiser call: C computed, R reused. `reuse_cost` is the share of a
+    full call's floating-point operations that a reuse call needs, None where it was not counted. `cache_bytes` is the
+    peak of what was kept between calls. `settings` holds what the strategy was told and what followed from it.
+
+    First-block cache only: `residuals` holds for each call the relative change of the first block's residual that was
+    held against the threshold (the largest of the batch; None where there was nothing to compare with), and
+    `item_decisions`, for a batch of several, the letters of each item; there a call's letter is R if every item reused.
+    """
+
+    strategy: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    decisions: str = ""
+    reuse_cost: float | None = None
+    cache_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    residuals: list[float | None] = field(default_factory=list)
+    item_decisions: list[str] = field(default_factory=list)
+
+    @property
+    def computed(self) -> int:
+        return self.decisions.count("C")
+
+    @property
+    def reused(self) -> int:
+        return self.decisions.count("R")
+
+    @property
+    def hit_rate(self) -> float:
+        """Reused calls by all calls; 0 for a run without calls."""
+        return self.reused / len(self.decisions) if self.decisions else 0.0
+
+    @property
+    def predicted_speedup(self) -> float | None:
+        """Operations of an uncached run by those of this one, from the decisions that were made."""
+        if self.reused == 0:
+            return 1.0
+        if self.reuse_cost is None:
+            return None
+        return len(self.decisions) / (self.computed + self.reused * self.reuse_cost)
+
+    def record(self, items: str) -> None:
+        """Note a finished call by its letter, or by the letters of its batch items where those decide apart."""
+        if len(items) > 1 and not self.decisions:
+            self.item_decisions = [""] * len(items)
+        if len(self.item_decisions) == len(items):
+            self.item_decisions = [so_far + letter for so_far, letter in zip(self.item_decisions, items, strict=True)]
+        else:
+            self.item_decisions = []  # the batch has changed its size: its items are other ones
+        self.decisions += "C" if "C" in items else "R"
+
+    def warn(self, sentence: str) -> None:
+        """Add `sentence` for the user, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `cache` object of an answer: JSON types only, floats rounded. The warnings travel beside it."""
+        speedup = self.predicted_speedup
+        report: dict[str, Any] = {
+            "strategy": self.strategy,
+            "computed": self.computed,
+            "reused": self.reused,
+            "hit_rate": round(self.hit_rate, 4),
+            "decisions": self.decisions,
+            **self.settings,
+            "reuse_cost": None if self.reuse_cost is None else round(self.reuse_cost, 4),
+            "predicted_speedup": None if speedup is None else round(speedup, 3),
+            "cache_bytes": self.cache_bytes,
+        }
+        if self.residuals:
+            report["residuals"] = [None if value is None else round(value, 5) for value in self.residuals]
+        if self.item_decisions:
+            report["item_decisions"] = list(self.item_decisions)
+        return report
+
+    def __str__(self) -> str:
+        speedup = self.predicted_speedup
+        prediction = "" if speedup is None else f", predicted {speedup:.2f}×"
+        return (
+            f"{self.strategy}: {self.decisions or 'no calls'} "
+            f"({self.computed} computed, {self.reused} reused, hit rate {self.hit_rate:.2f}{prediction})"
+        )
+
+
+class CacheStrategy(Protocol):
+    """A way to save denoiser calls: frozen settings and the behaviour that goes with them."""
+
+    name: ClassVar[str]
+
+    def attach(self, denoiser: Denoiser) -> AbstractContextManager[CacheReport]:
+        """Act on every call of `denoiser` inside the context, which is one run; then restore it exactly.
+
+        Raises IncompatibleDenoiser and AlreadyAttached on entering.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoCache:
+    """Every call computes. The calls are counted, so that a report always has the same fields."""
+
+    name: ClassVar[str] = "none"
+
+    @contextmanager
+    def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
+        report = CacheReport(self.name)
+
+        def count(call: Call) -> Any:
+            output = call.run()
+            report.record("C")
+            return output
+
+        with denoiser.intercepted(count):
+            yield report
