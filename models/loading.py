@@ -52,13 +52,13 @@ def load_pipeline(
             components[name] = encoder
         pipeline = pipeline_class.from_pretrained(spec.source, **options, **components)
     except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do
-        raise _damaged(spec, _first_line(error)) from error
+        raise damaged(spec, first_line(error)) from error
     modules = {name: part for name, part in pipeline.components.items() if hasattr(part, "requires_grad_")}
     for name, module in modules.items():
         lacking += [f"{name}.{key}" for key, tensor in module.named_parameters() if tensor.is_meta]
         module.eval().requires_grad_(False)
     if lacking:
-        raise _damaged(spec, f"{len(lacking)} tensors are missing, {lacking[0]} first.")
+        raise damaged(spec, f"{len(lacking)} tensors are missing, {lacking[0]} first.")
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -78,7 +78,7 @@ def _check_tokenizers(spec: ModelSpec) -> None:
     """Without its files a tokenizer loads all the same, with an empty vocabulary."""
     for name in read_json(spec, "model_index.json"):
         if name.startswith("tokenizer") and not any((spec.source / name / file).is_file() for file in TOKENIZER_FILES):
-            raise _damaged(spec, f"{name}/ holds none of {', '.join(TOKENIZER_FILES)}.")
+            raise damaged(spec, f"{name}/ holds none of {', '.join(TOKENIZER_FILES)}.")
 
 
 def read_json(spec: ModelSpec, path: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read_json(spec: ModelSpec, path: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = "is missing." if isinstance(error, FileNotFoundError) else f"cannot be read: {_first_line(error)}"
+        reason = "is missing." if isinstance(error, FileNotFoundError) else f"cannot be read: {first_line(error)}"
         raise LoadFailed(
             f"The model {spec.name!r} has no usable folder: {file} {reason} "
             "The source of a model is a folder in diffusers format."
@@ -130,14 +130,16 @@ def dtype_for(device: str, on_accelerator: torch.dtype) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else on_accelerator
 
 
-def _damaged(spec: ModelSpec, reason: str) -> LoadFailed:
+def damaged(spec: ModelSpec, reason: str) -> LoadFailed:
+    """The error for files that cannot be used; `reason` is a sentence."""
     return LoadFailed(
         f"The model {spec.name!r} could not be read from {spec.source}: {reason} "
         "Replace its files with an undamaged copy."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the error says first, as a sentence."""
     text = str(error).strip().splitlines()
     line = text[0] if text else type(error).__name__
     return line if line.endswith(".") else line + "."

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cache import CacheError
+
 from .base import LoadedModel, LoadFailed, ModelFamily, ModelSpec, UnknownModel
 from .flux import FLUX
 from .unet import SD
@@ -82,7 +84,7 @@ class Registry:
         costs: tuple[float, ...] = ()
         try:
             costs = self.reuse_costs(name)
-        except LoadFailed as failure:
+        except (LoadFailed, CacheError) as failure:
             error = str(failure)
         return {
             "name": name,

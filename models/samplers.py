@@ -39,7 +39,7 @@ _TIMESTEPS: Schedulers = {**_SIGMAS, "ays": _PLAIN}  # its set_timesteps takes t
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """A diffusers scheduler class by name, the settings that make it this sampler, the schedulers that it can take.
+    """A scheduler class by name, diffusers' or our own, what makes it this sampler, and the schedulers it can take.
 
     `noise_seeds`: the setting that takes the images' seeds, for a scheduler that draws its noise from no generator.
     """
@@ -64,7 +64,7 @@ DIFFUSION: Mapping[str, Sampler] = {
     ),
     "dpmpp_sde": Sampler("DPMSolverSDEScheduler", _SIGMAS, noise_seeds="noise_sampler_seed"),
     "dpmpp_3m_sde": Sampler(
-        "DPMSolverMultistepScheduler", _TIMESTEPS, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+        "ThirdOrderSDEScheduler", _TIMESTEPS, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
     ),
     # Latents are not confined to [-1, 1]; DDIM's default clips them.
     "ddim": Sampler("DDIMScheduler", _SPACED, {"clip_sample": False}),
@@ -123,7 +123,7 @@ def build(
         return type(saved).from_config(saved.config)
     check(choices(samplers), sampler, scheduler)
     choice = samplers[sampler or DEFAULT_SAMPLER]
-    cls = _scheduler_class(choice.scheduler_class)
+    cls = scheduler_class(choice.scheduler_class)
     settings = {**choice.settings, **(choice.schedulers[scheduler] if scheduler is not None else {})}
     if choice.noise_seeds is not None:
         settings[choice.noise_seeds] = list(seeds)
@@ -150,14 +150,13 @@ def custom_timesteps(scheduler: str | None, steps: int) -> list[int] | None:
     return timesteps
 
 
-def _scheduler_class(name: str) -> Any:
-    if name == "FlowMatchHeunScheduler":
-        from .flow_heun import FlowMatchHeunScheduler
-
-        return FlowMatchHeunScheduler
+def scheduler_class(name: str) -> Any:
+    """Our own scheduler of that name, or diffusers'."""
     import diffusers
 
-    return getattr(diffusers, name)
+    from . import schedulers
+
+    return getattr(schedulers, name, None) or getattr(diffusers, name)
 
 
 def _lcm_origin(steps: int, train_timesteps: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
-from .loading import check_class, dtype_for, load_pipeline, quiet, read_json
+from .loading import check_class, damaged, dtype_for, first_line, load_pipeline, quiet, read_json
 from .pipeline import PipelineModel
 from .samplers import DIFFUSION, choices
 
@@ -47,7 +47,10 @@ class StableDiffusion:
         with quiet(), torch.device("meta"):
             from diffusers import UNet2DConditionModel
 
-            unet = UNet2DConditionModel.from_config(config)
+            try:
+                unet = UNet2DConditionModel.from_config(config)
+            except Exception as error:  # whatever torch and diffusers make of a nonsensical shape
+                raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
         return UNetDenoiser(unet).branch_costs
 
     def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:

@@ -1,11 +1,12 @@
-"""Heun's method on a flow-matching model."""
+"""Two schedulers that diffusers lacks or gets wrong."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 
 class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
@@ -59,6 +60,37 @@ class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[m
             self._step_index += 1
         if not return_dict:
             return (result,)
-        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result)
+
+
+class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """DPM-Solver++(3M) SDE with the sign of its last term put right.
+
+    diffusers 0.42.1 weights the second difference D₂ with (1 - e^(-2h) - 2h) / (2h)² - ½; the expansion (Lu et al.
+    2022, "DPM-Solver++", appendix B, with 2h for h as in k-diffusion's sample_dpmpp_3m_sde) says + ½. With the minus
+    the term does not vanish with the step: on Gaussian data the samples' spread grows with the number of steps, 17 %
+    too wide at 150. What is lacking is α·D₂, added here.
+    """
+
+    def multistep_dpm_solver_third_order_update(
+        self,
+        model_output_list: list[torch.Tensor],
+        *args: Any,
+        sample: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        result: torch.Tensor = super().multistep_dpm_solver_third_order_update(
+            model_output_list, *args, sample=sample, noise=noise, **kwargs
+        )
+        if self.config.algorithm_type != "sde-dpmsolver++":
+            return result
+        at = self.step_index
+        alphas, sigmas = zip(
+            *(self._sigma_to_alpha_sigma_t(self.sigmas[i]) for i in range(at - 2, at + 2)), strict=True
+        )
+        two_back, back, now, target = (a.log() - s.log() for a, s in zip(alphas, sigmas, strict=True))  # log-SNR / 2
+        r0, r1 = (now - back) / (target - now), (back - two_back) / (target - now)
+        m0, m1, m2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
+        second_difference = ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
+        return result + alphas[-1] * second_difference
