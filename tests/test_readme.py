@@ -1,0 +1,142 @@
+"""What the README shows is what the code takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from pydantic import AliasChoices
+
+from app.api.schemas import EXAMPLE, PRESETS, GenerateRequest, parse
+from app.errors import Invalid
+from app.metrics import Metrics
+from app.settings import Settings
+from cache.schedule import Uniform, Window
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def bodies() -> list[dict[str, object]]:
+    """The JSON that the README's curl commands send."""
+    return [json.loads(body) for block in blocks("bash") for body in re.findall(r"-d '(\{.*?\})'", block, re.DOTALL)]
+
+
+def rows(after: str) -> list[list[str]]:
+    """Cells of the first table after a heading or sentence, without its two head lines."""
+    table = re.search(r"((?:^\|.*\n)+)", README[README.index(after) :], re.MULTILINE)
+    assert table is not None, f"no table after {after!r}"
+    lines = table[1].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_shell_blocks_parse(block: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_parse_and_import(block: str) -> None:
+    compile(block, "README.md", "exec")
+    for line in block.splitlines():
+        if re.match(r"(from|import) ", line):
+            exec(line, {})
+
+
+def test_the_requests_shown_are_valid_and_one_is_the_document_s() -> None:
+    shown = bodies()
+    assert EXAMPLE in shown
+    for body in shown:
+        parse(body)
+
+
+def test_the_error_shown_is_the_error_given() -> None:
+    error = next(json.loads(block) for block in blocks("json") if '"error"' in block)["error"]
+    with pytest.raises(Invalid) as refused:
+        parse({"prompt": "", error["field"]: 3})
+    assert refused.value.body(error["request_id"]) == {"error": error}
+
+
+def test_presets_are_described_as_they_are() -> None:
+    described = {}
+    for name, numbers, window, *_ in rows("**DeepCache.**"):
+        interval, depth = map(int, numbers.split(","))
+        start, end = (0, 1000) if window == "all" else map(int, window.split("–"))
+        described[name.split("`")[1]] = {
+            "deepcache_interval": interval,
+            "deepcache_depth": depth,
+            "deepcache_start_step": start,
+            "deepcache_end_step": end,
+        }
+    assert described == PRESETS
+
+
+@pytest.mark.parametrize("row", rows("**DeepCache.**"), ids=lambda row: row[0])
+def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
+    steps, depth = 20, int(row[1].split(",")[1])
+    reused = int(row[3].split(",")[0])
+    assert row[4] == f"{steps / (steps - reused + reused / (depth + 2)):.2f}×"
+    start, end = (0, 1000) if row[2] == "all" else map(int, row[2].split("–"))
+    window, uniform = Window(start, end), Uniform(int(row[1].split(",")[0]))
+    age, counted = 0, 0
+    for step in range(steps):
+        evenly_spaced = 1000 - (step + 1) * 1000 / steps  # training timesteps
+        if step and window.contains(evenly_spaced) and uniform.reuses(age + 1):
+            age, counted = age + 1, counted + 1
+        else:
+            age = 0
+    assert reused == counted
+
+
+def test_every_setting_is_listed_with_its_default() -> None:
+    def variable(name: str) -> str:
+        alias = Settings.model_fields[name].validation_alias
+        return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"WAVESPEED_{name.upper()}"
+
+    listed = {name.strip("`"): default.strip("`") for name, default, _ in rows("## Settings")}
+    assert set(listed) == {variable(name) for name in Settings.model_fields}
+    in_words = {"model": "tiny-sd", "devices": "auto", "api_keys": "none"}
+    for name, field in Settings.model_fields.items():
+        default = in_words.get(name, field.default)
+        expected = f"{default:g}" if isinstance(default, float) else str(default)
+        assert listed[variable(name)] == expected, name
+
+
+def test_every_metric_is_named() -> None:
+    exported = set(re.findall(r"^# HELP (wavespeed_\w+)", empty_exposition(), re.MULTILINE))
+    named = set(re.findall(r"`(wavespeed_\w+)`", README))
+    assert named == {name for name in exported if not name.endswith("_created")}
+
+
+def empty_exposition() -> str:
+    from app.engine.base import EngineStatus
+
+    status = EngineStatus(pending=0, running=0, devices=())
+    return Metrics(lambda: status, lambda: None).exposition().decode()
+
+
+def test_fields_named_in_the_text_exist() -> None:
+    named = set(re.findall(r"`((?:deepcache|fbcache|cache)_[a-z_]+)", README))
+    reported = {"cache_bytes"}
+    assert named - reported <= set(GenerateRequest.model_fields)
+
+
+def test_links_into_the_repository_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("#"):
+                assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
+
+
+def test_scripts_named_in_the_text_exist() -> None:
+    for script in set(re.findall(r"\bscripts/\w+", README)):
+        assert os.access(ROOT / script, os.X_OK), script
