@@ -54,6 +54,7 @@ def test_scripts_can_be_run(name: str) -> None:
 # Declared, and used by diffusers on our behalf instead of being imported here.
 USED_BY_DIFFUSERS = {
     "accelerate",  # loads weights without a second copy in memory
+    "safetensors",  # the weights' format
     "scipy",  # beta and LMS noise schedules
     "torchsde",  # the Brownian tree of the SDE samplers
 }

@@ -89,8 +89,8 @@ def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
     window, uniform = Window(start, end), Uniform(int(row[1].split(",")[0]))
     age, counted = 0, 0
     for step in range(steps):
-        evenly_spaced = 1000 - (step + 1) * 1000 / steps  # training timesteps
-        if step and window.contains(evenly_spaced) and uniform.reuses(age + 1):
+        timestep = 1000 - step * 1000 / steps - 1  # spacing "trailing", as the embedded models are saved
+        if step and window.contains(timestep) and uniform.reuses(age + 1):
             age, counted = age + 1, counted + 1
         else:
             age = 0
