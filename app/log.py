@@ -6,10 +6,10 @@ import logging
 import logging.handlers
 import queue
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from pathlib import Path
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -27,13 +27,11 @@ class _LineFormatter(logging.Formatter):
     escaped: nothing that a client sends can look like a line of ours.
     """
 
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        stamp = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z"
+        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         prefix = f"{stamp} {record.levelname:<7} request={getattr(record, 'request_id', '-')} {record.name}: "
         return "\n".join(prefix + _printable(line) for line in text.split("\n"))
 
@@ -58,7 +56,7 @@ def logging_to(folder: Path, level: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     file = logging.handlers.RotatingFileHandler(path, maxBytes=_MAX_BYTES, backupCount=_BACKUPS, encoding="utf-8")
-    outputs = [file, logging.StreamHandler(sys.stderr)]
+    outputs: list[logging.Handler] = [file, logging.StreamHandler(sys.stderr)]
     for output in outputs:
         output.setFormatter(_LineFormatter())
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()

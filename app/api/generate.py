@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
@@ -16,7 +17,7 @@ from app.api.body import read_object
 from app.api.resolve import Limits, resolve
 from app.api.schemas import EXAMPLE, GenerateRequest, parse
 from app.api.service import Service, request_id_of, service_of
-from app.engine.base import Engine, Job, JobHandle, JobResult, OutputFormat
+from app.engine.base import CacheSummary, Engine, Job, JobHandle, JobResult, OutputFormat
 from app.errors import Cancelled, Incompatible, ServiceError
 from app.metrics import CacheUse, hit_rate
 from models.base import Step
@@ -98,7 +99,8 @@ async def _result(request: Request, engine: Engine, handle: JobHandle) -> JobRes
     """The job's result, unless the client leaves first; then the job is cancelled. The server doesn't do it for us."""
     gone = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({handle.result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {handle.result, gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if handle.result.done():
             return handle.result.result()
         raise Cancelled("The client left before the picture was done.")
@@ -174,8 +176,8 @@ def _observe(service: Service, handle: JobHandle, result: JobResult) -> None:
     )
 
 
-def _count(cache: object, key: str) -> int:
-    value = cache[key] if isinstance(cache, dict) else 0
+def _count(cache: CacheSummary, key: str) -> int:
+    value = cache.get(key)
     return value if isinstance(value, int) else 0
 
 

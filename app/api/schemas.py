@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.engine.base import OutputFormat
 from app.errors import Invalid
 
-EXAMPLE = {
+EXAMPLE: dict[str, JsonValue] = {
     "prompt": "a misty forest at twilight",
     "width": 768,
     "height": 512,
@@ -169,6 +169,9 @@ class GenerateRequest(BaseModel):
         return {field.removeprefix("deepcache_").removesuffix("_step"): value for field, value in values.items()}
 
 
+KNOWN = (*GenerateRequest.model_fields, *ALIASES)
+
+
 def parse(body: dict[str, Any]) -> GenerateRequest:
     """Raises Invalid, naming the first field at fault, what is wrong with it, and the others."""
     body = dict(body)
@@ -177,6 +180,12 @@ def parse(body: dict[str, Any]) -> GenerateRequest:
             if field in body:
                 raise Invalid(f"{alias} and {field} are the same field; give one.", field=alias)
             body[field] = body.pop(alias)
+    for key in body:
+        if key not in GenerateRequest.model_fields:
+            nearest = difflib.get_close_matches(key[:LONGEST_NAME], KNOWN, n=1, cutoff=0)
+            raise Invalid(
+                f"There is no field {shown(key)!r}. The nearest known one is {nearest[0]!r}.", field=shown(key)
+            )
     try:
         return GenerateRequest.model_validate(body)
     except ValidationError as error:
@@ -196,21 +205,15 @@ def _invalid(error: ValidationError) -> Invalid:
         located = fault.get("ctx", {}).get("field") if fault["type"] == "together" else None
         fields.append(located or ".".join(shown(str(part)) for part in fault["loc"]))
     first, field = faults[0], fields[0]
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        message = _unknown(str(first["loc"][0]))
-    elif first["type"] == "missing":
+    if first["type"] == "missing":
         message = f"{field} is required."
+    elif first["type"] == "string_unicode":
+        message = f"{field}: holds a lone surrogate, half of a character; send the whole character."
     else:
         message = f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}."
     if others := [other for other in dict.fromkeys(fields) if other != field]:
         message += f" Also wrong: {', '.join(others[:10])}{', …' if len(others) > 10 else ''}."
     return Invalid(message, field=field)
-
-
-def _unknown(key: str) -> str:
-    known = [*GenerateRequest.model_fields, *ALIASES]
-    nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
-    return f"There is no field {shown(key)!r}. The nearest known one is {nearest[0]!r}."
 
 
 def shown(text: str) -> str:

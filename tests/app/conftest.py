@@ -1,0 +1,46 @@
+"""An app over an engine, and a client of it that needs no socket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from app.engine.base import Engine
+from app.main import create_app
+from app.settings import Settings
+from tests.app.fakes import FakeEngine
+
+
+@asynccontextmanager
+async def client_of(engine: Engine, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    """The engine is started and stopped by the app, as in the server."""
+    app = create_app(Settings(_env_file=None, **settings), engine)  # type: ignore[arg-type, call-arg]
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads the settings of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith(("WAVESPEED_", "LD_SERVER", "LD_MAX", "LD_BATCH")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(engine) as client:
+        yield client

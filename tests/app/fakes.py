@@ -1,0 +1,216 @@
+"""Small real stand-ins: models that each behave in one way, a registry of them, an engine without a process.
+
+None of them needs torch, so a worker process that holds them starts in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from app.engine.base import (
+    Catalogue,
+    DeviceMemory,
+    DeviceStatus,
+    EngineStatus,
+    Job,
+    JobHandle,
+    JobResult,
+    StepListener,
+    WorkerState,
+)
+from app.engine.runner import RegistryRunner
+from app.errors import NotReady, QueueFull
+from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
+from models.base import Generation, GenerationParams, LoadFailed, Step, StepHook, Timings, UnknownModel
+
+SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
+STEP_SECONDS = 0.02
+
+
+def decision(strategy: CacheStrategy, index: int) -> str:
+    """What a uniform DeepCache would do; the first-block fake reuses every second call."""
+    match strategy:
+        case DeepCache(interval=interval):
+            return "C" if index % interval == 0 else "R"
+        case FirstBlockCache():
+            return "CR"[index % 2]
+        case _:
+            return "C"
+
+
+class FakeModel:
+    """Draws a plain picture whose colour is the seed's; the subclasses misbehave in `step`."""
+
+    denoiser: Any = None
+
+    def step(self, index: int) -> None:
+        """What happens in a denoising step."""
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
+        reports, images = [], []
+        for number, seeds in enumerate(batches):
+            report = CacheReport(strategy.name, reuse_cost=0.25, cache_bytes=1000 * len(seeds))
+            if isinstance(strategy, DeepCache):
+                report.settings = {"interval": strategy.interval, "depth": strategy.depth, "branch": 1}
+            for index in range(params.steps):
+                self.step(index)
+                letter = decision(strategy, index)
+                report.decisions += letter
+                on_step(Step(number * params.steps + index, len(batches) * params.steps, letter))
+            reports.append(report)
+            for seed in seeds:
+                colour = (seed % 256, seed // 256 % 256, len(params.prompt) % 256)
+                images.append(Image.new("RGB", (params.width, params.height), colour))
+        timings = Timings(text_seconds=0.1, denoise_seconds=0.2, decode_seconds=0.3)
+        return Generation(images=images, reports=reports, timings=timings, warnings=["The fake says so."])
+
+
+class SlowModel(FakeModel):
+    def step(self, index: int) -> None:
+        time.sleep(STEP_SECONDS)
+
+
+class DyingModel(FakeModel):
+    def step(self, index: int) -> None:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RaisingModel(FakeModel):
+    def step(self, index: int) -> None:
+        raise RuntimeError("secret detail of the inside")
+
+
+class HungryModel(FakeModel):
+    def step(self, index: int) -> None:
+        raise MemoryError("no more")
+
+
+class HangingModel(FakeModel):
+    """Never reaches the end of its step, and hears nothing meanwhile."""
+
+    def step(self, index: int) -> None:
+        threading.Event().wait()
+
+
+MODELS: Mapping[str, type[FakeModel]] = {
+    "fine": FakeModel,
+    "flux": FakeModel,
+    "slow": SlowModel,
+    "dies": DyingModel,
+    "raises": RaisingModel,
+    "hungry": HungryModel,
+    "hangs": HangingModel,
+}
+
+
+class FakeRegistry:
+    """As `models.registry.Registry` is to a runner; knows one more model, `broken`, that does not load."""
+
+    device = "cpu"
+
+    def __init__(self, default: str = "fine") -> None:
+        self.default = default
+        self.default_flux = "flux"
+        self._loaded: dict[str, FakeModel] = {}
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        return tuple(self._loaded)
+
+    def get(self, name: str) -> FakeModel:
+        if name == "broken":
+            raise LoadFailed("The model 'broken' lacks its files. Put them back.")
+        if name not in MODELS:
+            raise UnknownModel(f"There is no model {name!r}.")
+        return self._loaded.setdefault(name, MODELS[name]())
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [_row(name) for name in (*MODELS, "broken")]
+
+
+def _row(name: str) -> dict[str, Any]:
+    flux = name == "flux"
+    return {
+        "name": name,
+        "family": "flux" if flux else "sd",
+        "native_width": 512,
+        "native_height": 512,
+        "size_multiple": 16 if flux else 8,
+        "render_sizes": [],
+        "steps": 4 if flux else 20,
+        "guidance_scale": 3.5 if flux else 7.5,
+        "cache": "first_block" if flux else "deepcache",
+        "branches": [] if flux else [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}],
+        "samplers": SAMPLERS,
+        "error": None,
+    }
+
+
+def fake_runner(device: str, default: str = "fine") -> RegistryRunner:
+    return RegistryRunner(FakeRegistry(default), "fake device")
+
+
+def broken_runner(device: str) -> RegistryRunner:
+    """A worker that cannot start: its default model does not load."""
+    return RegistryRunner(FakeRegistry("broken"), "fake device")
+
+
+def fake_catalogue() -> Catalogue:
+    return fake_runner("cpu").catalogue()
+
+
+@dataclass
+class FakeEngine:
+    """Answers at once in the event loop; `submitted` is what got past validation."""
+
+    capacity: int = 100
+    ready: bool = True
+    submitted: list[Job] = field(default_factory=list)
+    models: Catalogue = field(default_factory=fake_catalogue)
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def catalogue(self) -> Catalogue:
+        if not self.ready:
+            raise NotReady("Still loading.", retry_after=5)
+        return self.models
+
+    def submit(self, job: Job, on_step: StepListener | None = None) -> JobHandle:
+        if len(self.submitted) >= self.capacity:
+            raise QueueFull("Full.", retry_after=5)
+        self.submitted.append(job)
+        handle = JobHandle(job, on_step)
+        handle.run()
+        handle.succeed(self._result(job))
+        return handle
+
+    def _result(self, job: Job) -> JobResult:
+        return fake_runner("cpu").run(job, lambda step: None)
+
+    def cancel(self, job_id: str) -> bool:
+        return False
+
+    def status(self) -> EngineStatus:
+        device = DeviceStatus(
+            device="cpu",
+            kind="cpu",
+            name="none",
+            state=WorkerState.READY if self.ready else WorkerState.STARTING,
+            pid=None,
+            restarts=0,
+            memory=DeviceMemory(),
+            loaded=("fine",),
+        )
+        return EngineStatus(pending=0, running=0, devices=(device,))
