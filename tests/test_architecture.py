@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,3 +88,13 @@ def test_modules_are_named_after_what_they_hold() -> None:
         if VAGUE_NAMES & {part.lower() for part in path.relative_to(ROOT).with_suffix("").parts}
     }
     assert vague == set()
+
+
+def test_the_http_process_needs_neither_torch_nor_diffusers() -> None:
+    """A refusal costs milliseconds, and the server is up before the models are."""
+    check = (
+        "import sys, app.main, app.__main__, app.engine.local, app.engine.runner\n"
+        "print(*sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.stdout.strip(), ran.returncode) == ("", 0), ran.stderr
