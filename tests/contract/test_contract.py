@@ -1,0 +1,240 @@
+"""What every strategy promises on every family: exact when neutral, counted, isolated, and gone afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cache import AlreadyAttached, CacheStrategy, DeepCache, FirstBlockCache, NoCache, attach
+from tests.cache.networks import Family
+
+STEPS = 6  # of `Family.denoise`
+
+
+class Stopped(BaseException):
+    """Not an Exception, as a cancel need not be one."""
+
+
+def deepest_that_always_runs(family: Family, network: nn.Module) -> nn.Module:
+    """A layer that reuse calls run as well, near the network's end."""
+    return network.conv_norm_out if family.is_unet else network.norm_out  # type: ignore[return-value]
+
+
+def cached(family: Family, network: nn.Module, strategy: CacheStrategy, **settings: object) -> Tensor:
+    with attach(network, strategy):
+        return family.denoise(network, **settings)
+
+
+def test_neutral_settings_change_no_bit(family: Family, network: nn.Module, neutral: CacheStrategy) -> None:
+    plain = family.denoise(network)
+    with attach(network, neutral) as report:
+        result = family.denoise(network)
+    assert torch.equal(result, plain)
+    assert report.decisions == "C" * STEPS
+
+
+def test_every_call_is_counted_once(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+    calls = []
+    handle = network.register_forward_hook(lambda *_: calls.append(1))
+    with attach(network, strategy) as report:
+        family.denoise(network)
+    handle.remove()
+    assert report.computed + report.reused == len(report.decisions) == len(calls) == STEPS
+    assert report.hit_rate == report.reused / STEPS
+    assert report.decisions[0] == "C"
+    assert (report.reused > 0) == (not isinstance(strategy, NoCache))
+    assert json.loads(json.dumps(report.as_dict()))["decisions"] == report.decisions
+    assert report.warnings == []
+
+
+def test_a_reuse_call_changes_the_result_and_is_cheaper(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    """Guards the other tests: a cache that never acted would pass them."""
+    if isinstance(strategy, NoCache):
+        assert torch.equal(cached(family, network, strategy), family.denoise(network))
+        return
+    layers: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: layers.append(path))
+        for path, module in network.named_modules()
+        if not list(module.children())
+    ]
+    ran: dict[str, set[int]] = {"C": set(), "R": set()}
+    with attach(network, strategy) as report:
+        for _ in family.steps(network):
+            ran[report.decisions[-1]].add(len(layers))
+            layers.clear()
+    for handle in handles:
+        handle.remove()
+    assert len(ran["C"]) == len(ran["R"]) == 1
+    assert max(ran["R"]) < max(ran["C"]) / 2
+    assert not torch.equal(cached(family, network, strategy), family.denoise(network))
+
+
+def test_runs_repeat_exactly_and_leave_the_plain_network(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    plain = family.denoise(network)
+    first = cached(family, network, strategy)
+    cached(family, network, strategy, seed=7)
+    assert torch.equal(cached(family, network, strategy), first)
+    assert torch.equal(family.denoise(network), plain)
+
+
+@pytest.mark.parametrize("failing_call", [0, 3])
+def test_after_an_exception_in_a_call_the_next_run_is_exact(
+    family: Family, network: nn.Module, strategy: CacheStrategy, failing_call: int, snapshot: Callable[[], object]
+) -> None:
+    expected = cached(family, network, strategy)
+    before = snapshot()
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        if calls == failing_call:
+            raise Stopped
+        calls += 1
+
+    layer = deepest_that_always_runs(family, network)
+
+    def failing_run() -> None:
+        with attach(network, strategy):
+            handle = layer.register_forward_hook(fail)
+            try:
+                family.denoise(network)
+            finally:
+                handle.remove()
+        raise Stopped  # the kept prediction's reuse calls run no layer: the run may end before the failing one
+
+    with pytest.raises(Stopped):
+        failing_run()
+    assert snapshot() == before
+    assert torch.equal(cached(family, network, strategy), expected)
+
+
+def test_an_exception_inside_the_context_costs_only_its_own_run(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    """A caller that catches the error and denoises again in the same context starts from nothing."""
+    expected = cached(family, network, strategy)
+    layer = deepest_that_always_runs(family, network)
+
+    def fail(*_: object) -> None:
+        raise Stopped
+
+    with attach(network, strategy) as report:
+        handle = layer.register_forward_hook(fail)
+        with pytest.raises(Stopped):
+            family.denoise(network, seed=3)
+        handle.remove()
+        assert report.decisions == ""
+        assert torch.equal(family.denoise(network), expected)
+
+
+def test_a_cancel_between_steps_leaves_nothing(
+    family: Family, network: nn.Module, strategy: CacheStrategy, snapshot: Callable[[], object]
+) -> None:
+    before, expected = snapshot(), cached(family, network, strategy)
+
+    def cancelled_run() -> None:
+        with attach(network, strategy):
+            for step, _ in enumerate(family.steps(network)):
+                if step == 3:
+                    raise Stopped
+
+    with pytest.raises(Stopped):
+        cancelled_run()
+    assert snapshot() == before
+    assert torch.equal(cached(family, network, strategy), expected)
+
+
+def test_another_size_follows_cleanly(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+    expected = cached(family, network, strategy, size=(16, 24))
+    with attach(network, strategy) as report:
+        family.denoise(network, size=(16, 16))
+        assert torch.equal(family.denoise(network, size=(16, 24)), expected)
+    assert report.decisions[STEPS] == "C"
+
+
+def test_the_network_is_restored_exactly(
+    family: Family, network: nn.Module, strategy: CacheStrategy, snapshot: Callable[[], object]
+) -> None:
+    before = snapshot()
+    with attach(network, strategy):
+        assert snapshot() != before  # the snapshot sees patches
+        family.denoise(network)
+    assert snapshot() == before
+
+
+def test_a_second_attach_is_refused_until_the_first_is_left(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    other = DeepCache() if family.is_unet else FirstBlockCache()
+    expected = cached(family, network, strategy)
+    with attach(network, strategy):
+        for second in (strategy, other, NoCache()):
+            with pytest.raises(AlreadyAttached, match="already attached"), attach(network, second):
+                pass
+        assert torch.equal(family.denoise(network), expected)
+    with attach(network, other):
+        pass
+
+
+def test_interleaved_runs_are_exact(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+    """Two networks, step by step in turn, one cached and one not or both cached."""
+    twin = copy.deepcopy(network)
+    expected = [cached(family, network, strategy, seed=0), cached(family, network, strategy, seed=5)]
+    with ExitStack() as stack:
+        stack.enter_context(attach(network, strategy))
+        stack.enter_context(attach(twin, strategy))
+        *_, last = zip(family.steps(network, seed=0), family.steps(twin, seed=5), strict=True)
+    assert [torch.equal(a, b) for a, b in zip(last, expected, strict=True)] == [True, True]
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive that are no parameters, each storage counted once."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if type(item) is Tensor]
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
+        }.values()
+    )
+
+
+def test_memory_is_back_to_the_base_after_a_run(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+    cached(family, network, strategy)  # whatever is counted once, is
+    base = live_bytes()
+    steps = family.steps(network)
+    with attach(network, strategy) as report:
+        next(steps)
+        during = live_bytes()
+        for _ in steps:
+            pass
+    del steps, _
+    assert live_bytes() == base
+    if report.reused:
+        assert report.cache_bytes > 0
+        assert during >= base + report.cache_bytes
+
+
+def test_nothing_is_kept_after_an_abort(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+    cached(family, network, strategy)
+    base = live_bytes()
+
+    def aborted_run() -> None:
+        with attach(network, strategy):
+            for _ in family.steps(network):
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        aborted_run()
+    assert live_bytes() == base
