@@ -37,6 +37,8 @@ class _LineFormatter(logging.Formatter):
 
 
 def _printable(line: str) -> str:
+    if line.isprintable():
+        return line
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line)
 
 

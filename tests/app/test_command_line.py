@@ -1,0 +1,73 @@
+"""`python -m app`: the server's checks and code, in a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import app.__main__ as command_line
+import app.engine.runner
+from tests.app.fakes import fake_runner
+
+
+@pytest.fixture
+def _fake_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app.engine.runner, "embedded_runner", lambda device, **options: fake_runner(device))
+
+
+@pytest.mark.usefixtures("_fake_models")
+def test_generate_writes_pictures_and_says_what_the_cache_did(tmp_path: Path) -> None:
+    arguments = ["a misty forest", "-o", "out/x.png", "--num-images", "2", "--preset", "balanced", "--seed", "5"]
+    result = CliRunner().invoke(command_line.cli, ["generate", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "computed=14 reused=26 hit_rate=0.65" in result.output
+    texts = [json.loads(Image.open(tmp_path / "out" / f"x-{n}.png").text["wavespeed"]) for n in (0, 1)]  # type: ignore[attr-defined]
+    assert [text["seed"] for text in texts] == [5, 6]
+    assert "20/20" in result.output or "40/40" in result.output
+
+
+@pytest.mark.usefixtures("_fake_models")
+def test_models_are_listed_as_json() -> None:
+    result = CliRunner().invoke(command_line.cli, ["models"])
+    assert {"fine", "flux"} <= {row["name"] for row in json.loads(result.output)}
+
+
+@pytest.mark.usefixtures("_fake_models")
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--width", "513"], 1, "multiple of 8"),
+        (["--flux", "--deepcache"], 1, "FBCache"),
+        (["--model", "nothing"], 1, "There is no model"),
+        (["-o", "x.gif"], 1, ".webp"),
+    ],
+)
+def test_what_the_server_refuses_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["app", "generate", "a", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert caught.value.code == status
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_fake_models")
+def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LD_SERVER_LOGLEVEL", "LOUD")
+    monkeypatch.setattr("sys.argv", ["app", "serve"])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert caught.value.code == 2
+    assert "LD_SERVER_LOGLEVEL" in capsys.readouterr().err
