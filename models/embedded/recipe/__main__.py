@@ -1,4 +1,4 @@
-"""`python -m models.embedded.recipe STAGE`: render → autoencoder → text → encode → unet → flux → judges → export → report.
+"""`python -m models.embedded.recipe STAGE…`: how tiny-sd and tiny-flux were made, stage by stage.
 
 Each stage resumes from its checkpoint in the work folder and logs its progress; `all` runs them in order. Two CPU cores
 take about two and a half hours, a GPU minutes.
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.embedded.recipe import autoencoder, data, evaluate, export, flux, judges, latents, text, unet
 from models.embedded.recipe.training import averaged
+from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 3600, "clip": 500, "t5": 500, "unet": 4400, "flux": 2600, "flux-distilled": 700, "judges": 1000}
+STEPS = {"autoencoder": 4000, "clip": 500, "t5": 500, "unet": 4400, "flux": 2600, "flux-distilled": 700, "judges": 1000}
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
 EMBEDDED = Path(__file__).parent.parent
 
@@ -25,14 +27,15 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=(*STAGES, "all"))
     parser.add_argument("--work", type=Path, default=Path("out/recipe"), help="checkpoints and pictures")
     parser.add_argument("--embedded", type=Path, default=EMBEDDED, help="where tiny-sd and tiny-flux are written")
+    parser.add_argument("--report", type=Path, default=Path("docs/embedded-models"), help="where the report is written")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for stage in STAGES if "all" in options.stages else options.stages:
-        run(stage, options.work, options.embedded)
+        run(stage, options.work, options.embedded, options.report)
 
 
-def run(stage: str, work: Path, embedded: Path) -> None:
+def run(stage: str, work: Path, embedded: Path, report: Path) -> None:
     """Do one stage. A stage loads what the ones before it left in `work`."""
     if stage == "render":
         data.render_all(work, PICTURES)
@@ -53,7 +56,8 @@ def run(stage: str, work: Path, embedded: Path) -> None:
         for name in ("tiny-sd", "tiny-flux"):
             export.write(name, embedded / name, work)
     elif stage == "report":
-        evaluate.report(embedded, judges.load(work))
+        registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
+        evaluate.report(registry, judges.load(work), SPECS, report)
 
 
 if __name__ == "__main__":

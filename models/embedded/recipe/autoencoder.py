@@ -58,7 +58,7 @@ def crops(pictures: list[np.ndarray], count: int, rng: np.random.Generator) -> T
     return to_tensor(out)
 
 
-def run(folder: Path, steps: int, batch: int = 24, learning_rate: float = 1.2e-3) -> AutoencoderKL:
+def run(folder: Path, steps: int, batch: int = 12, learning_rate: float = 7e-3) -> AutoencoderKL:
     torch.manual_seed(0)
     model = build()
     pictures = [data.load(folder, size)[0] for size in data.SIZES]

@@ -1,4 +1,4 @@
-"""Judges what the exported models draw, and writes the report: accuracies, contact sheets, REPORT.md."""
+"""Judges what the exported models draw, and writes the report: accuracies and contact sheets."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def sheet(pictures: list[NDArray[np.uint8]], path: Path) -> None:
     whole.resize((columns * width * 3 // 4, rows * height * 3 // 4), Image.Resampling.LANCZOS).save(path, quality=88)
 
 
-def report(registry: Registry, judge: Judge, specs: tuple[ModelSpec, ...], folder: Path, training: str) -> None:
-    """Draw every triple with each seed, judge, and write REPORT.md, report.json and a sheet a model to `folder`."""
+def report(registry: Registry, judge: Judge, specs: tuple[ModelSpec, ...], folder: Path) -> None:
+    """Draw every triple with each seed, judge, and write README.md, report.json and a sheet a model to `folder`."""
     held = torch.tensor([triple in HELD_OUT for triple in TRIPLES]).repeat(len(SEEDS))
     lines = [
         "# What the embedded models draw",
         "",
         f"{len(TRIPLES) * len(SEEDS)} pictures a model (every triple, seeds {SEEDS}), uncached, own sampler, judged by "
-        "three classifiers that saw only fresh renderings. Held out: the 15 triples of the grammar that no training saw.",
+        "three classifiers that saw only fresh renderings. Held out: the 15 triples that no training saw.",
         "Made by `python -m models.embedded.recipe judges report`.",
         "",
         "| model | steps | guidance | pictures | weather | place | time |",
@@ -90,6 +90,5 @@ def report(registry: Registry, judge: Judge, specs: tuple[ModelSpec, ...], folde
         lines += ["", f"## {spec.name}", "", "Rows: weather × place, columns: dawn, noon, sunset, twilight, night; "]
         lines[-1] += "white frames: held out."
         lines += ["", f"![every triple, drawn by {spec.name}]({spec.name}.jpg)"]
-    lines += ["", "## How they were trained", "", training]
-    (folder / "REPORT.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
     (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""tiny-flux's denoiser: a Flux transformer of three double and seven single blocks, flow matching, guidance distilled.
+"""tiny-flux's denoiser: a Flux transformer of three double and seven single blocks, guidance distilled.
 
-First flow matching with dropped captions at guidance 1, then, as Flux dev was made, distillation: the student learns the
-guided velocity v(∅) + g (v(c) − v(∅)) of the first model for random g, told through the guidance embedding, so that one
-call a step is enough (Meng et al. 2023, "On Distillation of Guided Diffusion Models", section 3.1).
+First flow matching with dropped captions at guidance 1, then, as Flux dev was made, distillation: the student learns
+the guided velocity v(∅) + g (v(c) − v(∅)) of the first model for random g, told through the guidance embedding, so that
+one call a step is enough (Meng et al. 2023, "On Distillation of Guided Diffusion Models", section 3.1).
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Three classifiers in one small network: which weather, place and time a picture shows.
 
-Trained on fresh renderings alone, never on generated pictures, with blur and noise so that it looks at the scene and not
-at the sharpness.
+Trained on fresh renderings alone, never on generated pictures, with blur and noise so that it looks at the scene and
+not at the sharpness.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class Judge(nn.Module):
                     nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
                     nn.Conv2d(b, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(),
                 )
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in pairwise(widths)
             )
         )  # fmt: skip
         self.heads = nn.ModuleList(nn.Linear(2 * widths[-1], len(table)) for table in TABLES.values())

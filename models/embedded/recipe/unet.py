@@ -1,8 +1,8 @@
 """tiny-sd's denoiser: a Stable Diffusion UNet of four levels with two layers each, v-prediction to almost no signal.
 
-The noise schedule is scaled-linear, shifted so that the last step keeps 1 % of the signal's amplitude (Lin et al. 2024,
-"Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.1, which goes to zero; 1 % keeps every sampler's
-sigmas finite). Without it noon came out as sunset: these pictures are mostly low-frequency colour.
+The noise schedule is scaled-linear, shifted so that the last step keeps 1 % of the signal's amplitude (Lin et al.
+2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.1, which goes to zero; 1 % keeps every
+sampler's sigmas finite). Without it noon came out as sunset: these pictures are mostly low-frequency colour.
 """
 
 from __future__ import annotations
