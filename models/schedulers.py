@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 
-class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):
     """Second order: each step but the last evaluates the velocity at both ends and goes along their mean.
 
     diffusers' own FlowMatchHeunDiscreteScheduler takes neither the pipeline's sigmas nor its resolution-dependent
@@ -29,7 +29,8 @@ class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[m
         timesteps: list[float] | None = None,
     ) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])  # (2N - 1,)
+        once: torch.Tensor = self.timesteps  # (N,)
+        self.timesteps: torch.Tensor = torch.cat([once[:1], once[1:].repeat_interleave(2)])  # (2N - 1,)
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # sample and velocity at the step's first end
 
     def step(
@@ -63,7 +64,7 @@ class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[m
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result)
 
 
-class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
+class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):
     """DPM-Solver++(3M) SDE with the sign of its last term put right.
 
     diffusers 0.42.1 weights the second difference D₂ with (1 - e^(-2h) - 2h) / (2h)² - ½; the expansion (Lu et al.
@@ -93,4 +94,5 @@ class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
         r0, r1 = (now - back) / (target - now), (back - two_back) / (target - now)
         m0, m1, m2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
         second_difference = ((m0 - m1) / r0 - (m1 - m2) / r1) / (r0 + r1)
-        return result + alphas[-1] * second_difference
+        corrected: torch.Tensor = result + alphas[-1] * second_difference
+        return corrected
