@@ -42,7 +42,9 @@ def load_pipeline(
     check_class(spec, pipeline_class.__name__)
     _check_tokenizers(spec)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    if any(spec.source.glob("*/*.fp16*.safetensors")):
+    files = [file.name for file in spec.source.glob("*/*.safetensors")]
+    halves = [name for name in files if ".fp16." in name]
+    if halves and (dtype.itemsize == 2 or len(halves) == len(files)):
         options["variant"] = "fp16"
     lacking: list[str] = []
     try:
@@ -51,6 +53,8 @@ def load_pipeline(
             lacking += [f"{name}.{key}" for key in info["missing_keys"]]
             components[name] = encoder
         pipeline = pipeline_class.from_pretrained(spec.source, **options, **components)
+    except MemoryError:
+        raise
     except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do
         raise damaged(spec, first_line(error)) from error
     modules = {name: part for name, part in pipeline.components.items() if hasattr(part, "requires_grad_")}
