@@ -17,7 +17,7 @@ from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 4000, "clip": 500, "t5": 500, "unet": 4400, "flux": 2600, "flux-distilled": 700, "judges": 1000}
+STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2800, "flux": 2400, "flux-distilled": 600, "judges": 800}
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
 EMBEDDED = Path(__file__).parent.parent
 
@@ -45,7 +45,7 @@ def run(stage: str, work: Path, embedded: Path, report: Path) -> None:
         for name in ("clip", "t5"):
             text.run(work, name, STEPS[name])
     elif stage == "encode":
-        latents.encode(averaged("autoencoder", work, autoencoder.build()), work)  # type: ignore[arg-type]
+        latents.encode(averaged("autoencoder", work, autoencoder.build()), work)
     elif stage == "unet":
         unet.run(work, text.load(work, "clip"), STEPS["unet"])
     elif stage == "flux":

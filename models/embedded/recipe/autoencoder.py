@@ -15,6 +15,7 @@ from models.embedded.recipe.training import DEVICE, autocast, train
 
 LATENT_CHANNELS = 8
 CROP = 64
+LATENT_NOISE = 0.15
 
 
 def build() -> AutoencoderKL:
@@ -46,6 +47,13 @@ def reconstruction_loss(made: Tensor, true: Tensor) -> Tensor:
     return F.l1_loss(made, true) + F.mse_loss(made, true) + edges
 
 
+def _disturbed(latents: Tensor) -> Tensor:
+    """`latents` with up to LATENT_NOISE of each channel's deviation added: a denoiser's own errors are of that size,
+    and an autoencoder that writes fine detail below them decodes them to blotches."""
+    amount = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+    return latents + amount * latents.detach().std((0, 2, 3), keepdim=True) * torch.randn_like(latents)
+
+
 def crops(pictures: list[np.ndarray], count: int, rng: np.random.Generator) -> Tensor:
     """(count, 3, CROP, CROP) from random places of random pictures, half of them mirrored."""
     out = np.empty((count, CROP, CROP, 3), np.uint8)
@@ -67,7 +75,7 @@ def run(folder: Path, steps: int, batch: int = 12, learning_rate: float = 7e-3) 
         true = crops(pictures, batch, np.random.default_rng([1, step]))
         with autocast():
             posterior = model.encode(true).latent_dist
-            made = model.decode(posterior.sample()).sample
+            made = model.decode(_disturbed(posterior.sample())).sample
         divergence = posterior.kl().mean() / (CROP * CROP * 3)
         return reconstruction_loss(made.float(), true) + 1e-4 * divergence
 

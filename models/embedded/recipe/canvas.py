@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Canvas:
         """`colour` in this light at `depth` (0 near, 1 on the horizon): far things take the colour of the air."""
         lit = np.asarray(colour, np.float32) * self.tint
         reach = {"misty": 0.97, "stormy": 0.62, "snowy": 0.72}.get(self.weather, 0.62)
-        floor = {"misty": 0.20}.get(self.weather, 0.0)
+        floor = 0.20 if self.weather == "misty" else 0.0
         amount = floor + (reach - floor) * depth
         return lit + amount * (self.haze - lit)
 

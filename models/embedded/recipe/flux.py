@@ -97,7 +97,7 @@ def run(
     steps: int,
     distill_steps: int,
     batch: int = 24,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
 ) -> FluxTransformer2DModel:
     torch.manual_seed(0)
     model, latents, speak = build(), Latents(folder), Speaker(clip, t5)

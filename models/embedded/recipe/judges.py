@@ -51,15 +51,13 @@ def _spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.5:
         small = F.interpolate(pictures, scale_factor=float(rng.uniform(0.5, 0.9)), mode="bilinear", antialias=True)
         pictures = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
-    noise = np.float32(rng.uniform(0, 0.06)) * torch.randn(
-        pictures.shape, generator=torch.Generator().manual_seed(int(rng.integers(1 << 30)))
-    )
-    return pictures + noise.to(pictures.device)
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(int(rng.integers(1 << 30))))
+    return pictures + float(rng.uniform(0, 0.06)) * noise.to(pictures.device)
 
 
 def run(folder: Path, steps: int, batch: int = 24) -> Judge:
     torch.manual_seed(0)
-    judge = Judge().to(DEVICE, memory_format=torch.channels_last)
+    judge = Judge().to(DEVICE)
     sources = [data.load(folder, size) for size in data.SIZES]
 
     def loss_of(step: int) -> Tensor:

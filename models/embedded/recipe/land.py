@@ -117,7 +117,9 @@ def _cactus(canvas: Canvas, x0: float, foot: float) -> None:
     for side in (-1, 1):
         if canvas.rng.random() < 0.8:
             elbow, reach = foot - tall * canvas.rng.uniform(0.35, 0.55), side * half * 3.4
-            across = np.clip(half * 0.8 - np.hypot(x - np.clip(x, *sorted((x0, x0 + reach))), y - elbow) + 0.5, 0, 1)
+            across = np.clip(
+                half * 0.8 - np.hypot(x - np.clip(x, min(x0, x0 + reach), max(x0, x0 + reach)), y - elbow) + 0.5, 0, 1
+            )
             mask = np.maximum(mask, np.maximum(across, stem(x0 + reach, elbow, elbow - tall * 0.28)))
     canvas.paint(mask.astype(np.float32), canvas.shade((0.14, 0.34, 0.18), 0.0))
 

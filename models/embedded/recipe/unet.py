@@ -49,7 +49,7 @@ def betas() -> Tensor:
 
 
 def run(
-    folder: Path, encoder: nn.Module, steps: int, batch: int = 24, learning_rate: float = 1e-3
+    folder: Path, encoder: nn.Module, steps: int, batch: int = 24, learning_rate: float = 4e-3
 ) -> UNet2DConditionModel:
     torch.manual_seed(0)
     model, latents, tokenizer = build(), Latents(folder), text.clip_tokenizer()
