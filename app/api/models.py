@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from app.api.answers import errors
 from app.api.service import service_of
+from app.engine.base import ModelInfo
 
 router = APIRouter(tags=["models"])
 
@@ -20,5 +21,11 @@ async def models(request: Request) -> dict[str, object]:
     return {
         "default": catalogue.default,
         "default_flux": catalogue.default_flux,
-        "models": [{**asdict(model), "loaded": name in loaded} for name, model in catalogue.models.items()],
+        "models": [_row(model, model.name in loaded) for model in catalogue.models.values()],
     }
+
+
+def _row(model: ModelInfo, loaded: bool) -> dict[str, object]:
+    row = asdict(model)
+    row["available"] = row.pop("error") is None  # the reason names folders of this machine: it is for the log
+    return {**row, "loaded": loaded}

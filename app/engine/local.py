@@ -252,7 +252,11 @@ def _error(failure: Failed) -> ServiceError:
         case "unknown_model":
             return ModelNotFound(failure.message, field="model")
         case "load_failed":
-            return ModelUnavailable(failure.message, field="model", retry_after=RETRY_SECONDS)
+            return ModelUnavailable(  # its own message names folders of this machine
+                "The model is configured, but its files do not load; the server's log says why. Ask for another one.",
+                field="model",
+                retry_after=RETRY_SECONDS,
+            )
         case "model_error":
             return Invalid(failure.message)
         case "incompatible":

@@ -34,23 +34,23 @@ class WorkerProcess:
         self._process: BaseProcess | None = None
         self._reader: threading.Thread | None = None
         self._writer: asyncio.Task[None] | None = None
+        self._launch: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Raises OSError when the system has no process to give."""
+        """Raises OSError when the system has no process to give. May be cancelled; `stop` clears up."""
         ours, theirs = _CONTEXT.Pipe(duplex=True)
         process = _CONTEXT.Process(
             target=worker.main, args=(theirs, self._factory, self._device), name=f"worker {self._device}", daemon=True
         )
         self._connection = ours
-        try:
-            await asyncio.to_thread(process.start)
-        finally:
-            theirs.close()  # or the death of the worker would not end the stream
         self._process = process
+        # Shielded: a thread cannot be cancelled, and a child that it starts afterwards would belong to nobody.
+        self._launch = asyncio.create_task(asyncio.to_thread(_start, process, theirs))
+        await asyncio.shield(self._launch)
         loop = asyncio.get_running_loop()
         self._reader = threading.Thread(target=self._read, args=(ours, loop), name=f"read {self._device}", daemon=True)
         self._reader.start()
@@ -67,9 +67,11 @@ class WorkerProcess:
 
     async def stop(self, seconds: float) -> int | None:
         """Ask the worker to end, kill it after `seconds`; return its exit code. Also clears up after a dead one."""
-        if self._process is not None:
+        if self._launch is not None:
+            await asyncio.wait({self._launch})
+        if self.pid is not None and self._process is not None:
             self.send(Stop())
-            await asyncio.to_thread(self._end, self._process, seconds)
+            await asyncio.to_thread(_end, self._process, seconds if self._writer is not None else 0.0)
         if self._writer is not None:
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
@@ -78,13 +80,6 @@ class WorkerProcess:
         if self._connection is not None:
             self._connection.close()  # only now: a descriptor closed under a reader may be given to another file
         return self._process.exitcode if self._process else None
-
-    @staticmethod
-    def _end(process: BaseProcess, seconds: float) -> None:
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         report: Report | None
@@ -103,3 +98,17 @@ class WorkerProcess:
             order = await self._outbox.get()
             with suppress(OSError):  # the worker died; `reports` ends
                 await asyncio.to_thread(connection.send, order)
+
+
+def _start(process: BaseProcess, theirs: Connection) -> None:
+    try:
+        process.start()
+    finally:
+        theirs.close()  # a second holder of the worker's end would keep its death from being seen
+
+
+def _end(process: BaseProcess, seconds: float) -> None:
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()

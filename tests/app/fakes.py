@@ -152,7 +152,7 @@ def _row(name: str) -> dict[str, Any]:
         "cache": "first_block" if flux else "deepcache",
         "branches": [] if flux else [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}],
         "samplers": SAMPLERS,
-        "error": None,
+        "error": "Its files in /a/folder are missing." if name == "broken" else None,
     }
 
 

@@ -104,6 +104,7 @@ async def test_a_job_that_fails_leaves_the_worker_alive(
         await handle.result
     assert handle.state is JobState.FAILED
     assert "secret" not in caught.value.message
+    assert "lacks its files" not in caught.value.message
     await engine.submit(job("c")).result
     assert pid(engine) == worker
 
@@ -237,6 +238,20 @@ async def test_stopping_answers_everyone_and_leaves_no_process() -> None:
     assert not worker.is_running()
     with pytest.raises(NotReady):
         engine.submit(job("c"))
+
+
+@pytest.mark.parametrize("pauses", [0, 1, 3, 10])
+async def test_stopping_right_after_the_start_leaves_no_process(pauses: int) -> None:
+    def workers() -> set[int]:
+        return {child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())}
+
+    before = workers()
+    engine = LocalEngine(fake_runner, ["cpu"], stop_seconds=5)
+    await engine.start()
+    for _ in range(pauses):
+        await asyncio.sleep(0)
+    await engine.stop()
+    assert workers() <= before
 
 
 async def test_a_worker_ends_with_its_parent() -> None:

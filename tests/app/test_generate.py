@@ -320,6 +320,9 @@ async def test_models_are_listed_with_their_caches(client: httpx.AsyncClient) ->
     assert by_name["flux"]["cache"] == "first_block"
     assert by_name["fine"]["branches"] == [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}]
     assert by_name["fine"]["native_size"] == [512, 512]
+    assert by_name["fine"]["available"] is True
+    assert by_name["broken"]["available"] is False
+    assert "files" not in str(body)
 
 
 async def test_every_field_is_described_and_the_document_is_the_example(client: httpx.AsyncClient) -> None:

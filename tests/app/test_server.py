@@ -182,15 +182,15 @@ async def test_a_client_that_leaves_frees_its_place(when: str) -> None:
         if blocker is not None:
             await until(lambda: engine.status().running == 1)
         body = b'{"prompt": "a", "model": "slow", "steps": 150, "num_images": 10}'
-        head = (
-            f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
+        head = f"POST /api/generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + body)
-        await until(lambda: engine.status().pending == 1 if blocker else engine.status().running == 1)
-        worker = engine.status().devices[0].pid
-        writer.close()
-        await writer.wait_closed()
+        try:
+            writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            await until(lambda: engine.status().pending == 1 if blocker else engine.status().running == 1)
+            worker = engine.status().devices[0].pid
+        finally:
+            writer.close()
+            await writer.wait_closed()
         await until(lambda: engine.status().pending == 0 if blocker else engine.status().running == 0)
         if blocker is not None:
             assert not blocker.done()
