@@ -103,16 +103,16 @@ class UNetDenoiser(Denoiser):
         self.num_train_timesteps = num_train_timesteps
         self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
         self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
-        self.down_entries = [("conv_in",)]
+        self.down_entries: list[tuple[str, ...]] = [("conv_in",)]
         for i, block in enumerate(self.down_blocks):
             self.down_entries += _layer_paths(block, f"down_blocks.{i}")
             if _samplers(block, "downsamplers"):
-                self.down_entries.append((f"down_blocks.{i}.downsamplers",))
+                self.down_entries.append((f"down_blocks.{i}.downsamplers.0",))
         self.up_layers: list[tuple[str, ...]] = []
         for i, block in enumerate(self.up_blocks):
             layers = _layer_paths(block, f"up_blocks.{i}")
             if _samplers(block, "upsamplers"):
-                layers[-1] += (f"up_blocks.{i}.upsamplers",)
+                layers[-1] += (f"up_blocks.{i}.upsamplers.0",)
             self.up_layers += layers
         if len(self.down_entries) != len(self.up_layers):
             raise IncompatibleDenoiser(
@@ -143,15 +143,13 @@ class UNetDenoiser(Denoiser):
         skipped = len(self.up_layers) - 1 - branch
         if skipped == 0:
             return self.root.mid_block  # type: ignore[return-value]
-        module: nn.Module = self.root.get_submodule(self.up_layers[skipped - 1][-1])
-        if self.up_layers[skipped - 1][-1].endswith(".upsamplers"):
-            return module[-1]  # type: ignore[index,return-value]
-        return module
+        return self.root.get_submodule(self.up_layers[skipped - 1][-1])
 
     def branch_pass(self, branch: int) -> BranchPass:
         """What runs `conv_in`, the `branch` following entries and the last `branch` + 1 up-path layers."""
         shadows: list[Shadow] = []
-        down, entries = [], branch
+        down: list[Any] = []
+        entries = branch
         for block in self.down_blocks:
             if entries == 0:
                 break
@@ -161,7 +159,8 @@ class UNetDenoiser(Denoiser):
                 shadows += [*_shorten(block, slice(entries)), (block, "downsamplers", None)]
                 break
             entries -= layers + _samplers(block, "downsamplers")
-        up, entries = [], branch + 1
+        up: list[Any] = []
+        entries = branch + 1
         for block in reversed(self.up_blocks):
             up.insert(0, block)
             layers = len(block.resnets)
@@ -251,7 +250,7 @@ class TransformerDenoiser(Denoiser):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A block's arguments with other streams in them."""
         by_name = {name: streams.get(name, value) for name, value in kwargs.items()}
-        named = dict(zip(_STREAM_ORDER, args, strict=False)) | streams
+        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(streams)
         return (*(named[name] for name in _STREAM_ORDER[: len(args)]), *args[len(_STREAM_ORDER) :]), by_name
 
     def results(self, output: Any) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from .denoiser import Call, Denoiser
+    from .denoiser import Denoiser
+    from .patching import Call
 
 
 class CacheError(Exception):

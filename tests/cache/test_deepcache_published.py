@@ -1,0 +1,72 @@
+"""DeepCache against the published helper (PyPI `DeepCache` 0.1.1): the same bits, for every branch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from DeepCache import DeepCacheSDHelper
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from cache import DeepCache, UNetDenoiser
+from tests.cache.networks import FAMILIES, Family, denoise_unet
+
+STEPS = 5
+# The helper counts three skips a level, which is true of these.
+BY_NAME = {family.name: family for family in FAMILIES if family.is_unet and family.name != "unconditional"}
+BRANCHES = [(name, branch) for name in BY_NAME for branch in range(9 if name == "sdxl" else 12)]
+NETWORKS: dict[str, nn.Module] = {}
+
+
+class Cut(UNetDenoiser):
+    """A view whose costs let depth 0 choose one given branch."""
+
+    branch = 0
+
+    @property
+    def branch_costs(self) -> tuple[float, ...]:
+        return tuple(0.4 if branch <= self.branch else 0.9 for branch in range(self.branches))
+
+
+def network_of(family: Family) -> nn.Module:
+    if family.name not in NETWORKS:
+        NETWORKS[family.name] = family.build()
+    return NETWORKS[family.name]
+
+
+def published(network: nn.Module, branch: int, interval: int) -> list[Tensor]:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(STEPS)  # the helper looks the timestep up here
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=network, scheduler=scheduler))
+    helper.set_params(cache_interval=interval, cache_branch_id=branch)
+    helper.enable()
+    try:
+        return list(denoise_unet(network, steps=STEPS))
+    finally:
+        helper.disable()
+        # The helper leaves its bound methods in the instances: not ours to be blamed for.
+        for module in network.modules():
+            module.__dict__.pop("forward", None)
+
+
+def ours(network: nn.Module, branch: int, strategy: DeepCache) -> tuple[list[Tensor], Any]:
+    view = Cut(network)
+    view.branch = branch
+    with strategy.attach(view) as report:
+        return list(denoise_unet(network, steps=STEPS)), report
+
+
+@pytest.mark.parametrize(("name", "branch"), BRANCHES)
+@torch.no_grad()
+def test_every_branch_equals_the_published_helper_bit_for_bit(name: str, branch: int) -> None:
+    network = network_of(BY_NAME[name])
+    expected = published(network, branch, interval=3)
+    latents, report = ours(network, branch, DeepCache(interval=3, depth=0))
+    assert report.decisions == "CRRCR"
+    assert report.settings["branch"] == branch
+    assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
+    plain = list(denoise_unet(network, steps=STEPS))
+    assert not torch.equal(latents[1], plain[1])  # the oracle acted as well
