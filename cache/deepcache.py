@@ -82,7 +82,7 @@ class _Pass:
 
     signature: tuple[Any, ...]
     kept: Tensor  # the branch's state (batch, channels, height, width), or the prediction where there is no branch
-    rebuild: Callable[[Tensor], Any]  # the caller's form of answer around a prediction; unused with a branch
+    rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer; unused with a branch
     age: int = 0  # calls since the last computed one
 
 
@@ -162,8 +162,8 @@ class _Run:
             entry = _Pass(call.signature, prediction.detach().clone(), _rebuilder(output))
         elif self.captured is None:
             self.report.warn(
-                "The layer before the cached branch did not report its output, so nothing could be reused; it may have "
-                "been compiled into a larger block: compile the layers apart or the whole network after attaching."
+                "The layer before the cached branch did not report its output, so its calls were computed fully: it "
+                "may have been compiled into a larger block. Compile the layers apart."
             )
             return output
         else:
@@ -188,8 +188,8 @@ class _Run:
             report.warn(f"DeepCache had nothing to reuse in a run of {calls} denoiser calls: use more steps.")
         elif report.reused == 0 and self.outside:
             report.warn(
-                f"DeepCache reused nothing: no call that could have lay between start {self.window.start} and end "
-                f"{self.window.end} (progress along the noise schedule). Widen the window."
+                f"DeepCache reused nothing: between start {self.window.start} and end {self.window.end} (progress "
+                "along the noise schedule) no call had a computed one to follow. Widen the window."
             )
         elif report.reused == 0 and not report.warnings:
             report.warn("DeepCache reused nothing: the inputs changed their shape at every call.")

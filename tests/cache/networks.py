@@ -143,7 +143,7 @@ def flux_inputs(network: nn.Module, items: int, size: tuple[int, int]) -> dict[s
 def denoise_flux(
     network: nn.Module, *, seed: int = 0, steps: int = 6, size: tuple[int, int] = (16, 16), items: int = 1
 ) -> Steps:
-    """Flow-matching Euler on packed latents (items, tokens, channels); item i starts from seed + i."""
+    """Flow-matching Euler on packed latents (items, tokens, channels), in float32; item i starts from seed + i."""
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
     tokens = size[0] * size[1] // 4
@@ -152,11 +152,15 @@ def denoise_flux(
         for i in range(items)
     ]
     latents = torch.cat(starts)
+    dtype = network.x_embedder.weight.dtype
     extra = flux_inputs(network, items, size)
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        extra[name] = extra[name].to(dtype)
     for timestep in scheduler.timesteps:
+        times = timestep.expand(items) / 1000
         with network.cache_context("cond"):
-            velocity = network(latents, timestep=timestep.expand(items) / 1000, **extra, return_dict=False)[0]
-        latents = scheduler.step(velocity, timestep, latents).prev_sample
+            velocity = network(latents.to(dtype), timestep=times, **extra, return_dict=False)[0]
+        latents = scheduler.step(velocity.float(), timestep, latents).prev_sample
         yield latents
 
 

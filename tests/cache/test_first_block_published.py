@@ -35,10 +35,20 @@ def hooked(family: Family, threshold: float) -> tuple[nn.Module, list[str]]:
 @pytest.mark.parametrize("threshold", [0.05, 0.25, 0.3, 0.4, 0.6, 0.8, 1.0])
 @torch.no_grad()
 def test_every_step_equals_diffusers_hook_bit_for_bit(name: str, threshold: float) -> None:
-    family = TRANSFORMERS[name]
-    network = network_of(family)
+    compare(TRANSFORMERS[name], network_of(TRANSFORMERS[name]), threshold, torch.float32)
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.3, 0.4])
+@torch.no_grad()
+def test_decisions_are_rounded_as_the_hooks_are_in_half_precision(threshold: float) -> None:
+    """A mean in bfloat16 has three digits: in another precision a call near the threshold would decide otherwise."""
+    network = TRANSFORMERS["flux"].build().to(torch.bfloat16)
+    compare(TRANSFORMERS["flux"], network, threshold, torch.bfloat16)
+
+
+def compare(family: Family, network: nn.Module, threshold: float, dtype: torch.dtype) -> None:
     twin, letters = hooked(family, threshold)
-    expected = list(family.steps(twin, steps=STEPS))
+    expected = list(family.steps(twin.to(dtype), steps=STEPS))
     with attach(network, FirstBlockCache(threshold)) as report:
         latents = list(family.steps(network, steps=STEPS))
     assert report.decisions == "".join(letters)

@@ -212,6 +212,19 @@ def test_freeu_does_not_act_twice_on_what_is_kept() -> None:
     assert report.decisions == "CRRR"
 
 
+def test_a_layer_that_does_not_report_is_said_and_nothing_breaks() -> None:
+    """As in a block that was compiled whole: the layer runs without its hooks."""
+    network = tiny_sd()
+    call = arguments(network)
+    expected = network(**call).sample
+    block = network.up_blocks[3]
+    with DeepCache(2, 0).attach(Cut(network, 1)) as report:
+        block.__dict__["attentions"] = [attention.forward for attention in block.attentions]
+        assert all(torch.equal(network(**call).sample, expected) for _ in range(3))
+    assert report.decisions == "CCC"
+    assert "compiled into a larger block" in report.warnings[0]
+
+
 def test_conditional_and_unconditional_calls_apart_keep_their_own() -> None:
     network = tiny_sd()
     states = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(4))
