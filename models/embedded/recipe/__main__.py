@@ -17,7 +17,7 @@ from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2800, "flux": 2400, "flux-distilled": 600, "judges": 800}
+STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 2000, "flux-distilled": 450, "judges": 800}
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
 EMBEDDED = Path(__file__).parent.parent
 
@@ -55,9 +55,10 @@ def run(stage: str, work: Path, embedded: Path, report: Path) -> None:
     elif stage == "export":
         for name in ("tiny-sd", "tiny-flux"):
             export.write(name, embedded / name, work)
+        judges.save(work, embedded / judges.WEIGHTS.name)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
-        evaluate.report(registry, judges.load(work), SPECS, report)
+        evaluate.report(registry, judges.load(embedded / judges.WEIGHTS.name), SPECS, report)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.embedded.recipe import data
@@ -22,6 +23,7 @@ from models.embedded.recipe.grammar import PLACES, TIMES, TRIPLES, WEATHERS, Tri
 from models.embedded.recipe.renderer import render
 from models.embedded.recipe.training import DEVICE, averaged, train
 
+WEIGHTS = Path(__file__).parents[1] / "judges.safetensors"
 TABLES = {"weather": WEATHERS, "place": PLACES, "time": TIMES}
 
 
@@ -74,10 +76,17 @@ def run(folder: Path, steps: int, batch: int = 24) -> Judge:
     return judge
 
 
-def load(folder: Path) -> Judge:
-    judge = averaged("judges", folder, Judge().to(DEVICE))
-    assert isinstance(judge, Judge)
-    return judge
+def save(work: Path, path: Path = WEIGHTS) -> None:
+    """Write the trained judge of the work folder as float16 safetensors."""
+    judge = averaged("judges", work, Judge().to(DEVICE))
+    save_file({name: tensor.half().cpu().contiguous() for name, tensor in judge.state_dict().items()}, path)
+
+
+def load(path: Path = WEIGHTS) -> Judge:
+    """The judge that comes with the models."""
+    judge = Judge()
+    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return judge.to(DEVICE).eval()
 
 
 @dataclass(frozen=True, slots=True)

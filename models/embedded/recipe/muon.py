@@ -14,17 +14,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Nearly U Vᵀ of `matrix` = U S Vᵀ, by the quintic Newton-Schulz iteration in bfloat16. Shape (rows, columns)."""
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
+def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Nearly U Vᵀ of each matrix = U S Vᵀ, by the quintic Newton-Schulz iteration in bfloat16.
+
+    Shape (count, rows, columns): matrices of one shape go together, most of the time would be calls otherwise.
+    """
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
     if tall:
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(Optimizer):
@@ -38,12 +41,16 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(buffer, group["momentum"]).reshape(len(parameter), -1)
-                size = 0.2 * max(update.shape) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(orthogonalised(update).view(parameter.shape), alpha=-group["lr"] * size)
+                if parameter.grad is not None:
+                    alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+            for shape, parameters in alike.items():
+                gradients = [parameter.grad for parameter in parameters]
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                mixed = torch._foreach_lerp(gradients, buffers, group["momentum"])
+                made = orthogonalised(torch.stack([update.reshape(shape) for update in mixed]))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                updates = [one.view(p.shape) for one, p in zip(made, parameters, strict=True)]
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
