@@ -17,8 +17,9 @@ from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 2000, "flux-distilled": 450, "judges": 800}
+STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 1600, "flux-distilled": 350, "judges": 800}
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
+NAMES = [spec.name for spec in SPECS]
 EMBEDDED = Path(__file__).parent.parent
 
 
@@ -28,14 +29,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/recipe"), help="checkpoints and pictures")
     parser.add_argument("--embedded", type=Path, default=EMBEDDED, help="where tiny-sd and tiny-flux are written")
     parser.add_argument("--report", type=Path, default=Path("docs/embedded-models"), help="where the report is written")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="what export and report are to do")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for stage in STAGES if "all" in options.stages else options.stages:
-        run(stage, options.work, options.embedded, options.report)
+        run(stage, options.work, options.embedded, options.report, options.only)
 
 
-def run(stage: str, work: Path, embedded: Path, report: Path) -> None:
+def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -> None:
     """Do one stage. A stage loads what the ones before it left in `work`."""
     if stage == "render":
         data.render_all(work, PICTURES)
@@ -53,12 +55,15 @@ def run(stage: str, work: Path, embedded: Path, report: Path) -> None:
     elif stage == "judges":
         judges.run(work, STEPS["judges"])
     elif stage == "export":
-        for name in ("tiny-sd", "tiny-flux"):
+        for name in only:
             export.write(name, embedded / name, work)
         judges.save(work, embedded / judges.WEIGHTS.name)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
-        evaluate.report(registry, judges.load(embedded / judges.WEIGHTS.name), SPECS, report)
+        for spec in SPECS:
+            if spec.name in only:
+                evaluate.assess(registry, judges.load(embedded / judges.WEIGHTS.name), spec, report)
+        evaluate.report([spec for spec in SPECS if (report / f"{spec.name}.json").exists()], report)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 from cache import NoCache
 from models.base import GenerationParams, ModelSpec, Step
 from models.embedded.recipe.grammar import HELD_OUT, PLACES, TIMES, TRIPLES, WEATHERS, Triple
-from models.embedded.recipe.judges import Judge, Score, verdicts
+from models.embedded.recipe.judges import TABLES, Judge, Score, verdicts
 from models.registry import Registry
 
 SEEDS = (1, 2)
@@ -60,35 +61,48 @@ def sheet(pictures: list[NDArray[np.uint8]], path: Path) -> None:
     whole.resize((columns * width * 3 // 4, rows * height * 3 // 4), Image.Resampling.LANCZOS).save(path, quality=88)
 
 
-def report(registry: Registry, judge: Judge, specs: tuple[ModelSpec, ...], folder: Path) -> None:
-    """Draw every triple with each seed, judge, and write README.md, report.json and a sheet a model to `folder`."""
+def assess(registry: Registry, judge: Judge, spec: ModelSpec, folder: Path) -> None:
+    """Draw every triple with each seed, judge, and write the model's .json and contact sheet to `folder`."""
+    pictures = [draw(registry, spec, TRIPLES, seed) for seed in SEEDS]
+    sheet(pictures[0], folder / f"{spec.name}.jpg")
+    right = verdicts(judge, [one for seed in pictures for one in seed], TRIPLES * len(SEEDS)).float()
     held = torch.tensor([triple in HELD_OUT for triple in TRIPLES]).repeat(len(SEEDS))
+    figures = {}
+    for name, chosen in (("all", right), ("trained", right[~held]), ("held out", right[held])):
+        score = Score(*chosen.mean(0).tolist())
+        figures[name] = {"pictures": len(chosen), **asdict(score)}
+        print(f"{spec.name}, {name}: {score}", flush=True)
+    (folder / f"{spec.name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def report(specs: Sequence[ModelSpec], folder: Path) -> None:
+    """Write README.md from what `assess` left in `folder`."""
     lines = [
         "# What the embedded models draw",
         "",
-        f"{len(TRIPLES) * len(SEEDS)} pictures a model (every triple, seeds {SEEDS}), uncached, own sampler, judged by "
-        "three classifiers that saw only fresh renderings. Held out: the 15 triples that no training saw.",
-        "Made by `python -m models.embedded.recipe judges report`.",
+        f"{len(TRIPLES) * len(SEEDS)} pictures a model (every triple, {len(SEEDS)} seeds), uncached, own sampler,",
+        "judged by three classifiers that saw only fresh renderings. Held out: the 15 triples that no training saw.",
+        "Made by `python -m models.embedded.recipe report`; how the models were trained stands in",
+        "[the decision](../decisions/embedded-models.md).",
         "",
         "| model | steps | guidance | pictures | weather | place | time |",
         "|---|---|---|---|---|---|---|",
     ]
-    figures = {}
     for spec in specs:
-        pictures = [draw(registry, spec, TRIPLES, seed) for seed in SEEDS]
-        sheet(pictures[0], folder / f"{spec.name}.jpg")
-        right = verdicts(judge, [one for seed in pictures for one in seed], TRIPLES * len(SEEDS)).float()
-        for name, chosen in (("all", right), ("trained", right[~held]), ("held out", right[held])):
-            score = Score(*chosen.mean(0).tolist())
-            figures[f"{spec.name} {name}"] = {"weather": score.weather, "place": score.place, "time": score.time}
-            print(f"{spec.name}, {name}: {score}", flush=True)
+        for name, row in json.loads((folder / f"{spec.name}.json").read_text()).items():
+            shares = " | ".join(f"{row[judged]:.1%}" for judged in TABLES)
             lines.append(
-                f"| {spec.name} | {spec.steps} | {spec.guidance_scale} | {name}, {len(chosen)} "
-                f"| {score.weather:.1%} | {score.place:.1%} | {score.time:.1%} |"
+                f"| {spec.name} | {spec.steps} | {spec.guidance_scale} | {name}, {row['pictures']} | {shares} |"
             )
     for spec in specs:
-        lines += ["", f"## {spec.name}", "", "Rows: weather × place, columns: dawn, noon, sunset, twilight, night; "]
-        lines[-1] += "white frames: held out."
-        lines += ["", f"![every triple, drawn by {spec.name}]({spec.name}.jpg)"]
+        lines += [
+            "",
+            f"## {spec.name}",
+            "",
+            "Down: clear, misty and half of snowy, then on the right the rest of snowy, stormy and starry; each in",
+            "forest, mountains, desert, sea, hills, island; across: dawn, noon, sunset, twilight, night. White",
+            "frames: held out of training.",
+            "",
+            f"![every triple, drawn by {spec.name}]({spec.name}.jpg)",
+        ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
-    (folder / "report.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -46,7 +46,7 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for shape, parameters in alike.items():
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 mixed = torch._foreach_lerp(gradients, buffers, group["momentum"])
