@@ -4,7 +4,7 @@ ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build
 # Where PyTorch comes from besides the default index. Empty: the index's own build, on Linux the CUDA one.
-# For a machine without a GPU: https://download.pytorch.org/whl/cpu
+# For a machine without a GPU: the address of PyTorch's CPU builds, from the "Get started" page of PyTorch's site.
 ARG TORCH_INDEX_URL=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
