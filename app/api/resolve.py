@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
@@ -30,7 +30,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "stable_fast": (False,),
     "enable_preview": (False,),
     "attention": ("auto", "sdpa"),
-    "cache_forecast": (None, "none"),
     "deepcache_schedule": (None, "uniform"),
 }
 _DEEPCACHE_FIELDS = {
@@ -157,11 +156,14 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
+    strategy: CacheStrategy = NoCache()
     if request.deepcache_enabled:
-        return DeepCache(**request.deepcache)
-    if model.cache == "first_block" and request.fbcache_enabled is not False:
-        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive)
-    return NoCache()
+        strategy = DeepCache(**request.deepcache)
+    elif model.cache == "first_block" and request.fbcache_enabled is not False:
+        strategy = FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive)
+    if request.cache_forecast is None or isinstance(strategy, NoCache):
+        return strategy
+    return replace(strategy, forecast=request.cache_forecast)
 
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
@@ -177,4 +179,6 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
         if idle:
             reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
             warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
+    if request.cache_forecast is not None and isinstance(_strategy(request, model), NoCache):
+        warnings.append("cache_forecast had no effect: no cache is on.")
     return warnings

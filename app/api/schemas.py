@@ -114,7 +114,9 @@ class GenerateRequest(BaseModel):
         None, ge=1, le=50, description="Most reuse steps in a row; null sets no cap."
     )
     cache_forecast: Literal["none", "linear", "quadratic"] | None = Field(
-        None, description="How a reuse step predicts what it skips; null takes the best measured default."
+        None,
+        description="How a reuse step predicts what it skips: none takes the last value, linear and quadratic a "
+        "polynomial through the last two or three; null takes the cache's measured default.",
     )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
