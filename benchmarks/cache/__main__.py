@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.cache.claims import Claim, forecast_time, of_intervals, of_thresholds
+from benchmarks.cache.claims import Claim, forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import overheads
 from benchmarks.cache.page import Section, write
@@ -212,8 +212,9 @@ def main(
         section = Section(name, said, results, f"images/pareto-{name}.png")
         if whole:
             costs = registry.reuse_costs(name)
-            section.claims = demands(bench, settings, results, costs)
             section.overhead = reuse_steps(bench, costs, grid.depths)
+            section.claims = demands(bench, settings, results, costs)
+            section.claims += of_overheads(section.overhead, DeepCache().forecast)
             from benchmarks.cache.plot import draw  # matplotlib, which only the page needs
 
             draw(said, results, page.parent / section.plot)

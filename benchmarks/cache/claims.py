@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.cache.front import Axis, at_least, in_operations, in_time, shortened
 from benchmarks.cache.measure import Bench, Result, difference
@@ -14,6 +15,8 @@ from benchmarks.cache.settings import FEWER, UNCACHED, Setting
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time
 EXTRA_TIME = 0.02  # that a forecast may cost
+OVERHEAD = 0.05  # of a reuse step's time that may be ours
+PEER = "the published helper's"
 
 
 def _hit_rate(result: Result) -> float:
@@ -73,6 +76,19 @@ def forecast_time(bench: Bench, forecast: Setting, plain: Setting, repeats: int)
     excess = statistics.median(own / base - 1 for own, base in bench.paired(forecast, plain, repeats))
     sentence = f"{forecast.name}: time over plain reuse, at most {EXTRA_TIME:.0%}"
     return Claim(sentence, f"{excess:+.1%}, median of {repeats} pairs", excess <= EXTRA_TIME)
+
+
+def of_overheads(rows: Sequence[Mapping[str, Any]], default: str) -> list[Claim]:
+    """What the default forecast's reuse step takes above its bare layers, and against the published helper's."""
+    claims = []
+    for row in rows:
+        own = row["excess"][f"ours, {default}"]
+        (published,) = (excess for name, excess in row["excess"].items() if not name.startswith("ours"))
+        sentence = (
+            f"branch {row['branch']}: a reuse step above its bare layers, at most {OVERHEAD:.0%} and below {PEER}"
+        )
+        claims.append(Claim(sentence, f"{own:+.1%} against {published:+.1%}", own <= OVERHEAD and own < published))
+    return claims
 
 
 def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:

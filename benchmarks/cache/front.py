@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.cache.measure import Result
-from benchmarks.cache.settings import FEWER, UNCACHED
+from benchmarks.cache.settings import FEWER
 
 Axis = Callable[[Result], float]
 
@@ -24,9 +24,11 @@ AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
 
 
 def pareto(results: Iterable[Result], axis: Axis) -> list[Result]:
-    """Those that no other beats in both speed-up and mean PSNR, slowest first."""
+    """Those that no other beats in both speed-up and mean PSNR, slowest first; what spares nothing is left out."""
     front: list[Result] = []
-    for result in sorted(results, key=lambda one: (axis(one), one.mean_psnr), reverse=True):
+    for result in sorted(
+        (one for one in results if one.acts), key=lambda one: (axis(one), one.mean_psnr), reverse=True
+    ):
         if not front or result.mean_psnr > front[-1].mean_psnr:
             front.append(result)
     return front[::-1]
@@ -62,7 +64,7 @@ def above(results: Sequence[Result], axis: Axis) -> list[Above]:
     front = pareto((one for one in results if one.ours), axis)
     found = []
     for peer in results:
-        if peer.ours or peer.method == UNCACHED or axis(peer) <= 1:
+        if peer.ours or not peer.acts:
             continue
         speedup = axis(peer)
         level = height(front, axis, speedup)

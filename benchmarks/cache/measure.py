@@ -167,6 +167,11 @@ class Result:
         return self.method.startswith("ours")
 
     @property
+    def acts(self) -> bool:
+        """Whether any work was spared: a threshold may be too low for that, and then time differs by noise alone."""
+        return self.operations_speedup > 1
+
+    @property
     def speedup(self) -> float:
         """Median over the pairs of uncached by own seconds."""
         return statistics.median(b / a for a, b in zip(self.seconds, self.uncached_seconds, strict=True))

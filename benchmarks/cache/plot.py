@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from benchmarks.cache.front import AXES, Axis, pareto
 from benchmarks.cache.measure import Result
 from benchmarks.cache.quality import interval
-from benchmarks.cache.settings import UNCACHED
 
 _OURS = ("#c1121f", "#f77f00", "#8d5a97")
 _PEERS = ("#1d4e89", "#2a9d8f", "#6c757d", "#577590", "#90be6d", "#43aa8b", "#264653", "#b08968")
@@ -19,9 +18,10 @@ _MARKERS = "svD^<>pP"
 
 
 def draw(title: str, results: Sequence[Result], file: Path) -> None:
-    """Write a PNG; error bars are 95 % confidence intervals of the mean PSNR over the pictures."""
+    """Write a PNG of what spared work; error bars are 95 % confidence intervals of the mean PSNR over the pictures."""
     figure = Figure(figsize=(15, 6.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    results = [one for one in results if one.acts]
     for panel, (unit, axis) in zip(panels, AXES.items(), strict=True):
         _panel(panel, results, axis)
         panel.set_xlabel(f"speed-up of denoising, in {unit} (uncached = 1)")
@@ -34,7 +34,7 @@ def draw(title: str, results: Sequence[Result], file: Path) -> None:
 
 
 def _panel(panel: Axes, results: Sequence[Result], axis: Axis) -> None:
-    methods = [name for name in dict.fromkeys(one.method for one in results) if name != UNCACHED]
+    methods = list(dict.fromkeys(one.method for one in results))
     ours = [name for name in methods if name.startswith("ours")]
     peers = [name for name in methods if name not in ours]
     front = pareto((one for one in results if one.ours), axis)
