@@ -37,7 +37,8 @@ class DeepCache:
     start, end: reuse is allowed at 1000 - timestep within them: 0 is pure noise, 1000 finished. Reading the timestep
         synchronises with a GPU once a call; with 0 and 1000 it is not read.
     forecast: what a reuse call takes for the kept tensor: `none` its last value, `linear` and `quadratic` a polynomial
-        through its last two or three (`forecast.History`), which costs a multiply-add and a kept tensor an order.
+        through its last two or three, `damped` a line whose slope is trusted as far as the last one held
+        (`cache/forecast.py`); each order costs a multiply-add and a kept tensor.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -46,7 +47,7 @@ class DeepCache:
     depth: int = 2
     start: int = 0
     end: int = WHOLE_SCHEDULE
-    forecast: forecasts.Forecast = "linear"
+    forecast: forecasts.Forecast = "damped"
 
     def __post_init__(self) -> None:
         for setting, least, most in (

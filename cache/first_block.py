@@ -30,7 +30,7 @@ class FirstBlockCache:
     threshold: relative mean absolute difference, 0 to 1; 0 never reuses, published settings lie between .03 and .15.
     max_consecutive: the most calls in a row that may reuse; None for no cap.
     forecast: what a reuse call takes for the remaining blocks' residuals: `none` their last values, `linear` and
-        `quadratic` the polynomial through the last two or three (`forecast.History`).
+        `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`).
     One synchronisation with a GPU a call: the decision is the host's.
     """
 

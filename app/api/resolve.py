@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
@@ -156,14 +157,17 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
-    strategy: CacheStrategy = NoCache()
+    forecast = _given(forecast=request.cache_forecast)
     if request.deepcache_enabled:
-        strategy = DeepCache(**request.deepcache)
-    elif model.cache == "first_block" and request.fbcache_enabled is not False:
-        strategy = FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive)
-    if request.cache_forecast is None or isinstance(strategy, NoCache):
-        return strategy
-    return replace(strategy, forecast=request.cache_forecast)
+        return DeepCache(**request.deepcache, **forecast)
+    if model.cache == "first_block" and request.fbcache_enabled is not False:
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **forecast)
+    return NoCache()
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those that the request names; the others are the strategy's to choose."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:

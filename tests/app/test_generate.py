@@ -80,6 +80,7 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ({"deepcache_enabled": True, "cache_forecast": None}, DeepCache()),
         ({"flux_enabled": True}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
+        ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),
         ({"flux_enabled": True, "cache_forecast": "none"}, FirstBlockCache(forecast="none")),
         ({"model": "flux"}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "residual_diff_threshold": 0}, FirstBlockCache(0.0, None)),

@@ -70,7 +70,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"end": 1001}, "end"),
         (DeepCache, {"end": math.nan}, "end"),
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
-        (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic"),
+        (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
         (DeepCache, {"forecast": None}, "forecast"),
         (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),

@@ -18,13 +18,14 @@ ON_UNETS: list[CacheStrategy] = [
     DeepCache(interval=3, depth=0, forecast="none"),
     DeepCache(interval=2, depth=2, start=200, end=800, forecast="linear"),
     DeepCache(interval=2, depth=0, forecast="quadratic"),
-    DeepCache(interval=3, depth=12, forecast="linear"),  # no branch is cheap enough: the prediction is kept
+    DeepCache(interval=2, depth=12, forecast="damped"),  # no branch is cheap enough: the prediction is kept
 ]
 ON_TRANSFORMERS: list[CacheStrategy] = [
     NoCache(),
     FirstBlockCache(1.0, max_consecutive=2, forecast="none"),
     FirstBlockCache(1.0, max_consecutive=2, forecast="linear"),
     FirstBlockCache(1.0, max_consecutive=1, forecast="quadratic"),
+    FirstBlockCache(1.0, max_consecutive=1, forecast="damped"),
 ]
 # The trained networks are larger: one setting of each strategy.
 ON_TRAINED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]
