@@ -36,8 +36,9 @@ def check(forecast: Any) -> None:
 class History:
     """The last computed values of a tensor, as divided differences: a forecast is one multiply-add an order.
 
-    Exact for values that are a polynomial of the forecast's order in the call index; with fewer values the order is
-    lower. Keeps one tensor for `none`, two for `linear` and `damped`, three for `quadratic`.
+    Exact for values that are a polynomial of the forecast's order in the call index (`damped`: a line, from the third
+    value on); with fewer values the order is lower. Keeps one tensor for `none`, two for `linear` and `damped`, three
+    for `quadratic`.
 
     items: 1 for a tensor that is always computed as a whole; else the size of its first dimension, whose items may be
         computed at calls of their own.
