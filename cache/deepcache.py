@@ -1,8 +1,9 @@
 """DeepCache: most of a UNet's deep features are reused between denoising steps (Ma et al. 2023, arXiv:2312.00858).
 
 A compute call is the whole UNet and keeps one tensor, the hidden state that enters the outermost up-path layers at one
-skip branch. A reuse call runs only what lies outside of that branch. Branch b is bit-equal to the published helper's
-`cache_branch_id=b`; the helper keeps every layer's output, this keeps the one that is read.
+skip branch. A reuse call runs only what lies outside of that branch, on a forecast of that state. Without a forecast,
+branch b is bit-equal to the published helper's `cache_branch_id=b`; the helper keeps every layer's output, this keeps
+the one that is read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import forecast as forecasts
 from .schedule import WHOLE_SCHEDULE, Uniform, Window
 from .strategy import CacheReport, IncompatibleDenoiser
 
@@ -34,6 +36,9 @@ class DeepCache:
         native size (`cost.deepest_branch`). Where no branch is that cheap, the prediction itself is kept.
     start, end: reuse is allowed at 1000 - timestep within them: 0 is pure noise, 1000 finished. Reading the timestep
         synchronises with a GPU once a call; with 0 and 1000 it is not read.
+    forecast: what a reuse call takes for the kept tensor: `none` its last value, `linear` and `quadratic` a polynomial
+        through its last two or three, `damped` a line whose slope is trusted as far as the last one held
+        (`cache/forecast.py`); each order costs a multiply-add and a kept tensor.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -42,6 +47,7 @@ class DeepCache:
     depth: int = 2
     start: int = 0
     end: int = WHOLE_SCHEDULE
+    forecast: forecasts.Forecast = "damped"
 
     def __post_init__(self) -> None:
         for setting, least, most in (
@@ -56,6 +62,7 @@ class DeepCache:
                 raise ValueError(f"{setting} must be a whole number {bounds}, not {value!r}.")
         if self.start > self.end:
             raise ValueError(f"start ({self.start}) must not lie behind end ({self.end}): exchange them.")
+        forecasts.check(self.forecast)
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -81,9 +88,10 @@ class _Pass:
     """What is carried between the calls of one pass: the conditional one, the unconditional one, or both at once."""
 
     signature: tuple[Any, ...]
-    kept: Tensor  # the branch's state (batch, channels, height, width), or the prediction where there is no branch
+    history: forecasts.History  # of the branch's state (batch, channels, height, width), or of the prediction
     rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer; unused with a branch
-    age: int = 0  # calls since the last computed one
+    computed: int  # the last call that computed, counted in this pass from 0
+    now: int  # the last call
 
 
 class _Run:
@@ -92,6 +100,7 @@ class _Run:
     def __init__(self, strategy: DeepCache, denoiser: UNetDenoiser, branch: int | None) -> None:
         self.denoiser = denoiser
         self.branch = branch
+        self.forecast = strategy.forecast
         self.schedule = Uniform(strategy.interval)
         self.window = Window(strategy.start, strategy.end)
         self.passes: dict[str | None, _Pass] = {}
@@ -101,7 +110,7 @@ class _Run:
         self.copies = denoiser.modifies_in_place
         self.report = CacheReport(
             strategy.name,
-            settings={**dataclasses.asdict(strategy), "branch": branch, "forecast": "none"},
+            settings={**dataclasses.asdict(strategy), "branch": branch},
             reuse_cost=0.0 if branch is None else denoiser.branch_costs[branch],
         )
 
@@ -147,19 +156,19 @@ class _Run:
             self.report.warn(f"Calls with {argument} (ControlNet, T2I-Adapter) were computed fully.")
             return None
         entry = self.passes.get(call.pass_name)
-        if entry is None or entry.signature != call.signature or not self.schedule.reuses(entry.age + 1):
+        if entry is None or entry.signature != call.signature:
             return None
-        return entry
+        return entry if self.schedule.reuses(entry.now + 1 - entry.computed) else None
 
     def compute(self, call: Call) -> Any:
-        self.passes.pop(call.pass_name, None)  # before the call, so that the old and the new are not held at once
+        history, now = self.continued(call)
         output = call.run()
         if self.schedule.interval == 1 or self.denoiser.injected(call) is not None:
             return output
         if self.branch is None:
             # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
             prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
-            entry = _Pass(call.signature, prediction.detach().clone(), _rebuilder(output))
+            history.add(now, prediction.detach().clone())
         elif self.captured is None:
             self.report.warn(
                 "The layer before the cached branch did not report its output, so its calls were computed fully: it "
@@ -167,17 +176,26 @@ class _Run:
             )
             return output
         else:
-            entry = _Pass(call.signature, self.captured, _rebuilder(output))
-        self.passes[call.pass_name] = entry
-        held = sum(one.kept.numel() * one.kept.element_size() for one in self.passes.values())
+            history.add(now, self.captured)
+        self.passes[call.pass_name] = _Pass(call.signature, history, _rebuilder(output), computed=now, now=now)
+        held = sum(one.history.bytes for one in self.passes.values())
         self.report.cache_bytes = max(self.report.cache_bytes, held)
         return output
 
+    def continued(self, call: Call) -> tuple[forecasts.History, int]:
+        """The history that a computing call adds to, and the call's index in its pass."""
+        entry = self.passes.pop(call.pass_name, None)
+        if entry is None or entry.signature != call.signature:
+            return forecasts.History(self.forecast), 0
+        entry.history.make_room()
+        return entry.history, entry.now + 1
+
     def reuse(self, call: Call, entry: _Pass) -> Any:
-        entry.age += 1
-        if self.branch_pass is None:
-            return entry.rebuild(entry.kept.clone())
-        return self.branch_pass.run(call, entry.kept.clone() if self.copies else entry.kept)
+        entry.now += 1
+        kept = entry.history.at(entry.now)
+        if kept is entry.history.newest and (self.branch_pass is None or self.copies):
+            kept = kept.clone()
+        return entry.rebuild(kept) if self.branch_pass is None else self.branch_pass.run(call, kept)
 
     def explain(self) -> None:
         """Warn of whatever kept the cache from acting as asked."""

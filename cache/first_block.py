@@ -2,8 +2,9 @@
 
 The rule of ParaAttention and of diffusers' `FirstBlockCacheConfig`: with r = block_0(x) - x for the image stream, a
 call reuses if mean|r - r_prev| / mean|r_prev| < threshold, r_prev being that of the last computed call. It then answers
-with the streams after the first block plus what all remaining blocks added to them at that computed call. Bit-equal to
-diffusers' hook for one item; the items of a batch decide each for itself.
+with the streams after the first block plus what all remaining blocks added to them at that computed call, or a forecast
+of it from the last ones. Without a forecast bit-equal to diffusers' hook for one item; the items of a batch decide each
+for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from . import forecast as forecasts
 from .strategy import CacheReport, IncompatibleDenoiser
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ class FirstBlockCache:
 
     threshold: relative mean absolute difference, 0 to 1; 0 never reuses, published settings lie between .03 and .15.
     max_consecutive: the most calls in a row that may reuse; None for no cap.
+    forecast: what a reuse call takes for the remaining blocks' residuals: `none` their last values, `linear` and
+        `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`).
     One synchronisation with a GPU a call: the decision is the host's.
     """
 
@@ -34,6 +38,7 @@ class FirstBlockCache:
 
     threshold: float = 0.05
     max_consecutive: int | None = None
+    forecast: forecasts.Forecast = "none"
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
@@ -42,6 +47,7 @@ class FirstBlockCache:
             raise ValueError(f"threshold must lie between 0 (never reuse) and 1, not at {self.threshold}.")
         if self.max_consecutive is not None and (type(self.max_consecutive) is not int or self.max_consecutive < 1):
             raise ValueError(f"max_consecutive must be 1 or more, or None for no cap, not {self.max_consecutive!r}.")
+        forecasts.check(self.forecast)
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -54,8 +60,8 @@ class FirstBlockCache:
                 f"The first-block cache needs a transformer, and {type(denoiser.root).__name__} is a UNet: "
                 "use DeepCache for it."
             )
-        report = CacheReport(self.name, settings={**dataclasses.asdict(self), "forecast": "none"})
-        run = ResidualRun(denoiser, report, self.threshold, self.max_consecutive)
+        report = CacheReport(self.name, settings=dataclasses.asdict(self))
+        run = ResidualRun(denoiser, report, self)
         with denoiser.intercepted(run.handle):
             try:
                 yield report

@@ -11,15 +11,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .cost import first_block_cost, on_meta
 from .denoiser import TransformerDenoiser
+from .forecast import History
 from .patching import Call, shadowed
 from .strategy import CacheReport, IncompatibleDenoiser
+
+if TYPE_CHECKING:
+    from .first_block import FirstBlockCache
 
 IMAGE = "hidden_states"
 Streams = dict[str, Tensor]  # by name, each (batch, tokens, channels)
@@ -35,25 +39,25 @@ class _Pass:
     signature: tuple[Any, ...]
     probe: Tensor  # the first block's residual of the image stream (batch, tokens, channels)
     scale: Tensor  # mean |probe| of each item (batch,)
-    tails: Streams  # what all blocks but the first added to each stream
+    tails: dict[str, History]  # what all blocks but the first added to each stream
     streak: list[int]  # reused calls in a row of each item
+    now: int = 0  # the last call, counted in this pass
 
     @property
     def bytes(self) -> int:
-        tensors = (self.probe, self.scale, *self.tails.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        references = sum(tensor.numel() * tensor.element_size() for tensor in (self.probe, self.scale))
+        return references + sum(history.bytes for history in self.tails.values())
 
 
 class ResidualRun:
     """The state of one run, and what handles its calls."""
 
-    def __init__(
-        self, denoiser: TransformerDenoiser, report: CacheReport, threshold: float, max_consecutive: int | None
-    ) -> None:
+    def __init__(self, denoiser: TransformerDenoiser, report: CacheReport, strategy: FirstBlockCache) -> None:
         self.denoiser = denoiser
         self.report = report
-        self.threshold = threshold
-        self.cap = math.inf if max_consecutive is None else max_consecutive
+        self.threshold = strategy.threshold
+        self.cap = math.inf if strategy.max_consecutive is None else strategy.max_consecutive
+        self.forecast = strategy.forecast
         self.blocks = denoiser.blocks
         self.passes: dict[str | None, _Pass] = {}
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
@@ -153,11 +157,15 @@ class _Turn:
             run.passes.pop(self.call.pass_name, None)
             self.rows = list(range(self.batch))
             return self.live
+        entry.now += 1
         self.decide(entry)
         if len(self.rows) == self.batch:
             return self.live
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
-        streams = {name: entry.tails[name] + s if name in entry.tails else s for name, s in self.head.items()}
+        streams = {
+            name: entry.tails[name].at(entry.now, stream) if name in entry.tails else stream
+            for name, stream in self.head.items()
+        }
         if self.rows:
             rows = self.index_of_rows()
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
@@ -173,6 +181,9 @@ class _Turn:
             entry.streak[row] = entry.streak[row] + 1 if reuse else 0
             if not reuse:
                 self.rows.append(row)
+            if not math.isfinite(ratio):
+                for history in entry.tails.values():
+                    history.forget(row)
         if all(map(math.isfinite, ratios)):
             self.change = max(ratios)
         else:
@@ -197,19 +208,21 @@ class _Turn:
             )
         if run.in_place is None:
             run.in_place = not all(torch.equal(self.live[name], stream) for name, stream in self.head.items())
-        tails = {name: (stream - self.head[name]).detach() for name, stream in streams.items()}
         scale = torch.stack([item.abs().mean() for item in self.probe])
         entry = run.passes.get(self.call.pass_name)
-        if entry is None or len(self.rows) == self.batch:
-            run.passes[self.call.pass_name] = _Pass(self.call.signature, self.probe, scale, tails, [0] * self.batch)
-            return
-        rows = self.index_of_rows()
-        for kept, new in (
-            (entry.probe, self.probe),
-            (entry.scale, scale),
-            *((entry.tails[name], tail) for name, tail in tails.items()),
-        ):
-            kept.index_copy_(0, rows, new[rows])
+        rows: list[int] | None = None
+        if entry is None:
+            tails = {name: History(run.forecast, self.batch) for name in streams}
+            entry = _Pass(self.call.signature, self.probe, scale, tails, [0] * self.batch)
+            run.passes[self.call.pass_name] = entry
+        elif len(self.rows) == self.batch:
+            entry.probe, entry.scale = self.probe, scale
+        else:
+            rows = self.rows
+            entry.probe[rows], entry.scale[rows] = self.probe[rows], scale[rows]
+        for name, stream in streams.items():
+            tail = (stream - self.head[name]).detach()
+            entry.tails[name].add(entry.now, tail if rows is None else tail[rows], rows)
 
     def index_of_rows(self) -> Tensor:
         return torch.tensor(self.rows, device=self.probe.device)

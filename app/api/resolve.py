@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
@@ -30,7 +31,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "stable_fast": (False,),
     "enable_preview": (False,),
     "attention": ("auto", "sdpa"),
-    "cache_forecast": (None, "none"),
     "deepcache_schedule": (None, "uniform"),
 }
 _DEEPCACHE_FIELDS = {
@@ -157,11 +157,17 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
+    forecast = _given(forecast=request.cache_forecast)
     if request.deepcache_enabled:
-        return DeepCache(**request.deepcache)
+        return DeepCache(**request.deepcache, **forecast)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
-        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive)
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **forecast)
     return NoCache()
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those that the request names; the others are the strategy's to choose."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
@@ -177,4 +183,6 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
         if idle:
             reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
             warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
+    if request.cache_forecast is not None and isinstance(_strategy(request, model), NoCache):
+        warnings.append("cache_forecast had no effect: no cache is on.")
     return warnings

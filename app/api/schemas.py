@@ -113,8 +113,11 @@ class GenerateRequest(BaseModel):
     fbcache_max_consecutive: int | None = Field(
         None, ge=1, le=50, description="Most reuse steps in a row; null sets no cap."
     )
-    cache_forecast: Literal["none", "linear", "quadratic"] | None = Field(
-        None, description="How a reuse step predicts what it skips; null takes the best measured default."
+    cache_forecast: Literal["none", "linear", "quadratic", "damped"] | None = Field(
+        None,
+        description="How a reuse step predicts what it skips: none takes the last value, linear and quadratic a "
+        "polynomial through the last two or three, damped a line whose slope is trusted as far as the one before it "
+        "held; null takes the cache's measured default.",
     )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
@@ -160,7 +163,7 @@ class GenerateRequest(BaseModel):
         return self
 
     @property
-    def deepcache(self) -> dict[str, int]:
+    def deepcache(self) -> dict[str, Any]:
         """DeepCache's four numbers, the preset filled in, by the names of its constructor."""
         if self.deepcache_preset is not None:
             values = PRESETS[self.deepcache_preset]

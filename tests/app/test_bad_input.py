@@ -98,6 +98,8 @@ WRONG_TYPE = [
     ("deepcache_enabled", "1", "boolean"),
     ("deepcache_enabled", '"true"', "boolean"),
     ("deepcache_preset", '"fast"', "balanced"),
+    ("cache_forecast", '"cubic"', "quadratic"),
+    ("cache_forecast", "1", "linear"),
     ("attention", '"flash"', "sdpa"),
     ("output_format", '"gif"', "png"),
     ("loras", '"a"', "list"),
@@ -175,8 +177,6 @@ async def test_what_does_not_go_together_is_refused_with_a_remedy(
         ("enable_preview", True),
         ("attention", "sage"),
         ("attention", "sparge"),
-        ("cache_forecast", "linear"),
-        ("cache_forecast", "quadratic"),
         ("deepcache_schedule", "auto"),
     ],
 )

@@ -72,7 +72,16 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ({"deepcache_enabled": True, "deepcache_preset": "max_speed"}, DeepCache(5, 3, 0, 1000)),
         ({"deepcache_enabled": True, "deepcache_preset": "max_quality"}, DeepCache(2, 1, 0, 1000)),
         ({"deepcache_enabled": True, "deepcache_preset": "partial"}, DeepCache(3, 2, 200, 800)),
+        (
+            {"deepcache_enabled": True, "deepcache_preset": "partial", "cache_forecast": "none"},
+            DeepCache(3, 2, 200, 800, "none"),
+        ),
+        ({"deepcache_enabled": True, "cache_forecast": "quadratic"}, DeepCache(forecast="quadratic")),
+        ({"deepcache_enabled": True, "cache_forecast": None}, DeepCache()),
         ({"flux_enabled": True}, FirstBlockCache(0.05, None)),
+        ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
+        ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),
+        ({"flux_enabled": True, "cache_forecast": "none"}, FirstBlockCache(forecast="none")),
         ({"model": "flux"}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "residual_diff_threshold": 0}, FirstBlockCache(0.0, None)),
         ({"flux_enabled": True, "fbcache_threshold": 1, "fbcache_max_consecutive": 3}, FirstBlockCache(1.0, 3)),
@@ -135,6 +144,8 @@ async def test_the_operators_batch_limit_is_kept_and_said(engine: FakeEngine) ->
     [
         ({"deepcache_interval": 3}, "deepcache_interval"),
         ({"deepcache_preset": "partial"}, "deepcache_preset"),
+        ({"cache_forecast": "linear"}, "cache_forecast"),
+        ({"flux_enabled": True, "fbcache_enabled": False, "cache_forecast": "none"}, "cache_forecast"),
         ({"flux_enabled": True, "deepcache_depth": 1}, "deepcache_depth"),
         ({"fbcache_threshold": 0.1}, "fbcache_threshold"),
         ({"residual_diff_threshold": 0.1, "deepcache_enabled": True}, "fbcache_threshold"),
@@ -165,7 +176,6 @@ async def test_neutral_values_of_features_to_come_are_accepted(client: httpx.Asy
         stable_fast=False,
         enable_preview=False,
         attention="sdpa",
-        cache_forecast="none",
         deepcache_schedule="uniform",
         deepcache_enabled=True,
     )

@@ -84,6 +84,28 @@ def tiny_flux() -> nn.Module:
     return network.eval()
 
 
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        return hidden_states + 0.1 * self.mix(hidden_states + condition[:, None])
+
+
+class Plain(nn.Module):
+    """Neither diffusers' nor with a config: one stream, its blocks called by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(8) for _ in range(3))
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states, condition)
+        return hidden_states
+
+
 def conditioning(network: nn.Module, items: int) -> dict[str, Any]:
     """What a UNet is called with beside latents and timestep, seeded by its shape."""
     config = network.config

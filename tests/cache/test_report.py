@@ -70,6 +70,9 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"end": 1001}, "end"),
         (DeepCache, {"end": math.nan}, "end"),
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
+        (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
+        (DeepCache, {"forecast": None}, "forecast"),
+        (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),
         (FirstBlockCache, {"threshold": 1.1}, "between 0"),
         (FirstBlockCache, {"threshold": math.nan}, "between 0"),
@@ -85,7 +88,9 @@ def test_settings_out_of_bounds_are_refused(strategy: Any, settings: dict[str, A
         strategy(**settings)
 
 
-@pytest.mark.parametrize("strategy", [NoCache(), DeepCache(5, 3, 200, 800), FirstBlockCache(0.1, 4)])
+@pytest.mark.parametrize(
+    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, "none"), FirstBlockCache(0.1, 4, "quadratic")]
+)
 def test_strategies_are_frozen_and_survive_a_pickle(strategy: Any) -> None:
     assert pickle.loads(pickle.dumps(strategy)) == strategy
     for field in dataclasses.fields(strategy):

@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from cache import FirstBlockCache, IncompatibleDenoiser, TransformerDenoiser, attach
-from tests.cache.networks import denoise_flux, flux_inputs, tiny_flux
+from tests.cache.networks import Plain, denoise_flux, flux_inputs, tiny_flux
 
 
 @pytest.fixture(autouse=True)
@@ -238,28 +238,6 @@ def test_another_family_is_another_view() -> None:
         torch.testing.assert_close(network(**moved).sample, expected[1], rtol=1e-4, atol=1e-5)
         network(**moved)
     assert report.item_decisions == ["CRR", "CCR"]
-
-
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Linear(width, width)
-
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        return hidden_states + 0.1 * self.mix(hidden_states + condition[:, None])
-
-
-class Plain(nn.Module):
-    """A network of the test's own, without config: one stream, its blocks called by position."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Residual(8) for _ in range(3))
-
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        for block in self.blocks:
-            hidden_states = block(hidden_states, condition)
-        return hidden_states
 
 
 def test_a_plain_torch_network_is_cached_and_only_its_prediction_is_missing() -> None:

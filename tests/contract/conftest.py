@@ -11,16 +11,24 @@ from torch import nn
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from tests.cache.networks import FAMILIES, Family
 
-# Settings under which each strategy reuses some of six calls on every network here, and computes some.
+# Settings under which each strategy reuses some of six calls on every network here, and computes some; every forecast
+# is made from as many values as it can use.
 ON_UNETS: list[CacheStrategy] = [
     NoCache(),
-    DeepCache(interval=3, depth=0),
-    DeepCache(interval=2, depth=2, start=200, end=800),
-    DeepCache(interval=3, depth=12),  # no branch is cheap enough: the prediction is kept
+    DeepCache(interval=3, depth=0, forecast="none"),
+    DeepCache(interval=2, depth=2, start=200, end=800, forecast="linear"),
+    DeepCache(interval=2, depth=0, forecast="quadratic"),
+    DeepCache(interval=2, depth=12, forecast="damped"),  # no branch is cheap enough: the prediction is kept
 ]
-ON_TRANSFORMERS: list[CacheStrategy] = [NoCache(), FirstBlockCache(1.0, max_consecutive=2)]
+ON_TRANSFORMERS: list[CacheStrategy] = [
+    NoCache(),
+    FirstBlockCache(1.0, max_consecutive=2, forecast="none"),
+    FirstBlockCache(1.0, max_consecutive=2, forecast="linear"),
+    FirstBlockCache(1.0, max_consecutive=1, forecast="quadratic"),
+    FirstBlockCache(1.0, max_consecutive=1, forecast="damped"),
+]
 # The trained networks are larger: one setting of each strategy.
-ON_TRAINED: list[CacheStrategy] = [ON_UNETS[1], ON_TRANSFORMERS[1]]
+ON_TRAINED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]
 NEUTRAL_ON_UNETS: list[CacheStrategy] = [NoCache(), DeepCache(interval=1)]
 NEUTRAL_ON_TRANSFORMERS: list[CacheStrategy] = [NoCache(), FirstBlockCache(threshold=0)]
 

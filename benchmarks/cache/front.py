@@ -1,0 +1,88 @@
+"""Pareto fronts over speed-up and PSNR, and where a peer's point lies against ours."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.cache.measure import Result
+from benchmarks.cache.settings import FEWER
+
+Axis = Callable[[Result], float]
+
+
+def in_time(result: Result) -> float:
+    return result.speedup
+
+
+def in_operations(result: Result) -> float:
+    return result.operations_speedup
+
+
+AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
+
+
+def pareto(results: Iterable[Result], axis: Axis) -> list[Result]:
+    """Those that no other beats in both speed-up and mean PSNR, slowest first; what spares nothing is left out."""
+    front: list[Result] = []
+    for result in sorted(
+        (one for one in results if one.acts), key=lambda one: (axis(one), one.mean_psnr), reverse=True
+    ):
+        if not front or result.mean_psnr > front[-1].mean_psnr:
+            front.append(result)
+    return front[::-1]
+
+
+def height(front: Sequence[Result], axis: Axis, speedup: float) -> float | None:
+    """PSNR of the front as a polyline at `speedup`, dB; None outside of its ends."""
+    for left, right in itertools.pairwise(front):
+        low, high = axis(left), axis(right)
+        if low <= speedup <= high:
+            share = (speedup - low) / (high - low)
+            return left.mean_psnr + share * (right.mean_psnr - left.mean_psnr)
+    if len(front) == 1 and axis(front[0]) == speedup:
+        return front[0].mean_psnr
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """A peer's point that our front does not cover: `by` dB above it, or None where our front has ended."""
+
+    peer: Result
+    speedup: float
+    by: float | None
+
+
+def above(results: Sequence[Result], axis: Axis) -> list[Above]:
+    """Points of peers, fewer steps included, that lie above our front or beyond an end of it.
+
+    A point beyond the fast end counts whatever its quality; one beyond the slow end only if it is nearer to the
+    uncached pictures than all of ours.
+    """
+    front = pareto((one for one in results if one.ours), axis)
+    found = []
+    for peer in results:
+        if peer.ours or not peer.acts:
+            continue
+        speedup = axis(peer)
+        level = height(front, axis, speedup)
+        if level is not None:
+            if peer.mean_psnr > level:
+                found.append(Above(peer, speedup, peer.mean_psnr - level))
+        elif not any(axis(one) >= speedup and one.mean_psnr >= peer.mean_psnr for one in front):
+            found.append(Above(peer, speedup, None))
+    return found
+
+
+def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result | None:
+    """The result that reaches `wanted` by the least, or None."""
+    enough = [one for one in results if measure(one) >= wanted]
+    return min(enough, key=measure, default=None)
+
+
+def shortened(results: Iterable[Result], axis: Axis, speedup: float) -> Result | None:
+    """The run of fewer steps that is nearest to `speedup` without being faster: what equal time would buy."""
+    slower = [one for one in results if one.method == FEWER and axis(one) <= speedup]
+    return max(slower, key=axis, default=None)

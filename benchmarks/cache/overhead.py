@@ -1,0 +1,103 @@
+"""What a reuse step costs above the layers that it runs: ours beside the published helper's, in one process.
+
+The bare step is the UNet's own forward over its shortened lists of layers, shortened before the clock starts and left
+so: no interception, no decision, no forecast. All take turns call by call on the same inputs; every second call
+computes, untimed, so that forecasts have values to go by.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cache.measure import now
+from benchmarks.cache.peers import PublishedDeepCache, twin
+from benchmarks.cache.settings import with_forecast
+from cache import DeepCache, UNetDenoiser
+from cache.cost import deepest_branch
+from cache.patching import shadowed
+
+WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second
+
+Step = Callable[[int], Any]
+
+
+def overheads(
+    unet: nn.Module, scheduler: Any, depth: int, forecasts: tuple[str, ...], repeats: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Median milliseconds of a reuse step, and the median over the repeats of each one's excess over the bare one.
+
+    size: height and width of the latents, of which two are denoised together, as guidance does.
+    """
+    scheduler.set_timesteps(2 * (repeats + WARM_UP))
+    view = UNetDenoiser(twin(unet))
+    branch = deepest_branch(view.branch_costs, depth)
+    if branch is None:
+        raise ValueError(f"At depth {depth} no layer runs, so that there is no step to compare with.")
+    generator = torch.Generator().manual_seed(0)
+    device = next(unet.parameters()).device
+    dtype = next(unet.parameters()).dtype
+    latents = torch.randn(2, unet.config.in_channels, *size, generator=generator).to(device, dtype)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator).to(device, dtype)
+
+    def call(network: nn.Module, index: int) -> Any:
+        return network(latents, scheduler.timesteps[index], encoder_hidden_states=text, return_dict=False)
+
+    with torch.no_grad(), ExitStack() as stack:
+        steps: dict[str, Step] = {"bare": stack.enter_context(_bare(view, branch, call))}
+        for forecast in forecasts:
+            own = UNetDenoiser(twin(unet))
+            stack.enter_context(with_forecast(DeepCache(interval=2, depth=depth), forecast).attach(own))
+            steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)
+        host = SimpleNamespace(unet=unet, scheduler=scheduler)
+        peer = PublishedDeepCache(host, repeats, interval=2, branch=branch)
+        stack.enter_context(peer.attach(UNetDenoiser(unet)))
+        steps["DeepCache 0.1.1"] = lambda index: call(host.unet, index)
+        seconds = _timed(steps, repeats)
+    return {
+        "branch": branch,
+        "milliseconds": {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()},
+        "excess": {
+            name: round(statistics.median(a / b - 1 for a, b in zip(values, seconds["bare"], strict=True)), 4)
+            for name, values in seconds.items()
+            if name != "bare"
+        },
+    }
+
+
+@contextmanager
+def _bare(view: UNetDenoiser, branch: int, call: Callable[[nn.Module, int], Any]) -> Iterator[Step]:
+    """A step over the branch's layers alone, around the state that a full call left."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = view.source(branch).register_forward_hook(keep)
+    call(view.root, 0)
+    hook.remove()
+    layers = view.branch_pass(branch)  # entered for good, which its own `run` does anew for each call
+    layers._middle.state = kept[0]
+    with shadowed(layers._shadows):
+        yield lambda index: call(view.root, index) if index % 2 else None
+
+
+def _timed(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each one's reused calls, which are those of odd index."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for index in range(2 * (repeats + WARM_UP)):
+        for name in order:
+            started = now()
+            steps[name](index)
+            if index % 2 and index >= 2 * WARM_UP:
+                seconds[name].append(now() - started)
+        if index % 2:
+            order = order[1:] + order[:1]
+    return seconds

@@ -1,0 +1,185 @@
+"""The grids: which settings of ours and of each peer are measured on which kind of denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache
+from cache import (
+    CacheStrategy,
+    DeepCache,
+    Denoiser,
+    FirstBlockCache,
+    NoCache,
+    TransformerDenoiser,
+    UNetDenoiser,
+)
+from cache.cost import deepest_branch
+
+UNCACHED = "uncached"
+FEWER = "fewer steps"
+OURS = "ours"
+FORECASTS = ("linear", "quadratic", "none")
+
+Make = Callable[[Any, int], CacheStrategy]  # of the pipeline and the number of steps
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One point of a plot.
+
+    method: what its points are drawn and compared as. steps: of the run, None for those of the uncached one.
+    interval, branch, threshold, forecast: what the comparisons look a setting up by, where it has one.
+    alone: a cache that decides while it runs, and for its batch as a whole; its pictures are to be drawn one by one.
+    """
+
+    method: str
+    label: str
+    make: Make
+    steps: int | None = None
+    interval: int | None = None
+    branch: int | None = None
+    threshold: float | None = None
+    forecast: str | None = None
+    alone: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.method.startswith(OURS)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.label}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What the full benchmark varies. `steps` are those of the shortened runs, as shares of the uncached one."""
+
+    intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
+    depths: Sequence[int] = (0, 1, 2, 3, 4)
+    thresholds: Sequence[float] = (0.02, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+    fewer: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2)
+
+
+def ours(strategy: CacheStrategy) -> Make:
+    return lambda host, steps: strategy
+
+
+def uncached() -> Setting:
+    return Setting(UNCACHED, "", ours(NoCache()))
+
+
+def presets(kind: str) -> list[Setting]:
+    """What the quick benchmark measures: the document's presets, or usual thresholds."""
+    if kind == "deepcache":
+        named: dict[str, CacheStrategy] = {
+            "max_quality 2/1": DeepCache(interval=2, depth=1),
+            "balanced 3/2": DeepCache(interval=3, depth=2),
+            "max_speed 5/3": DeepCache(interval=5, depth=3),
+            "partial 3/2/200/800": DeepCache(interval=3, depth=2, start=200, end=800),
+        }
+    else:
+        named = {f"threshold {value}": FirstBlockCache(threshold=value) for value in (0.03, 0.05, 0.1, 0.2, 0.3)}
+    return [uncached(), *(Setting(OURS, label, ours(strategy)) for label, strategy in named.items())]
+
+
+def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
+    """The whole grid for the cache of a UNet or a transformer."""
+    if isinstance(denoiser, UNetDenoiser):
+        settings = _unet(denoiser.branch_costs, grid)
+    elif isinstance(denoiser, TransformerDenoiser):
+        settings = _transformer(sum(map(len, denoiser.blocks)), grid)
+    else:
+        raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
+    counts = dict.fromkeys(max(1, round(steps * share)) for share in grid.fewer)
+    shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in counts if n < steps]
+    return [uncached(), *settings, *shortened]
+
+
+def _unet(costs: Sequence[float], grid: Grid) -> Iterator[Setting]:
+    depths: dict[int, int] = {}  # branch → the first depth that chooses it: equal branches are equal settings
+    for depth in grid.depths:
+        branch = deepest_branch(costs, depth)
+        if branch is not None:
+            depths.setdefault(branch, depth)
+    for interval in grid.intervals:
+        for branch, depth in depths.items():
+            for forecast in forecasts(DeepCache):
+                strategy = with_forecast(DeepCache(interval=interval, depth=depth), forecast)
+                label = f"N{interval} d{depth} b{branch}"
+                yield Setting(
+                    f"{OURS}, {forecast}", label, ours(strategy), interval=interval, branch=branch, forecast=forecast
+                )
+            published = partial(_published, interval=interval, branch=branch)
+            yield Setting("DeepCache 0.1.1", f"N{interval} b{branch}", published, interval=interval, branch=branch)
+
+
+def _transformer(blocks: int, grid: Grid) -> Iterator[Setting]:
+    from diffusers import FirstBlockCacheConfig
+
+    for threshold in grid.thresholds:
+        for forecast in forecasts(FirstBlockCache):
+            strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
+            method = f"{OURS}, {forecast}"
+            yield Setting(method, f"{threshold}", ours(strategy), threshold=threshold, forecast=forecast)
+        hook = partial(_hook, config=FirstBlockCacheConfig(threshold=threshold))
+        yield Setting("diffusers FirstBlockCache", f"{threshold}", hook, threshold=threshold, alone=True)
+    yield from _taylorseer(grid.intervals)
+    yield from _cache_dit(blocks, grid.thresholds)
+
+
+def _taylorseer(intervals: Iterable[int]) -> Iterator[Setting]:
+    """diffusers' TaylorSeer: its default (attention outputs) and its lite mode (the whole output)."""
+    import torch
+    from diffusers import TaylorSeerCacheConfig
+
+    for interval in intervals:
+        for method, lite in (("diffusers TaylorSeer", False), ("diffusers TaylorSeer lite", True)):
+            # Their factors in float32: bfloat16, the default, would be a handicap beside float32 networks.
+            config = TaylorSeerCacheConfig(
+                cache_interval=interval, use_lite_mode=lite, taylor_factors_dtype=torch.float32
+            )
+            yield Setting(method, f"N{interval}", partial(_hook, config=config), interval=interval)
+
+
+def _cache_dit(blocks: int, thresholds: Iterable[float]) -> Iterator[Setting]:
+    """DBCache as it comes (8 first blocks, 8 warm-up calls), and with one first block and 4 warm-up calls."""
+    for threshold in thresholds:
+        for first, warmup in ((8, 8), (1, 4)):
+            if first >= blocks:
+                continue  # it would skip nothing
+            settings = {"residual_diff_threshold": threshold, "Fn_compute_blocks": first, "max_warmup_steps": warmup}
+            for taylor in (0, 1):
+                method = f"cache-dit F{first}W{warmup}{' Taylor' if taylor else ''}"
+                make = partial(_dbcache, settings=settings, taylor=taylor)
+                yield Setting(method, f"{threshold}", make, threshold=threshold, alone=True)
+
+
+def forecasts(strategy: type[Any]) -> tuple[str, ...]:
+    """The forecasts to measure, plain reuse last."""
+    return FORECASTS if "forecast" in {field.name for field in dataclasses.fields(strategy)} else ("none",)
+
+
+def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:
+    """`strategy` with that forecast, its calls placed uniformly."""
+    names = {field.name for field in dataclasses.fields(strategy)}
+    wanted = {"forecast": forecast, "schedule": "uniform"}
+    changed: CacheStrategy = dataclasses.replace(strategy, **{k: v for k, v in wanted.items() if k in names})
+    return changed
+
+
+def _published(host: Any, steps: int, interval: int, branch: int) -> CacheStrategy:
+    return PublishedDeepCache(host, steps, interval=interval, branch=branch)
+
+
+def _hook(host: Any, steps: int, config: Any) -> CacheStrategy:
+    return DiffusersHook(host, steps, config=config)
+
+
+def _dbcache(host: Any, steps: int, settings: dict[str, Any], taylor: int) -> CacheStrategy:
+    return CacheDiT(host, steps, settings=settings, taylor=taylor)

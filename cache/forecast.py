@@ -1,0 +1,137 @@
+"""Forecasts: what a kept tensor will be at a call that does not compute it.
+
+A polynomial through the values that were computed last, in Newton's form over the call index: with a > b > c the last
+calls that computed,
+
+    p(q) = f[a] + (q - a) f[a, b] + (q - a)(q - b) f[a, b, c],
+
+where f[a] is the value at a and f[a, b] = (f[a] - f[b]) / (a - b) and so on are divided differences. The first term
+alone is plain reuse. TaylorSeer (Liu et al. 2025, arXiv:2503.06923) forecasts a transformer's features this way.
+
+`damped` is linear with a slope that is trusted as far as the one before it held. At a computing call the last forecast
+can be judged for free: of a slope d the next one, e, kept the part β = ⟨d, e⟩ / ⟨d, d⟩, limited to 0 … 1. The slope is
+then taken (1 + β) / 2 times, half while there is none before it. Features bend most in a run's first calls, where the
+full slope does worse than none. On a signal that is a line β is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Forecast = Literal["none", "linear", "quadratic", "damped"]
+ORDERS: dict[Forecast, int] = {"none": 0, "linear": 1, "quadratic": 2, "damped": 1}
+
+
+def check(forecast: Any) -> None:
+    """Raises ValueError for what is no Forecast."""
+    if forecast not in tuple(ORDERS):
+        raise ValueError(f"forecast must be one of {', '.join(ORDERS)}, not {forecast!r}.")
+
+
+class History:
+    """The last computed values of a tensor, as divided differences: a forecast is one multiply-add an order.
+
+    Exact for values that are a polynomial of the forecast's order in the call index (`damped`: a line, from the third
+    value on); with fewer values the order is lower. Keeps one tensor for `none`, two for `linear` and `damped`, three
+    for `quadratic`.
+
+    items: 1 for a tensor that is always computed as a whole; else the size of its first dimension, whose items may be
+        computed at calls of their own.
+    """
+
+    def __init__(self, forecast: Forecast, items: int = 1) -> None:
+        self._order = ORDERS[forecast]
+        self._calls: list[list[int]] = [[] for _ in range(items)]  # of each item, newest first
+        self._terms: list[Tensor] = []  # f[a], f[a, b], f[a, b, c]; an item with fewer values has zeros
+        self._is_damped = forecast == "damped"
+        self._trust: Tensor | None = None  # what of the slope is taken, for each entry of the first dimension
+
+    @property
+    def newest(self) -> Tensor:
+        """The values computed last, which is the very tensor that was given where all items were."""
+        return self._terms[0]
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.numel() * term.element_size() for term in self._terms)
+
+    def at(self, call: int, onto: Tensor | None = None) -> Tensor:
+        """The forecast for `call`, added to `onto`. With one value known and no `onto`, that tensor itself."""
+        value = self._terms[0] if onto is None else self._terms[0] + onto
+        for order, difference in enumerate(self._terms[1:], 1):
+            weights = [math.prod(call - anchor for anchor in anchors[:order]) for anchors in self._calls]
+            weight = _by_item(weights, difference)
+            if self._trust is not None:
+                weight = self._trust * weight
+            value = _plus(value, difference, weight, in_place=order > 1 or onto is not None)
+        return value
+
+    def make_room(self) -> None:
+        """Let go of what the next value will not need, so that the old and the new are not held at once."""
+        del self._terms[self._order + self._is_damped :]
+
+    def add(self, call: int, value: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Keep `value` as that of `call`: of all items, or, with one row for each of them, of the items `rows`.
+
+        The first value is that of all.
+        """
+        items = range(len(self._calls)) if rows is None else rows
+        known = [self._calls[item] for item in items]
+        new = [value]
+        for order in range(min(self._order, max(map(len, known)))):
+            old = self._terms[order] if rows is None else self._terms[order][rows]
+            # Nothing known so far back is a value infinitely far away: no difference.
+            gaps = [call - anchors[order] if order < len(anchors) else math.inf for anchors in known]
+            difference = new[-1] - old
+            new.append(difference.div_(_by_item(gaps, difference)))
+        if self._is_damped and len(new) > 1:
+            self._judge(new[1], rows)
+        if rows is None:
+            self._terms = new
+        else:
+            for order, part in enumerate(new):
+                if order == len(self._terms):
+                    self._terms.append(self._terms[0].new_zeros(self._terms[0].shape))
+                self._terms[order][rows] = part
+        for item in items:
+            self._calls[item] = [call, *self._calls[item]][: self._order + 1]
+
+    def _judge(self, slope: Tensor, rows: Sequence[int] | None) -> None:
+        """Set how far to trust `slope`, by how far the one before it held."""
+        shape = (-1, *(1,) * (slope.dim() - 1))
+        if len(self._terms) > 1:
+            before = (self._terms[1] if rows is None else self._terms[1][rows]).flatten(1).float()
+            held = (before * slope.flatten(1)).sum(1) / before.square().sum(1)  # float: in half precision sums overflow
+            trust = (held.clamp(0, 1).nan_to_num(0) / 2 + 0.5).to(slope.dtype).view(shape)
+        else:
+            trust = slope.new_full((len(slope),), 0.5).view(shape)
+        if rows is None:
+            self._trust = trust
+        else:
+            if self._trust is None:
+                self._trust = trust.new_full((len(self._calls),), 0.5).view(shape)
+            self._trust[rows] = trust
+
+    def forget(self, item: int) -> None:
+        """Start the item anew: its values are not to be forecast from, being no numbers for instance."""
+        self._calls[item] = []
+        for term in self._terms:
+            term[item].zero_()
+
+
+def _by_item(numbers: Sequence[float], like: Tensor) -> float | Tensor:
+    """A number if the items share it, else a tensor of theirs that broadcasts over `like` (items, …)."""
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return like.new_tensor(numbers).view(-1, *(1,) * (like.dim() - 1))
+
+
+def _plus(value: Tensor, difference: Tensor, weight: float | Tensor, *, in_place: bool) -> Tensor:
+    if isinstance(weight, int | float):
+        return value.add_(difference, alpha=weight) if in_place else value.add(difference, alpha=weight)
+    return value.addcmul_(difference, weight) if in_place else value.addcmul(difference, weight)

@@ -1,0 +1,62 @@
+"""Verdicts on figures made up so that each of them is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cache.claims import of_intervals, of_overheads, of_thresholds
+from benchmarks.cache.measure import Result
+
+
+def result(method: str, psnr: float, speedup: float = 2.0, **fields: Any) -> Result:
+    return Result(method, fields.pop("label", ""), psnr_db=[psnr - 1, psnr + 1], seconds=[1.0],
+                  uncached_seconds=[speedup], operations_speedup=speedup, **fields)  # fmt: skip
+
+
+def test_a_forecast_is_held_against_plain_reuse_the_helper_and_fewer_steps() -> None:
+    def unet(plain: float) -> list[Result]:
+        where = {"interval": 3, "branch": 0}
+        return [
+            result("ours, linear", 40, forecast="linear", **where),
+            result("ours, none", plain, forecast="none", **where),
+            result("DeepCache 0.1.1", plain, **where),
+            result("ours, linear", 90, forecast="linear", interval=3, branch=1),  # another branch
+            result("fewer steps", 33, 1.9, steps=10),
+            result("fewer steps", 10, 2.1, steps=9),  # faster than ours: no match
+        ]
+
+    clear = of_intervals(unet(35), "linear", 0)
+    assert [claim.holds for claim in clear] == [True, True, False]
+    assert clear[0].measured == "+5.0 dB [+5.0, +5.0]"
+    assert "over 10 steps (1.90×)" in clear[2].sentence
+    small = of_intervals(unet(37), "linear", 0)
+    assert [claim.holds for claim in small] == [False, True, False]  # 3 dB where 4 were asked for
+
+
+def test_only_the_default_forecast_is_held_to_beating_the_peers() -> None:
+    results = [
+        result("uncached", 96, 1.0),
+        result("ours, linear", 40, 2.0, forecast="linear", hit_rate=0.6, label="a"),
+        result("ours, linear", 30, 3.0, forecast="linear", hit_rate=0.8, label="b"),
+        result("ours, none", 20, 3.0, forecast="none", hit_rate=0.8),
+        result("peer", 35, 1.5, hit_rate=0.5),
+        result("peer", 31, 2.5, hit_rate=0.7, label="strong"),
+        result("peer", 5, 9.0, hit_rate=0.9),
+        result("peer", 96, 1.0, hit_rate=0.0),  # did not act
+    ]
+    claims = of_thresholds(results, "linear")
+    held = [claim for claim in claims if claim.holds is not None]
+    assert len(claims) == 4
+    assert len(held) == 2
+    assert all(claim.sentence.startswith("linear forecast, the default") for claim in held)
+    assert not any(claim.holds for claim in held)
+    assert held[0].measured.startswith("1 of 2 points (1 without a counterpart); the worst -1.0 dB")
+    assert held[0].measured.endswith("b against strong")
+
+
+def test_the_overhead_must_be_small_and_below_the_helpers() -> None:
+    rows = [
+        {"branch": branch, "excess": {"ours, linear": own, "ours, none": 0.0, "DeepCache 0.1.1": published}}
+        for branch, (own, published) in enumerate([(0.03, 0.1), (0.03, 0.02), (0.06, 0.1)])
+    ]
+    assert [claim.holds for claim in of_overheads(rows, "linear")] == [True, False, False]

@@ -1,0 +1,68 @@
+"""Pareto fronts and what lies above them, against comparisons of every pair."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.cache.front import above, at_least, height, in_operations, in_time, pareto, shortened
+from benchmarks.cache.measure import Result, difference
+
+
+def point(method: str, speedup: float, psnr: float, label: str = "") -> Result:
+    return Result(method, label, psnr_db=[psnr, psnr], seconds=[1.0], uncached_seconds=[speedup],
+                  operations_speedup=speedup)  # fmt: skip
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    rng = random.Random(0)
+    points = [point("ours", rng.uniform(1, 4), rng.uniform(10, 50), str(i)) for i in range(40)]
+    unbeaten = [
+        one for one in points
+        if not any(in_time(o) >= in_time(one) and o.mean_psnr >= one.mean_psnr for o in points if o is not one)
+    ]  # fmt: skip
+    front = pareto(points, in_time)
+    assert sorted(one.label for one in front) == sorted(one.label for one in unbeaten)
+    assert [in_time(one) for one in front] == sorted(in_time(one) for one in front)
+
+
+def test_the_front_is_a_polyline() -> None:
+    front = [point("ours", 2, 40), point("ours", 3, 30)]
+    assert height(front, in_time, 2.25) == pytest.approx(37.5)
+    assert height(front, in_time, 2) == 40
+    assert height(front, in_time, 3.1) is None
+
+
+def test_peers_above_the_front_are_told_with_their_distance() -> None:
+    results = [
+        point("ours, linear", 2, 40),
+        point("ours, linear", 3, 30),
+        point("uncached", 1, 96),
+        point("below", 2.5, 34),
+        point("above", 2.5, 36),
+        point("slow and good", 1.5, 50),
+        point("slow and bad", 1.5, 39),
+        point("fast", 4, 10),
+    ]
+    found = {one.peer.method: one.by for one in above(results, in_operations)}
+    assert found == {"above": pytest.approx(1.0), "slow and good": None, "fast": None}
+
+
+def test_matching_points() -> None:
+    results = [point("ours", 1.5, 0, "a"), point("ours", 2.5, 0, "b"), point("ours", 3.5, 0, "c")]
+    matched = at_least(results, in_time, 2.0)
+    assert matched is not None
+    assert matched.label == "b"
+    assert at_least(results, in_time, 3.6) is None
+    fewer = [point("fewer steps", 1.8, 0, "11"), point("fewer steps", 2.2, 0, "9")]
+    equal = shortened([*results, *fewer], in_time, 2.0)
+    assert equal is not None
+    assert equal.label == "11"
+
+
+def test_a_difference_is_paired() -> None:
+    """Pictures that are hard for both settings widen neither's lead."""
+    hard = Result("a", "", psnr_db=[20.0, 40.0, 30.0])
+    harder = Result("b", "", psnr_db=[18.0, 38.0, 28.0])
+    assert difference(hard, harder) == (2.0, 2.0, 2.0)

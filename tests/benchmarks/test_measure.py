@@ -1,0 +1,148 @@
+"""Operations, pairs, and peers that run beside ours and leave nothing behind."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.cache.measure import Bench, Operations, Result, grouped, pairs
+from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache, twin
+from benchmarks.cache.settings import Grid, Setting, full, ours, uncached
+from cache import DeepCache, FirstBlockCache, UNetDenoiser
+from cache.cost import deepest_branch
+from models.base import GenerationParams
+
+STEPS = 6
+
+
+def bench_of(model: Any, number: int = 2) -> Bench:
+    params = GenerationParams(prompt="", width=64, height=64, steps=STEPS, guidance_scale=2.0)
+    return Bench(model, params, [("a", 0), ("b", 1)][:number])
+
+
+@torch.no_grad()
+def test_operations_are_those_of_the_formulas() -> None:
+    image, kernel = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3)
+    q, k = torch.randn(1, 2, 7, 4), torch.randn(1, 2, 9, 4)
+    with Operations() as counted, FlopCounterMode(display=False) as expected:
+        torch.randn(4, 5) @ torch.randn(5, 6)
+        conv2d(image, kernel, padding=1)
+    assert counted.total == expected.get_total_flops() == 2 * 4 * 5 * 6 + 2 * 2 * 64 * 5 * 27
+    with Operations() as counted:
+        scaled_dot_product_attention(q, k, k)
+    assert counted.total == 2 * (2 * 2 * 7 * 9 * 4)  # two products for each of two heads
+
+
+def test_pairs_repeat_prompts_with_new_seeds() -> None:
+    all_pairs = pairs(20)
+    assert len(set(all_pairs)) == 20
+    assert sorted(seed for _, seed in all_pairs) == list(range(20))
+    groups = list(grouped(all_pairs, 2))
+    assert all(len(seeds) <= 2 for _, seeds in groups)
+    assert [(prompt, seed) for prompt, seeds in groups for seed in seeds] == all_pairs
+
+
+def test_plain_reuse_and_the_published_helper_are_one_point(sd: Any) -> None:
+    bench = bench_of(sd)
+    strategy = DeepCache(interval=2, depth=2, forecast="none")
+    branch = deepest_branch(sd.denoiser.branch_costs, strategy.depth)
+    assert branch is not None
+    own = Setting("ours", "", ours(strategy))
+    peer = Setting("peer", "", lambda host, steps: PublishedDeepCache(host, steps, interval=2, branch=branch))
+    first, second = bench.quality(own), bench.quality(peer)
+    assert first.psnr_db == second.psnr_db
+    assert first.operations == second.operations < bench.reference(1)[1]
+    assert first.hit_rate == second.hit_rate == 0.5
+    assert first.operations_speedup == pytest.approx(first.predicted_speedup, rel=0.02)  # counted at 77 tokens of text
+    assert first.identical == 0
+
+
+def test_plain_reuse_and_diffusers_hook_are_one_point(flux: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    bench = bench_of(flux)
+    own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast="none")))
+    config = FirstBlockCacheConfig(threshold=0.6)
+    peer = Setting("peer", "", lambda host, steps: DiffusersHook(host, steps, config=config))
+    first, second = bench.quality(own), bench.quality(peer)
+    assert first.psnr_db == second.psnr_db
+    assert first.hit_rate == second.hit_rate > 0
+    assert first.operations == second.operations
+
+
+def test_items_of_a_batch_count_each_for_itself(flux: Any) -> None:
+    params = GenerationParams(prompt="", width=64, height=64, steps=STEPS, guidance_scale=1.0)
+    strategy = ours(FirstBlockCache(threshold=0.6))
+    results = [
+        Bench(flux, params, [("a", 0), ("a", 1), ("a", 2)], batch).quality(Setting("ours", "", strategy))
+        for batch in (1, 3)
+    ]
+    assert results[0].hit_rate == results[1].hit_rate > 0
+    assert results[0].operations == results[1].operations
+    for result in results:
+        assert result.operations_speedup == pytest.approx(result.predicted_speedup, rel=0.02)
+
+
+@pytest.mark.skipif(find_spec("cache_dit") is None, reason="needs the bench extra")
+def test_every_peer_acts_and_leaves_the_model_as_it_was(flux: Any) -> None:
+    from diffusers import TaylorSeerCacheConfig
+
+    bench = bench_of(flux, 1)
+    network = flux.pipeline.transformer
+    before = {name: id(module) for name, module in network.named_modules()}
+    pace = {"residual_diff_threshold": 1e9, "Fn_compute_blocks": 1, "max_warmup_steps": 2}
+    peers = {
+        "taylor": lambda host, steps: DiffusersHook(host, steps, config=TaylorSeerCacheConfig(cache_interval=2)),
+        "dbcache": lambda host, steps: CacheDiT(host, steps, settings=pace),
+        "dbcache taylor": lambda host, steps: CacheDiT(host, steps, settings=pace, taylor=1),
+    }
+    rates = {}
+    for name, make in peers.items():
+        setting = Setting(name, "", make)
+        result = bench.quality(setting)
+        again = bench.quality(setting)  # a second run starts from nothing
+        assert again.psnr_db == result.psnr_db
+        rates[name] = result.hit_rate
+    assert rates["dbcache"] == rates["dbcache taylor"] == pytest.approx((STEPS - 2) / STEPS)
+    assert 0 < rates["taylor"] < 1
+    assert flux.pipeline.transformer is network
+    assert {name: id(module) for name, module in network.named_modules()} == before
+    assert bench.quality(uncached()).identical == 1
+
+
+def test_timing_pairs_each_run_with_an_uncached_one(sd: Any) -> None:
+    bench = bench_of(sd)
+    setting = Setting("ours", "", ours(DeepCache(interval=3)))
+    result = Result("ours", "")
+    bench.timing(result, setting, 3)
+    assert len(result.seconds) == len(result.uncached_seconds) == 3
+    result.seconds, result.uncached_seconds = [0.5, 0.5, 30.0], [1.0, 2.0, 90.0]
+    assert result.speedup == 3.0  # of 2, 4 and 3; the ratio of the medians would be 4
+
+
+def test_a_twin_shares_the_weights_and_nothing_else(sd: Any) -> None:
+    network = sd.pipeline.unet
+    copied = twin(network)
+    pairs_of = zip(network.parameters(), copied.parameters(), strict=True)
+    assert all(a is b for a, b in pairs_of)
+    assert copied.conv_in is not network.conv_in
+    assert set(map(id, network.modules())).isdisjoint(map(id, copied.modules()))
+
+
+class Costs(UNetDenoiser):
+    branch_costs = (0.08, 0.22, 0.38, 0.47)
+
+
+def test_equal_settings_are_measured_once(sd: Any) -> None:
+    """Two depths that choose one branch are one setting."""
+    grid = Grid(intervals=(3,), depths=(0, 1, 2, 3), fewer=(0.5, 0.51))
+    settings = full(Costs(sd.pipeline.unet), 20, grid)
+    names = [setting.name for setting in settings]
+    assert len(set(names)) == len(names)
+    assert {setting.branch for setting in settings if setting.interval} == {3, 1, 0}
+    assert [setting.steps for setting in settings if setting.method == "fewer steps"] == [10]
