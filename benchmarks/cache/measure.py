@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from benchmarks.cache.judge import agreement
 from benchmarks.cache.peers import slot_of
 from benchmarks.cache.quality import interval, psnr, ssim
 from benchmarks.cache.settings import Setting, uncached
@@ -150,6 +151,7 @@ class Result:
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     identical: int = 0
+    agreement: float | None = None  # share of pictures judged to show what the uncached one shows
     hit_rate: float = 0.0  # share of the denoiser's calls that ran less than the whole network
     operations: int = 0  # of the denoiser, all pictures together
     operations_speedup: float = 1.0
@@ -196,6 +198,7 @@ class Result:
             "psnr_interval": [round(low, 2), round(high, 2)],
             "ssim": round(statistics.mean(self.ssim), 4),
             "identical": self.identical,
+            "agreement": None if self.agreement is None else round(self.agreement, 3),
         }
 
 
@@ -236,6 +239,7 @@ class Bench:
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
             identical=sum(np.array_equal(*couple) for couple in couples),
+            agreement=agreement(reference, pictures),
             hit_rate=watched.hit_rate,
             operations=watched.operations,
             operations_speedup=reference_operations / watched.operations,
