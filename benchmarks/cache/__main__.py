@@ -218,6 +218,7 @@ def main(
     depths: Annotated[str | None, typer.Option(help="With --full: some of 0,1,2,3,4.")] = None,
     thresholds: Annotated[str | None, typer.Option(help="With --full: thresholds, separated by commas.")] = None,
     forecasts: Annotated[str | None, typer.Option(help="With --full: some of none,linear,quadratic,damped.")] = None,
+    fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no setting after that, divided among models.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
     store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = ROOT
@@ -230,6 +231,7 @@ def main(
         intervals=numbers(intervals, int, whole_grid.intervals),
         depths=numbers(depths, int, whole_grid.depths),
         thresholds=numbers(thresholds, float, whole_grid.thresholds),
+        fewer=numbers(fewer, float, whole_grid.fewer),
         forecasts=known(forecasts, whole_grid.forecasts),
     )
     pictures = pictures or (FULL_PICTURES if whole else QUICK_PICTURES)

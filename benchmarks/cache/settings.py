@@ -71,8 +71,12 @@ def ours(strategy: CacheStrategy) -> Make:
     return lambda host, steps: strategy
 
 
+def _plain(host: Any, steps: int) -> CacheStrategy:
+    return NoCache()
+
+
 def uncached() -> Setting:
-    return Setting(UNCACHED, "", ours(NoCache()))
+    return Setting(UNCACHED, "", _plain)
 
 
 def presets(kind: str) -> list[Setting]:

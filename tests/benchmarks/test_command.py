@@ -39,7 +39,7 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     usual = {"model": None, "whole": False, "pictures": 2, "repeats": 1, "steps": 4, "sampler": None, "device": "cpu"}
-    grid = {"intervals": "2", "depths": "2", "thresholds": "0.6", "minutes": None, "forecasts": None}
+    grid = {"intervals": "2", "depths": "2", "thresholds": "0.6", "minutes": None, "forecasts": None, "fewer": None}
     return {**usual, **grid, "page": folder / "benchmarks.md", "store": folder / "store.jsonl", **changes}
 
 
