@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cache.measure import Bench, Operations, Result, grouped, pairs
 from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache, twin
-from benchmarks.cache.settings import Grid, Setting, full, ours, uncached
+from benchmarks.cache.settings import Grid, Setting, full, ours
 from cache import DeepCache, FirstBlockCache, NoCache, UNetDenoiser
 from cache.cost import deepest_branch
 from models.base import GenerationParams
