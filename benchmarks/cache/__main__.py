@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import overheads
 from benchmarks.cache.page import Section, write
 from benchmarks.cache.presets import counted
-from benchmarks.cache.settings import Grid, Setting, forecasts, full, presets
+from benchmarks.cache.settings import Grid, Setting, full, presets
 from benchmarks.cache.store import Store, fingerprint
 from benchmarks.machine import ROOT, machine
 from cache import DeepCache, FirstBlockCache
@@ -94,19 +96,37 @@ def bench_of(registry: Registry, name: str, options: Options) -> tuple[Bench, li
     return bench, settings, Store(options.store, fingerprint(conditions, spec.source))
 
 
-def measure(bench: Bench, settings: Sequence[Setting], store: Store, repeats: int, console: Console) -> list[Result]:
-    """Each setting's result, from the store where it is there."""
-    missing = [setting for setting in settings if setting.name not in store.results]
+def measure(
+    bench: Bench, settings: Sequence[Setting], store: Store, repeats: int, seconds: float, console: Console
+) -> list[Result]:
+    """Each setting's result, from the store where it is there: first all qualities, then all times.
+
+    No quality is begun after two thirds of `seconds`, and no timing after all of them; what is incomplete then is
+    left out.
+    """
+    started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(missing))
-        for setting in missing:
-            progress.update(task, description=setting.name)
-            result = bench.quality(setting)
+
+        def going_on(stage: str, todo: list[Setting], until: float) -> Iterator[Setting]:
+            task = progress.add_task(stage, total=len(todo))
+            for setting in todo:
+                if time.monotonic() - started > until:
+                    return
+                progress.update(task, description=f"{stage} {setting.name}")
+                yield setting
+                progress.advance(task)
+
+        unseen = [setting for setting in settings if setting.name not in store.results]
+        for setting in going_on("quality", unseen, seconds * 2 / 3):
+            store.add(bench.quality(setting))
+        untimed = [s for s in settings if s.name in store.results and not store.results[s.name].seconds]
+        for setting in going_on("time", untimed, seconds):
+            result = store.results[setting.name]
             bench.timing(result, setting, repeats)
             store.add(result)
-            progress.advance(task)
-    return [store.results[setting.name] for setting in settings]
+    found = [store.results[setting.name] for setting in settings if setting.name in store.results]
+    return [result for result in found if result.seconds]
 
 
 def demands(
@@ -139,7 +159,9 @@ def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> 
     chosen = dict.fromkeys(deepest_branch(costs, depth) for depth in depths)
     first = {branch: next(d for d in depths if deepest_branch(costs, d) == branch) for branch in chosen}
     return [
-        overheads(pipeline.unet, scheduler, depth, (*forecasts(DeepCache)[:1], "none"), OVERHEAD_REPEATS, size)
+        overheads(
+            pipeline.unet, scheduler, depth, dict.fromkeys((DeepCache().forecast, "none")), OVERHEAD_REPEATS, size
+        )
         for branch, depth in first.items()
         if branch is not None
     ]
@@ -161,7 +183,7 @@ def left_out(options: Options) -> str:
     """What the defaults of the full grid would measure besides."""
     whole = Grid()
     parts = []
-    for name in ("intervals", "depths", "thresholds"):
+    for name in ("intervals", "depths", "thresholds", "forecasts"):
         missing = [str(value) for value in getattr(whole, name) if value not in getattr(options.grid, name)]
         if missing:
             parts.append(f"{name} {', '.join(missing)}")
@@ -176,6 +198,14 @@ def numbers(text: str | None, kind: type[int] | type[float], default: Sequence[f
         raise typer.BadParameter(f"{text!r} is no comma-separated list of numbers") from None
 
 
+def known(text: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """A comma-separated choice of `names`, or all of them."""
+    chosen = tuple(names) if text is None else tuple(text.split(","))
+    if wrong := set(chosen) - set(names):
+        raise typer.BadParameter(f"{', '.join(sorted(wrong))}: there are {', '.join(names)}")
+    return chosen
+
+
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Name of a model; repeat for several. Default: all.")] = None,
     whole: Annotated[bool, typer.Option("--full", help="The whole grid with every peer; writes the page.")] = False,
@@ -187,6 +217,9 @@ def main(
     intervals: Annotated[str | None, typer.Option(help="With --full: some of 2,3,4,5,6,7,8.")] = None,
     depths: Annotated[str | None, typer.Option(help="With --full: some of 0,1,2,3,4.")] = None,
     thresholds: Annotated[str | None, typer.Option(help="With --full: thresholds, separated by commas.")] = None,
+    forecasts: Annotated[str | None, typer.Option(help="With --full: some of none,linear,quadratic,damped.")] = None,
+    fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no setting after that, divided among models.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
     store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = ROOT
     / "out"
@@ -198,18 +231,23 @@ def main(
         intervals=numbers(intervals, int, whole_grid.intervals),
         depths=numbers(depths, int, whole_grid.depths),
         thresholds=numbers(thresholds, float, whole_grid.thresholds),
+        fewer=numbers(fewer, float, whole_grid.fewer),
+        forecasts=known(forecasts, whole_grid.forecasts),
     )
     pictures = pictures or (FULL_PICTURES if whole else QUICK_PICTURES)
     options = Options(grid, whole, pictures, repeats, steps, sampler, device, store)
     registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device)
     console = Console(stderr=True)
     sections: list[Section] = []
-    for name in model or registry.names:
+    started, names = time.monotonic(), tuple(model or registry.names)
+    for turn, name in enumerate(names):
+        left = math.inf if minutes is None else (60 * minutes - (time.monotonic() - started)) / (len(names) - turn)
         bench, settings, kept = bench_of(registry, name, options)
-        results = measure(bench, settings, kept, repeats, console)
+        results = measure(bench, settings, kept, repeats, left, console)
         said = conditions(registry.spec(name), bench)
         Console(width=130).print(table(said, results))
         section = Section(name, said, results, f"images/pareto-{name}.png")
+        section.missing = sorted({setting.name for setting in settings} - {result.name for result in results})
         if whole:
             costs = registry.reuse_costs(name)
             section.overhead = reuse_steps(bench, costs, grid.depths)
@@ -230,6 +268,7 @@ def main(
             "settings": {result.name: result.row() for result in section.results},
             "demands": [asdict(claim) for claim in section.claims],
             "overhead": section.overhead,
+            "missing": section.missing,
         }
         for section in sections
     }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from benchmarks.cache.judge import agreement
 from benchmarks.cache.peers import slot_of
 from benchmarks.cache.quality import interval, psnr, ssim
 from benchmarks.cache.settings import Setting, uncached
@@ -150,6 +151,7 @@ class Result:
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     identical: int = 0
+    agreement: float | None = None  # share of pictures judged to show what the uncached one shows
     hit_rate: float = 0.0  # share of the denoiser's calls that ran less than the whole network
     operations: int = 0  # of the denoiser, all pictures together
     operations_speedup: float = 1.0
@@ -196,6 +198,7 @@ class Result:
             "psnr_interval": [round(low, 2), round(high, 2)],
             "ssim": round(statistics.mean(self.ssim), 4),
             "identical": self.identical,
+            "agreement": None if self.agreement is None else round(self.agreement, 3),
         }
 
 
@@ -210,20 +213,19 @@ class Bench:
     params: GenerationParams
     pairs: Sequence[tuple[str, int]]  # prompt and seed of each picture
     batch: int = 1
-    references: dict[int, tuple[Pictures, int]] = field(default_factory=dict)
+    references: dict[int, tuple[Pictures, Watched]] = field(default_factory=dict)
 
-    def reference(self, batch: int) -> tuple[Pictures, int]:
-        """The uncached pictures in batches of that size, which changes their last bits, and their operations."""
+    def reference(self, batch: int) -> tuple[Pictures, Watched]:
+        """The uncached pictures in batches of that size, which changes their last bits, and what ran for them."""
         if batch not in self.references:
-            pictures, watched = self._pictures(uncached(), batch)
-            self.references[batch] = pictures, watched.operations
+            self.references[batch] = self._pictures(uncached(), batch)
         return self.references[batch]
 
     def quality(self, setting: Setting) -> Result:
         """Draw every pair and compare."""
         batch = 1 if setting.alone else self.batch
-        reference, reference_operations = self.reference(batch)
-        pictures, watched = self._pictures(setting, batch)
+        reference, plain = self.reference(batch)
+        pictures, watched = (reference, plain) if setting == uncached() else self._pictures(setting, batch)
         couples = list(zip(reference, pictures, strict=True))
         return Result(
             setting.method,
@@ -236,9 +238,10 @@ class Bench:
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
             identical=sum(np.array_equal(*couple) for couple in couples),
+            agreement=agreement(reference, pictures),
             hit_rate=watched.hit_rate,
             operations=watched.operations,
-            operations_speedup=reference_operations / watched.operations,
+            operations_speedup=plain.operations / watched.operations,
             predicted_speedup=watched.predicted_speedup if setting.ours else None,
         )
 

@@ -8,7 +8,7 @@ computes, untimed, so that forecasts have values to go by.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ Step = Callable[[int], Any]
 
 
 def overheads(
-    unet: nn.Module, scheduler: Any, depth: int, forecasts: tuple[str, ...], repeats: int, size: tuple[int, int]
+    unet: nn.Module, scheduler: Any, depth: int, forecasts: Iterable[str], repeats: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     """Median milliseconds of a reuse step, and the median over the repeats of each one's excess over the bare one.
 

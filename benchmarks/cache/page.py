@@ -24,13 +24,15 @@ class Section:
     plot: str  # relative to the page
     claims: list[Claim] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # settings that there was no time for
 
 
 _HOW = """\
 **Quality** is measured against the uncached picture of the same prompt and seed, on the 8-bit pictures: PSNR in dB
 (equal pictures count as one sample off by one level) and SSIM (Wang et al. 2004), means over all pictures; intervals
 are 95 % bootstrap intervals over the pictures, those of a difference over the paired differences. Fewer steps are held
-against the same uncached picture.
+against the same uncached picture. *Judged alike* is the share of pictures in which the embedded models' classifiers see
+the same weather, place and time as in the uncached ones.
 
 **Operations** are counted while those very pictures are drawn: matrix products, convolutions and attention that the
 denoiser really ran, for ours and for peers alike. The hit rate is the share of denoiser calls that ran less than the
@@ -85,7 +87,10 @@ def _section(section: Section) -> list[str]:
     lines += ["### Peers above our front", "", *_fronts(section.results)]
     if section.overhead:
         lines += ["### A reuse step above its layers", "", *_overhead(section.overhead)]
-    return [*lines, "### All points", "", *_table(section.results)]
+    lines += ["### All points", "", *_table(section.results)]
+    if section.missing:
+        lines += [f"No time was left for: {', '.join(section.missing)}.", ""]
+    return lines
 
 
 def _claims(claims: Sequence[Claim]) -> list[str]:
@@ -124,16 +129,18 @@ def _overhead(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _table(results: Sequence[Result]) -> list[str]:
     lines = [
-        "| setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | kept |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | judged alike "
+        "| kept |",
+        "|---" * 10 + "|",
     ]
     for one in results:
         row = one.row()
         predicted = "" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}×"
         kept = "" if one.cache_bytes is None else f"{one.cache_bytes / 2**10:.0f} KiB"
+        alike = "" if one.agreement is None else f"{one.agreement:.0%}"
         low, high = row["psnr_interval"]
         lines.append(
             f"| {one.name} | {row['hit_rate']:.2f} | {row['speedup']:.2f}× | {row['operations_speedup']:.2f}× "
-            f"| {predicted} | {row['psnr_db']:.1f} | {low:.1f}–{high:.1f} | {row['ssim']:.3f} | {kept} |"
+            f"| {predicted} | {row['psnr_db']:.1f} | {low:.1f}–{high:.1f} | {row['ssim']:.3f} | {alike} | {kept} |"
         )
     return [*lines, ""]

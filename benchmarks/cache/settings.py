@@ -19,11 +19,11 @@ from cache import (
     UNetDenoiser,
 )
 from cache.cost import deepest_branch
+from cache.forecast import ORDERS
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
 OURS = "ours"
-FORECASTS = ("linear", "quadratic", "none")
 
 Make = Callable[[Any, int], CacheStrategy]  # of the pipeline and the number of steps
 
@@ -63,15 +63,20 @@ class Grid:
     intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
     depths: Sequence[int] = (0, 1, 2, 3, 4)
     thresholds: Sequence[float] = (0.02, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
-    fewer: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.33, 0.25, 0.2)
+    forecasts: Sequence[str] = tuple(ORDERS)
+    fewer: Sequence[float] = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 
 
 def ours(strategy: CacheStrategy) -> Make:
     return lambda host, steps: strategy
 
 
+def _plain(host: Any, steps: int) -> CacheStrategy:
+    return NoCache()
+
+
 def uncached() -> Setting:
-    return Setting(UNCACHED, "", ours(NoCache()))
+    return Setting(UNCACHED, "", _plain)
 
 
 def presets(kind: str) -> list[Setting]:
@@ -98,7 +103,7 @@ def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
         raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
     counts = dict.fromkeys(max(1, round(steps * share)) for share in grid.fewer)
     shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in counts if n < steps]
-    return [uncached(), *settings, *shortened]
+    return [uncached(), *shortened, *settings]
 
 
 def _unet(costs: Sequence[float], grid: Grid) -> Iterator[Setting]:
@@ -109,7 +114,7 @@ def _unet(costs: Sequence[float], grid: Grid) -> Iterator[Setting]:
             depths.setdefault(branch, depth)
     for interval in grid.intervals:
         for branch, depth in depths.items():
-            for forecast in forecasts(DeepCache):
+            for forecast in forecasts(DeepCache, grid):
                 strategy = with_forecast(DeepCache(interval=interval, depth=depth), forecast)
                 label = f"N{interval} d{depth} b{branch}"
                 yield Setting(
@@ -123,7 +128,7 @@ def _transformer(blocks: int, grid: Grid) -> Iterator[Setting]:
     from diffusers import FirstBlockCacheConfig
 
     for threshold in grid.thresholds:
-        for forecast in forecasts(FirstBlockCache):
+        for forecast in forecasts(FirstBlockCache, grid):
             strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
             method = f"{OURS}, {forecast}"
             yield Setting(method, f"{threshold}", ours(strategy), threshold=threshold, forecast=forecast)
@@ -160,13 +165,13 @@ def _cache_dit(blocks: int, thresholds: Iterable[float]) -> Iterator[Setting]:
                 yield Setting(method, f"{threshold}", make, threshold=threshold, alone=True)
 
 
-def forecasts(strategy: type[Any]) -> tuple[str, ...]:
-    """The forecasts to measure, plain reuse last."""
-    return FORECASTS if "forecast" in {field.name for field in dataclasses.fields(strategy)} else ("none",)
+def forecasts(strategy: type[Any], grid: Grid) -> list[str]:
+    """The grid's forecasts, the strategy's default first."""
+    return sorted(grid.forecasts, key=lambda name: name != strategy().forecast)
 
 
 def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:
-    """`strategy` with that forecast, its calls placed uniformly."""
+    """`strategy` with that forecast and, where it can place its computed calls otherwise, with them evenly placed."""
     names = {field.name for field in dataclasses.fields(strategy)}
     wanted = {"forecast": forecast, "schedule": "uniform"}
     changed: CacheStrategy = dataclasses.replace(strategy, **{k: v for k, v in wanted.items() if k in names})

@@ -28,7 +28,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 class Store:
-    """One JSON line a finished setting in `file`; lines of another fingerprint are left alone and not read."""
+    """One JSON line a measurement in `file`; a setting's last one counts, those of another fingerprint are not read."""
 
     def __init__(self, file: Path, mark: str) -> None:
         self.file = file
