@@ -34,7 +34,7 @@ def build() -> AutoencoderKL:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """(n, h, w, 3) bytes → (n, 3, h, w) in −1…1, channels last."""
-    return torch.from_numpy(pictures).to(DEVICE).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.tensor(pictures, device=DEVICE).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
