@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ TINY = (
 
 
 @dataclass
-class Host:
+class Host(ABC):
     """What stands for a pipeline: the network in its slot, the scheduler, and the loop over both."""
 
     geometry: Geometry
@@ -116,8 +117,9 @@ class Host:
         for timestep in self.scheduler.timesteps:
             latents = self.scheduler.step(self.predict(latents, timestep), timestep, latents, return_dict=False)[0]
 
+    @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The network's answer at `latents`, guidance included."""
 
 
 class UNetHost(Host):
