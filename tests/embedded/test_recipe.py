@@ -90,12 +90,12 @@ def test_folding_the_statistics_in_changes_the_latents_and_not_the_pictures() ->
 
 def test_flow_matching_mixes_towards_noise_and_aims_from_latents_to_noise() -> None:
     clean = torch.randn(4, 8, 4, 6, generator=torch.Generator().manual_seed(1))
-    at = flux.noised(latents.Batch(clean, [], []), step=3)
+    at = flux.noised(latents.Batch(clean, []), step=3)
     assert at.hidden_states.shape == (4, 6, 32)
     assert at.img_ids.shape == (6, 3)
     # x = clean + sigma (noise - clean): taking the velocity's share off again leaves the packed latents.
     back = at.hidden_states - at.timestep.view(-1, 1, 1) * at.velocity
-    again = flux.noised(latents.Batch(clean, [], []), step=4)
+    again = flux.noised(latents.Batch(clean, []), step=4)
     torch.testing.assert_close(back, again.hidden_states - again.timestep.view(-1, 1, 1) * again.velocity)
     assert at.timestep.min() >= 0
     assert at.timestep.max() <= 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.embedded.recipe import data
 from models.embedded.recipe.autoencoder import to_tensor
-from models.embedded.recipe.grammar import Triple, caption
+from models.embedded.recipe.grammar import caption
 from models.embedded.recipe.training import DEVICE, autocast
 
 
@@ -56,7 +56,6 @@ def normalise(model: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
 @dataclass(frozen=True, slots=True)
 class Batch:
     latents: Tensor  # (n, channels, h, w), zero mean and unit deviation a channel
-    triples: list[Triple]
     captions: list[str]
 
 
@@ -80,4 +79,4 @@ class Latents:
         said = ["" if rng.random() < dropout else caption(triple, rng) for triple in chosen]
         shape = (1, -1, 1, 1)
         latents = (part[picks].float() - self.mean.view(shape)) / self.deviation.view(shape)
-        return Batch(latents.to(DEVICE), chosen, said)
+        return Batch(latents.to(DEVICE), said)
