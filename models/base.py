@@ -64,12 +64,14 @@ class Step:
     """A finished denoising step: `index` counts from 0 to `total` - 1 over all batches of the request.
 
     `decision` holds the letters (C computed, R reused) of the denoiser calls that the step made: one for most
-    samplers, two for those of second order.
+    samplers, two for those of second order. `preview` is a small picture of how far the latents have come, as the
+    bytes of a JPEG file, where one was asked for.
     """
 
     index: int
     total: int
     decision: str
+    preview: bytes | None = None
 
 
 StepHook = Callable[[Step], None]
