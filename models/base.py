@@ -87,13 +87,28 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassReport:
+    """One run of the denoiser under a cache: the pass that made it, its steps, its size in pixels."""
+
+    name: str
+    cache: CacheReport
+    steps: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What a run made: one picture a seed, one cache report a batch, sentences for the user."""
+    """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user."""
 
     images: list[Image.Image]
-    reports: list[CacheReport]
+    passes: list[PassReport]
     timings: Timings
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def reports(self) -> list[CacheReport]:
+        return [one.cache for one in self.passes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,13 +76,13 @@ class FluxModel(PipelineModel):
         tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
 
-    def _guidance(self, params: GenerationParams) -> dict[str, float]:
+    def guidance(self, params: GenerationParams) -> dict[str, float]:
         scale = params.guidance_scale
         if self._distilled:
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale if self._runs_twice(params) else 1.0}
 
-    def _decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
         vae, processor = self.pipeline.vae, self.pipeline.image_processor
         latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # (B, C, height / 8, width / 8)

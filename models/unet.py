@@ -94,10 +94,10 @@ class StableDiffusionModel(PipelineModel):
         named = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         return {name: embedding for name, embedding in named.items() if embedding is not None}
 
-    def _guidance(self, params: GenerationParams) -> dict[str, float]:
+    def guidance(self, params: GenerationParams) -> dict[str, float]:
         return {"guidance_scale": params.guidance_scale}
 
-    def _decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
         vae, processor = self.pipeline.vae, self.pipeline.image_processor
         pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]  # (B, 3, H, W), -1 … 1
         images: list[Image.Image] = processor.postprocess(pixels, output_type="pil")

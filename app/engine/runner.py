@@ -69,7 +69,7 @@ class RegistryRunner:
             images=pictures,
             cache=cache,
             timings=generation.timings,
-            batches=len(generation.reports),
+            batches=-(-len(job.params.seeds) // job.params.batch_size),
             warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
         )
 

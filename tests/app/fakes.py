@@ -29,7 +29,7 @@ from app.engine.base import (
 from app.engine.runner import RegistryRunner
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
-from models.base import Generation, GenerationParams, LoadFailed, Step, StepHook, Timings, UnknownModel
+from models.base import Generation, GenerationParams, LoadFailed, PassReport, Step, StepHook, Timings, UnknownModel
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
@@ -56,7 +56,7 @@ class FakeModel:
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        reports, images = [], []
+        passes, images = [], []
         for number, seeds in enumerate(batches):
             report = CacheReport(strategy.name, reuse_cost=0.25, cache_bytes=1000 * len(seeds))
             if isinstance(strategy, DeepCache):
@@ -66,12 +66,13 @@ class FakeModel:
                 letter = decision(strategy, index)
                 report.decisions += letter
                 on_step(Step(number * params.steps + index, len(batches) * params.steps, letter))
-            reports.append(report)
+            size = {"width": params.width, "height": params.height}
+            passes.append(PassReport(name="base", cache=report, steps=params.steps, **size))
             for seed in seeds:
                 colour = (seed % 256, seed // 256 % 256, len(params.prompt) % 256)
                 images.append(Image.new("RGB", (params.width, params.height), colour))
         timings = Timings(text_seconds=0.1, denoise_seconds=0.2, decode_seconds=0.3)
-        return Generation(images=images, reports=reports, timings=timings, warnings=["The fake says so."])
+        return Generation(images=images, passes=passes, timings=timings, warnings=["The fake says so."])
 
 
 class SlowModel(FakeModel):
