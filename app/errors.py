@@ -57,6 +57,13 @@ class BodyTooLarge(ServiceError):
     type = "body_too_large"
 
 
+class PictureTooLarge(ServiceError):
+    """A picture of more pixels than the server decodes."""
+
+    status = 413
+    type = "picture_too_large"
+
+
 class BodyTimeout(ServiceError):
     """The client did not finish sending its request."""
 

@@ -1,18 +1,33 @@
-"""Pictures to bytes, with what made them written inside."""
+"""Pictures to bytes, with what made them written inside; and a client's picture from text, trusted in nothing."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import json
 from collections.abc import Mapping
 
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from app import __version__
 from app.engine.base import Job, OutputFormat
+from app.errors import Invalid, PictureTooLarge
 
 _QUALITY = 95
+_READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever the bytes pose as
+_REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
+_SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def encode(image: Image.Image, output_format: OutputFormat, text: Mapping[str, str] | None = None) -> bytes:
@@ -62,3 +77,100 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
         "version": __version__,
     }
     return {"parameters": "\n".join(lines), "wavespeed": json.dumps(report)}
+
+
+def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:
+    """The picture in `text`, base64 or a data URL, as RGB, upright by its EXIF orientation, without metadata.
+
+    Blocking, for up to seconds: not for the event loop. Nothing is opened by name or fetched. Transparency shows white
+    behind it; of 16 bits a channel the upper 8 are kept; EXIF that cannot be read orients nothing. Raises Invalid, or
+    PictureTooLarge, read from the header, for more than `max_pixels`; both name `field`.
+    """
+    data = _bytes_of(text, field)
+    try:
+        _check_pixels(_webp_size(data), field, max_pixels)
+        with Image.open(io.BytesIO(data), formats=_READ) as file:
+            _check_pixels(file.size, field, max_pixels)
+            if file.format in ("PNG", "WEBP") and getattr(file, "is_animated", False):
+                raise Invalid(f"{field} is animated; send one of its frames.", field=field)
+            if file.format == "JPEG" and data.count(b"\xff\xda") > _SCANS:
+                raise Invalid(f"{field} is a JPEG of more than {_SCANS} scans; save it again.", field=field)
+            file.load()
+            return _upright(file, _rgb(file))
+    except UnidentifiedImageError:
+        raise Invalid(f"{field} holds no picture that is read here. {_REMEDY}", field=field) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(field, max_pixels) from None
+    except (Invalid, PictureTooLarge, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  # decoders raise whatever a broken file leads them to
+        raise Invalid(
+            f"{field} is a damaged picture ({type(error).__name__} while decoding); save it again.", field=field
+        ) from None
+
+
+def _bytes_of(text: str, field: str) -> bytes:
+    head, comma, payload = text.partition(",")
+    if head[:5].lower() == "data:":
+        kind, *parameters = head[5:].lower().split(";")
+        if not comma or "base64" not in parameters or kind not in ("image/png", "image/jpeg", "image/webp"):
+            raise Invalid(f"{field} is a data URL of another kind. {_REMEDY}", field=field)
+    else:
+        payload = text
+    try:
+        # Line breaks are what `base64` of a shell puts in; any other foreign character is a path, a URL or damage.
+        data = base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise Invalid(
+            f"{field} is not base64. A path or an address is not read and nothing is fetched. {_REMEDY}", field=field
+        ) from None
+    if not data:
+        raise Invalid(f"{field} is empty. {_REMEDY}", field=field)
+    return data
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Of the canvas, which Pillow allocates when it opens a WebP file; (0, 0) for other files, which it only looks at.
+
+    RFC 9649, sections 2.5 to 2.7.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return 0, 0
+    match data[12:16]:
+        case b"VP8X":
+            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case _:
+            return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+
+
+def _check_pixels(size: tuple[int, int], field: str, max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise _too_large(field, max_pixels)
+
+
+def _too_large(field: str, max_pixels: int) -> PictureTooLarge:
+    return PictureTooLarge(
+        f"{field} has more than {max_pixels} pixels, the most that this server decodes; send it smaller.", field=field
+    )
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # a plain conversion would clip
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(file: Image.Image, picture: Image.Image) -> Image.Image:
+    try:
+        method = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # the EXIF reader raises whatever broken bytes lead it to
+        method = None
+    picture = picture if method is None else picture.transpose(method)
+    picture.info.clear()
+    return picture
