@@ -42,12 +42,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
-    import uvicorn
-
     from app.engine.local import LocalEngine
     from app.engine.runner import embedded_runner
+    from app.engine.slot import Patience
     from app.log import logging_to
     from app.main import create_app
+    from app.server import serve_until_told
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
@@ -60,15 +60,12 @@ def serve(
             settings.devices,
             queue_size=settings.queue_size,
             stop_seconds=settings.stop_seconds,
+            patience=Patience(
+                silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds
+            ),
+            quarantine_seconds=settings.quarantine_seconds,
         )
-        uvicorn.run(
-            create_app(settings, engine),
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=max(1, round(settings.stop_seconds)),
-        )
+        serve_until_told(create_app(settings, engine), settings, engine)
 
 
 @cli.command()
@@ -163,7 +160,7 @@ def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
     request = parse(values)
     runner = embedded_runner(settings.devices[0], default=settings.model, threads=settings.threads)
-    limits = Limits(max_batch_size=settings.max_batch_size)
+    limits = Limits.of(settings)
     job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
     columns = (
         TextColumn("{task.description}"),

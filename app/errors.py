@@ -103,7 +103,7 @@ class NotReady(ServiceError):
 
 
 class WorkerLost(ServiceError):
-    """The worker process died under the job, and again when it was tried a second time."""
+    """The worker process died or hung under the job, and again when it was tried a second time."""
 
     status = 503
     type = "worker_lost"
@@ -115,10 +115,17 @@ class OutOfMemory(ServiceError):
 
 
 class ModelUnavailable(ServiceError):
-    """The model is configured, but its files do not load."""
+    """The model is configured, but its files do not load, or loading it took workers down."""
 
     status = 503
     type = "model_unavailable"
+
+
+class DeadlineExceeded(ServiceError):
+    """The time that the client, or else the operator, gave the request is over."""
+
+    status = 504
+    type = "deadline_exceeded"
 
 
 class GenerationFailed(ServiceError):

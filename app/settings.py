@@ -32,6 +32,24 @@ class Settings(BaseSettings):
     queue_size: int = Field(64, ge=1, description="Jobs that may wait; one more is answered 429.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Longest request body; a longer one is answered 413.")
     body_seconds: float = Field(30.0, gt=0, description="Time for a client to finish sending its body.")
+    silence_seconds: float = Field(
+        60.0, ge=1, description="A worker whose process gives no sign of life for so long is replaced."
+    )
+    stall_seconds: float = Field(
+        600.0, ge=1, description="A worker that finishes no step of its job for so long is replaced."
+    )
+    load_seconds: float = Field(
+        1800.0, ge=1, description="A worker that loads one part of a model for longer than this is replaced."
+    )
+    quarantine_seconds: float = Field(
+        600.0, gt=0, description="How long a model that took its worker down twice while loading is not tried again."
+    )
+    deadline_seconds: float = Field(
+        3600.0, gt=0, description="Longest time from a request's arrival to its answer; past it, 504."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, description="Time at shutdown for accepted jobs to be done; past it they are answered 503."
+    )
     stop_seconds: float = Field(10.0, gt=0, description="Time for a worker to end by itself at shutdown.")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Bearer keys, separated by commas. None: whoever reaches the port may use it."

@@ -70,6 +70,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: "The request is invalid, or asks for things that do not go together.",
         429: "The queue is full; try again after Retry-After seconds.",
         500: "The model failed; the log has the cause.",
+        504: "The deadline passed before the pictures were done.",
         503: "No worker, or it was lost, or out of memory; try again after Retry-After seconds.",
     }
     return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}

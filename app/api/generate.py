@@ -38,7 +38,7 @@ _BYTES = {"schema": {"type": "string", "format": "binary"}}
             "the report in X-WaveSpeed-* headers.",
             "content": {"image/png": _BYTES, "image/jpeg": _BYTES, "image/webp": _BYTES},
         },
-        **errors(401, 404, 413, 422, 429, 500, 503),
+        **errors(401, 404, 413, 422, 429, 500, 503, 504),
     },
     openapi_extra={
         "requestBody": {
@@ -59,7 +59,7 @@ async def generate(request: Request) -> Response:
     try:
         fields = parse(await read_object(request, service.settings))
         as_bytes = _picture_format(request, fields)
-        limits = Limits(max_batch_size=service.settings.max_batch_size)
+        limits = Limits.of(service.settings)
         output_format = as_bytes or fields.output_format
         job = resolve(fields, service.engine.catalogue(), limits, request_id_of(request), output_format)
         model = job.model

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from app.api.answers import errors
 from app.api.service import service_of
-from app.engine.base import ModelInfo
+from app.engine.base import EngineStatus, ModelInfo
 
 router = APIRouter(tags=["models"])
 
@@ -17,15 +17,18 @@ router = APIRouter(tags=["models"])
 async def models(request: Request) -> dict[str, object]:
     """`branches` are the places where DeepCache can cut, with a reuse step's share of a full one at each."""
     engine = service_of(request).engine
-    catalogue, loaded = engine.catalogue(), engine.status().loaded
+    catalogue, status = engine.catalogue(), engine.status()
     return {
         "default": catalogue.default,
         "default_flux": catalogue.default_flux,
-        "models": [_row(model, model.name in loaded) for model in catalogue.models.values()],
+        "models": [_row(model, status) for model in catalogue.models.values()],
     }
 
 
-def _row(model: ModelInfo, loaded: bool) -> dict[str, object]:
+def _row(model: ModelInfo, status: EngineStatus) -> dict[str, object]:
+    """`reason` says why a model is not available."""
     row = asdict(model)
-    row["available"] = row.pop("error") is None  # the reason names folders of this machine: it is for the log
-    return {**row, "loaded": loaded}
+    # What is wrong with its files names folders of this machine: that is for the log.
+    reason = "Its files do not load; the server's log says why." if row.pop("error") else None
+    reason = status.quarantined.get(model.name, reason)
+    return {**row, "available": reason is None, "reason": reason, "loaded": model.name in status.loaded}

@@ -9,6 +9,7 @@ from typing import Any
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
+from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import GenerationParams, UnsupportedSampler
 from models.samplers import check as check_sampler
@@ -48,6 +49,11 @@ class Limits:
     """What the operator allows."""
 
     max_batch_size: int = 4
+    deadline_seconds: float = 3600.0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        return cls(max_batch_size=settings.max_batch_size, deadline_seconds=settings.deadline_seconds)
 
 
 def resolve(
@@ -84,7 +90,19 @@ def resolve(
         strategy=_strategy(request, model),
         output_format=output_format,
         warnings=tuple(warnings),
+        deadline_seconds=_deadline(request, limits),
     )
+
+
+def _deadline(request: GenerateRequest, limits: Limits) -> float:
+    """Seconds."""
+    if request.deadline_seconds is None:
+        return limits.deadline_seconds
+    if request.deadline_seconds > limits.deadline_seconds:
+        raise Invalid(
+            f"deadline_seconds is at most {limits.deadline_seconds:g} on this server.", field="deadline_seconds"
+        )
+    return request.deadline_seconds
 
 
 def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:

@@ -136,6 +136,9 @@ class GenerateRequest(BaseModel):
     multiscale_intermittent: bool = Field(True, description="Return to full resolution now and then in between.")
     loras: list[Lora] = Field(default=[], max_length=16, description="Adapters to apply, safetensors only.")
     enable_preview: bool = Field(False, description="Send intermediate pictures on the job's event stream.")
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="Give up and answer 504 after so many seconds; null takes the server's limit."
+    )
     output_format: OutputFormat = Field(
         "png", description="png carries the settings as text: AUTOMATIC1111's `parameters` and one JSON chunk."
     )

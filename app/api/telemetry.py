@@ -83,4 +83,6 @@ def _device(device: DeviceStatus) -> dict[str, object]:
         "total_vram": round(device.memory.total / _GB, 3),
         "used_vram": round(device.memory.used / _GB, 3),
         "loaded_models": list(device.loaded),
+        "loading": device.loading,
+        "reason": device.reason,
     }

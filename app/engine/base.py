@@ -6,12 +6,13 @@ Nothing here imports torch: these types cross between the HTTP process and the w
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from app.engine.states import JOB_MOVES, JobState, WorkerState, moved
 from app.errors import ServiceError
 from cache import CacheStrategy
 from models.base import CacheName, GenerationParams, Step, Timings
@@ -21,24 +22,12 @@ CacheSummary = Mapping[str, object]  # JSON values only
 StepListener = Callable[[Step], None]
 
 
-class JobState(StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-class WorkerState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    BUSY = "busy"
-    DEAD = "dead"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One validated request. `warnings` are sentences that validation has for the user already."""
+    """One validated request. `warnings` are sentences that validation has for the user already.
+
+    `deadline_seconds` after it was accepted a job is given up, wherever it is by then; None: never.
+    """
 
     id: str
     model: str
@@ -46,6 +35,7 @@ class Job:
     strategy: CacheStrategy
     output_format: OutputFormat = "png"
     warnings: tuple[str, ...] = ()
+    deadline_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +100,11 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceStatus:
-    """A worker and its device at this moment. `kind` is `cpu` or `cuda`; `pid` is that of the worker process."""
+    """A worker and its device at this moment. `kind` is `cpu` or `cuda`; `pid` is that of the worker process.
+
+    `loading` is the model that is being loaded and the part of it, `up` says that the worker has come up and is not
+    lost since, `reason` why the last one was lost: a sentence that names nothing of this machine.
+    """
 
     device: str
     kind: str
@@ -120,36 +114,55 @@ class DeviceStatus:
     restarts: int
     memory: DeviceMemory
     loaded: tuple[str, ...]
+    loading: str | None = None
+    up: bool = True
+    reason: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """It can take a job, now or when it has finished the one it has."""
+        return self.up and self.state in (WorkerState.READY, WorkerState.BUSY, WorkerState.LOADING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
+    """`quarantined`: models that no worker is given at present, each with the reason."""
+
     pending: int
     running: int
     devices: tuple[DeviceStatus, ...]
+    draining: bool = False
+    quarantined: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
         """Some worker can take a job, now or when it has finished the one it has."""
-        return any(device.state in (WorkerState.READY, WorkerState.BUSY) for device in self.devices)
+        return not self.draining and any(device.ready for device in self.devices)
 
     @property
     def loaded(self) -> frozenset[str]:
         return frozenset(name for device in self.devices for name in device.loaded)
 
 
+_ages = itertools.count()
+
+
 class JobHandle:
     """A job on its way. Belongs to one event loop.
 
-    Times are of the monotonic clock, in seconds. `result` is settled exactly once, with a JobResult or a ServiceError.
+    Times are of the monotonic clock, in seconds. `result` is settled exactly once, with a JobResult or a ServiceError;
+    a second time raises IllegalTransition. `age` orders jobs by when they were accepted. `place` is that in the queue,
+    1 for the next one, None for a job that doesn't wait. `on_change` is called when `state` or `place` has changed.
     """
 
     def __init__(self, job: Job, on_step: StepListener | None = None) -> None:
         self.job = job
         self.on_step = on_step
+        self.on_change: Callable[[], None] | None = None
+        self.age = next(_ages)
         self.state = JobState.QUEUED
+        self.place: int | None = None
         self.attempts = 0
-        self.cancel_requested = False
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.finished: float | None = None
@@ -157,6 +170,10 @@ class JobHandle:
 
     def __repr__(self) -> str:
         return f"<JobHandle {self.job.id} {self.state}>"
+
+    @property
+    def settled(self) -> bool:
+        return self.finished is not None
 
     @property
     def queue_seconds(self) -> float:
@@ -167,18 +184,25 @@ class JobHandle:
     def total_seconds(self) -> float:
         return (self.finished or time.monotonic()) - self.submitted
 
+    def stand(self, place: int) -> None:
+        if place != self.place:
+            self.place = place
+            self._tell()
+
     def run(self) -> None:
-        self.state = JobState.RUNNING
+        self.state = moved(JOB_MOVES, self.state, JobState.RUNNING)
+        self.place = None
         self.attempts += 1
         self.started = time.monotonic()
+        self._tell()
 
     def requeue(self) -> None:
-        self.state = JobState.QUEUED
+        self.state = moved(JOB_MOVES, self.state, JobState.QUEUED)
         self.started = None
 
     def succeed(self, result: JobResult) -> None:
         self._settle(JobState.DONE)
-        if not self.result.done():
+        if not self.result.done():  # whoever waited may have cancelled it
             self.result.set_result(result)
 
     def fail(self, error: ServiceError, state: JobState = JobState.FAILED) -> None:
@@ -188,8 +212,14 @@ class JobHandle:
             self.result.exception()  # the client may have left: nobody reading it is no fault
 
     def _settle(self, state: JobState) -> None:
-        self.state = state
+        self.state = moved(JOB_MOVES, self.state, state)
+        self.place = None
         self.finished = time.monotonic()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
 
 class Engine(Protocol):
@@ -199,20 +229,32 @@ class Engine(Protocol):
         """Return at once; readiness is seen in `status`."""
         ...
 
+    async def drain(self, seconds: float) -> None:
+        """Take no more jobs; return when every accepted one is settled, those not done after `seconds` with NotReady.
+
+        A second call with 0 cuts the first one short, and lets `stop` end the workers at once.
+        """
+        ...
+
     async def stop(self) -> None:
-        """Cancel what runs, answer what waits with NotReady, end every process."""
+        """Answer what is not done with NotReady, end every process."""
         ...
 
     def catalogue(self) -> Catalogue:
-        """Raises NotReady until a first worker has come up."""
+        """Raises NotReady until a first worker has told of it."""
         ...
 
-    def submit(self, job: Job, on_step: StepListener | None = None) -> JobHandle:
-        """Queue a job. Raises QueueFull or NotReady. `on_step` is called in the event loop after each step."""
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        """Queue a job. Raises QueueFull, NotReady or ModelUnavailable. `on_step` is called in the event loop after
+        each step. `promised`: accepted by an earlier run of this server, so a full queue is no reason to refuse it.
+        """
         ...
 
     def cancel(self, job_id: str) -> bool:
-        """Stop a job, at once if it waits, at its next step if it runs. False: no such job is on its way."""
+        """Give a job up: it is settled at once, and its worker is free at the next step.
+
+        False: no such job is on its way. No other job is ever touched.
+        """
         ...
 
     def status(self) -> EngineStatus: ...

@@ -4,74 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Sequence
 
-from app.engine.base import (
-    Catalogue,
-    DeviceMemory,
-    DeviceStatus,
-    EngineStatus,
-    Job,
-    JobHandle,
-    JobState,
-    StepListener,
-    WorkerState,
+from app.engine.base import Catalogue, EngineStatus, Job, JobHandle, StepListener
+from app.engine.failures import RETRY_SECONDS, error_of, model_held, worker_lost
+from app.engine.messages import (
+    Alive,
+    Cancel,
+    Condition,
+    Done,
+    Failed,
+    Garbled,
+    Known,
+    Loaded,
+    Loading,
+    Plan,
+    Progress,
+    Ready,
+    Report,
+    Run,
+    StartFailed,
 )
-from app.engine.messages import Cancel, Condition, Done, Failed, Progress, Ready, Report, Run, StartFailed
-from app.engine.process import WorkerProcess
+from app.engine.process import Spawn, WorkerProcess, spawn
+from app.engine.quarantine import Quarantine
+from app.engine.queue import JobQueue
+from app.engine.slot import Patience, Slot, death
+from app.engine.states import IllegalTransition, JobState, WorkerState
 from app.engine.worker import RunnerFactory
-from app.errors import (
-    Cancelled,
-    GenerationFailed,
-    Incompatible,
-    Invalid,
-    ModelNotFound,
-    ModelUnavailable,
-    NotReady,
-    OutOfMemory,
-    QueueFull,
-    ServiceError,
-    WorkerLost,
-)
+from app.errors import Cancelled, DeadlineExceeded, NotReady, QueueFull, ServiceError
 
 _log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # a job whose worker dies is tried once more: the death may not have been its doing
+ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
-RETRY_SECONDS = 5  # what a client is told to wait
-
-
-class _Slot:
-    """A device and whatever worker it has at the moment."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.state = WorkerState.STARTING
-        self.process: WorkerProcess | None = None
-        self.running: JobHandle | None = None
-        self.condition: Condition | None = None
-        self.restarts = 0
-        self.deaths = 0  # since the last job that was finished; the exponent of the backoff
-        self.start_failures = 0
-
-    def status(self) -> DeviceStatus:
-        alive = self.state in (WorkerState.READY, WorkerState.BUSY)
-        condition = self.condition
-        return DeviceStatus(
-            device=self.device,
-            kind=condition.kind if condition else self.device.split(":")[0],
-            name=condition.name if condition else self.device,
-            state=self.state,
-            pid=self.process.pid if self.process else None,
-            restarts=self.restarts,
-            memory=condition.memory if condition and alive else DeviceMemory(),
-            loaded=condition.loaded if condition and alive else (),
-        )
+_LEAVING = "The server is shutting down. Ask again when it is back."
+_HOPELESS = "No worker can be started; the server's log says why."
 
 
 class LocalEngine:
-    """See `Engine`. `backoff` is the first and the longest pause before a dead worker is replaced, in seconds."""
+    """See `Engine`. `backoff` is the first and the longest pause before a lost worker is replaced, in seconds."""
 
     def __init__(
         self,
@@ -81,60 +52,74 @@ class LocalEngine:
         queue_size: int = 64,
         stop_seconds: float = 10.0,
         backoff: tuple[float, float] = (0.1, 30.0),
+        patience: Patience | None = None,
+        quarantine_seconds: float = 600.0,
+        make: Spawn = spawn,
     ) -> None:
         self._factory = factory
-        self._slots = [_Slot(device) for device in devices]
-        self._queue: deque[JobHandle] = deque()
+        self._slots = [Slot(device) for device in devices]
+        self._queue = JobQueue()
         self._queue_size = queue_size
         self._stop_seconds = stop_seconds
         self._backoff = backoff
+        self._patience = patience or Patience()
+        self._quarantine = Quarantine(quarantine_seconds)
+        self._make = make
         self._catalogue: Catalogue | None = None
         self._supervisors: list[asyncio.Task[None]] = []
+        self._draining = False
         self._stopping = False
 
     async def start(self) -> None:
-        self._stopping = False
+        self._draining = self._stopping = False
         self._supervisors = [asyncio.create_task(self._supervise(slot)) for slot in self._slots]
 
-    async def stop(self) -> None:
-        self._stopping = True
-        self._refuse_waiting("The server is shutting down.")
+    async def drain(self, seconds: float) -> None:
+        if self._draining and seconds == 0:
+            self._stop_seconds = 0.0  # somebody is in a hurry
+        self._draining = True
         for slot in self._slots:
-            if slot.running is not None:
-                self.cancel(slot.running.job.id)
+            slot.settle(draining=True)
+        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
+            await asyncio.wait(pending, timeout=seconds)
+        self._answer_all()
+
+    async def stop(self) -> None:
+        self._draining = self._stopping = True
+        self._answer_all()
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
 
     def catalogue(self) -> Catalogue:
         if self._catalogue is None:
-            raise NotReady("The model is still being loaded. Try again soon.", retry_after=RETRY_SECONDS)
+            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
         return self._catalogue
 
-    def submit(self, job: Job, on_step: StepListener | None = None) -> JobHandle:
-        if self._stopping:
-            raise NotReady("The server is shutting down.", retry_after=RETRY_SECONDS)
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        if self._draining:
+            raise NotReady(_LEAVING, retry_after=RETRY_SECONDS)
         if self._hopeless():
-            raise NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
-        if len(self._queue) >= self._queue_size:
+            raise NotReady(_HOPELESS, retry_after=RETRY_SECONDS)
+        if job.model in self._quarantine.reasons:
+            raise model_held(job.model, self._quarantine)
+        if len(self._queue) >= self._queue_size and not promised:
             raise QueueFull(
                 f"{self._queue_size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS
             )
         handle = JobHandle(job, on_step)
-        self._queue.append(handle)
+        if job.deadline_seconds is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(job.deadline_seconds, self._expire, handle)
+            handle.result.add_done_callback(lambda _: timer.cancel())
+        self._queue.put(handle)
         self._dispatch()
         return handle
 
     def cancel(self, job_id: str) -> bool:
-        for handle in self._queue:
+        for handle in self._unsettled():
             if handle.job.id == job_id:
-                self._queue.remove(handle)
-                handle.fail(Cancelled("The job was cancelled while it waited."), JobState.CANCELLED)
-                return True
-        for slot in self._slots:
-            if slot.running is not None and slot.running.job.id == job_id and slot.process is not None:
-                slot.running.cancel_requested = True
-                slot.process.send(Cancel(job_id))
+                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
                 return True
         return False
 
@@ -143,129 +128,178 @@ class LocalEngine:
             pending=len(self._queue),
             running=sum(slot.running is not None for slot in self._slots),
             devices=tuple(slot.status() for slot in self._slots),
+            draining=self._draining,
+            quarantined=dict(self._quarantine.reasons),
         )
 
+    def _unsettled(self) -> list[JobHandle]:
+        running = [slot.running for slot in self._slots if slot.running is not None and not slot.running.settled]
+        return [*running, *self._queue]
+
+    def _answer_all(self) -> None:
+        for handle in self._unsettled():
+            self._give_up(handle, NotReady(_LEAVING, retry_after=RETRY_SECONDS))
+
+    def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
+        """Answer now; the worker is told, and takes the next job when it has reached its next step."""
+        if not self._queue.remove(handle):
+            for slot in self._slots:
+                if slot.running is handle and slot.process is not None:
+                    slot.process.send(Cancel(handle.job.id))
+        handle.fail(error, state)
+
+    def _expire(self, handle: JobHandle) -> None:
+        if not handle.settled:
+            where = "waited" if handle.state is JobState.QUEUED else "ran"
+            limit = f"{handle.job.deadline_seconds:g} seconds"
+            self._give_up(handle, DeadlineExceeded(f"The request still {where} after {limit}, its deadline."))
+
     def _dispatch(self) -> None:
-        """Give waiting jobs to idle workers, oldest first."""
+        """Give waiting jobs to free workers, oldest first."""
         for slot in self._slots:
-            if self._queue and slot.state is WorkerState.READY and slot.process is not None:
-                handle = self._queue.popleft()
+            if self._queue and slot.free and slot.process is not None:
+                handle = self._queue.take()
                 handle.run()
                 slot.running = handle
-                slot.state = WorkerState.BUSY
+                slot.advance()
+                slot.settle(self._draining)
                 slot.process.send(Run(handle.job))
 
-    async def _supervise(self, slot: _Slot) -> None:
+    async def _supervise(self, slot: Slot) -> None:
         """Keep a worker on this device until cancelled."""
         while True:
-            slot.state = WorkerState.STARTING
-            process = slot.process = WorkerProcess(self._factory, slot.device)
+            slot.move(WorkerState.STARTING)
+            slot.advance()
+            avoid = frozenset(self._quarantine.reasons)
+            plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
+            process = slot.process = WorkerProcess(self._factory, slot.device, plan, self._make)
+            watch = asyncio.create_task(self._watch(slot, process))
             try:
                 await process.start()
                 async for report in process.reports():
                     self._hear(slot, report)
             except OSError as error:
                 _log.error("worker device=%s cannot be started: %s", slot.device, error)
+            except IllegalTransition as error:
+                slot.fault = "it reported what cannot be"
+                _log.error("worker device=%s: %s", slot.device, error)
+            except Exception:  # noqa: BLE001  # a bug of ours, in a listener for one, must not leave the device without a worker
+                slot.fault = "the server made a mistake"
+                _log.exception("worker device=%s", slot.device)
             finally:
-                # Killed at once when it is known to be dead or when we stop with a job on it that ignores its cancel.
+                watch.cancel()
+                # Killed at once when it is known to be lost; at shutdown it may reach its next step.
                 code = await asyncio.shield(process.stop(self._stop_seconds if self._stopping else 0.0))
                 self._bury(slot, code)
             slot.restarts += 1
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
-    def _hear(self, slot: _Slot, report: Report) -> None:
+    async def _watch(self, slot: Slot, process: WorkerProcess) -> None:
+        """Kill the worker when it hangs; its supervisor sees it die."""
+        while (fault := slot.overdue(self._patience)) is None:
+            await asyncio.sleep(self._patience.look)
+        slot.fault = fault
+        _log.error("worker device=%s pid=%s hangs: %s", slot.device, process.pid, fault)
+        await process.kill()
+
+    def _hear(self, slot: Slot, report: Report) -> None:
         match report:
-            case Ready(catalogue, condition):
+            case Alive():
+                return
+            case Known(catalogue):
                 self._catalogue = catalogue
+            case Loading(model, stage):
+                slot.loading, slot.stage = model, stage
+                slot.advance()
+            case Loaded():
+                self._loaded(slot)
+            case Ready(condition):
+                self._loaded(slot)
                 slot.condition = condition
-                slot.state = WorkerState.READY
+                slot.up = True
                 slot.start_failures = 0
                 _log.info("worker ready device=%s pid=%s", slot.device, slot.process and slot.process.pid)
             case StartFailed(message, detail):
+                slot.loading = None  # it was told, not seen: no crash of the model
+                slot.fault = "it could not load its models; the server's log says why"
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
-            case Progress(_, step):
-                if slot.running is not None and slot.running.on_step is not None:
-                    slot.running.on_step(step)
-            case Done(_, result, condition):
-                self._release(slot, condition).succeed(result)
+            case Progress(job_id, step):
+                slot.advance()
+                handle = slot.running
+                if handle is not None and handle.job.id == job_id and not handle.settled and handle.on_step is not None:
+                    handle.on_step(step)
+            case Done(job_id, result, condition):
+                handle = self._release(slot, job_id, condition)
+                if not handle.settled:
+                    handle.succeed(result)
             case Failed(job_id, kind, message, detail, condition):
-                state = JobState.CANCELLED if kind == "cancelled" else JobState.FAILED
+                slot.loading = None
+                handle = self._release(slot, job_id, condition)
                 if kind != "cancelled":
                     _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
-                self._release(slot, condition).fail(_error(report), state)
+                if not handle.settled:
+                    handle.fail(error_of(report))
+            case Garbled(detail):
+                raise IllegalTransition(f"its words cannot be read: {detail}")
+        slot.settle(self._draining)
         self._dispatch()
 
-    def _release(self, slot: _Slot, condition: Condition) -> JobHandle:
-        """The worker is idle again; return the job that it had."""
-        handle, slot.running = slot.running, None
-        if handle is None:
-            raise RuntimeError("a worker reported the end of a job that it was not given")
+    def _loaded(self, slot: Slot) -> None:
+        if slot.loading is not None:
+            self._quarantine.loaded(slot.loading)
+        slot.loading = None
+        slot.advance()
+
+    def _release(self, slot: Slot, job_id: str, condition: Condition) -> JobHandle:
+        """The worker is idle again; return the job that it had. Raises IllegalTransition when that is another one."""
+        handle = slot.running
+        if handle is None or handle.job.id != job_id:
+            raise IllegalTransition("the end of a job that it does not have")
+        slot.running = None
         slot.condition = condition
-        slot.state = WorkerState.READY
         slot.deaths = 0
         return handle
 
-    def _bury(self, slot: _Slot, code: int | None) -> None:
-        """The worker is dead: see to the job that it had, and to those who would wait for nothing."""
-        if slot.state is WorkerState.STARTING:
-            slot.start_failures += 1
-        slot.state = WorkerState.DEAD
-        slot.deaths += 1
-        slot.process = None
+    def _bury(self, slot: Slot, code: int | None) -> None:
+        """The worker is gone: see to the job that it had, and to those who would wait for nothing."""
+        slot.reason = slot.fault or death(code)
+        loading, slot.loading = slot.loading, None
         handle, slot.running = slot.running, None
-        if not self._stopping:
-            lost = {"request_id": handle.job.id} if handle else None
-            _log.error("worker lost device=%s exit_code=%s", slot.device, code, extra=lost)
-        if handle is not None:
-            if self._stopping:
-                handle.fail(NotReady("The server is shutting down.", retry_after=RETRY_SECONDS))
-            elif handle.cancel_requested:
-                handle.fail(Cancelled("The job was cancelled."), JobState.CANCELLED)
-            elif handle.attempts < ATTEMPTS:
-                handle.requeue()
-                self._queue.appendleft(handle)  # it had its turn: ahead of the others, and the bound doesn't apply
-            else:
-                handle.fail(
-                    WorkerLost(
-                        "The worker process died twice while it ran this request. If it repeats, ask for less: "
-                        "a smaller picture, fewer images at once.",
-                        retry_after=RETRY_SECONDS,
-                    )
-                )
+        if not slot.up:
+            slot.start_failures += 1
+        slot.up, slot.fault, slot.process = False, None, None
+        slot.deaths += 1
+        slot.move(WorkerState.FAILED)
+        if self._stopping:
+            return
+        lost = {"request_id": handle.job.id} if handle else None
+        _log.error("worker lost device=%s exit_code=%s: %s", slot.device, code, slot.reason, extra=lost)
+        if loading is not None and self._quarantine.crashed(loading, _held_because(slot.reason)):
+            _log.error("model %s is quarantined: %s", loading, self._quarantine.reasons[loading])
+            for waiting in self._queue:
+                if waiting.job.model == loading:
+                    self._give_up(waiting, model_held(loading, self._quarantine))
+        if handle is not None and not handle.settled:
+            self._take_back(handle, slot.reason)
         if self._hopeless():
-            self._refuse_waiting("No worker can be started; the server's log says why.")
+            for waiting in self._queue:
+                self._give_up(waiting, NotReady(_HOPELESS, retry_after=RETRY_SECONDS))
+
+    def _take_back(self, handle: JobHandle, reason: str) -> None:
+        """A job whose worker was lost: once more, or answered."""
+        if handle.job.model in self._quarantine.reasons:
+            handle.fail(model_held(handle.job.model, self._quarantine))
+        elif handle.attempts < ATTEMPTS:
+            handle.requeue()
+            self._queue.put(handle)  # it is promised: the bound does not apply
+            self._dispatch()
+        else:
+            handle.fail(worker_lost(reason))
 
     def _hopeless(self) -> bool:
         return all(slot.start_failures >= START_FAILURES for slot in self._slots)
 
-    def _refuse_waiting(self, message: str) -> None:
-        while self._queue:
-            self._queue.popleft().fail(NotReady(message, retry_after=RETRY_SECONDS))
 
-
-def _error(failure: Failed) -> ServiceError:
-    """What the client is told. Only messages written for users are passed on; stack traces stay in the log."""
-    match failure.kind:
-        case "cancelled":
-            return Cancelled("The job was cancelled.")
-        case "unknown_model":
-            return ModelNotFound(failure.message, field="model")
-        case "load_failed":
-            return ModelUnavailable(  # its own message names folders of this machine
-                "The model is configured, but its files do not load; the server's log says why. Ask for another one.",
-                field="model",
-                retry_after=RETRY_SECONDS,
-            )
-        case "model_error":
-            return Invalid(failure.message)
-        case "incompatible":
-            return Incompatible(failure.message)
-        case "out_of_memory":
-            return OutOfMemory(
-                "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
-                "or turn off other features that hold memory.",
-                retry_after=RETRY_SECONDS,
-            )
-        case _:
-            return GenerationFailed("The model failed on this request; the server's log has the cause.")
+def _held_because(reason: str) -> str:
+    return f"Its worker was lost twice in a row while loading it: {reason}."

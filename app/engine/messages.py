@@ -27,7 +27,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End after the job that runs."""
+    """End, at the next step if a job runs: it has been answered already."""
 
 
 Order = Run | Cancel | Stop
@@ -43,11 +43,48 @@ class Condition:
     loaded: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a worker is told at its birth. `avoid`: models that took earlier workers down, not to be loaded now."""
+
+    heartbeat_seconds: float
+    avoid: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """The default model is loaded: a job can run."""
+class Known:
+    """The models are known, though none is loaded yet."""
 
     catalogue: Catalogue
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The process runs Python. Says nothing on whether its job gets on: that is what steps are for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A model is being loaded, for a job or before the first one; no step will be heard meanwhile.
+
+    `stage` says in a few words which part of it comes next; empty at the beginning.
+    """
+
+    model: str
+    stage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The job's model is there; the job itself begins."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A job can run."""
+
     condition: Condition
 
 
@@ -81,4 +118,11 @@ class Failed:
     condition: Condition
 
 
-Report = Ready | StartFailed | Progress | Done | Failed
+@dataclass(frozen=True, slots=True)
+class Garbled:
+    """What the worker sent is no report; made on the supervisor's side."""
+
+    detail: str
+
+
+Report = Known | Alive | Loading | Loaded | Ready | StartFailed | Progress | Done | Failed | Garbled

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import logging
 import multiprocessing
+import os
+import signal
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from typing import Protocol, get_args
 
 from app.engine import worker
-from app.engine.messages import Order, Report, Stop
+from app.engine.messages import Garbled, Order, Plan, Report, Stop
 from app.engine.worker import RunnerFactory
+
+_log = logging.getLogger(__name__)
 
 # A forked child would share the event loop's descriptors, and CUDA cannot be used in one.
 _CONTEXT = multiprocessing.get_context("spawn")
+_REPORTS = get_args(Report)
+_LAST_WORDS = 0.2  # seconds that a hung worker has to write where it hangs
+_REAPING = 10.0  # seconds after which a killed process that the kernel does not let go is left behind
+
+
+class Child(Protocol):
+    """What of a process is used here; `kill` may not be ignored."""
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def exitcode(self) -> int | None: ...
+    def start(self) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool: ...
+    def kill(self) -> None: ...
+
+
+Spawn = Callable[[Connection, RunnerFactory, str, Plan], Child]
+
+
+def spawn(connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> Child:
+    return _CONTEXT.Process(
+        target=worker.main, args=(connection, factory, device, plan), name=f"worker {device}", daemon=True
+    )
 
 
 class WorkerProcess:
@@ -25,32 +57,39 @@ class WorkerProcess:
     megabytes or a worker that doesn't listen never holds up the event loop.
     """
 
-    def __init__(self, factory: RunnerFactory, device: str) -> None:
+    def __init__(self, factory: RunnerFactory, device: str, plan: Plan, make: Spawn = spawn) -> None:
         self._factory = factory
         self._device = device
+        self._plan = plan
+        self._make = make
         self._inbox: asyncio.Queue[Report | None] = asyncio.Queue()
         self._outbox: asyncio.Queue[Order] = asyncio.Queue()
         self._connection: Connection | None = None
-        self._process: BaseProcess | None = None
+        self._child: Child | None = None
         self._reader: threading.Thread | None = None
         self._writer: asyncio.Task[None] | None = None
         self._launch: asyncio.Task[None] | None = None
+        self._heard = time.monotonic()
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._child.pid if self._child else None
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last report of whatever kind arrived, or since the start."""
+        return time.monotonic() - self._heard
 
     async def start(self) -> None:
         """Raises OSError when the system has no process to give. May be cancelled; `stop` clears up."""
         ours, theirs = _CONTEXT.Pipe(duplex=True)
-        process = _CONTEXT.Process(
-            target=worker.main, args=(theirs, self._factory, self._device), name=f"worker {self._device}", daemon=True
-        )
+        child = self._make(theirs, self._factory, self._device, self._plan)
         self._connection = ours
-        self._process = process
+        self._child = child
         # Shielded: a thread cannot be cancelled, and a child that it starts afterwards would belong to nobody.
-        self._launch = asyncio.create_task(asyncio.to_thread(_start, process, theirs))
+        self._launch = asyncio.create_task(asyncio.to_thread(_start, child, theirs))
         await asyncio.shield(self._launch)
+        self._heard = time.monotonic()
         loop = asyncio.get_running_loop()
         self._reader = threading.Thread(target=self._read, args=(ours, loop), name=f"read {self._device}", daemon=True)
         self._reader.start()
@@ -65,29 +104,48 @@ class WorkerProcess:
         while (report := await self._inbox.get()) is not None:
             yield report
 
+    async def kill(self) -> None:
+        """End a worker that does not answer; before that it writes to stderr where each of its threads stands."""
+        if self._child is None or not self._child.is_alive():
+            return
+        if self.pid is not None and self.pid != os.getpid() and hasattr(signal, "SIGUSR1"):
+            with suppress(OSError):
+                os.kill(self.pid, signal.SIGUSR1)
+            await asyncio.sleep(_LAST_WORDS)
+        self._child.kill()
+
     async def stop(self, seconds: float) -> int | None:
         """Ask the worker to end, kill it after `seconds`; return its exit code. Also clears up after a dead one."""
         if self._launch is not None:
             await asyncio.wait({self._launch})
-        if self.pid is not None and self._process is not None:
+        ended = True
+        if self.pid is not None and self._child is not None:
             self.send(Stop())
-            await asyncio.to_thread(_end, self._process, seconds if self._writer is not None else 0.0)
+            ended = await asyncio.to_thread(_end, self._child, seconds if self._writer is not None else 0.0)
         if self._writer is not None:
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
+        if not ended:
+            _log.error("worker device=%s pid=%s cannot be ended and is left behind", self._device, self.pid)
+            return None
         if self._reader is not None:
             await asyncio.to_thread(self._reader.join)
         if self._connection is not None:
             self._connection.close()  # only now: a descriptor closed under a reader may be given to another file
-        return self._process.exitcode if self._process else None
+        return self._child.exitcode if self._child else None
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         report: Report | None
         while True:
             try:
                 report = connection.recv()
+                if not isinstance(report, _REPORTS):
+                    report = Garbled(f"a {type(report).__name__}, which is no report")
             except (EOFError, OSError):
                 report = None
+            except Exception as error:  # noqa: BLE001  # bytes that are no pickle raise nearly anything
+                report = Garbled(f"{type(error).__name__}: {error}")
+            self._heard = time.monotonic()  # here, so that a busy event loop is not taken for a silent worker
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(self._inbox.put_nowait, report)
             if report is None:
@@ -100,15 +158,24 @@ class WorkerProcess:
                 await asyncio.to_thread(connection.send, order)
 
 
-def _start(process: BaseProcess, theirs: Connection) -> None:
+def _start(child: Child, theirs: Connection) -> None:
     try:
-        process.start()
+        child.start()
     finally:
         theirs.close()  # a second holder of the worker's end would keep its death from being seen
 
 
-def _end(process: BaseProcess, seconds: float) -> None:
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
+def _end(child: Child, seconds: float) -> bool:
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join(_REAPING)
+    return not child.is_alive()
+
+
+@atexit.register
+def _leave_none() -> None:
+    """multiprocessing would end those left with a SIGTERM, which workers ignore, and wait for them."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith("worker "):
+            child.kill()

@@ -5,6 +5,7 @@ None of them needs torch, so a worker process that holds them starts in a moment
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -24,9 +25,9 @@ from app.engine.base import (
     JobHandle,
     JobResult,
     StepListener,
-    WorkerState,
 )
 from app.engine.runner import RegistryRunner
+from app.engine.states import WorkerState
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
 from models.base import Generation, GenerationParams, LoadFailed, PassReport, Step, StepHook, Timings, UnknownModel
@@ -96,6 +97,20 @@ class HungryModel(FakeModel):
         raise MemoryError("no more")
 
 
+class FrozenModel(FakeModel):
+    """Hangs in native code that holds the interpreter's lock: no thread of the process runs any more."""
+
+    def step(self, index: int) -> None:
+        ctypes.PyDLL(None).sleep(3600)
+
+
+class GarbageModel(FakeModel):
+    """Answers with something that is no result."""
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Any:
+        return "a picture, honestly"
+
+
 class HangingModel(FakeModel):
     """Never reaches the end of its step, and hears nothing meanwhile."""
 
@@ -111,6 +126,8 @@ MODELS: Mapping[str, type[FakeModel]] = {
     "raises": RaisingModel,
     "hungry": HungryModel,
     "hangs": HangingModel,
+    "frozen": FrozenModel,
+    "garbage": GarbageModel,
 }
 
 
@@ -181,6 +198,8 @@ class FakeEngine:
 
     async def start(self) -> None: ...
 
+    async def drain(self, seconds: float) -> None: ...
+
     async def stop(self) -> None: ...
 
     def catalogue(self) -> Catalogue:
@@ -188,7 +207,7 @@ class FakeEngine:
             raise NotReady("Still loading.", retry_after=5)
         return self.models
 
-    def submit(self, job: Job, on_step: StepListener | None = None) -> JobHandle:
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if len(self.submitted) >= self.capacity:
             raise QueueFull("Full.", retry_after=5)
         self.submitted.append(job)

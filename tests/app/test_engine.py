@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 import psutil
 import pytest
 
-from app.engine.base import DeviceStatus, Job, JobState, WorkerState
+from app.engine.base import DeviceStatus, Job
 from app.engine.local import START_FAILURES, LocalEngine
+from app.engine.states import JobState, WorkerState
 from app.errors import (
     Cancelled,
     GenerationFailed,
@@ -148,7 +149,7 @@ async def test_a_cancel_stops_its_job_at_a_step_and_no_other(engine: LocalEngine
     await until(lambda: bool(seen))
     worker = pid(engine)
     assert engine.cancel("i")
-    assert engine.cancel("i")  # a second time changes nothing
+    assert not engine.cancel("i")  # a second time there is nothing to cancel
     with pytest.raises(Cancelled):
         await handle.result
     assert handle.state is JobState.CANCELLED
@@ -172,6 +173,7 @@ async def test_a_cancel_in_the_queue_is_immediate(engine: LocalEngine) -> None:
 
 
 async def test_the_queue_is_bounded_and_in_order(engine: LocalEngine) -> None:
+    await until(lambda: device(engine).state is WorkerState.READY)  # a cancelled job has left its worker
     done: list[str] = []
     blocking = engine.submit(job("m", "slow", steps=LONG))
     handles = [engine.submit(job(name)) for name in "nop"]

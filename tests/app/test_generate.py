@@ -332,7 +332,9 @@ async def test_models_are_listed_with_their_caches(client: httpx.AsyncClient) ->
     assert by_name["fine"]["native_size"] == [512, 512]
     assert by_name["fine"]["available"] is True
     assert by_name["broken"]["available"] is False
-    assert "files" not in str(body)
+    assert by_name["fine"]["reason"] is None
+    assert "log" in by_name["broken"]["reason"]
+    assert "folder" not in str(body)
 
 
 async def test_every_field_is_described_and_the_document_is_the_example(client: httpx.AsyncClient) -> None:

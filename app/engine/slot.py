@@ -1,0 +1,122 @@
+"""A device, whatever worker it has at the moment, and when that worker is given up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from app.engine.base import DeviceMemory, DeviceStatus, JobHandle
+from app.engine.messages import Condition
+from app.engine.process import WorkerProcess
+from app.engine.states import WORKER_MOVES, WorkerState, moved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a worker is believed in, in seconds.
+
+    `silence`: without a sign of life from its process, whatever it does. A thread of the worker gives one a few times
+    in that time, so only a process that cannot run Python at all is silent: stopped, or stuck in native code that holds
+    the interpreter's lock. `stall`: a job without a finished step, though the process lives. `load`: one stage of
+    loading a model, during which there are no steps.
+    """
+
+    silence: float = 60.0
+    stall: float = 600.0
+    load: float = 1800.0
+
+    @property
+    def heartbeat(self) -> float:
+        """Between two signs of life: several fit into `silence`, so that one that is late costs nothing."""
+        return min(self.silence / 6, 5.0)
+
+    @property
+    def look(self) -> float:
+        """Between two looks at a worker."""
+        return min(self.silence, self.stall, self.load, 4.0) / 4
+
+
+class Slot:
+    """`device` is the name that the operator gave; `restarts` counts the workers after the first."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.state = WorkerState.STARTING
+        self.process: WorkerProcess | None = None
+        self.running: JobHandle | None = None
+        self.loading: str | None = None  # the model
+        self.stage = ""  # the part of it
+        self.condition: Condition | None = None
+        self.up = False  # its worker has come up and is not lost since
+        self.fault: str | None = None  # why the worker that is being ended now is given up
+        self.reason: str | None = None  # why the last one was lost
+        self.restarts = 0
+        self.deaths = 0  # since the last job that was finished; the exponent of the pause before the next start
+        self.start_failures = 0  # in a row
+        self._advanced = time.monotonic()
+
+    def move(self, state: WorkerState) -> None:
+        """Raises IllegalTransition."""
+        if state is not self.state:
+            self.state = moved(WORKER_MOVES, self.state, state)
+
+    def settle(self, draining: bool) -> None:
+        """Into the state that follows from what the worker has to do."""
+        if not self.up:
+            if self.loading is not None:
+                self.move(WorkerState.LOADING)
+        elif draining:
+            self.move(WorkerState.DRAINING)
+        elif self.loading is not None:
+            self.move(WorkerState.LOADING)
+        else:
+            self.move(WorkerState.BUSY if self.running is not None else WorkerState.READY)
+
+    @property
+    def free(self) -> bool:
+        """Its worker can be handed a job."""
+        return self.up and self.running is None and self.fault is None
+
+    def advance(self) -> None:
+        """The worker got on: it came up, got a job, finished a step or a load."""
+        self._advanced = time.monotonic()
+
+    def overdue(self, patience: Patience) -> str | None:
+        """Why the worker is to be given up now, if it is."""
+        if self.process is None:
+            return None
+        if self.process.silent_seconds > patience.silence:
+            return f"no sign of life for {patience.silence:g} seconds"
+        waited = time.monotonic() - self._advanced
+        if self.loading is not None:
+            return (
+                f"loading {self.loading} took more than {patience.load:g} seconds" if waited > patience.load else None
+            )
+        if (self.running is not None or not self.up) and waited > patience.stall:
+            return f"no step for {patience.stall:g} seconds" if self.up else "it did not come up"
+        return None
+
+    def status(self) -> DeviceStatus:
+        condition = self.condition
+        return DeviceStatus(
+            device=self.device,
+            kind=condition.kind if condition else self.device.split(":")[0],
+            name=condition.name if condition else self.device,
+            state=self.state,
+            pid=self.process.pid if self.process else None,
+            restarts=self.restarts,
+            memory=condition.memory if condition and self.up else DeviceMemory(),
+            loaded=condition.loaded if condition and self.up else (),
+            loading=f"{self.loading}: {self.stage}" if self.loading and self.stage else self.loading,
+            up=self.up,
+            reason=self.reason,
+        )
+
+
+def death(code: int | None) -> str:
+    """How a process ended, in words for everyone. A negative code is the number of the signal that ended it."""
+    if code == -9:
+        return "the system killed it (signal 9), as it does when memory runs out"
+    if code is not None and code < 0:
+        return f"it crashed (signal {-code})"
+    return f"it ended with exit code {code}"

@@ -1,0 +1,78 @@
+"""The HTTP server as a process: it listens until it is told to end, and answers what it has accepted before it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.engine.base import Engine
+from app.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_ANSWERING = 10  # seconds to write the last answers once every job is settled
+
+
+class Server(uvicorn.Server):
+    """Drains before it closes. uvicorn alone would stop listening at the signal, and drop what it waits for in the end.
+
+    First SIGTERM or SIGINT: the engine takes no more jobs and finishes those it has, for at most `drain_seconds`;
+    meanwhile the server listens on, so that /readyz says no and whoever polls a job gets its result. Then uvicorn's own
+    shutdown. Second signal: what is not done is answered 503 now. Third: no answer is waited for.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._signals = 0
+        self._told = asyncio.Event()
+        self._at_once = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn would raise the signal again at the end, which kills the process before its log is written."""
+        self._signals += 1
+        match self._signals:
+            case 1:
+                self._loop.call_soon_threadsafe(self._told.set)
+            case 2:
+                self._loop.call_soon_threadsafe(self._at_once.set)
+            case _:
+                self.should_exit = self.force_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._leaving = asyncio.create_task(self._leave())
+        await super().startup(sockets)
+
+    async def _leave(self) -> None:
+        await self._told.wait()
+        status = self._engine.status()
+        _log.info("told to end: %d jobs run, %d wait, %g seconds", status.running, status.pending, self._drain_seconds)
+        drained = asyncio.create_task(self._engine.drain(self._drain_seconds))
+        at_once = asyncio.create_task(self._at_once.wait())
+        await asyncio.wait({drained, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        if not drained.done():
+            await self._engine.drain(0)
+        await drained
+        at_once.cancel()
+        self.should_exit = True
+
+
+def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
+    """Serve `app`, whose engine is `engine`. Raises ServiceError when the address cannot be listened on."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_ANSWERING,
+    )
+    server = Server(config, engine, settings.drain_seconds)
+    server.run()
