@@ -104,7 +104,13 @@ def test_every_setting_is_listed_with_its_default() -> None:
 
     listed = {name.strip("`"): default.strip("`") for name, default, _ in rows("## Settings")}
     assert set(listed) == {variable(name) for name in Settings.model_fields}
-    in_words = {"model": "tiny-sd", "devices": "auto", "api_keys": "none"}
+    in_words = {
+        "model": "tiny-sd",
+        "devices": "auto",
+        "api_keys": "none",
+        "allowed_hosts": "none",
+        "cors_origins": "none",
+    }
     for name, field in Settings.model_fields.items():
         default = in_words.get(name, field.default)
         expected = f"{default:g}" if isinstance(default, float) else str(default)

@@ -223,9 +223,9 @@ def _invalid(error: ValidationError) -> Invalid:
 
 
 def shown(text: str) -> str:
-    """A client's own word, fit for an answer: short, and without what JSON or UTF-8 can't carry."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    """A client's own word, fit for an answer and the log: one short line, with nothing that hides or breaks UTF-8."""
+    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:81])
+    return word if len(text) <= 80 and len(word) <= 80 else f"{word[:80]}…"
 
 
 def request_schema() -> dict[str, Any]:

@@ -301,7 +301,7 @@ async def test_a_bug_is_a_500_without_its_insides() -> None:
 
 
 async def test_keys_are_asked_for_when_configured(engine: FakeEngine) -> None:
-    async with client_of(engine, api_keys=("first", "sécond")) as client:
+    async with client_of(engine, api_keys=("first", "second")) as client:
         for header in (None, "first", "Bearer", "Bearer wrong", "Basic first", "Bearer firstsecond"):
             headers = {"authorization": header} if header else {}
             response = await client.post("/api/generate", json={"prompt": "a"}, headers=headers)
