@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
 from .loading import check_class, damaged, dtype_for, first_line, load_pipeline, quiet, read_json
 from .pipeline import PipelineModel
-from .samplers import DIFFUSION, choices
+from .placements import Calibrated, place, read
+from .samplers import DIFFUSION, Sampler, choices, names
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from cache import UNetDenoiser
+    from cache.schedule import Placement
 
 PIPELINE = "StableDiffusionPipeline"
 
@@ -74,7 +78,7 @@ class StableDiffusion:
             )
         pipeline.unet.to(memory_format=torch.channels_last)
         denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
-        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION)
+        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
 
 
 SD = StableDiffusion(name="sd", native_size=512)
@@ -82,6 +86,29 @@ SD = StableDiffusion(name="sd", native_size=512)
 
 class StableDiffusionModel(PipelineModel):
     """Guidance above 1 runs the unconditional half in the same batch (Ho and Salimans 2022)."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pipeline: Any,
+        denoiser: UNetDenoiser,
+        choices: Mapping[str, Sampler],
+        calibrated: tuple[Calibrated, ...] = (),
+    ) -> None:
+        super().__init__(spec, pipeline, denoiser, choices)
+        self._unet = denoiser
+        self._calibrated = calibrated
+
+    def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
+        from cache.denoiser import calls_of
+
+        sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
+
+        def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
+            calls = calls_of(scheduler, timestep)
+            return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
+
+        return self._unet.ruled(rule)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         positive, negative = self.pipeline.encode_prompt(

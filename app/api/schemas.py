@@ -94,7 +94,9 @@ class GenerateRequest(BaseModel):
         2, ge=0, le=12, description="At depth d a reuse step costs at most 1/(d + 2) of a full one; higher is faster."
     )
     deepcache_schedule: Literal["auto", "uniform"] | None = Field(
-        None, description="Where the computed calls lie; null takes the best measured default."
+        None,
+        description="Where the computed calls lie: uniform every interval-th, auto as many where they were found to "
+        "help most (uniform if a window is set); null is auto.",
     )
     deepcache_start_step: int = Field(
         0, ge=0, le=1000, description="Reuse from this progress on; 0 is pure noise, 1000 is finished."

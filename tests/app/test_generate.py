@@ -78,6 +78,8 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ),
         ({"deepcache_enabled": True, "cache_forecast": "quadratic"}, DeepCache(forecast="quadratic")),
         ({"deepcache_enabled": True, "cache_forecast": None}, DeepCache()),
+        ({"deepcache_enabled": True, "deepcache_schedule": "uniform"}, DeepCache(schedule="uniform")),
+        ({"deepcache_enabled": True, "deepcache_schedule": "auto"}, DeepCache(schedule="auto")),
         ({"flux_enabled": True}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
         ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),
@@ -176,8 +178,6 @@ async def test_neutral_values_of_features_to_come_are_accepted(client: httpx.Asy
         stable_fast=False,
         enable_preview=False,
         attention="sdpa",
-        deepcache_schedule="uniform",
-        deepcache_enabled=True,
     )
     assert body["warnings"] == ["The fake says so."]
 
