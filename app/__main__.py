@@ -43,7 +43,7 @@ def serve(
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
     from app.engine.local import LocalEngine
-    from app.engine.runner import embedded_runner
+    from app.engine.runner import configured_runner
     from app.engine.slot import Patience
     from app.log import logging_to
     from app.main import create_app
@@ -51,12 +51,13 @@ def serve(
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+    models = _models(settings)
     with logging_to(settings.log_folder, settings.log_level) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         if "batch_timeout" in settings.model_fields_set:
             _log.warning("LD_BATCH_TIMEOUT has no effect in this version: requests are not batched with one another")
         engine = LocalEngine(
-            partial(embedded_runner, default=settings.model, threads=settings.threads),
+            partial(configured_runner, **models),
             settings.devices,
             queue_size=settings.queue_size,
             stop_seconds=settings.stop_seconds,
@@ -134,10 +135,10 @@ def models() -> None:
     """List the models as GET /api/models does, as JSON."""
     from dataclasses import asdict
 
-    from app.engine.runner import embedded_runner
+    from app.engine.runner import configured_runner
 
     settings = Settings()
-    catalogue = embedded_runner("cpu", default=settings.model, threads=settings.threads).catalogue()
+    catalogue = configured_runner("cpu", **_models(settings)).catalogue()
     print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
 
 
@@ -150,16 +151,32 @@ def bench(context: typer.Context) -> None:
     runpy.run_module("benchmarks.cache", run_name="__main__")
 
 
+def _models(settings: Settings) -> dict[str, Any]:
+    """The runner's arguments: the models as the operator wants them. Raises ModelError, before anything is started."""
+    from dataclasses import replace
+
+    from models.base import UnknownModel
+    from models.models_file import read
+
+    configuration = read(settings.models_file)
+    if settings.model is not None:
+        names = [spec.name for spec in configuration.specs]
+        if settings.model not in names:
+            raise UnknownModel(f"WAVESPEED_MODEL is {settings.model!r}; there is no such model but {', '.join(names)}.")
+        configuration = replace(configuration, default=settings.model)
+    return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
+
+
 def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from app.api.resolve import Limits, resolve
     from app.api.schemas import parse
-    from app.engine.runner import embedded_runner
+    from app.engine.runner import configured_runner
     from models.base import Step
 
     request = parse(values)
-    runner = embedded_runner(settings.devices[0], default=settings.model, threads=settings.threads)
+    runner = configured_runner(settings.devices[0], **_models(settings))
     limits = Limits.of(settings)
     job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
     columns = (
@@ -171,6 +188,9 @@ def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
     )
     with Progress(*columns) as progress:
         task = progress.add_task(f"loading {job.model}", total=None, decision="")
+        runner.watch_loading(
+            lambda model, stage: progress.update(task, description=f"loading {model}: {stage}"),
+        )
         runner.load(job.model)
 
         def on_step(step: Step) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cache import CacheReport, CacheStrategy, Denoiser
 
 CacheName = Literal["deepcache", "first_block"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+Offload = Literal["model", "sequential"]
 
 
 class ModelError(Exception):
@@ -111,10 +113,31 @@ class Generation:
         return [one.cache for one in self.passes]
 
 
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A repository of the Hugging Face hub at a revision: branch, tag or commit. Only an operator names one.
+
+    `variant` picks among weights saved more than once, as `fp16` does.
+    """
+
+    repository: str
+    revision: str = "main"
+    variant: str | None = None
+
+    def __str__(self) -> str:
+        return f"the hub's {self.repository}, revision {self.revision}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A configured model: where it lies and what it defaults to.
 
+    `source`: a folder in diffusers format, a single `.safetensors` file in the original layout, or a hub repository.
+    `config`: for a single file, the folder that holds what the file lacks: configurations, tokenizers, other networks.
+    `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
+    `prediction_type`: overrides what the scheduler's configuration says the network predicts.
+    `offload`: keep networks in main memory while they do not run, whole (`model`) or layer by layer (`sequential`).
+    `vae_tiling`, `vae_slicing`: decode pictures in tiles, and batches one by one, to need less memory.
     `render_sizes`: the (width, height) pairs, pixels, that the model draws well. Empty: any size that the request
     names. Otherwise a request is drawn at the pair of the nearest aspect and resampled.
     `vocabulary`: the words that the model was trained on. Empty: any.
@@ -122,11 +145,36 @@ class ModelSpec:
 
     name: str
     family: str
-    source: Path
+    source: Path | Hub
+    config: Path | None = None
+    dtype: DtypeName | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    offload: Offload | None = None
+    vae_tiling: bool = False
+    vae_slicing: bool = False
     steps: int | None = None
     guidance_scale: float | None = None
     render_sizes: tuple[tuple[int, int], ...] = ()
     vocabulary: frozenset[str] = frozenset()
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadHooks:
+    """What a loader tells whoever waits for it.
+
+    `stage` hears which part comes next, in a few words. `room` hears, before any weights are read, how many bytes of
+    the device's memory they will take; it may make room for them, or raise LoadFailed.
+    """
+
+    stage: Callable[[str], None] = _ignore
+    room: Callable[[int], None] = _ignore
+
+
+UNWATCHED = LoadHooks()
 
 
 class LoadedModel(Protocol):
@@ -177,6 +225,8 @@ class ModelFamily(Protocol):
         """
         ...
 
-    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
-        """Raises LoadFailed."""
+    def load(
+        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
+    ) -> LoadedModel:
+        """`dtype` None: the spec's, else the one that suits the device. Raises LoadFailed."""
         ...

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
-from .loading import check_class, dtype_for, load_pipeline, quiet
+from .base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
+from .checkpoint import check_layout
+from .loading import check_class, check_traits, dtype_for, load_pipeline, quiet, single_file
 from .pipeline import PipelineModel
 from .samplers import FLOW_MATCHING, choices
 
@@ -21,10 +22,17 @@ LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flux:
-    """A family of FluxPipeline folders (Black Forest Labs 2024)."""
+    """A family of FluxPipeline models (Black Forest Labs 2024).
+
+    `traits`: what the transformer's configuration says in this family and not in its neighbours. `file_has`,
+    `file_lacks`: parts of tensor names that tell a single file of it, which holds the transformer alone.
+    """
 
     name: str
-    native_size: int
+    native_size: int = 1024
+    traits: Mapping[str, object] = field(default_factory=dict)
+    file_has: tuple[str, ...] = ("double_blocks.0.", "single_blocks.0.")
+    file_lacks: tuple[str, ...] = ()
     size_multiple: int = 16
     steps: int = 28
     guidance_scale: float = 3.5
@@ -37,15 +45,25 @@ class Flux:
     def samplers(self) -> Mapping[str, tuple[str, ...]]:
         return choices(FLOW_MATCHING)
 
-    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+    def check(self, spec: ModelSpec) -> None:
+        """Raise LoadFailed if the files say that they are another family's; reads configurations and headers only."""
         check_class(spec, PIPELINE)
+        check_traits(spec, "transformer/config.json", self.traits)
+        if (file := single_file(spec)) is not None:
+            check_layout(spec, file, self.file_has, self.file_lacks)
+
+    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+        self.check(spec)
         return ()
 
-    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
+    ) -> LoadedModel:
         import torch
 
         from cache import TransformerDenoiser
 
+        self.check(spec)
         with quiet():
             from diffusers import FluxPipeline
             from transformers import CLIPTextModel, T5EncoderModel
@@ -55,12 +73,26 @@ class Flux:
                 {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
                 spec,
                 device,
-                dtype or dtype_for(device, torch.bfloat16),
+                dtype or dtype_for(spec, device, torch.bfloat16),
+                hooks,
+                single="transformer",
             )
         return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
 
 
-FLUX = Flux(name="flux", native_size=1024)
+FLUX = Flux(name="flux")
+FLUX_SCHNELL = Flux(
+    name="flux-schnell",
+    traits={"guidance_embeds": False},
+    file_lacks=("guidance_in.",),
+    steps=4,
+    guidance_scale=0.0,  # distilled to few steps; a scale above 1 would run it twice a step
+)
+FLUX_DEV = Flux(
+    name="flux-dev",
+    traits={"guidance_embeds": True},
+    file_has=("double_blocks.0.", "single_blocks.0.", "guidance_in."),
+)
 
 
 class FluxModel(PipelineModel):

@@ -50,7 +50,7 @@ class PipelineModel(ABC):
         size = limits.render_size(self.spec, params.width, params.height)
         chain = passes.chain(params)
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        clock = Clock(self.pipeline.device)
+        clock = Clock(self.pipeline._execution_device)
         progress = Progress(on_step, len(batches) * sum(one.steps(params) for one in chain))
         images: list[Image.Image] = []
         reports: list[PassReport] = []
@@ -69,10 +69,6 @@ class PipelineModel(ABC):
                 warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in warnings]
         timings = Timings(**{f"{stage}_seconds": seconds for stage, seconds in clock.seconds.items()})
         return Generation(images=images, passes=reports, timings=timings, warnings=warnings)
-
-    def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
-        """The denoiser as a strategy sees it in a run that `scheduler` steps."""
-        return self._denoiser
 
     @contextmanager
     def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[None]:

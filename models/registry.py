@@ -6,26 +6,40 @@ Importing this module, and asking it for specs and families, needs neither torch
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from cache import CacheError
 
-from .base import LoadedModel, LoadFailed, ModelFamily, ModelSpec, UnknownModel
-from .flux import FLUX
-from .unet import SD
+from .base import LoadedModel, LoadFailed, LoadHooks, ModelFamily, ModelSpec, UnknownModel
+from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
+from .sdxl import SDXL
+from .unet import SD, SD15, SD21
 
-FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in (SD, FLUX)})
+_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, FLUX, FLUX_SCHNELL, FLUX_DEV)
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})
+_GIB = 2**30
 
 
 class Registry:
     """Names → specs → loaded models on one `device`. `default` and `default_flux` are names of `specs`.
 
+    `memory`: bytes that all loaded weights together may take; None sets no bound. A load that needs room drops the
+    models that were used longest ago. `on_stage` hears the name of a model that is being loaded and which part of it.
     Raises UnknownModel for a name that is not configured; ValueError for specs that contradict one another.
     """
 
-    def __init__(self, specs: Iterable[ModelSpec], default: str, default_flux: str, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        specs: Iterable[ModelSpec],
+        default: str,
+        default_flux: str | None,
+        device: str = "cpu",
+        *,
+        memory: int | None = None,
+    ) -> None:
         specs = tuple(specs)
         self._specs = {spec.name: spec for spec in specs}
         if len(self._specs) != len(specs):
@@ -34,9 +48,12 @@ class Registry:
             if spec.family not in FAMILIES:
                 raise ValueError(f"the model {spec.name!r} is of family {spec.family!r}; there are: {list(FAMILIES)}")
         self.default = self.spec(default).name
-        self.default_flux = self.spec(default_flux).name
+        self.default_flux = None if default_flux is None else self.spec(default_flux).name
         self.device = device
-        self._loaded: dict[str, LoadedModel] = {}
+        self.memory = memory
+        self.on_stage: Callable[[str, str], None] = lambda name, stage: None
+        self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
+        self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
         self._costs: dict[str, tuple[float, ...]] = {}
 
     @property
@@ -47,6 +64,11 @@ class Registry:
     def loaded(self) -> tuple[str, ...]:
         """Names of the models in memory."""
         return tuple(self._loaded)
+
+    @property
+    def held(self) -> int:
+        """Bytes that the weights of the models in memory take, by their files."""
+        return sum(self._sizes[name] for name in self._loaded)
 
     def spec(self, name: str) -> ModelSpec:
         try:
@@ -59,10 +81,43 @@ class Registry:
         return FAMILIES[self.spec(name).family]
 
     def get(self, name: str) -> LoadedModel:
-        """The model, loaded on first use and kept. Raises LoadFailed."""
-        if name not in self._loaded:
-            self._loaded[name] = self.family(name).load(self.spec(name), self.device)
-        return self._loaded[name]
+        """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
+        model = self._loaded.pop(name, None)
+        if model is None:
+            sizes: list[int] = []
+
+            def room(size: int) -> None:
+                self._make_room(name, size)
+                sizes.append(size)
+
+            hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
+            model = self.family(name).load(self.spec(name), self.device, hooks=hooks)
+            self._sizes[name] = sum(sizes)
+        self._loaded[name] = model
+        return model
+
+    def _make_room(self, name: str, size: int) -> None:
+        """Drop models, the one used longest ago first, until `size` more bytes fit."""
+        if self.memory is None:
+            return
+        if size > self.memory:
+            raise LoadFailed(
+                f"The weights of {name!r} take {size / _GIB:.2f} GiB and the models' memory is "
+                f"{self.memory / _GIB:.2f} GiB. Raise WAVESPEED_MODEL_MEMORY, or give the model a smaller dtype or "
+                "`offload` in the models file."
+            )
+        while self.held + size > self.memory:
+            oldest = next(iter(self._loaded))
+            self.on_stage(name, f"dropping {oldest} to make room")
+            self._drop(oldest)
+
+    def _drop(self, name: str) -> None:
+        del self._loaded[name], self._sizes[name]
+        gc.collect()  # a pipeline and its hooks refer to one another
+        if self.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.empty_cache()
 
     def reuse_costs(self, name: str) -> tuple[float, ...]:
         """Cost of a reuse step at each branch as a share of a full step; empty without branches. Raises LoadFailed."""

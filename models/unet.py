@@ -1,33 +1,55 @@
-"""Stable Diffusion: CLIP text, a UNet on latents, an autoencoder. A variant is one entry of data."""
+"""Stable Diffusion 1 and 2: CLIP text, a UNet on latents, an autoencoder. A variant is one entry of data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .base import CacheName, GenerationParams, LoadedModel, ModelSpec
-from .loading import check_class, damaged, dtype_for, first_line, load_pipeline, quiet, read_json
+from .base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
+from .checkpoint import check_layout
+from .loading import (
+    check_class,
+    check_traits,
+    damaged,
+    dtype_for,
+    first_line,
+    load_pipeline,
+    quiet,
+    read_json,
+    single_file,
+)
 from .pipeline import PipelineModel
-from .placements import Calibrated, place, read
-from .samplers import DIFFUSION, Sampler, choices, names
+from .samplers import DIFFUSION, choices
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from cache import UNetDenoiser
-    from cache.schedule import Placement
-
-PIPELINE = "StableDiffusionPipeline"
+_NO_CHECKER: Mapping[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "requires_safety_checker": False,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StableDiffusion:
-    """A family of StableDiffusionPipeline folders (Rombach et al. 2022)."""
+class UNetFamily:
+    """A family of diffusers pipelines around a UNet2DConditionModel.
+
+    `text_encoders`: the transformers class of each. `extras`: arguments of the pipeline's constructor. `traits`: what
+    the UNet's configuration says in this family and not in its neighbours. `file_has`: parts of tensor names that tell
+    a single file of this family.
+    """
 
     name: str
     native_size: int
+    pipeline: str = "StableDiffusionPipeline"
+    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "CLIPTextModel"})
+    extras: Mapping[str, Any] = field(default_factory=lambda: _NO_CHECKER)
+    traits: Mapping[str, object] = field(default_factory=dict)
+    file_has: tuple[str, ...] = ("model.diffusion_model.input_blocks.", "first_stage_model.")
     size_multiple: int = 8
     steps: int = 20
     guidance_scale: float = 7.5
@@ -40,13 +62,20 @@ class StableDiffusion:
     def samplers(self) -> Mapping[str, tuple[str, ...]]:
         return choices(DIFFUSION)
 
+    def check(self, spec: ModelSpec) -> None:
+        """Raise LoadFailed if the files say that they are another family's; reads configurations and headers only."""
+        check_class(spec, self.pipeline)
+        check_traits(spec, "unet/config.json", self.traits)
+        if (file := single_file(spec)) is not None:
+            check_layout(spec, file, self.file_has, ())
+
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
         """Counted on the UNet's shape alone, at the latent size that its configuration names."""
         import torch
 
         from cache import UNetDenoiser
 
-        check_class(spec, PIPELINE)
+        self.check(spec)
         config = read_json(spec, "unet/config.json")
         with quiet(), torch.device("meta"):
             from diffusers import UNet2DConditionModel
@@ -57,63 +86,57 @@ class StableDiffusion:
                 raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
         return UNetDenoiser(unet).branch_costs
 
-    def load(self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    def load(
+        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
+    ) -> LoadedModel:
         import torch
 
         from cache import UNetDenoiser
 
+        self.check(spec)
         with quiet():
-            from diffusers import StableDiffusionPipeline
-            from transformers import CLIPTextModel
+            import diffusers
+            import transformers
 
             pipeline = load_pipeline(
-                StableDiffusionPipeline,
-                {"text_encoder": CLIPTextModel},
+                getattr(diffusers, self.pipeline),
+                {component: getattr(transformers, name) for component, name in self.text_encoders.items()},
                 spec,
                 device,
-                dtype or dtype_for(device, torch.float16),
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
+                dtype or dtype_for(spec, device, torch.float16),
+                hooks,
+                **self.extras,
             )
         pipeline.unet.to(memory_format=torch.channels_last)
         denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
-        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
+        return self.model(spec, pipeline, denoiser)
+
+    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
+        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION)
 
 
-SD = StableDiffusion(name="sd", native_size=512)
+SD = UNetFamily(name="sd", native_size=512)
+SD15 = UNetFamily(
+    name="sd15",
+    native_size=512,
+    traits={"use_linear_projection": False},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.transformer."),
+)
+SD21 = UNetFamily(
+    name="sd21",
+    native_size=768,
+    traits={"use_linear_projection": True},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.model."),
+)
 
 
 class StableDiffusionModel(PipelineModel):
     """Guidance above 1 runs the unconditional half in the same batch (Ho and Salimans 2022)."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        pipeline: Any,
-        denoiser: UNetDenoiser,
-        choices: Mapping[str, Sampler],
-        calibrated: tuple[Calibrated, ...] = (),
-    ) -> None:
-        super().__init__(spec, pipeline, denoiser, choices)
-        self._unet = denoiser
-        self._calibrated = calibrated
-
-    def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
-        from cache.denoiser import calls_of
-
-        sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
-
-        def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
-            calls = calls_of(scheduler, timestep)
-            return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
-
-        return self._unet.ruled(rule)
-
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         positive, negative = self.pipeline.encode_prompt(
             params.prompt,
-            self.pipeline.device,
+            self.pipeline._execution_device,
             1,
             params.guidance_scale > 1,
             params.negative_prompt,

@@ -211,6 +211,7 @@ class LocalEngine:
                 self._catalogue = catalogue
             case Loading(model, stage):
                 slot.loading, slot.stage = model, stage
+                _log.info("loading model=%s device=%s: %s", model, slot.device, stage or "begins")
                 slot.advance()
             case Loaded():
                 self._loaded(slot)

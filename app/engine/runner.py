@@ -1,12 +1,14 @@
 """The models of one device, as a worker runs them and as the command line does without one.
 
-Importing this needs no torch; `embedded_runner` does.
+Importing this needs no torch; `configured_runner` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import psutil
 
 from app import images
 from app.engine.base import (
@@ -22,14 +24,16 @@ from app.engine.messages import Condition
 from app.engine.report import summarise
 from app.settings import available_cores
 from models.base import LoadedModel, ModelError
+from models.models_file import Configuration, embedded
 
 
 class Models(Protocol):
     """What of `models.registry.Registry` a runner needs."""
 
     default: str
-    default_flux: str
+    default_flux: str | None
     device: str
+    on_stage: Callable[[str, str], None]
 
     @property
     def loaded(self) -> Sequence[str]: ...
@@ -52,6 +56,9 @@ class RegistryRunner:
             default=self._registry.default,
             default_flux=self._registry.default_flux,
         )
+
+    def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
+        self._registry.on_stage = on_stage
 
     def load(self, model: str) -> None:
         self._registry.get(model)
@@ -83,14 +90,16 @@ class RegistryRunner:
         )
 
 
-def embedded_runner(device: str, *, default: str | None = None, threads: int = 0) -> RegistryRunner:
-    """A runner of the models that come with the project. `device` may be `auto`; 0 threads: the cores available.
+def configured_runner(
+    device: str, *, configuration: Configuration | None = None, threads: int = 0, memory: float | None = None
+) -> RegistryRunner:
+    """A runner of the configured models, None: those that come with the project.
 
-    Raises UnknownModel for a default that is not among them.
+    `device` may be `auto`; 0 threads: the cores available. `memory`: GiB for all loaded weights together, None: nine
+    tenths of what the device has.
     """
     import torch
 
-    from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
     from models.registry import Registry
 
     torch.set_num_threads(threads or available_cores())
@@ -99,7 +108,17 @@ def embedded_runner(device: str, *, default: str | None = None, threads: int = 0
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"There is no device {device!r} that torch can use. Set WAVESPEED_DEVICE to cpu or auto.")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-    return RegistryRunner(Registry(SPECS, default or DEFAULT, DEFAULT_FLUX, device), name)
+    models = configuration or embedded()
+    room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
+    return RegistryRunner(Registry(models.specs, models.default, models.default_flux, device, memory=room), name)
+
+
+def _total_bytes(device: str) -> int:
+    if not device.startswith("cuda"):
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def _info(row: dict[str, Any]) -> ModelInfo:

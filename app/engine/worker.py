@@ -42,6 +42,10 @@ class Runner(Protocol):
 
     def catalogue(self) -> Catalogue: ...
 
+    def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
+        """`on_stage` hears a model's name and the part of it that is loaded next."""
+        ...
+
     def load(self, model: str) -> None:
         """Raises UnknownModel, LoadFailed."""
         ...
@@ -90,6 +94,7 @@ def serve(connection: Connection, factory: RunnerFactory, device: str, plan: Pla
 def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runner | None:
     try:
         runner = factory(device)
+        runner.watch_loading(lambda model, stage: line.say(Loading(model, stage)))
         catalogue = runner.catalogue()
         line.say(Known(catalogue))
         if catalogue.default not in plan.avoid:

@@ -17,7 +17,7 @@ from tests.app.fakes import fake_runner
 @pytest.fixture
 def _fake_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app.engine.runner, "embedded_runner", lambda device, **options: fake_runner(device))
+    monkeypatch.setattr(app.engine.runner, "configured_runner", lambda device, **options: fake_runner(device))
 
 
 @pytest.mark.usefixtures("_fake_models")

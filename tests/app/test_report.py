@@ -75,8 +75,8 @@ def test_the_http_process_loads_nothing_heavy() -> None:
         "import sys, app.main, app.engine.local, app.log\n"
         "from app.settings import Settings\n"
         "from functools import partial\n"
-        "from app.engine.runner import embedded_runner\n"
-        "engine = app.engine.local.LocalEngine(partial(embedded_runner, threads=1), ['cpu'])\n"
+        "from app.engine.runner import configured_runner\n"
+        "engine = app.engine.local.LocalEngine(partial(configured_runner, threads=1), ['cpu'])\n"
         "app.main.create_app(Settings(_env_file=None), engine).openapi()\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )

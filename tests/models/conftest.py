@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from models.base import LoadedModel, ModelSpec
 from models.flux import FLUX
@@ -49,51 +61,47 @@ def autoencoder(channels: int, shift: float | None) -> AutoencoderKL:
     )
 
 
-def clip() -> tuple[CLIPTextModel, CLIPTokenizer]:
+def clip_config(**changes: object) -> tuple[CLIPTextConfig, CLIPTokenizer]:
     characters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
     vocabulary = {word: index for index, word in enumerate(["<|startoftext|>", "<|endoftext|>", *characters])}
-    config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModel(config), CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+    settings = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+    return CLIPTextConfig(**settings | changes), tokenizer
 
 
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """v-prediction on a schedule given by `trained_betas`, trailing timesteps: what tiny-sd is saved with."""
-    torch.manual_seed(0)
-    text_encoder, tokenizer = clip()
-    folder = tmp_path_factory.mktemp("models") / "sd"
+def clip(**changes: object) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    config, tokenizer = clip_config(**changes)
+    return CLIPTextModel(config), tokenizer
+
+
+def save_sd(folder: Path, unet: dict[str, Any], text: dict[str, object], scheduler: Any) -> Path:
+    """A StableDiffusionPipeline of four levels of two layers, as SD1.5 and SD2.1."""
+    text_encoder, tokenizer = clip(**text)
     StableDiffusionPipeline(
         vae=autoencoder(4, None),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=(8, 8),
+            sample_size=8,
             block_out_channels=(8, 8, 16, 16),
             layers_per_block=2,
             norm_num_groups=4,
-            attention_head_dim=4,
             cross_attention_dim=TEXT_WIDTH,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            **unet,
         ),
-        scheduler=DDIMScheduler(
-            trained_betas=terminal_snr_betas(),
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -101,15 +109,12 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
+def save_flux(folder: Path, guidance: bool) -> Path:
     text_encoder, tokenizer = clip()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
-    folder = tmp_path_factory.mktemp("models") / "flux"
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
         vae=autoencoder(4, 0.1),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -125,11 +130,83 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_attention_heads=2,
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=TEXT_WIDTH,
-            guidance_embeds=False,
+            guidance_embeds=guidance,
             axes_dims_rope=(2, 2, 4),
         ),
     ).save_pretrained(folder)
     return folder
+
+
+def save_sdxl(folder: Path) -> Path:
+    """Three levels with 1, 2 and 10 transformer layers (none, two, ten where the blocks attend), text_time."""
+    text_encoder, tokenizer = clip()
+    wide, _ = clip_config(hidden_size=24, hidden_act="gelu", projection_dim=20)
+    sizes = 6
+    StableDiffusionXLPipeline(
+        vae=autoencoder(4, None),
+        text_encoder=text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(wide),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16, 32),
+            layers_per_block=2,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4, 8),
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=TEXT_WIDTH + 24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + sizes * 8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """v-prediction on a schedule given by `trained_betas`, trailing timesteps: what tiny-sd is saved with."""
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(
+        trained_betas=terminal_snr_betas(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return save_sd(tmp_path_factory.mktemp("models") / "sd", {"attention_head_dim": 4}, {}, scheduler)
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return save_flux(tmp_path_factory.mktemp("models") / "flux", guidance=False)
+
+
+@pytest.fixture(scope="session")
+def family_folders(sd_folder: Path, flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each published family's true topology at small width, saved by diffusers: family name → folder."""
+    folder = tmp_path_factory.mktemp("families")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    folders = {"sd": sd_folder, "flux": flux_folder, "flux-schnell": flux_folder}
+    torch.manual_seed(1)
+    pndm = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    folders["sd15"] = save_sd(folder / "sd15", {"attention_head_dim": 4}, {"hidden_act": "quick_gelu"}, pndm)
+    velocity = DDIMScheduler(
+        **betas, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+    linear = {"attention_head_dim": (2, 2, 4, 4), "use_linear_projection": True}
+    folders["sd21"] = save_sd(folder / "sd21", linear, {"hidden_act": "gelu", "projection_dim": 20}, velocity)
+    folders["sdxl"] = save_sdxl(folder / "sdxl")
+    folders["flux-dev"] = save_flux(folder / "flux-dev", guidance=True)
+    return folders
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,179 @@
+"""The operator's file of models: TOML, every key checked, each mistake named with its place and remedy.
+
+Needs neither torch nor diffusers: the process that serves reads it before it starts a worker.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from .base import DtypeName, Hub, ModelError, ModelSpec, Offload
+from .checkpoint import refuse_pickle
+from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from .registry import FAMILIES
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Repository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
+
+
+class BadModelsFile(ModelError):
+    """The models file cannot be used; nothing is served until it is mended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The models to serve and which of them a request gets that names none."""
+
+    specs: tuple[ModelSpec, ...]
+    default: str
+    default_flux: str | None
+
+
+class Entry(BaseModel):
+    """One `[[models]]` table."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: ModelName
+    family: str
+    folder: str | None = None
+    file: str | None = None
+    hub: Repository | None = None
+    revision: Word = "main"
+    variant: Word | None = None
+    config: str | None = None
+    dtype: DtypeName | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    offload: Offload | None = None
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    steps: int | None = Field(None, ge=1, le=150)
+    guidance_scale: float | None = Field(None, ge=0, le=30)
+
+
+class Contents(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    default: str | None = None
+    default_flux: str | None = None
+    embedded: bool = True
+    models: list[Entry] = []
+
+
+def embedded() -> Configuration:
+    """What is served without a models file."""
+    return Configuration(SPECS, DEFAULT, DEFAULT_FLUX)
+
+
+def read(path: Path | None) -> Configuration:
+    """The configuration in the file at `path`, whose relative paths start at its folder; None: the embedded models.
+
+    Raises BadModelsFile.
+    """
+    if path is None:
+        return embedded()
+    try:
+        contents = Contents.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _configuration(contents, path.parent)
+    except ValidationError as error:
+        raise BadModelsFile(f"{path}: {_first_fault(error)}") from None
+    except (OSError, ValueError, ModelError) as error:  # tomllib's and UnicodeDecodeError are ValueErrors
+        raise BadModelsFile(f"{path}: {error}") from None
+
+
+def _configuration(contents: Contents, base: Path) -> Configuration:
+    specs = tuple(_spec(entry, base) for entry in contents.models) + (SPECS if contents.embedded else ())
+    names = [spec.name for spec in specs]
+    if not specs:
+        raise ValueError("there is no model: add a [[models]] table, or set embedded = true")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are named {name!r}; give each a name of its own")
+    flux = [spec.name for spec in specs if FAMILIES[spec.family].cache == "first_block"]
+    for key, chosen, allowed in (
+        ("default", contents.default, names),
+        ("default_flux", contents.default_flux, flux),
+    ):
+        if chosen is not None and chosen not in allowed:
+            raise ValueError(f"{key} = {chosen!r} is none of the models; there are: {', '.join(allowed) or 'none'}")
+    return Configuration(
+        specs,
+        default=contents.default or (DEFAULT if contents.embedded else names[0]),
+        default_flux=contents.default_flux or (flux[-1] if flux and contents.embedded else next(iter(flux), None)),
+    )
+
+
+def _spec(entry: Entry, base: Path) -> ModelSpec:
+    where = f"model {entry.name!r}"
+    if entry.family not in FAMILIES:
+        near = difflib.get_close_matches(entry.family, FAMILIES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"{where}: there is no family {entry.family!r}. The nearest is {near!r}; there are: {', '.join(FAMILIES)}"
+        )
+    given = [key for key in ("folder", "file", "hub") if getattr(entry, key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"{where}: give one of folder, file and hub, not {' and '.join(given) or 'none of them'}")
+    for key, owner in (("revision", "hub"), ("variant", "hub"), ("config", "file")):
+        if key in entry.model_fields_set and given != [owner]:
+            raise ValueError(f"{where}: {key} goes with {owner}; remove it")
+    return ModelSpec(
+        source=_source(entry, base, where),
+        config=None if entry.file is None else _config(entry, base, where),
+        **entry.model_dump(exclude={"folder", "file", "hub", "revision", "variant", "config"}),
+    )
+
+
+def _source(entry: Entry, base: Path, where: str) -> Path | Hub:
+    if entry.hub is not None:
+        return Hub(entry.hub, entry.revision, entry.variant)
+    if entry.folder is not None:
+        folder = base / Path(entry.folder).expanduser()
+        if folder.is_file():
+            raise ValueError(f"{where}: folder = {entry.folder!r} is a file; give it as file, with config beside it")
+        if not folder.is_dir():
+            raise ValueError(f"{where}: there is no folder {folder}")
+        return folder
+    file = base / Path(entry.file or "").expanduser()
+    refuse_pickle(entry.name, file)
+    if file.suffix.lower() != ".safetensors":
+        raise ValueError(f"{where}: {file.name} is no .safetensors file; no other format is read")
+    if not file.is_file():
+        raise ValueError(f"{where}: there is no file {file}")
+    return file
+
+
+def _config(entry: Entry, base: Path, where: str) -> Path:
+    if entry.config is None:
+        raise ValueError(
+            f"{where}: a single file lacks its networks' shapes and its tokenizer. Name under config a folder in "
+            "diffusers format of the same family; its weights may be left out"
+        )
+    folder = base / Path(entry.config).expanduser()
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{where}: config names {folder}, which holds no model_index.json")
+    return folder
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False)[0]
+    *place, key = fault["loc"]
+    inside = _place(place)
+    if fault["type"] == "extra_forbidden":
+        known: Mapping[str, Any] = Entry.model_fields if place else Contents.model_fields
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+        return f"{inside}there is no key {str(key)!r}. The nearest is {near!r}; there are: {', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"{inside}{key} is required"
+    return f"{inside}{key} = {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+
+
+def _place(place: list[int | str]) -> str:
+    return f"[[models]] number {int(place[1]) + 1}: " if len(place) > 1 else ""

@@ -1,0 +1,63 @@
+"""Stable Diffusion XL: two text encoders, a pooled text and sizes beside the timestep (Podell et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .base import GenerationParams, LoadedModel, ModelSpec
+from .samplers import DIFFUSION
+from .unet import StableDiffusionModel, UNetFamily
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class SDXLFamily(UNetFamily):
+    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
+        return SDXLModel(spec, pipeline, denoiser, DIFFUSION)
+
+
+SDXL = SDXLFamily(
+    name="sdxl",
+    native_size=1024,
+    pipeline="StableDiffusionXLPipeline",
+    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
+    traits={"addition_embed_type": "text_time"},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "conditioner.embedders.1.model."),
+    guidance_scale=5.0,
+)
+
+
+class SDXLModel(StableDiffusionModel):
+    """The pipeline itself makes the sizes that the UNet is told: as drawn, nothing cropped."""
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt=params.prompt,
+            device=self.pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=params.guidance_scale > 1,
+            negative_prompt=params.negative_prompt,
+        )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
+        named = {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+        return {name: embedding for name, embedding in named.items() if embedding is not None}
+
+    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+        """In float32 where the autoencoder's own activations overflow half precision, as its configuration says."""
+        import torch
+
+        vae = self.pipeline.vae
+        if vae.dtype != torch.float16 or not vae.config.force_upcast:
+            return super().decode(latents.to(vae.dtype), width, height)
+        vae.to(dtype=torch.float32)
+        try:
+            return super().decode(latents.float(), width, height)
+        finally:
+            vae.to(dtype=torch.float16)

@@ -1,0 +1,147 @@
+"""A diffusers pipeline's weights under the names of the original checkpoints (CompVis's, Black Forest Labs').
+
+Written from the layout of the published files, as an oracle for diffusers' conversion in the other direction.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+Tensors = dict[str, torch.Tensor]
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ROOT = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def unet_name(key: str, layers: int, up_attends: list[bool]) -> str:
+    """CompVis numbers the down path's layers and downsamplers through, and the up path's layers with what follows."""
+    for ours, theirs in ROOT.items():
+        if key.startswith(ours + "."):
+            return key.replace(ours, theirs, 1)
+    place = re.match(r"(down_blocks|up_blocks)\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
+    if place is None:
+        part, index, rest = re.fullmatch(r"mid_block\.(\w+)\.(\d+)\.(.*)", key).groups()  # type: ignore[union-attr]
+        at = 1 if part == "attentions" else 2 * int(index)
+        return f"middle_block.{at}.{resnet_name(rest)}"
+    path, block, part, index, rest = place[1], int(place[2]), place[3], int(place[4]), place[5]
+    slot = {"resnets": 0, "attentions": 1}.get(part)
+    if path == "down_blocks":
+        if slot is None:
+            return f"input_blocks.{(layers + 1) * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
+        return f"input_blocks.{(layers + 1) * block + index + 1}.{slot}.{resnet_name(rest)}"
+    if slot is None:
+        return f"output_blocks.{(layers + 1) * block + layers}.{2 if up_attends[block] else 1}.{rest}"
+    return f"output_blocks.{(layers + 1) * block + index}.{slot}.{resnet_name(rest)}"
+
+
+def resnet_name(rest: str) -> str:
+    head, dot, tail = rest.partition(".")
+    return RESNET.get(head, head) + dot + tail
+
+
+def vae_name(key: str, levels: int) -> str:
+    key = key.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+    key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
+    key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", key)
+    return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", key)
+
+
+def save_stable_diffusion(pipeline: Any, file: Path) -> None:
+    """As the sd-v1-5 checkpoint: one file with UNet, autoencoder and CLIP text encoder."""
+    attends = ["Cross" in block for block in pipeline.unet.config.up_block_types]
+    tensors: Tensors = {}
+    for key, value in pipeline.unet.state_dict().items():
+        tensors["model.diffusion_model." + unet_name(key, pipeline.unet.config.layers_per_block, attends)] = value
+    levels = len(pipeline.vae.config.block_out_channels)
+    for key, value in pipeline.vae.state_dict().items():
+        tensors["first_stage_model." + vae_name(key, levels)] = value
+    for key, value in pipeline.text_encoder.state_dict().items():
+        name = key if key.startswith("text_model.") else f"text_model.{key}"
+        tensors["cond_stage_model.transformer." + name] = value
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+
+
+FLUX_ROOT = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+}
+FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+FLUX_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+
+
+def save_flux(transformer: Any, file: Path) -> None:
+    """As flux1-dev.safetensors: the transformer alone, queries, keys and values in one matrix."""
+    state: Tensors = dict(transformer.state_dict())
+    tensors: Tensors = {}
+
+    def move(ours: str, theirs: str) -> None:
+        for end in ("weight", "bias"):
+            if f"{ours}.{end}" in state:
+                name = f"{theirs}.scale" if "_norm" in theirs else f"{theirs}.{end}"
+                tensors[name] = state[f"{ours}.{end}"]
+
+    def join(parts: list[str], theirs: str) -> None:
+        for end in ("weight", "bias"):
+            tensors[f"{theirs}.{end}"] = torch.cat([state[f"{part}.{end}"] for part in parts])
+
+    for ours, theirs in FLUX_ROOT.items():
+        move(ours, theirs)
+    for end in ("weight", "bias"):  # shift and scale stand in the other order
+        scale, shift = state[f"norm_out.linear.{end}"].chunk(2)
+        tensors[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat([shift, scale])
+    for at in range(len(transformer.transformer_blocks)):
+        ours, theirs = f"transformer_blocks.{at}.", f"double_blocks.{at}."
+        for mine, published in FLUX_DOUBLE.items():
+            move(ours + mine, theirs + published)
+        join([f"{ours}attn.to_{name}" for name in "qkv"], f"{theirs}img_attn.qkv")
+        join([f"{ours}attn.add_{name}_proj" for name in "qkv"], f"{theirs}txt_attn.qkv")
+    for at in range(len(transformer.single_transformer_blocks)):
+        ours, theirs = f"single_transformer_blocks.{at}.", f"single_blocks.{at}."
+        for mine, published in FLUX_SINGLE.items():
+            move(ours + mine, theirs + published)
+        join([*(f"{ours}attn.to_{name}" for name in "qkv"), f"{ours}proj_mlp"], f"{theirs}linear1")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
