@@ -76,6 +76,13 @@ class Unauthorized(ServiceError):
     type = "unauthorized"
 
 
+class MisdirectedRequest(ServiceError):
+    """The request names a host that this server is not known to go by."""
+
+    status = 421
+    type = "misdirected"
+
+
 class NotFound(ServiceError):
     status = 404
     type = "not_found"

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import unicodedata
 from collections.abc import Mapping
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -16,6 +17,8 @@ from app.engine.base import Job, OutputFormat
 from app.errors import Invalid, PictureTooLarge
 
 _QUALITY = 95
+_JOINERS = "\u200c\u200d"
+_HIDING = ("Cc", "Cf", "Cs")
 _READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever the bytes pose as
 _REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
 _SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
@@ -58,9 +61,9 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
         "Version": f"WaveSpeed {__version__}",
     }
     # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
-    lines = [" ".join(params.prompt.split())]
+    lines = [_one_line(params.prompt)]
     if params.negative_prompt:
-        lines.append(f"Negative prompt: {' '.join(params.negative_prompt.split())}")
+        lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
     report = {
         "prompt": params.prompt,
@@ -77,6 +80,15 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
         "version": __version__,
     }
     return {"parameters": "\n".join(lines), "wavespeed": json.dumps(report)}
+
+
+def _one_line(text: str) -> str:
+    """Without control characters and those that turn the direction of text, which hide what stands there.
+
+    Joiners stay: emoji and several scripts are written with them. The JSON chunk keeps the text as it was.
+    """
+    kept = (char for char in " ".join(text.split()) if char in _JOINERS or unicodedata.category(char) not in _HIDING)
+    return "".join(kept)
 
 
 def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:

@@ -8,10 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app import __version__
-from app.api import generate, health, models, telemetry
+from app.api import docs, generate, health, models, telemetry
+from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
 from app.api.schemas import request_schema
 from app.api.service import Service, catalogue_or_none, request_id_of
@@ -34,12 +36,28 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         finally:
             await engine.stop()
 
-    app = FastAPI(title="WaveSpeed", version=__version__, description=_DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="WaveSpeed",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.service = Service(settings, engine, Metrics(engine.status, lambda: catalogue_or_none(engine)))
-    app.add_middleware(RequestContext, api_keys=settings.api_keys)
+    guard = Guard(settings.api_keys, settings.allowed_hosts, metrics_open=settings.metrics_open)
+    app.add_middleware(RequestContext, guard=guard)
+    if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    for module in (generate, models, telemetry, health):
+    for module in (generate, models, telemetry, health, docs):
         app.include_router(module.router)
     _describe(app)
     return app

@@ -72,6 +72,7 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         port=settings.port,
         log_config=None,
         access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=_ANSWERING,
     )
     server = Server(config, engine, settings.drain_seconds)

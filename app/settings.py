@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,7 +62,14 @@ class Settings(BaseSettings):
     )
     stop_seconds: float = Field(10.0, gt=0, description="Time for a worker to end by itself at shutdown.")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
+        (), repr=False, description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
+    )
+    metrics_open: bool = Field(True, description="With API keys: /metrics asks for none.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Names, separated by commas, that the server goes by without keys, beside its IP and localhost."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Origins, separated by commas, whose pages may ask from a browser, such as https://a.example."
     )
     log_folder: Path = Field(Path("logs"), description="Where server.log is written.")
     log_level: LogLevel = Field("INFO", validation_alias=AliasChoices("LD_SERVER_LOGLEVEL", "WAVESPEED_LOG_LEVEL"))
@@ -79,11 +87,33 @@ class Settings(BaseSettings):
         description="Seconds to wait for requests to batch with. This version batches within a request only.",
     )
 
-    @field_validator("devices", "api_keys", mode="before")
+    @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _no_keys_by_mistake(cls, value: object) -> object:
+        if isinstance(value, str) and value and not value.strip(" ,"):
+            raise ValueError("holds no key; leave it unset to let everybody in")
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _sendable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not (key.isascii() and key.isprintable()) or " " in key for key in value):
+            raise ValueError("a key is sent in a header: printable ASCII without spaces")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: scheme and host, as https://a.example, no path, no *")
         return value
 
     @field_validator("log_level", mode="before")

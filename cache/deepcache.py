@@ -9,13 +9,15 @@ the one that is read.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import forecast as forecasts
-from .schedule import WHOLE_SCHEDULE, Uniform, Window
+from . import schedule as schedules
+from .schedule import WHOLE_SCHEDULE, Placement, Uniform, Window
 from .strategy import CacheReport, IncompatibleDenoiser
 
 if TYPE_CHECKING:
@@ -29,9 +31,9 @@ DEEPEST = 12  # of `depth`
 
 @dataclass(frozen=True, slots=True)
 class DeepCache:
-    """Compute every `interval`-th call; run the others outside of a branch that `depth` chooses.
+    """Compute one call in `interval`; run the others outside of a branch that `depth` chooses.
 
-    interval: denoiser calls from one compute call to the next, 1 or more; 1 never reuses.
+    interval: 1 or more; ⌈calls / interval⌉ calls of a run compute, at 1 all of them.
     depth: 0 to 12, higher is cheaper: a reuse call costs at most 1 / (depth + 2) of a full one, counted at the UNet's
         native size (`cost.deepest_branch`). Where no branch is that cheap, the prediction itself is kept.
     start, end: reuse is allowed at 1000 - timestep within them: 0 is pure noise, 1000 finished. Reading the timestep
@@ -39,6 +41,9 @@ class DeepCache:
     forecast: what a reuse call takes for the kept tensor: `none` its last value, `linear` and `quadratic` a polynomial
         through its last two or three, `damped` a line whose slope is trusted as far as the last one held
         (`cache/forecast.py`); each order costs a multiply-add and a kept tensor.
+    schedule: where the compute calls lie. `uniform`: every `interval`-th. `auto`: as many, where the denoiser's view
+        places them, if it knows the run and no window is set; else uniform. A tuple: those very calls, the first being
+        0, whatever the interval.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -48,6 +53,7 @@ class DeepCache:
     start: int = 0
     end: int = WHOLE_SCHEDULE
     forecast: forecasts.Forecast = "damped"
+    schedule: schedules.Schedule = "auto"
 
     def __post_init__(self) -> None:
         for setting, least, most in (
@@ -63,6 +69,7 @@ class DeepCache:
         if self.start > self.end:
             raise ValueError(f"start ({self.start}) must not lie behind end ({self.end}): exchange them.")
         forecasts.check(self.forecast)
+        schedules.check(self.schedule)
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -100,8 +107,8 @@ class _Run:
     def __init__(self, strategy: DeepCache, denoiser: UNetDenoiser, branch: int | None) -> None:
         self.denoiser = denoiser
         self.branch = branch
-        self.forecast = strategy.forecast
-        self.schedule = Uniform(strategy.interval)
+        self.strategy = strategy
+        self.schedule: Uniform | Placement | None = None  # known from the first call on
         self.window = Window(strategy.start, strategy.end)
         self.passes: dict[str | None, _Pass] = {}
         self.captured: Tensor | None = None
@@ -110,14 +117,14 @@ class _Run:
         self.copies = denoiser.modifies_in_place
         self.report = CacheReport(
             strategy.name,
-            settings={**dataclasses.asdict(strategy), "branch": branch},
+            settings={**dataclasses.asdict(strategy), "placement": None, "branch": branch},
             reuse_cost=0.0 if branch is None else denoiser.branch_costs[branch],
         )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within the context, `captured` is set by the layer whose output enters the branch's pass."""
-        if self.branch is None or self.schedule.interval == 1:
+        if self.branch is None or self.strategy.interval == 1:
             yield
             return
 
@@ -131,9 +138,26 @@ class _Run:
         finally:
             handle.remove()
 
+    def scheduled(self, first: Call) -> Uniform | Placement:
+        """Where the compute calls lie in the run that begins with `first`: its length is known by then if ever."""
+        strategy, settings = self.strategy, self.report.settings
+        if isinstance(strategy.schedule, tuple):
+            return Placement(strategy.schedule, math.inf, "given")
+        if strategy.schedule == "auto":
+            if not self.window.is_whole:
+                settings["placement"] = "uniform: a window is set"
+            elif (placement := self.denoiser.placement(first, strategy.interval, self.branch)) is None:
+                settings["placement"] = "uniform: the length of the run is not known"
+            else:
+                settings["placement"] = placement.source
+                return placement
+        settings["schedule"] = "uniform"
+        return Uniform(strategy.interval)
+
     def handle(self, call: Call) -> Any:
+        self.schedule = self.schedule or self.scheduled(call)
         try:
-            entry = self.reusable(call)
+            entry = self.reusable(call, self.schedule)
             output = self.compute(call) if entry is None else self.reuse(call, entry)
         except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
             self.passes.clear()
@@ -143,9 +167,9 @@ class _Run:
         self.report.record("C" if entry is None else "R")
         return output
 
-    def reusable(self, call: Call) -> _Pass | None:
+    def reusable(self, call: Call, schedule: Uniform | Placement) -> _Pass | None:
         """What the call may reuse; None if it has to compute."""
-        if self.schedule.interval == 1:
+        if self.strategy.interval == 1:
             return None
         if not self.window.is_whole:
             timestep = self.denoiser.timestep_of(call)
@@ -158,12 +182,12 @@ class _Run:
         entry = self.passes.get(call.pass_name)
         if entry is None or entry.signature != call.signature:
             return None
-        return entry if self.schedule.reuses(entry.now + 1 - entry.computed) else None
+        return entry if schedule.reuses(entry.now + 1, entry.computed) else None
 
     def compute(self, call: Call) -> Any:
         history, now = self.continued(call)
         output = call.run()
-        if self.schedule.interval == 1 or self.denoiser.injected(call) is not None:
+        if self.strategy.interval == 1 or self.denoiser.injected(call) is not None:
             return output
         if self.branch is None:
             # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
@@ -186,7 +210,7 @@ class _Run:
         """The history that a computing call adds to, and the call's index in its pass."""
         entry = self.passes.pop(call.pass_name, None)
         if entry is None or entry.signature != call.signature:
-            return forecasts.History(self.forecast), 0
+            return forecasts.History(self.strategy.forecast), 0
         entry.history.make_room()
         return entry.history, entry.now + 1
 
@@ -199,7 +223,7 @@ class _Run:
 
     def explain(self) -> None:
         """Warn of whatever kept the cache from acting as asked."""
-        report, interval, calls = self.report, self.schedule.interval, len(self.report.decisions)
+        report, interval, calls = self.report, self.strategy.interval, len(self.report.decisions)
         if interval == 1:
             report.warn("DeepCache with interval 1 computes every call: use an interval of 2 or more.")
         elif calls < 2:

@@ -7,6 +7,7 @@ scales, masks, forced upsampling sizes and offload hooks are the model's busines
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from . import cost
 from .patching import Call, Shadow, intercepted, shadowed
+from .schedule import GROWTH, Placement, PlacementRule, warped
 from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
 
 __all__ = ["BranchPass", "Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"]
@@ -87,6 +89,7 @@ class UNetDenoiser(Denoiser):
     layer n - 1 - b: a branch pass runs `conv_in`, the b following entries and the last b + 1 up-path layers.
 
     native_size: height and width of the latents at which the costs are counted; None reads `config.sample_size`.
+    rule: what `placement` asks; None where nothing is known of a run before it is made.
     """
 
     injections = (
@@ -96,11 +99,17 @@ class UNetDenoiser(Denoiser):
     )
 
     def __init__(
-        self, root: nn.Module, *, native_size: tuple[int, int] | None = None, num_train_timesteps: int = 1000
+        self,
+        root: nn.Module,
+        *,
+        native_size: tuple[int, int] | None = None,
+        num_train_timesteps: int = 1000,
+        rule: PlacementRule | None = None,
     ) -> None:
         super().__init__(root)
         self.native_size = native_size
         self.num_train_timesteps = num_train_timesteps
+        self._rule = rule
         self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
         self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
         self.down_entries: list[tuple[str, ...]] = [("conv_in",)]
@@ -119,6 +128,19 @@ class UNetDenoiser(Denoiser):
                 f"{type(root).__name__} has {len(self.down_entries)} skips for {len(self.up_layers)} up-path layers; "
                 "DeepCache needs a UNet whose up-path layers take one skip each."
             )
+
+    def placement(self, call: Call, interval: int, branch: int | None) -> Placement | None:
+        """Where DeepCache's compute calls lie in the run that `call` begins; None if nobody knows how long it will be.
+
+        Reads the timestep, once a run.
+        """
+        return None if self._rule is None else self._rule(self.timestep_of(call), interval, branch)
+
+    def ruled(self, rule: PlacementRule) -> UNetDenoiser:
+        """The same view with another `rule`."""
+        other = copy.copy(self)
+        other._rule = rule
+        return other
 
     @property
     def branches(self) -> int:
@@ -264,6 +286,15 @@ class TransformerDenoiser(Denoiser):
         return tuple(map(streams.get, self.streams)) if packed else streams["hidden_states"]
 
 
+def calls_of(scheduler: Any, timestep: float) -> int | None:
+    """How often a diffusers pipeline calls its denoiser in a run that begins at `timestep`.
+
+    None if that is not where the scheduler's timesteps begin: img2img runs a part of them.
+    """
+    timesteps = getattr(scheduler, "timesteps", None)
+    return None if timesteps is None or float(timesteps[0]) != timestep else len(timesteps)
+
+
 def view_of(target: Any) -> Denoiser:
     """The view of a denoiser, of a network, or of the network in a diffusers pipeline.
 
@@ -279,8 +310,14 @@ def view_of(target: Any) -> Denoiser:
             f"{type(target).__name__} has neither a unet nor a transformer: pass the network itself or a Denoiser."
         )
     if hasattr(root, "down_blocks") and hasattr(root, "up_blocks"):
-        schedule = getattr(getattr(target, "scheduler", None), "config", None)
-        return UNetDenoiser(root, num_train_timesteps=getattr(schedule, "num_train_timesteps", 1000))
+        scheduler = getattr(target, "scheduler", None)
+        training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+
+        def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
+            calls = calls_of(target.scheduler, timestep)
+            return None if calls is None else Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
+
+        return UNetDenoiser(root, num_train_timesteps=training, rule=None if scheduler is None else rule)
     return TransformerDenoiser(root)
 
 

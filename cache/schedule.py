@@ -1,10 +1,41 @@
-"""When a reuse is allowed: the interval between compute calls, and the window along the noise schedule."""
+"""When a reuse is allowed: where the compute calls lie, and the window along the noise schedule."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
+GROWTH = 1.1  # where nothing is calibrated
+
+Schedule = Literal["auto", "uniform"] | tuple[int, ...]
+
+
+def check(schedule: Any) -> None:
+    """Raises ValueError for what is no Schedule."""
+    if schedule in ("auto", "uniform"):
+        return
+    if not isinstance(schedule, tuple) or any(type(call) is not int for call in schedule):
+        raise ValueError(f"schedule must be auto, uniform or a tuple of the calls that compute, not {schedule!r}.")
+    if schedule[:1] != (0,) or any(b <= a for a, b in pairwise(schedule)):
+        raise ValueError(f"schedule must name calls that begin with 0 and ascend, not {schedule!r}.")
+
+
+def budget(calls: int, interval: int) -> int:
+    """How many of `calls` calls compute, however they are placed."""
+    return math.ceil(calls / interval)
+
+
+def warped(calls: int, interval: int, growth: float) -> tuple[int, ...]:
+    """The k-th of K compute calls at calls · (k / K) ^ growth, rounded: 1 is even, above 1 they lie closer at first."""
+    count = budget(calls, interval)
+    places = [0]
+    for k in range(1, count):
+        places.append(max(places[-1] + 1, round(calls * (k / count) ** growth)))
+    return tuple(places)
 
 
 def progress(timestep: float, num_train_timesteps: int = 1000) -> float:
@@ -37,6 +68,28 @@ class Uniform:
 
     interval: int
 
-    def reuses(self, age: int) -> bool:
-        """Whether the call that comes `age` calls after the last computed one (1 = the next) reuses."""
-        return age < self.interval
+    def reuses(self, call: int, computed: int) -> bool:
+        """Whether a call reuses, `computed` being the last one that did not; both counted from 0."""
+        return call - computed < self.interval
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The compute calls of a run of `calls` calls. A run that goes on longer goes on uniformly, as densely.
+
+    source: where the places come from, a phrase for the report.
+    """
+
+    computed: tuple[int, ...]
+    calls: float
+    source: str
+
+    def reuses(self, call: int, computed: int) -> bool:
+        """Whether a call reuses, `computed` being the last one that did not; both counted from 0."""
+        if call < self.calls:
+            return call not in self.computed
+        return (call - computed) * len(self.computed) < self.calls
+
+
+PlacementRule = Callable[[float, int, int | None], Placement | None]
+"""Timestep of the first call, interval and branch → the run's placement; None if its length is not known."""

@@ -70,6 +70,10 @@ class PipelineModel(ABC):
         timings = Timings(**{f"{stage}_seconds": seconds for stage, seconds in clock.seconds.items()})
         return Generation(images=images, passes=reports, timings=timings, warnings=warnings)
 
+    def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
+        """The denoiser as a strategy sees it in a run that `scheduler` steps."""
+        return self._denoiser
+
     @contextmanager
     def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[None]:
         """`pipeline` with a scheduler of one run's own; the saved one is back afterwards."""

@@ -132,6 +132,14 @@ def build(
     return cls.from_config(saved.config, **settings)
 
 
+def names(saved: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
+    """The sampler and scheduler that a run comes down to, where a request names none or one of them."""
+    if sampler is None and scheduler is None:
+        kind = type(saved).__name__
+        sampler = next((name for name, choice in samplers.items() if choice.scheduler_class == kind), kind)
+    return sampler or DEFAULT_SAMPLER, scheduler or "normal"
+
+
 def custom_timesteps(scheduler: str | None, steps: int) -> list[int] | None:
     """Training timesteps, falling, for the one scheduler that is given as a list; None for the others.
 

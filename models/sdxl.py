@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .base import GenerationParams, LoadedModel, ModelSpec
+from .placements import read
 from .samplers import DIFFUSION
 from .unet import StableDiffusionModel, UNetFamily
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 class SDXLFamily(UNetFamily):
     def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
-        return SDXLModel(spec, pipeline, denoiser, DIFFUSION)
+        return SDXLModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
 
 
 SDXL = SDXLFamily(

@@ -20,11 +20,15 @@ from .loading import (
     single_file,
 )
 from .pipeline import PipelineModel
-from .samplers import DIFFUSION, choices
+from .placements import Calibrated, place, read
+from .samplers import DIFFUSION, Sampler, choices, names
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from cache import UNetDenoiser
+    from cache.schedule import Placement
 
 _NO_CHECKER: Mapping[str, Any] = {
     "safety_checker": None,
@@ -112,7 +116,7 @@ class UNetFamily:
         return self.model(spec, pipeline, denoiser)
 
     def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
-        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION)
+        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
 
 
 SD = UNetFamily(name="sd", native_size=512)
@@ -132,6 +136,29 @@ SD21 = UNetFamily(
 
 class StableDiffusionModel(PipelineModel):
     """Guidance above 1 runs the unconditional half in the same batch (Ho and Salimans 2022)."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pipeline: Any,
+        denoiser: UNetDenoiser,
+        choices: Mapping[str, Sampler],
+        calibrated: tuple[Calibrated, ...] = (),
+    ) -> None:
+        super().__init__(spec, pipeline, denoiser, choices)
+        self._unet = denoiser
+        self._calibrated = calibrated
+
+    def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
+        from cache.denoiser import calls_of
+
+        sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
+
+        def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
+            calls = calls_of(scheduler, timestep)
+            return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
+
+        return self._unet.ruled(rule)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         positive, negative = self.pipeline.encode_prompt(

@@ -87,13 +87,13 @@ def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
     assert row[4] == f"{steps / (steps - reused + reused / (depth + 2)):.2f}×"
     start, end = (0, 1000) if row[2] == "all" else map(int, row[2].split("–"))
     window, uniform = Window(start, end), Uniform(int(row[1].split(",")[0]))
-    age, counted = 0, 0
+    computed, counted = 0, 0
     for step in range(steps):
         timestep = 1000 - step * 1000 / steps - 1  # spacing "trailing", as the embedded models are saved
-        if step and window.contains(timestep) and uniform.reuses(age + 1):
-            age, counted = age + 1, counted + 1
+        if window.contains(timestep) and uniform.reuses(step, computed) and step:
+            counted += 1
         else:
-            age = 0
+            computed = step
     assert reused == counted
 
 
@@ -104,7 +104,13 @@ def test_every_setting_is_listed_with_its_default() -> None:
 
     listed = {name.strip("`"): default.strip("`") for name, default, _ in rows("## Settings")}
     assert set(listed) == {variable(name) for name in Settings.model_fields}
-    in_words = {"model": "tiny-sd", "devices": "auto", "api_keys": "none"}
+    in_words = {
+        "model": "tiny-sd",
+        "devices": "auto",
+        "api_keys": "none",
+        "allowed_hosts": "none",
+        "cors_origins": "none",
+    }
     in_words |= {"models_file": "none", "model_memory": "nine tenths"}
     for name, field in Settings.model_fields.items():
         default = in_words.get(name, field.default)

@@ -32,7 +32,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "stable_fast": (False,),
     "enable_preview": (False,),
     "attention": ("auto", "sdpa"),
-    "deepcache_schedule": (None, "uniform"),
 }
 _DEEPCACHE_FIELDS = {
     "deepcache_preset",
@@ -177,7 +176,7 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
     forecast = _given(forecast=request.cache_forecast)
     if request.deepcache_enabled:
-        return DeepCache(**request.deepcache, **forecast)
+        return DeepCache(**request.deepcache, **_given(schedule=request.deepcache_schedule), **forecast)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
         return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **forecast)
     return NoCache()

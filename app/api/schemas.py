@@ -94,7 +94,9 @@ class GenerateRequest(BaseModel):
         2, ge=0, le=12, description="At depth d a reuse step costs at most 1/(d + 2) of a full one; higher is faster."
     )
     deepcache_schedule: Literal["auto", "uniform"] | None = Field(
-        None, description="Where the computed calls lie; null takes the best measured default."
+        None,
+        description="Where the computed calls lie: uniform every interval-th, auto as many where they were found to "
+        "help most (uniform if a window is set); null is auto.",
     )
     deepcache_start_step: int = Field(
         0, ge=0, le=1000, description="Reuse from this progress on; 0 is pure noise, 1000 is finished."
@@ -223,9 +225,9 @@ def _invalid(error: ValidationError) -> Invalid:
 
 
 def shown(text: str) -> str:
-    """A client's own word, fit for an answer: short, and without what JSON or UTF-8 can't carry."""
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    """A client's own word, fit for an answer and the log: one short line, with nothing that hides or breaks UTF-8."""
+    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:81])
+    return word if len(text) <= 80 and len(word) <= 80 else f"{word[:80]}…"
 
 
 def request_schema() -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Drawing:
         with (
             self.clock("denoise"),
             model.scheduled(pipeline, params, self.seeds),
-            self.strategy.attach(model.denoiser) as report,
+            self.strategy.attach(model.view(params, pipeline.scheduler)) as report,
         ):
             result = pipeline(
                 **{key: embedding.repeat_interleave(count, dim=0) for key, embedding in self.conditioning.items()},

@@ -100,6 +100,7 @@ WRONG_TYPE = [
     ("deepcache_preset", '"fast"', "balanced"),
     ("cache_forecast", '"cubic"', "quadratic"),
     ("cache_forecast", "1", "linear"),
+    ("deepcache_schedule", '"best"', "uniform"),
     ("attention", '"flash"', "sdpa"),
     ("output_format", '"gif"', "png"),
     ("loras", '"a"', "list"),
@@ -177,7 +178,6 @@ async def test_what_does_not_go_together_is_refused_with_a_remedy(
         ("enable_preview", True),
         ("attention", "sage"),
         ("attention", "sparge"),
-        ("deepcache_schedule", "auto"),
     ],
 )
 async def test_what_this_version_cannot_do_is_said_and_not_skipped(

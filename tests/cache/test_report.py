@@ -72,6 +72,12 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
         (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
         (DeepCache, {"forecast": None}, "forecast"),
+        (DeepCache, {"schedule": "best"}, "schedule must be auto, uniform or a tuple"),
+        (DeepCache, {"schedule": None}, "schedule"),
+        (DeepCache, {"schedule": (0, 1.5)}, "schedule must be"),
+        (DeepCache, {"schedule": (1, 4)}, "begin with 0"),
+        (DeepCache, {"schedule": (0, 4, 4)}, "ascend"),
+        (DeepCache, {"schedule": ()}, "begin with 0"),
         (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),
         (FirstBlockCache, {"threshold": 1.1}, "between 0"),
@@ -89,7 +95,7 @@ def test_settings_out_of_bounds_are_refused(strategy: Any, settings: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, "none"), FirstBlockCache(0.1, 4, "quadratic")]
+    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, "none", (0, 2)), FirstBlockCache(0.1, 4, "quadratic")]
 )
 def test_strategies_are_frozen_and_survive_a_pickle(strategy: Any) -> None:
     assert pickle.loads(pickle.dumps(strategy)) == strategy

@@ -1,0 +1,66 @@
+"""Who may ask: API keys, and the host names that a browser page may reach this server by."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from app.api.schemas import shown
+from app.errors import MisdirectedRequest, Unauthorized
+
+_OPEN = ("/livez", "/readyz", "/health", "/docs", "/openapi.json")
+_OPEN_FOLDER = "/docs/"
+
+
+class Guard:
+    """Every address asks for a key, new ones too, but health, the documentation and, if `metrics_open`, /metrics.
+
+    Without keys whoever reaches the port may ask. A page in somebody's browser reaches it by a name of its own that it
+    points here (DNS rebinding): it is stopped by the name, which must be an address, one word, or among `hosts`.
+    """
+
+    def __init__(self, keys: Sequence[str], hosts: Sequence[str], *, metrics_open: bool) -> None:
+        self._keys = [_digest(key.encode()) for key in keys]
+        self._hosts = {host.lower() for host in hosts}
+        self._open = {*_OPEN, "/metrics"} if metrics_open else set(_OPEN)
+
+    def check(self, scope: Scope) -> None:
+        """Raises Unauthorized, MisdirectedRequest."""
+        headers = Headers(scope=scope)
+        if not self._keys and not self._is_ours(headers.get("host", "")):
+            raise MisdirectedRequest(
+                f"This server does not go by the name {shown(headers['host'])!r}. Address it by its IP address or as "
+                "localhost; its operator can list further names in WAVESPEED_ALLOWED_HOSTS."
+            )
+        path = scope["path"]
+        if self._keys and path not in self._open and not path.startswith(_OPEN_FOLDER):
+            self._check_key(headers.get("authorization", ""))
+
+    def _check_key(self, header: str) -> None:
+        scheme, _, key = header.partition(" ")
+        given = _digest(key.strip().encode())
+        # Digests are of one length, and all of them are compared: the time tells neither a key's length nor its place.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise Unauthorized("Send one of this server's keys as Authorization: Bearer <key>.")
+
+    def _is_ours(self, host: str) -> bool:
+        name = host.lower()
+        if not name.endswith("]"):
+            name = name.rpartition(":")[0] if ":" in name else name
+        if name in self._hosts or "." not in name.removesuffix(".localhost"):
+            return True  # of a name without a dot, and of an address, no stranger owns the resolution
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

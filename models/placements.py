@@ -1,0 +1,109 @@
+"""Calibrated placements of DeepCache's compute calls: a JSON file a model, and what a run takes from it.
+
+The file lies with the model and moves with it: `placements.json` in its folder, or NAME.placements.json beside a single
+file NAME. It holds one line for each combination that was calibrated (`models/calibration.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.schedule import GROWTH, Placement, budget, warped
+
+from .base import Hub, LoadFailed, ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """What was found for one sampler, noise schedule, number of steps, interval and branch.
+
+    `calls` calls of the denoiser, of which the `computed` ones compute; `gain_db` is what that gave over the uniform
+    placement, in PSNR to the uncached pictures, in the mean over the calibration's pictures.
+    """
+
+    sampler: str
+    scheduler: str
+    steps: int
+    interval: int
+    branch: int | None
+    calls: int
+    computed: tuple[int, ...]
+    gain_db: float
+
+    def __post_init__(self) -> None:
+        fits = len(self.computed) == budget(self.calls, self.interval) and self.computed[0] == 0
+        if not fits or list(self.computed) != sorted(set(self.computed)) or self.computed[-1] >= self.calls:
+            raise ValueError(
+                f"{self.computed} are not {budget(self.calls, self.interval)} of {self.calls} calls from 0 on"
+            )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.sampler, self.scheduler, self.steps, self.interval, -1 if self.branch is None else self.branch)
+
+
+def place(
+    known: Iterable[Calibrated], sampler: str, scheduler: str, calls: int, interval: int, branch: int | None
+) -> Placement:
+    """The calibrated compute calls; else those of the nearest length, stretched; else a rule's."""
+    alike = [one for one in known if (one.sampler, one.scheduler, one.interval) == (sampler, scheduler, interval)]
+    if not alike:
+        return Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
+    nearest = min(alike, key=lambda one: (abs(math.log(one.calls / calls)), one.branch != branch))
+    found = f"{sampler}, {scheduler}, {nearest.steps} steps"
+    if nearest.calls == calls:
+        return Placement(nearest.computed, calls, f"calibrated: {found}")
+    return Placement(stretched(nearest.computed, nearest.calls, calls, interval), calls, f"stretched from {found}")
+
+
+def stretched(computed: Sequence[int], calls: int, other: int, interval: int) -> tuple[int, ...]:
+    """The same placement in a run of `other` calls instead of `calls`: the k-th of K at the same share of both."""
+    knots, count = [*computed, calls], budget(other, interval)
+    places = [0]
+    for k in range(1, count):
+        at = k / count * len(computed)
+        below = int(at)
+        share = (knots[below] + (at - below) * (knots[below + 1] - knots[below])) / calls
+        places.append(min(max(places[-1] + 1, round(share * other)), other - count + k))
+    return tuple(places)
+
+
+def file_of(spec: ModelSpec) -> Path:
+    """Raises LoadFailed for a model of the hub, which has no folder of the operator's."""
+    if isinstance(spec.source, Hub):
+        raise LoadFailed(f"Placements of {spec.name} have no folder to lie in: keep a copy of the model in a folder.")
+    if spec.source.is_dir():
+        return spec.source / "placements.json"
+    return spec.source.with_suffix(".placements.json")
+
+
+def read(spec: ModelSpec) -> tuple[Calibrated, ...]:
+    """What is calibrated for the model; nothing without a file. Raises LoadFailed for a broken one."""
+    if isinstance(spec.source, Hub):
+        return ()
+    path = file_of(spec)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["placements"]
+        return tuple(Calibrated(**{**row, "computed": tuple(row["computed"])}) for row in rows)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise LoadFailed(
+            f"{path} does not hold placements: {error}. Delete it; `python -m app calibrate {spec.name}` makes one."
+        ) from error
+
+
+def write(spec: ModelSpec, found: Iterable[Calibrated], conditions: dict[str, Any]) -> Path:
+    """Put `found` into the model's file, in the place of what it had for the same combinations."""
+    known = {one.key: one for one in (*read(spec), *found)}
+    rows = [json.dumps(asdict(known[key])) for key in sorted(known)]
+    lines = ",\n  ".join(rows)
+    text = f'{{"made": {json.dumps(conditions)},\n "placements": [\n  {lines}\n]}}\n'
+    path = file_of(spec)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,111 @@
+"""Where the compute calls of a model lie: what its file says, and what a run takes from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache import DeepCache
+from cache.schedule import GROWTH, Placement, warped
+from models.base import GenerationParams, LoadFailed, ModelSpec, Step
+from models.placements import Calibrated, place, read, stretched, write
+from models.unet import SD
+
+FOUND = Calibrated(
+    sampler="ddim", scheduler="normal", steps=6, interval=3, branch=0, calls=6, computed=(0, 1), gain_db=1.5
+)
+LONGER = replace(FOUND, steps=12, calls=12, computed=(0, 1, 2, 7))
+
+
+def ignore(step: Step) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "calls", "interval", "expected"),
+    [
+        ("ddim", "normal", 6, 3, Placement((0, 1), 6, "calibrated: ddim, normal, 6 steps")),
+        ("ddim", "normal", 12, 3, Placement((0, 1, 2, 7), 12, "calibrated: ddim, normal, 12 steps")),
+        # 8 calls are nearer to 6 (ratio 1.33) than to 12 (1.5); K = 3 of knots 0, 1, 6: at 2/3 and 4/3 of a gap
+        ("ddim", "normal", 8, 3, Placement((0, 1, 4), 8, "stretched from ddim, normal, 6 steps")),
+        ("ddim", "karras", 6, 3, Placement(warped(6, 3, GROWTH), 6, "not calibrated")),
+        ("euler", "normal", 6, 3, Placement(warped(6, 3, GROWTH), 6, "not calibrated")),
+        ("ddim", "normal", 6, 2, Placement(warped(6, 2, GROWTH), 6, "not calibrated")),
+    ],
+)
+def test_the_nearest_calibrated_run_places(
+    sampler: str, scheduler: str, calls: int, interval: int, expected: Placement
+) -> None:
+    assert place([LONGER, FOUND], sampler, scheduler, calls, interval, 0) == expected
+
+
+def test_the_branch_decides_between_equal_lengths() -> None:
+    other = replace(FOUND, branch=1, computed=(0, 4))
+    assert place([FOUND, other], "ddim", "normal", 6, 3, 1).computed == (0, 4)
+    assert place([FOUND, other], "ddim", "normal", 6, 3, None).computed == (0, 1)
+
+
+@given(calls=st.integers(1, 150), other=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
+def test_a_stretched_placement_keeps_the_budget(calls: int, other: int, interval: int, growth: float) -> None:
+    found = stretched(warped(calls, interval, growth), calls, other, interval)
+    assert found[0] == 0
+    assert list(found) == sorted(set(found))
+    assert len(found) == math.ceil(other / interval)
+    assert found[-1] < other
+
+
+@given(calls=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
+def test_stretched_to_its_own_length_a_placement_is_itself(calls: int, interval: int, growth: float) -> None:
+    computed = warped(calls, interval, growth)
+    assert stretched(computed, calls, calls, interval) == computed
+
+
+def test_what_is_written_is_read_and_replaced(tmp_path: Path) -> None:
+    spec = ModelSpec(name="mine", family="sd", source=tmp_path)
+    assert read(spec) == ()
+    write(spec, [FOUND, LONGER], {"pictures": 4})
+    better = replace(FOUND, computed=(0, 2))
+    path = write(spec, [better], {"pictures": 8})
+    assert read(spec) == (better, LONGER)
+    assert json.loads(path.read_text())["made"] == {"pictures": 8}
+    single = replace(spec, source=tmp_path / "model.safetensors")
+    assert write(single, [FOUND], {}).name == "model.placements.json"
+    assert read(single) == (FOUND,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no json",
+        "[]",
+        '{"placements": [{"sampler": "ddim"}]}',
+        '{"placements": [{"sampler": "ddim", "scheduler": "normal", "steps": 6, "interval": 3, "branch": 0, '
+        '"calls": 6, "computed": [0, 1, 2], "gain_db": 1}]}',  # three, where the budget is two
+    ],
+)
+def test_a_broken_file_is_a_model_that_cannot_be_loaded(tmp_path: Path, content: str) -> None:
+    (tmp_path / "placements.json").write_text(content)
+    with pytest.raises(LoadFailed, match="app calibrate mine"):
+        read(ModelSpec(name="mine", family="sd", source=tmp_path))
+
+
+def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(sd_spec.source, folder)
+    spec = replace(sd_spec, source=folder)
+    branch_0 = replace(FOUND, calls=6, computed=(0, 1))
+    write(spec, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))], {})
+    model = SD.load(spec, "cpu")
+    params = GenerationParams(prompt="a", width=64, height=64, steps=6)
+    expected = {None: "CCRRRR", "ddim": "CCRRRR", "heun": "CCCCRRRRRRR"}  # saved with DDIM
+    for sampler, letters in expected.items():
+        report = model.generate(replace(params, sampler=sampler), DeepCache(3, 3), ignore).reports[0]
+        assert report.decisions == letters
+        assert report.settings["placement"] == f"calibrated: {sampler or 'ddim'}, normal, 6 steps"
