@@ -60,6 +60,8 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
         "Cache": job.strategy.name,
         "Version": f"WaveSpeed {__version__}",
     }
+    if params.clip_skip is not None:
+        settings["Clip skip"] = params.clip_skip
     # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
     lines = [_one_line(params.prompt)]
     if params.negative_prompt:
@@ -76,6 +78,10 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
         "guidance_scale": params.guidance_scale,
         "sampler": params.sampler,
         "scheduler": params.scheduler,
+        "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
+        "embeddings": [embedding.name for embedding in params.embeddings],
+        "clip_skip": params.clip_skip,
+        "guidance_rescale": params.guidance_rescale,
         "cache": dict(cache),
         "version": __version__,
     }

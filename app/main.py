@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app import __version__
-from app.api import docs, generate, health, models, telemetry
+from app.api import adapters, docs, generate, health, models, telemetry
 from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
 from app.api.schemas import request_schema
@@ -57,7 +57,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    for module in (generate, models, telemetry, health, docs):
+    for module in (generate, models, adapters, telemetry, health, docs):
         app.include_router(module.router)
     _describe(app)
     return app

@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins, separated by commas, whose pages may ask from a browser, such as https://a.example."
     )
+    lora_folder: Path = Field(Path("loras"), description="LoRAs (.safetensors) that requests may name in `loras`.")
+    embedding_folder: Path = Field(
+        Path("embeddings"), description="Textual inversions (.safetensors); a prompt uses one by its file's name."
+    )
     log_folder: Path = Field(Path("logs"), description="Where server.log is written.")
     log_level: LogLevel = Field("INFO", validation_alias=AliasChoices("LD_SERVER_LOGLEVEL", "WAVESPEED_LOG_LEVEL"))
     max_batch_size: int = Field(

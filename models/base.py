@@ -37,8 +37,29 @@ class UnsupportedSampler(ModelError):
     """The model has no such sampler, or that sampler cannot be paired with that scheduler."""
 
 
+class AdapterFailed(ModelError):
+    """A LoRA or an embedding is broken or was made for another model."""
+
+
 class GenerationCancelled(Exception):
     """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA's file, found under the operator's folder, and its strength: 1 as trained, 0 off."""
+
+    name: str
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """A textual inversion's file; its name stands in one of the prompts."""
+
+    name: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +67,8 @@ class GenerationParams:
     """One request for pictures, validated, with every default filled in.
 
     `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
-    denoised together.
+    denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
+    `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
     """
 
     prompt: str
@@ -59,6 +81,10 @@ class GenerationParams:
     batch_size: int = 1
     sampler: str | None = None
     scheduler: str | None = None
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    clip_skip: int | None = None
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from .base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks
 from .checkpoint import check_layout
 from .loading import check_class, check_traits, dtype_for, load_pipeline, quiet, single_file
 from .pipeline import PipelineModel
+from .prompt import remarks
 from .samplers import FLOW_MATCHING, choices
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class FluxModel(PipelineModel):
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = self._truncation(self.pipeline.tokenizer_2, params.prompt, self._text_length)
+        sentences += remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
         if params.negative_prompt and not self._runs_twice(params):
             reason = "is guidance-distilled" if self._distilled else "runs without guidance at a scale of 1 or less"
             sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import limits, passes, samplers
+from . import adapters, embedding, limits, passes, samplers
 from .base import Generation, GenerationParams, ModelSpec, PassReport, StepHook, Timings
 from .loading import quiet
 
@@ -39,8 +39,8 @@ class PipelineModel(ABC):
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.
 
-        Raises UnsupportedSampler before anything is drawn; what `on_step` raises passes through, and leaves the model
-        as it was.
+        Raises UnsupportedSampler and AdapterFailed before anything is drawn; what `on_step` raises passes through, and
+        leaves the model as it was.
         """
         import torch
 
@@ -54,11 +54,12 @@ class PipelineModel(ABC):
         progress = Progress(on_step, len(batches) * sum(one.steps(params) for one in chain))
         images: list[Image.Image] = []
         reports: list[PassReport] = []
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
             with clock("text"):
-                conditioning = self._encode(params)
-                warnings = limits.warnings(self.spec, params.prompt, params.width, params.height)
-                warnings += self._warnings(params)
+                conditioning = self._encode(written)
+                words = embedding.without(params.prompt, params.embeddings)
+                warnings = limits.warnings(self.spec, words, params.width, params.height)
+                warnings += self._warnings(written)
             for seeds in batches:
                 drawing = Drawing(self, params, seeds, conditioning, strategy, size, clock, progress)
                 for one in chain:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import text
 from .base import GenerationParams, LoadedModel, ModelSpec
 from .placements import read
+from .prompt import parse, plain
 from .samplers import DIFFUSION
 from .unet import StableDiffusionModel, UNetFamily
 
@@ -35,13 +37,19 @@ class SDXLModel(StableDiffusionModel):
     """The pipeline itself makes the sizes that the UNet is told: as drawn, nothing cropped."""
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
+        guided = params.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=params.prompt,
+            prompt=plain(prompt),
             device=self.pipeline._execution_device,
             num_images_per_prompt=1,
-            do_classifier_free_guidance=params.guidance_scale > 1,
-            negative_prompt=params.negative_prompt,
+            do_classifier_free_guidance=guided,
+            negative_prompt=plain(negative_prompt),
         )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
+        clips = text.encoders(self.pipeline, params.clip_skip, trained=1, normed=False)
+        if not text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
+            positive, negative = text.states(clips, [prompt, negative_prompt])
+            negative = negative if guided else None
         named = {
             "prompt_embeds": positive,
             "negative_prompt_embeds": negative,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from . import text
 from .base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
 from .checkpoint import check_layout
 from .loading import (
@@ -21,6 +22,7 @@ from .loading import (
 )
 from .pipeline import PipelineModel
 from .placements import Calibrated, place, read
+from .prompt import parse, plain, remarks
 from .samplers import DIFFUSION, Sampler, choices, names
 
 if TYPE_CHECKING:
@@ -161,18 +163,22 @@ class StableDiffusionModel(PipelineModel):
         return self._unet.ruled(rule)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        positive, negative = self.pipeline.encode_prompt(
-            params.prompt,
-            self.pipeline._execution_device,
-            1,
-            params.guidance_scale > 1,
-            params.negative_prompt,
-        )  # (1, tokens, D) each; None for the negative one without guidance
+        prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
+        guided = params.guidance_scale > 1
+        clips = text.encoders(self.pipeline, params.clip_skip)
+        if text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
+            positive, negative = self.pipeline.encode_prompt(
+                plain(prompt), self.pipeline._execution_device, 1, guided, plain(negative_prompt)
+            )  # (1, tokens, D) each; None for the negative one without guidance
+        else:
+            positive, negative = text.states(clips, [prompt, negative_prompt])
+            negative = negative if guided else None
         named = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         return {name: embedding for name, embedding in named.items() if embedding is not None}
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
-        return {"guidance_scale": params.guidance_scale}
+        rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
+        return {"guidance_scale": params.guidance_scale, **rescale}
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
         vae, processor = self.pipeline.vae, self.pipeline.image_processor
@@ -181,8 +187,9 @@ class StableDiffusionModel(PipelineModel):
         return images
 
     def _warnings(self, params: GenerationParams) -> list[str]:
-        tokenizer = self.pipeline.tokenizer
-        sentences = self._truncation(tokenizer, params.prompt, tokenizer.model_max_length)
+        sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)
         if params.negative_prompt and params.guidance_scale <= 1:
             sentences.append("The negative prompt has no effect at a guidance scale of 1 or less.")
+        if params.guidance_rescale and params.guidance_scale <= 1:
+            sentences.append("guidance_rescale has no effect at a guidance scale of 1 or less.")
         return sentences

@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from app.api.adapters import NONE as NO_ADAPTERS
+from app.api.adapters import Adapters, check_prompts
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
@@ -28,7 +30,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "multiscale_fullres_start": (3,),
     "multiscale_fullres_end": (8,),
     "multiscale_intermittent": (True,),
-    "loras": ([],),
     "stable_fast": (False,),
     "enable_preview": (False,),
     "attention": ("auto", "sdpa"),
@@ -49,10 +50,15 @@ class Limits:
 
     max_batch_size: int = 4
     deadline_seconds: float = 3600.0
+    adapters: Adapters = NO_ADAPTERS
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
-        return cls(max_batch_size=settings.max_batch_size, deadline_seconds=settings.deadline_seconds)
+        return cls(
+            max_batch_size=settings.max_batch_size,
+            deadline_seconds=settings.deadline_seconds,
+            adapters=Adapters.of(settings),
+        )
 
 
 def resolve(
@@ -64,7 +70,10 @@ def resolve(
     _check_supported(request)
     _check_size(request, model)
     _check_sampler(request, model)
+    check_prompts(request, model)
     warnings = _warnings(request, model)
+    embeddings, said = limits.adapters.mentioned(request, model)
+    warnings += said
     batch_size = min(request.batch_size, request.num_images)
     if batch_size > limits.max_batch_size:
         batch_size = limits.max_batch_size
@@ -81,6 +90,10 @@ def resolve(
         batch_size=batch_size,
         sampler=request.sampler,
         scheduler=request.scheduler,
+        loras=limits.adapters.named(request),
+        embeddings=embeddings,
+        clip_skip=request.clip_skip,
+        guidance_rescale=request.guidance_rescale,
     )
     return Job(
         id=job_id,
@@ -141,6 +154,11 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         )
     if request.stable_fast and is_flux:
         raise Incompatible("stable_fast cannot compile Flux models. Leave it out.", field="stable_fast")
+    for name in ("clip_skip", "guidance_rescale"):
+        if getattr(request, name) and is_flux:
+            raise Incompatible(
+                f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
+            )
 
 
 def _check_supported(request: GenerateRequest) -> None:

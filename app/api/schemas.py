@@ -59,7 +59,10 @@ class GenerateRequest(BaseModel):
     )
     _preset_fields: ClassVar[tuple[str, ...]] = tuple(PRESETS["balanced"])
 
-    prompt: Prompt = Field(description="What the picture shows.")
+    prompt: Prompt = Field(
+        description="What the picture shows. UNet models read it whole, however long, and take weights: (word:1.3), "
+        "(word) for 1.1, [word] for 1/1.1. The file name of an embedding stands for it."
+    )
     negative_prompt: Prompt = Field("", description="What it must not show; read by UNet models.")
     model: Name | None = Field(
         None, description="A name from GET /api/models; null takes the server's default. Never a path or a hub id."
@@ -72,6 +75,19 @@ class GenerateRequest(BaseModel):
     steps: int | None = Field(None, ge=1, le=150, description="Denoising steps; null takes the model's default.")
     guidance_scale: float | None = Field(
         None, ge=0, le=30, description="Weight of the prompt; null takes the model's default. Also called cfg_scale."
+    )
+    guidance_rescale: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Pulls the contrast that guidance adds back by this share, against overexposure. UNet models only.",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=12,
+        description="Which layer of the text encoder is read, as AUTOMATIC1111 counts: 1 the one that the model was "
+        "trained on, 2 the one before it. UNet models only.",
     )
     seed: int | None = Field(
         None, ge=-1, le=2**32 - 1, description="Where the noise comes from; null or -1 draws one. Always returned."
@@ -152,10 +168,19 @@ class GenerateRequest(BaseModel):
             raise PydanticCustomError("nul", "must not contain the NUL character; remove it")
         return value
 
-    @field_validator("fbcache_threshold", "guidance_scale", "img2img_denoise")
+    @field_validator("fbcache_threshold", "guidance_scale", "guidance_rescale", "img2img_denoise")
     @classmethod
     def _no_negative_zero(cls, value: float | None) -> float | None:
         return value + 0.0 if value is not None else None  # -0.0 + 0.0 is 0.0; the answer and PNG print it
+
+    @field_validator("loras")
+    @classmethod
+    def _once(cls, value: list[Lora]) -> list[Lora]:
+        names = [lora.name for lora in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("twice", "name each adapter once; add their weights up")
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> GenerateRequest:

@@ -32,6 +32,7 @@ from transformers import (
 
 from models.base import LoadedModel, ModelSpec
 from models.flux import FLUX
+from models.sdxl import SDXL
 from models.unet import SD
 
 TEXT_LENGTH = 16
@@ -227,3 +228,8 @@ def sd(sd_spec: ModelSpec) -> LoadedModel:
 @pytest.fixture(scope="session")
 def flux(flux_spec: ModelSpec) -> LoadedModel:
     return FLUX.load(flux_spec, "cpu")
+
+
+@pytest.fixture(scope="session")
+def sdxl(family_folders: dict[str, Path]) -> LoadedModel:
+    return SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu")

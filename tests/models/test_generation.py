@@ -219,8 +219,10 @@ def test_what_cannot_be_honoured_is_said(model: LoadedModel) -> None:
     unguided = model.generate(replace(PARAMS, guidance_scale=1.0, negative_prompt="rain"), NoCache(), ignore)
     assert len(unguided.warnings) == 1
     assert "negative prompt has no effect" in unguided.warnings[0]
-    (long,) = model.generate(replace(PARAMS, prompt="a misty forest " * 9), NoCache(), ignore).warnings
-    assert "reads 16 tokens" in long
+    long = model.generate(replace(PARAMS, prompt="a misty forest " * 9), NoCache(), ignore).warnings
+    if isinstance(model, FluxModel):
+        assert "reads 16 tokens" in long.pop()
+    assert long == []
     assert model.generate(replace(PARAMS, prompt="forest"), NoCache(), ignore).warnings == []
 
 

@@ -1,0 +1,106 @@
+"""LoRAs and embeddings by name over HTTP: what reaches the job, what is refused, what is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.app.conftest import client_of
+from tests.app.fakes import FakeEngine
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    """The settings, as an operator writes them; the files are empty, since nothing reads them here."""
+    for folder, names in (("loras", ("ink", "wash.v2")), ("embeddings", ("bad-hands", "style"))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.safetensors").write_bytes(b"")
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    (tmp_path / "loras" / "way-out.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    (tmp_path / "loras" / "old.ckpt").write_bytes(b"")
+    return {"lora_folder": str(tmp_path / "loras"), "embedding_folder": str(tmp_path / "embeddings")}
+
+
+@pytest.fixture
+async def client(engine: FakeEngine, folders: dict[str, str]) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(engine, **folders) as client:
+        yield client
+
+
+async def test_named_loras_reach_the_job_as_files(
+    client: httpx.AsyncClient, engine: FakeEngine, folders: dict[str, str]
+) -> None:
+    loras = [{"name": "ink", "weight": 0.5}, {"name": "wash.v2.safetensors"}]
+    response = await client.post("/api/generate", json={"prompt": "a", "loras": loras})
+    assert response.status_code == 200
+    (job,) = engine.submitted
+    root = Path(folders["lora_folder"]).resolve()
+    assert [(lora.name, lora.path, lora.weight) for lora in job.params.loras] == [
+        ("ink", root / "ink.safetensors", 0.5),
+        ("wash.v2", root / "wash.v2.safetensors", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("inc", ["no LoRA 'inc'", "Nearest: ink"]),
+        ("old", ["convert it to .safetensors"]),
+        ("ink.pt", ["convert it to .safetensors"]),
+        ("way-out", ["no LoRA"]),
+        ("../secret", ["no LoRA"]),
+        ("..\\secret", ["no LoRA"]),
+        ("/etc/passwd", ["no LoRA"]),
+        ("%2e%2e/secret", ["no LoRA"]),
+        ("bad-hands", ["no LoRA"]),
+    ],
+)
+async def test_a_name_that_is_none_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, folders: dict[str, str], name: str, words: list[str]
+) -> None:
+    response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}, {"name": name}]})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["type"], error["field"]) == ("invalid", "loras.1.name")
+    for word in words:
+        assert word in error["message"]
+    assert str(Path(folders["lora_folder"]).parent) not in response.text
+    assert engine.submitted == []
+
+
+async def test_an_embedding_is_used_where_a_prompt_holds_its_name(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await client.post("/api/generate", json={"prompt": "in STYLE", "negative_prompt": "(bad-hands:1.2)"})
+    await client.post("/api/generate", json={"prompt": "in styles, stylish"})
+    first, second = engine.submitted
+    assert [embedding.name for embedding in first.params.embeddings] == ["bad-hands", "style"]
+    assert second.params.embeddings == ()
+
+
+async def test_a_flux_model_takes_no_embedding_and_says_so(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    body = (await client.post("/api/generate", json={"prompt": "a style", "flux_enabled": True})).json()
+    assert engine.submitted[0].params.embeddings == ()
+    assert any("no embeddings" in sentence and "style" in sentence for sentence in body["warnings"])
+
+
+async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
+    response = await client.get("/api/adapters")
+    assert response.json() == {"loras": ["ink", "wash.v2"], "embeddings": ["bad-hands", "style"]}
+
+
+async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine) -> None:
+    async with client_of(engine, lora_folder=str(tmp_path / "no"), embedding_folder=str(tmp_path / "no")) as client:
+        assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": []}
+        response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
+        assert "The server has none" in response.json()["error"]["message"]
+
+
+async def test_clip_skip_and_guidance_rescale_reach_the_job(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/api/generate", json={"prompt": "a", "clip_skip": 2, "guidance_rescale": 0.5})
+    params = engine.submitted[0].params
+    assert (params.clip_skip, params.guidance_rescale) == (2, 0.5)

@@ -1,0 +1,168 @@
+"""Weights, long prompts and skipped layers against compel's own classes, diffusers, and the encoder called by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compel import Compel
+
+from cache import DeepCache, NoCache
+from models import text
+from models.base import GenerationParams, LoadedModel, Step
+from models.prompt import parse
+from models.text import TooFewLayers
+
+WINDOW = 16  # tokens of the tiny encoder, two of them at the ends
+LONG = "a misty forest, a snowy hill, a stormy sea"  # a token a letter
+PARAMS = GenerationParams(prompt="forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
+
+
+def ignore(step: Step) -> None:
+    """A step hook that wants nothing."""
+
+
+def pixels(drawn: Any) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in drawn.images])
+
+
+def states(model: LoadedModel, *prompts: str, clip_skip: int | None = None) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return text.states(text.encoders(model.pipeline, clip_skip), [parse(prompt) for prompt in prompts])
+
+
+@pytest.mark.parametrize("prompt", ["", "forest", "a (red) sea"])
+def test_one_plain_window_is_diffusers_own_encoding(sd: LoadedModel, prompt: str) -> None:
+    expected = sd.pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
+    assert torch.equal(states(sd, prompt.replace("(", r"\(").replace(")", r"\)"))[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("a (red:1.3) sea", "a (red)1.3 sea"),
+        ("a (red:0.4) sea", "a (red)0.4 sea"),
+        ("((a) red) sea", "((a)1.1 red)1.1 sea"),
+        (LONG.replace("snowy", "(snowy:1.5)"), LONG.replace("snowy", "(snowy)1.5")),
+    ],
+)
+def test_weights_are_compels(sd: LoadedModel, ours: str, theirs: str) -> None:
+    """Two syntaxes of one meaning. A mask that hides nothing, which compel passes, changes the last bits."""
+    from compel.embeddings_provider import SplitLongTextMode
+
+    compel = Compel(
+        sd.pipeline.tokenizer,
+        sd.pipeline.text_encoder,
+        truncate_long_prompts=False,
+        split_long_text_mode=SplitLongTextMode.PHRASES,
+    )
+    torch.testing.assert_close(states(sd, ours)[0], compel(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_prompt_is_read_window_by_window(sd: LoadedModel) -> None:
+    """The oracle: each stretch of a window's letters encoded by itself, and the states strung together."""
+    tokenizer, encoder = sd.pipeline.tokenizer, sd.pipeline.text_encoder
+    ids = tokenizer(LONG).input_ids[1:-1]
+    (ours,) = states(sd, LONG)
+    windows = ours.shape[1] // WINDOW
+    assert windows >= -(-len(ids) // (WINDOW - 2)) > 1
+    read = 0
+    for window in range(windows):
+        found = ours[:, window * WINDOW : (window + 1) * WINDOW]
+        best = None
+        for end in range(read + 1, min(read + WINDOW - 2, len(ids)) + 1):
+            padded = [0, *ids[read:end], 1]
+            padded += [1] * (WINDOW - len(padded))
+            with torch.no_grad():
+                if torch.equal(encoder(torch.tensor([padded])).last_hidden_state, found):
+                    best = end
+        assert best is not None, f"window {window} is not the encoding of the letters from {read} on"
+        read = best
+    assert read == len(ids)
+
+
+def test_prompts_of_unequal_length_are_filled_with_the_empty_one(sd: LoadedModel) -> None:
+    long, short = states(sd, LONG, "sea")
+    assert long.shape == short.shape
+    assert torch.equal(short[:, :WINDOW], states(sd, "sea")[0])
+    assert torch.equal(short[:, WINDOW : 2 * WINDOW], states(sd, "")[0])
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_clip_skip_reads_an_earlier_layer(sd: LoadedModel, clip_skip: int) -> None:
+    encoder = sd.pipeline.text_encoder
+    ids = sd.pipeline.tokenizer("forest", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = encoder(ids, output_hidden_states=True).hidden_states[-clip_skip]
+        expected = encoder.final_layer_norm(hidden)
+    assert torch.equal(states(sd, "forest", clip_skip=clip_skip)[0], expected)
+
+
+def test_clip_skip_and_its_bound_reach_the_picture(sd: LoadedModel) -> None:
+    plain = pixels(sd.generate(PARAMS, NoCache(), ignore))
+    one = pixels(sd.generate(replace(PARAMS, clip_skip=1), NoCache(), ignore))
+    two = pixels(sd.generate(replace(PARAMS, clip_skip=2), NoCache(), ignore))
+    assert np.array_equal(plain, one)
+    assert not np.array_equal(plain, two)
+    with pytest.raises(TooFewLayers, match="1 to 2"):
+        sd.generate(replace(PARAMS, clip_skip=3), NoCache(), ignore)
+
+
+def test_guidance_rescale_is_diffusers(sd: LoadedModel) -> None:
+    drawn = sd.generate(replace(PARAMS, guidance_rescale=0.7), NoCache(), ignore)
+    expected = sd.pipeline(
+        "forest",
+        negative_prompt="",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        guidance_rescale=0.7,
+        width=64,
+        height=64,
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images
+    assert np.array_equal(pixels(drawn), np.stack([np.asarray(image) for image in expected]))
+    assert not np.array_equal(pixels(drawn), pixels(sd.generate(PARAMS, NoCache(), ignore)))
+    (sentence,) = sd.generate(replace(PARAMS, guidance_rescale=0.7, guidance_scale=1.0), NoCache(), ignore).warnings
+    assert "guidance_rescale has no effect" in sentence
+
+
+def test_words_behind_the_window_and_weights_change_the_picture_under_a_cache_too(sd: LoadedModel) -> None:
+    params = replace(PARAMS, negative_prompt="rain", steps=4)
+    pictures = [
+        pixels(sd.generate(replace(params, prompt=prompt), DeepCache(interval=2), ignore))
+        for prompt in (LONG, LONG + " by night", LONG + " by (night:1.5)", LONG + " by (night:0.5)")
+    ]
+    for index, picture in enumerate(pictures):
+        assert not any(np.array_equal(picture, other) for other in pictures[:index])
+
+
+def test_sdxl_reads_both_encoders_and_the_pooled_text(sdxl: LoadedModel) -> None:
+    params = replace(PARAMS, negative_prompt="rain")
+    plain = pixels(sdxl.generate(params, NoCache(), ignore))
+    clips = text.encoders(sdxl.pipeline, None, trained=1, normed=False)
+    expected = sdxl.pipeline.encode_prompt("forest", device="cpu", do_classifier_free_guidance=False)[0]
+    with torch.no_grad():
+        assert torch.equal(text.states(clips, [parse("forest")])[0], expected)
+    for changes in ({"prompt": LONG}, {"prompt": "(forest:1.4)"}, {"negative_prompt": LONG}):
+        drawn = pixels(sdxl.generate(replace(params, **changes), NoCache(), ignore))
+        assert not np.array_equal(drawn, plain), changes
+    assert np.array_equal(pixels(sdxl.generate(replace(params, clip_skip=1), NoCache(), ignore)), plain)
+    with pytest.raises(TooFewLayers, match="1 to 1"):  # of two layers, SDXL is trained on the last but one
+        sdxl.generate(replace(params, clip_skip=2), NoCache(), ignore)
+
+
+def test_unruly_prompts_are_encoded(sd: LoadedModel) -> None:
+    """Special tokens spelled out, punctuation alone, a weight on nothing, one word longer than a window."""
+    for prompt in (
+        "<|startoftext|> (<|endoftext|>:0.5) a",
+        "[!!!] ... ,,, (,:0.3)",
+        "( :0.5) (\n:2)",
+        "[" + "a" * 50 + "] b",
+        "日本 (語:0.7) 🌊",
+    ):
+        (found,) = states(sd, prompt)
+        assert bool(found.isfinite().all()), prompt
+        assert found.shape[1] % WINDOW == 0
