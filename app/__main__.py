@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, bench."""
+"""The command line: serve, generate, models, calibrate, bench."""
 
 from __future__ import annotations
 
@@ -140,6 +140,40 @@ def models() -> None:
     settings = Settings()
     catalogue = configured_runner("cpu", **_models(settings)).catalogue()
     print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
+
+
+@cli.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A UNet model's name, as `models` lists it.")],
+    sampler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["euler"],  # noqa: B006
+    scheduler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["normal"],  # noqa: B006
+    steps: Annotated[list[int], typer.Option(min=2, help="Repeat for several.")] = [20],  # noqa: B006
+    interval: Annotated[list[int], typer.Option(min=2, max=10, help="Repeat for several.")] = [2, 3, 5],  # noqa: B006
+    depth: Annotated[int, typer.Option(min=0, max=12, help="DeepCache's depth.")] = 2,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each prompt, denoised together.")] = 2,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+) -> None:
+    """Find where DeepCache's computed steps lie best and keep it beside the model, for `deepcache_schedule: auto`."""
+    from app.calibration import calibrated
+
+    size = None if width is None and height is None else (width or height or 0, height or width or 0)
+    combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
+    path = calibrated(
+        model,
+        Settings(),
+        _models(Settings()),
+        combinations,
+        intervals=interval,
+        depth=depth,
+        prompts=prompt,
+        seeds=pictures,
+        size=size,
+        guidance_scale=guidance_scale,
+    )
+    print(path)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
-GROWTH = 1.1  # where nothing is calibrated
+GROWTH = 1.2  # of `warped` where nothing is calibrated: docs/decisions/compute-call-placement.md
 
 Schedule = Literal["auto", "uniform"] | tuple[int, ...]
 

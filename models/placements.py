@@ -23,7 +23,7 @@ class Calibrated:
     """What was found for one sampler, noise schedule, number of steps, interval and branch.
 
     `calls` calls of the denoiser, of which the `computed` ones compute; `gain_db` is what that gave over the uniform
-    placement, in PSNR to the uncached pictures, in the mean over the calibration's pictures.
+    placement, in PSNR to the uncached pictures, in the mean over so many `pictures`.
     """
 
     sampler: str
@@ -34,6 +34,7 @@ class Calibrated:
     calls: int
     computed: tuple[int, ...]
     gain_db: float
+    pictures: int
 
     def __post_init__(self) -> None:
         fits = len(self.computed) == budget(self.calls, self.interval) and self.computed[0] == 0
@@ -98,12 +99,16 @@ def read(spec: ModelSpec) -> tuple[Calibrated, ...]:
         ) from error
 
 
-def write(spec: ModelSpec, found: Iterable[Calibrated], conditions: dict[str, Any]) -> Path:
-    """Put `found` into the model's file, in the place of what it had for the same combinations."""
+def write(spec: ModelSpec, found: Iterable[Calibrated]) -> Path:
+    """Put `found` into the model's file, in the place of what it had for the same combinations. Raises LoadFailed."""
     known = {one.key: one for one in (*read(spec), *found)}
     rows = [json.dumps(asdict(known[key])) for key in sorted(known)]
     lines = ",\n  ".join(rows)
-    text = f'{{"made": {json.dumps(conditions)},\n "placements": [\n  {lines}\n]}}\n'
     path = file_of(spec)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(f'{{"placements": [\n  {lines}\n]}}\n', encoding="utf-8")
+    except OSError as error:
+        raise LoadFailed(
+            f"{path} cannot be written ({error}). Give yourself the right to, or copy the model."
+        ) from error
     return path

@@ -151,6 +151,10 @@ class StableDiffusionModel(PipelineModel):
         self._unet = denoiser
         self._calibrated = calibrated
 
+    @property
+    def denoiser(self) -> UNetDenoiser:
+        return self._unet
+
     def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
         from cache.denoiser import calls_of
 

@@ -63,6 +63,9 @@ class RegistryRunner:
     def load(self, model: str) -> None:
         self._registry.get(model)
 
+    def model(self, name: str) -> LoadedModel:
+        return self._registry.get(name)
+
     def run(self, job: Job, on_step: StepListener) -> JobResult:
         model = self._registry.get(job.model)
         generation = model.generate(job.params, job.strategy, on_step)

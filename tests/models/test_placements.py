@@ -19,7 +19,7 @@ from models.placements import Calibrated, place, read, stretched, write
 from models.unet import SD
 
 FOUND = Calibrated(
-    sampler="ddim", scheduler="normal", steps=6, interval=3, branch=0, calls=6, computed=(0, 1), gain_db=1.5
+    sampler="ddim", scheduler="normal", steps=6, interval=3, branch=0, calls=6, computed=(0, 1), gain_db=1.5, pictures=8
 )
 LONGER = replace(FOUND, steps=12, calls=12, computed=(0, 1, 2, 7))
 
@@ -70,13 +70,13 @@ def test_stretched_to_its_own_length_a_placement_is_itself(calls: int, interval:
 def test_what_is_written_is_read_and_replaced(tmp_path: Path) -> None:
     spec = ModelSpec(name="mine", family="sd", source=tmp_path)
     assert read(spec) == ()
-    write(spec, [FOUND, LONGER], {"pictures": 4})
+    write(spec, [FOUND, LONGER])
     better = replace(FOUND, computed=(0, 2))
-    path = write(spec, [better], {"pictures": 8})
+    path = write(spec, [better])
     assert read(spec) == (better, LONGER)
-    assert json.loads(path.read_text())["made"] == {"pictures": 8}
+    assert len(json.loads(path.read_text())["placements"]) == 2
     single = replace(spec, source=tmp_path / "model.safetensors")
-    assert write(single, [FOUND], {}).name == "model.placements.json"
+    assert write(single, [FOUND]).name == "model.placements.json"
     assert read(single) == (FOUND,)
 
 
@@ -87,7 +87,7 @@ def test_what_is_written_is_read_and_replaced(tmp_path: Path) -> None:
         "[]",
         '{"placements": [{"sampler": "ddim"}]}',
         '{"placements": [{"sampler": "ddim", "scheduler": "normal", "steps": 6, "interval": 3, "branch": 0, '
-        '"calls": 6, "computed": [0, 1, 2], "gain_db": 1}]}',  # three, where the budget is two
+        '"calls": 6, "computed": [0, 1, 2], "gain_db": 1, "pictures": 8}]}',  # three, where the budget is two
     ],
 )
 def test_a_broken_file_is_a_model_that_cannot_be_loaded(tmp_path: Path, content: str) -> None:
@@ -101,7 +101,7 @@ def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path:
     shutil.copytree(sd_spec.source, folder)
     spec = replace(sd_spec, source=folder)
     branch_0 = replace(FOUND, calls=6, computed=(0, 1))
-    write(spec, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))], {})
+    write(spec, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))])
     model = SD.load(spec, "cpu")
     params = GenerationParams(prompt="a", width=64, height=64, steps=6)
     expected = {None: "CCRRRR", "ddim": "CCRRRR", "heun": "CCCCRRRRRRR"}  # saved with DDIM

@@ -1,0 +1,86 @@
+"""`python -m app calibrate`: a model, the combinations to calibrate, a progress bar, the file they are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.errors import ServiceError
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+PROMPTS = ("a snowy island at noon", "misty mountains at sunset", "a clear desert at dawn", "a stormy forest at night")
+FIRST_SEED = 100
+
+
+def calibrated(
+    name: str,
+    settings: Settings,
+    models: dict[str, Any],
+    combinations: Sequence[tuple[str, str, int]],
+    *,
+    intervals: Sequence[int],
+    depth: int,
+    prompts: Sequence[str] | None,
+    seeds: int,
+    size: tuple[int, int] | None,
+    guidance_scale: float | None,
+) -> Path:
+    """Calibrate each sampler, scheduler and number of steps; returns the file, to which each is added when it is found.
+
+    models: the runner's arguments. seeds: pictures of each prompt. size: pixels, None for the model's own.
+    Raises ServiceError for a model without a UNet, and what loading and drawing raise.
+    """
+    from rich import progress
+
+    from app.engine.runner import configured_runner
+    from models import placements
+    from models.base import GenerationParams
+    from models.calibration import calibrate, generated, rounds
+    from models.unet import StableDiffusionModel
+
+    runner = configured_runner(settings.devices[0], **models)
+    info = runner.catalogue().models.get(name)
+    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(progress.TextColumn("{task.description}"), *columns) as bar:
+        task = bar.add_task(f"loading {name}", total=len(combinations) * rounds(intervals))
+        model = runner.model(name)
+        if not isinstance(model, StableDiffusionModel) or info is None:
+            raise ServiceError(f"{name} has no UNet: DeepCache, and so its calibration, is for UNet models.")
+        path = placements.file_of(model.spec)
+        width, height = size or info.native_size
+        guidance = info.guidance_scale if guidance_scale is None else guidance_scale
+        for done, (sampler, scheduler, steps) in enumerate(combinations):
+            bar.update(task, completed=done * rounds(intervals))
+            params = GenerationParams(
+                prompt="",
+                width=width,
+                height=height,
+                steps=steps,
+                guidance_scale=guidance,
+                seeds=tuple(range(FIRST_SEED, FIRST_SEED + seeds)),
+                batch_size=seeds,
+                sampler=sampler,
+                scheduler=scheduler,
+            )
+            found = calibrate(
+                generated(model, params, prompts or PROMPTS),
+                model.denoiser,
+                model.pipeline.scheduler,
+                sampler=(sampler, scheduler),
+                steps=steps,
+                intervals=intervals,
+                depth=depth,
+                progress=partial(_advance, bar, task, f"{sampler}, {scheduler}, {steps} steps"),
+            )
+            placements.write(model.spec, found)
+        bar.update(task, completed=len(combinations) * rounds(intervals), description="done")
+    return path
+
+
+def _advance(bar: Progress, task: TaskID, combination: str, stage: str) -> None:
+    bar.update(task, advance=1, description=f"{combination}: {stage}")

@@ -1,0 +1,1 @@
+"""Where DeepCache's compute calls lie: the automatic schedule beside the uniform one."""
