@@ -92,6 +92,26 @@ class ModelNotFound(NotFound):
     type = "unknown_model"
 
 
+class JobNotFound(NotFound):
+    """No such job, or one that ended so long ago that it is forgotten."""
+
+    type = "unknown_job"
+
+
+class JobFinished(ServiceError):
+    """There is nothing left to cancel."""
+
+    status = 409
+    type = "job_finished"
+
+
+class IdempotencyConflict(ServiceError):
+    """An Idempotency-Key came a second time with another body (draft-ietf-httpapi-idempotency-key-header-07, 2.7)."""
+
+    status = 422
+    type = "idempotency_conflict"
+
+
 class MethodNotAllowed(ServiceError):
     status = 405
     type = "method_not_allowed"
@@ -114,6 +134,20 @@ class WorkerLost(ServiceError):
 
     status = 503
     type = "worker_lost"
+
+
+class LostAtRestart(ServiceError):
+    """The server ended before the job was done, and is not set to take jobs up again."""
+
+    status = 503
+    type = "lost_at_restart"
+
+
+class StorageFailed(ServiceError):
+    """The disk that keeps jobs and results does not take any more."""
+
+    status = 503
+    type = "storage_failed"
 
 
 class OutOfMemory(ServiceError):

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from app import __version__
 from app.api import adapters, docs, generate, health, models, telemetry
+from app.api import jobs as jobs_api
 from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
 from app.api.schemas import request_schema
@@ -28,13 +29,18 @@ _DESCRIPTION = "Image generation with per-request feature caching: DeepCache for
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The app starts `engine` when it starts and stops it when it stops."""
 
+    metrics = Metrics(engine.status, lambda: catalogue_or_none(engine))
+    jobs = jobs_api.board(settings, engine, metrics)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await jobs.start()
         await engine.start()
         try:
             yield
         finally:
             await engine.stop()
+            await jobs.stop()
 
     app = FastAPI(
         title="WaveSpeed",
@@ -44,7 +50,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.service = Service(settings, engine, Metrics(engine.status, lambda: catalogue_or_none(engine)))
+    app.state.service = Service(settings, engine, metrics, jobs)
     guard = Guard(settings.api_keys, settings.allowed_hosts, metrics_open=settings.metrics_open)
     app.add_middleware(RequestContext, guard=guard)
     if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
@@ -57,7 +63,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    for module in (generate, models, adapters, telemetry, health, docs):
+    for module in (generate, jobs_api, models, adapters, telemetry, health, docs):
         app.include_router(module.router)
     _describe(app)
     return app

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -61,6 +61,16 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Time at shutdown for accepted jobs to be done; past it they are answered 503."
     )
     stop_seconds: float = Field(10.0, gt=0, description="Time for a worker to end by itself at shutdown.")
+    jobs_folder: Path | None = Field(
+        None, description="Where jobs and their results are kept over a restart; unset: in memory."
+    )
+    jobs_restart: Literal["lost", "requeue"] = Field(
+        "lost", description="What a restart does with jobs that were not done: answer lost_at_restart, or run them."
+    )
+    result_seconds: float = Field(3600.0, gt=0, description="How long a job and its result are kept after its end.")
+    result_bytes: int = Field(
+        512 * 2**20, ge=2**20, description="Room for all kept results together; the oldest go first."
+    )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
     )
@@ -91,7 +101,13 @@ class Settings(BaseSettings):
         description="Seconds to wait for requests to batch with. This version batches within a request only.",
     )
 
-    @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
+    @model_validator(mode="after")
+    def _requeues_from_somewhere(self) -> Settings:
+        if self.jobs_restart == "requeue" and self.jobs_folder is None:
+            raise ValueError("WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart")
+        return self
+
+        @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -48,6 +48,23 @@ class GenerateAnswer(BaseModel):
     cache: CacheAnswer = Field(description="What the cache did.")
 
 
+class JobAnswer(BaseModel):
+    """A job as it stands. Times are Unix seconds."""
+
+    id: str = Field(description="Its name in the addresses below /api/jobs, and in every line of the log about it.")
+    state: str = Field(description="queued, running, done, failed or cancelled.")
+    model: str | None = Field(description="The model that draws.")
+    position: int | None = Field(description="Place in the queue, 1 for the next; null when it does not wait.")
+    step: int = Field(description="Denoising steps done, over all batches.")
+    total: int | None = Field(description="Denoising steps in all; null before the first.")
+    attempts: int = Field(description="How often it was started: twice when its worker was lost.")
+    created: float = Field(description="When it was accepted.")
+    started: float | None = Field(description="When a worker took it first.")
+    finished: float | None = Field(description="When it ended.")
+    error: ErrorDetail | None = Field(description="Why it was not done.")
+    result: GenerateAnswer | None = Field(None, description="What POST /api/generate answers; of a job that is done.")
+
+
 class ErrorDetail(BaseModel):
     type: str = Field(description="A word to branch on: invalid, incompatible, unsupported, queue_full, …")
     message: str = Field(description="What is wrong and what to do about it.")
@@ -65,7 +82,8 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI `responses` for these statuses."""
     words = {
         401: "API keys are configured and none of them was sent.",
-        404: "There is no such model.",
+        404: "There is no such model or job.",
+        409: "The job has ended.",
         413: "The body is too large.",
         422: "The request is invalid, or asks for things that do not go together.",
         429: "The queue is full; try again after Retry-After seconds.",

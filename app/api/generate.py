@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
+from app.api import outcome
 from app.api.accept import accepted_image
 from app.api.answers import GenerateAnswer, errors
 from app.api.body import read_object
 from app.api.resolve import Limits, resolve
 from app.api.schemas import EXAMPLE, GenerateRequest, parse
-from app.api.service import Service, request_id_of, service_of
-from app.engine.base import CacheSummary, Engine, Job, JobHandle, JobResult, OutputFormat
+from app.api.service import request_id_of, service_of
+from app.engine.base import Engine, JobHandle, JobResult, OutputFormat
 from app.errors import Cancelled, Incompatible, ServiceError
-from app.metrics import CacheUse, hit_rate
-from models.base import Step
 
 _log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
+REQUEST_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/GenerateRequest"},
+                "examples": {"document": {"summary": "A misty forest, DeepCache balanced", "value": EXAMPLE}},
+            }
+        },
+    }
+}
 
 
 @router.post(
@@ -40,22 +50,11 @@ _BYTES = {"schema": {"type": "string", "format": "binary"}}
         },
         **errors(401, 404, 413, 422, 429, 500, 503, 504),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/GenerateRequest"},
-                    "examples": {"document": {"summary": "A misty forest, DeepCache balanced", "value": EXAMPLE}},
-                }
-            },
-        }
-    },
+    openapi_extra=REQUEST_BODY,
 )
 async def generate(request: Request) -> Response:
     service = service_of(request)
     model: str | None = None
-    outcome = "internal"
     try:
         fields = parse(await read_object(request, service.settings))
         as_bytes = _picture_format(request, fields)
@@ -63,20 +62,26 @@ async def generate(request: Request) -> Response:
         output_format = as_bytes or fields.output_format
         job = resolve(fields, service.engine.catalogue(), limits, request_id_of(request), output_format)
         model = job.model
-        handle = service.engine.submit(job, _step_logger(job))
+        logs_steps = _log.isEnabledFor(logging.DEBUG)
+        handle = service.engine.submit(job, partial(outcome.stepped, job) if logs_steps else None)
         result = await _result(request, service.engine, handle)
-        outcome = "ok"
-        _observe(service, handle, result)
-        return _bytes_answer(handle, result) if as_bytes else await asyncio.to_thread(_json_answer, handle, result)
     except ServiceError as error:
-        outcome = error.type
-        _log.info("refused status=%d type=%s field=%s: %s", error.status, error.type, error.field, error.message)
+        outcome.refused(service.metrics, model, error)
         raise
     except asyncio.CancelledError:
-        outcome = Cancelled.type
+        service.metrics.answered(model, Cancelled.type)
         raise
-    finally:
-        service.metrics.answered(model, outcome)
+    except Exception:
+        service.metrics.answered(model, ServiceError.type)
+        raise
+    outcome.done(service.metrics, handle, result)
+    if as_bytes:
+        return _bytes_answer(handle, result)
+    return await asyncio.to_thread(_json_answer, handle, result)
+
+
+def _json_answer(handle: JobHandle, result: JobResult) -> Response:
+    return JSONResponse(outcome.answer(handle, result))
 
 
 def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat | None:
@@ -115,103 +120,9 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _step_logger(job: Job) -> _StepLogger | None:
-    return _StepLogger(job) if _log.isEnabledFor(logging.DEBUG) else None
-
-
-class _StepLogger:
-    """One DEBUG line a step. Called outside the request's context, hence the id."""
-
-    def __init__(self, job: Job) -> None:
-        self._strategy = job.strategy.name
-        self._extra = {"request_id": job.id}
-
-    def __call__(self, step: Step) -> None:
-        _log.debug(
-            "cache strategy=%s step=%d/%d decision=%s",
-            self._strategy,
-            step.index + 1,
-            step.total,
-            step.decision,
-            extra=self._extra,
-        )
-
-
-def _observe(service: Service, handle: JobHandle, result: JobResult) -> None:
-    """The one place where a finished job is counted and logged."""
-    params, cache = handle.job.params, result.cache
-    use = CacheUse(
-        model=handle.job.model,
-        strategy=handle.job.strategy.name,
-        computed=_count(cache, "computed"),
-        reused=_count(cache, "reused"),
-        cache_bytes=_count(cache, "cache_bytes"),
-    )
-    service.metrics.generated(
-        use,
-        queue_seconds=handle.queue_seconds,
-        generation_seconds=handle.total_seconds - handle.queue_seconds,
-        images=len(result.images),
-        batches=result.batches,
-    )
-    settings = " ".join(
-        f"{name}={cache[name]}" for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None
-    )
-    _log.info(
-        "cache strategy=%s model=%s computed=%d reused=%d hit_rate=%.2f %s images=%d size=%dx%d steps=%d "
-        "queue_seconds=%.3f denoise_seconds=%.3f total_seconds=%.3f",
-        use.strategy,
-        use.model,
-        use.computed,
-        use.reused,
-        hit_rate(use.computed, use.reused),
-        settings or "uncached",
-        len(result.images),
-        params.width,
-        params.height,
-        params.steps,
-        handle.queue_seconds,
-        result.timings.denoise_seconds,
-        handle.total_seconds,
-    )
-
-
-def _count(cache: CacheSummary, key: str) -> int:
-    value = cache.get(key)
-    return value if isinstance(value, int) else 0
-
-
-def _json_answer(handle: JobHandle, result: JobResult) -> Response:
-    pictures = [base64.b64encode(picture).decode("ascii") for picture in result.images]
-    answer: dict[str, object] = {"image": pictures[0]} if len(pictures) == 1 else {"images": pictures}
-    answer.update(_report(handle, result))
-    return JSONResponse(answer)
-
-
-def _report(handle: JobHandle, result: JobResult) -> dict[str, object]:
-    params, timings = handle.job.params, result.timings
-    return {
-        "request_id": handle.job.id,
-        "model": handle.job.model,
-        "seeds": list(params.seeds),
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
-        "warnings": list(dict.fromkeys([*handle.job.warnings, *result.warnings])),
-        "timings": {
-            "queue_seconds": round(handle.queue_seconds, 4),
-            "text_seconds": round(timings.text_seconds, 4),
-            "denoise_seconds": round(timings.denoise_seconds, 4),
-            "decode_seconds": round(timings.decode_seconds, 4),
-            "total_seconds": round(handle.total_seconds, 4),
-        },
-        "cache": dict(result.cache),
-    }
-
-
 def _bytes_answer(handle: JobHandle, result: JobResult) -> Response:
     headers: dict[str, str] = {}
-    for key, value in _report(handle, result).items():
+    for key, value in outcome.report(handle, result).items():
         if isinstance(value, dict) and key in ("cache", "timings"):
             headers.update({_header(key if key == "cache" else "", name): _plain(item) for name, item in value.items()})
         else:

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from app.engine.base import Catalogue, Engine
 from app.errors import NotReady
+from app.jobs.board import JobBoard
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -17,6 +18,7 @@ class Service:
     settings: Settings
     engine: Engine
     metrics: Metrics
+    jobs: JobBoard
 
 
 def service_of(request: Request) -> Service:

@@ -1,0 +1,104 @@
+"""What became of a job: counted and logged once, and written as an answer."""
+
+from __future__ import annotations
+
+import base64
+import logging
+
+from app.engine.base import CacheSummary, Job, JobHandle, JobResult
+from app.errors import ServiceError
+from app.metrics import CacheUse, Metrics, hit_rate
+from models.base import Step
+
+_log = logging.getLogger(__name__)
+
+
+def refused(metrics: Metrics, model: str | None, error: ServiceError) -> None:
+    """Count and log a request that ends without pictures."""
+    metrics.answered(model, error.type)
+    _log.info("refused status=%d type=%s field=%s: %s", error.status, error.type, error.field, error.message)
+
+
+def done(metrics: Metrics, handle: JobHandle, result: JobResult) -> None:
+    """Count and log a job that is done. The one place where that happens."""
+    job, params, cache = handle.job, handle.job.params, result.cache
+    use = CacheUse(
+        model=job.model,
+        strategy=job.strategy.name,
+        computed=_count(cache, "computed"),
+        reused=_count(cache, "reused"),
+        cache_bytes=_count(cache, "cache_bytes"),
+    )
+    metrics.answered(job.model, "ok")
+    metrics.generated(
+        use,
+        queue_seconds=handle.queue_seconds,
+        generation_seconds=handle.total_seconds - handle.queue_seconds,
+        images=len(result.images),
+        batches=result.batches,
+    )
+    settings = " ".join(
+        f"{name}={cache[name]}" for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None
+    )
+    _log.info(
+        "cache strategy=%s model=%s computed=%d reused=%d hit_rate=%.2f %s images=%d size=%dx%d steps=%d "
+        "queue_seconds=%.3f denoise_seconds=%.3f total_seconds=%.3f",
+        use.strategy,
+        use.model,
+        use.computed,
+        use.reused,
+        hit_rate(use.computed, use.reused),
+        settings or "uncached",
+        len(result.images),
+        params.width,
+        params.height,
+        params.steps,
+        handle.queue_seconds,
+        result.timings.denoise_seconds,
+        handle.total_seconds,
+    )
+
+
+def stepped(job: Job, step: Step) -> None:
+    """One DEBUG line a step. Called outside the request's context, hence the id."""
+    _log.debug(
+        "cache strategy=%s step=%d/%d decision=%s",
+        job.strategy.name,
+        step.index + 1,
+        step.total,
+        step.decision,
+        extra={"request_id": job.id},
+    )
+
+
+def answer(handle: JobHandle, result: JobResult) -> dict[str, object]:
+    """The JSON that a client gets: its pictures in base64, and the report."""
+    pictures = [base64.b64encode(picture).decode("ascii") for picture in result.images]
+    images: dict[str, object] = {"image": pictures[0]} if len(pictures) == 1 else {"images": pictures}
+    return {**images, **report(handle, result)}
+
+
+def report(handle: JobHandle, result: JobResult) -> dict[str, object]:
+    params, timings = handle.job.params, result.timings
+    return {
+        "request_id": handle.job.id,
+        "model": handle.job.model,
+        "seeds": list(params.seeds),
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        "warnings": list(dict.fromkeys([*handle.job.warnings, *result.warnings])),
+        "timings": {
+            "queue_seconds": round(handle.queue_seconds, 4),
+            "text_seconds": round(timings.text_seconds, 4),
+            "denoise_seconds": round(timings.denoise_seconds, 4),
+            "decode_seconds": round(timings.decode_seconds, 4),
+            "total_seconds": round(handle.total_seconds, 4),
+        },
+        "cache": dict(result.cache),
+    }
+
+
+def _count(cache: CacheSummary, key: str) -> int:
+    value = cache.get(key)
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,1 @@
+"""Jobs that outlive the request that brought them: their records, results and events."""

@@ -1,0 +1,110 @@
+"""Job records in a SQLite file, so that a restart knows what was promised. Off the event loop, in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from app.engine.states import JobState
+from app.jobs.record import JobRecord
+
+FILE_NAME = "jobs.sqlite"
+_VERSION = 1  # of the table; a file of another version is refused, not guessed at
+_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, model TEXT, state TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL,
+    step INTEGER NOT NULL, total INTEGER, attempts INTEGER NOT NULL,
+    error TEXT, request TEXT, key TEXT, fingerprint TEXT
+) STRICT
+"""
+_COLUMNS = (
+    "id", "model", "state", "created", "started", "finished",
+    "step", "total", "attempts", "error", "request", "key", "fingerprint",
+)  # fmt: skip
+
+Result = TypeVar("Result")
+
+
+class JobStore:
+    """`folder` is made if it is not there; only its owner may read what is written into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE_NAME
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="job store")
+        self._database: sqlite3.Connection | None = None
+
+    async def open(self) -> list[JobRecord]:
+        """What an earlier run has left, oldest first. Raises OSError, sqlite3.Error, ValueError for a strange file."""
+        return await self._run(self._open)
+
+    async def put(self, record: JobRecord, *, with_request: bool) -> None:
+        """Returns when it is on disk. Raises sqlite3.Error, such as a full disk's."""
+        row = _row(record, with_request)
+
+        def write(database: sqlite3.Connection) -> None:
+            marks = ", ".join("?" * len(_COLUMNS))
+            with database:
+                database.execute(f"INSERT OR REPLACE INTO jobs ({', '.join(_COLUMNS)}) VALUES ({marks})", row)
+
+        await self._run(lambda: write(self._opened()))
+
+    async def forget(self, ids: Iterable[str]) -> None:
+        rows = [(identity,) for identity in ids]
+
+        def delete(database: sqlite3.Connection) -> None:
+            with database:
+                database.executemany("DELETE FROM jobs WHERE id = ?", rows)
+
+        await self._run(lambda: delete(self._opened()))
+
+    async def close(self) -> None:
+        if self._database is not None:
+            await self._run(self._database.close)
+        self._thread.shutdown()
+
+    async def _run(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            raise RuntimeError("the job store is not open")
+        return self._database
+
+    def _open(self) -> list[JobRecord]:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's own files take their mode from this one
+        database = self._database = sqlite3.connect(self._path)
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")  # two servers would each call the other's jobs lost
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")  # a 202 is a promise: it outlives a power cut
+        [version] = database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise ValueError(f"{self._path.name} is of version {version}; this server writes version {_VERSION}")
+        with database:
+            database.execute(_TABLE)
+            database.execute(f"PRAGMA user_version = {_VERSION}")
+        rows = database.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs ORDER BY created").fetchall()
+        return [_record(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
+
+
+def _row(record: JobRecord, with_request: bool) -> tuple[object, ...]:
+    values = {name: getattr(record, name) for name in _COLUMNS}
+    values["state"] = record.state.value
+    values["error"] = json.dumps(record.error) if record.error is not None else None
+    keeps = with_request and record.request is not None
+    values["request"] = json.dumps(record.request) if keeps else None
+    return tuple(values.values())
+
+
+def _record(values: dict[str, object]) -> JobRecord:
+    for name in ("error", "request"):
+        if isinstance(text := values[name], str):
+            values[name] = json.loads(text)
+    values["state"] = JobState(str(values["state"]))
+    return JobRecord(**values)  # type: ignore[arg-type]  # the table's types are the record's
