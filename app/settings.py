@@ -107,7 +107,7 @@ class Settings(BaseSettings):
             raise ValueError("WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart")
         return self
 
-        @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
+    @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -32,10 +32,14 @@ Result = TypeVar("Result")
 
 
 class JobStore:
-    """`folder` is made if it is not there; only its owner may read what is written into it."""
+    """`folder` is made if it is not there; only its owner may read what is written into it.
 
-    def __init__(self, folder: Path) -> None:
+    `patience` is how long another server that still ends in the same folder is waited for, in seconds.
+    """
+
+    def __init__(self, folder: Path, patience: float = 15.0) -> None:
         self._path = folder / FILE_NAME
+        self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="job store")
         self._database: sqlite3.Connection | None = None
 
@@ -79,7 +83,7 @@ class JobStore:
     def _open(self) -> list[JobRecord]:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's own files take their mode from this one
-        database = self._database = sqlite3.connect(self._path)
+        database = self._database = sqlite3.connect(self._path, timeout=self._patience)
         database.execute("PRAGMA locking_mode = EXCLUSIVE")  # two servers would each call the other's jobs lost
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # a 202 is a promise: it outlives a power cut

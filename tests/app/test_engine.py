@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import sys
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import psutil
 import pytest
@@ -33,16 +35,18 @@ from tests.app.fakes import STEP_SECONDS, broken_runner, fake_runner
 LONG = 10_000  # steps that nobody waits for
 
 
-def job(identity: str, model: str = "fine", steps: int = 3) -> Job:
-    params = GenerationParams(prompt="a", width=64, height=64, steps=steps, seeds=(1,))
-    return Job(id=identity, model=model, params=params, strategy=DeepCache(3, 2))
+def job(identity: str, model: str = "fine", steps: int = 3, **more: Any) -> Job:
+    """Its picture's colour follows from its identity."""
+    seed = zlib.crc32(identity.encode())
+    params = GenerationParams(prompt="a", width=64, height=64, steps=steps, seeds=(seed,))
+    return Job(id=identity, model=model, params=params, strategy=DeepCache(3, 2), **more)
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Polls; the limit only keeps a failing test from hanging."""
     async with asyncio.timeout(60):
         while not condition():  # the engine has no event for what the tests look at
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
 
 
 @asynccontextmanager

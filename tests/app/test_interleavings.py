@@ -1,0 +1,211 @@
+"""Orders and reports that cross each other, with a worker that does one thing at a time on the test's word."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from app.engine.base import JobHandle
+from app.engine.local import LocalEngine
+from app.engine.messages import Done, Progress
+from app.engine.states import JobState, WorkerState
+from app.errors import Cancelled, DeadlineExceeded, ModelUnavailable, NotReady, WorkerLost
+from tests.app.children import Nursery
+from tests.app.fakes import fake_runner
+from tests.app.test_engine import device, job, until
+
+INTERLEAVINGS = 1000
+
+
+@pytest.fixture
+def nursery() -> Nursery:
+    return Nursery()
+
+
+@pytest.fixture
+async def engine(nursery: Nursery) -> AsyncIterator[LocalEngine]:
+    engine = nursery.engine()
+    await engine.start()
+    await until(lambda: engine.status().ready)
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def is_right(handle: JobHandle) -> bool:
+    """The pictures are those of this very job, drawn here by the same fake without an engine."""
+    return handle.result.result().images == fake_runner("cpu").run(handle.job, lambda step: None).images
+
+
+async def free(engine: LocalEngine) -> None:
+    await until(lambda: device(engine).state is WorkerState.READY)
+
+
+async def test_a_cancel_hits_its_job_or_nothing_in_a_thousand_interleavings(
+    nursery: Nursery, engine: LocalEngine
+) -> None:
+    """The first job is cancelled at some point of its life, the last two being: its result is in the pipe, and is read.
+
+    In half of them the worker has got exactly so far; in the others it runs on while the cancel is on its way.
+    """
+    chance = random.Random(5)
+    points = ("text", "step 0", "step 1", "decode", "sent", "read")
+    ends = {"cancelled by the worker": 0, "done too late": 0, "done": 0}
+    for number in range(INTERLEAVINGS):
+        first, second = engine.submit(job(f"{number}a", steps=2)), engine.submit(job(f"{number}b", steps=1))
+        point = chance.choice(points)
+        races = chance.random() < 0.5 and point != "read"
+        if not races:
+            await until(lambda: nursery.gate.at == "text")
+        nursery.gate.open(points.index(point))
+        if point == "read":
+            await first.result
+        elif point == "sent" and not races:
+            nursery.child.wait_sent(Done, first.job.id)  # blocks the event loop: the engine cannot have read it
+        elif not races:
+            await until(lambda point=point: nursery.gate.at == point)
+        assert engine.cancel(first.job.id) is (point != "read")
+        nursery.gate.open(100)
+        result = await second.result
+        nursery.gate.close()
+        assert is_right(second)
+        assert result.cache["decisions"] == "C"
+        if point == "read":
+            assert is_right(first)
+            ends["done"] += 1
+        else:
+            assert first.state is JobState.CANCELLED
+            done = any(isinstance(report, Done) and report.job_id == first.job.id for report in nursery.child.sent)
+            ends["done too late" if done else "cancelled by the worker"] += 1
+        nursery.child.sent.clear()
+    assert min(ends.values()) > INTERLEAVINGS / 20, ends
+    assert len(nursery.children) == 1
+
+
+@pytest.mark.parametrize("stage", ["load", "text", "step 0", "step 3", "decode"])
+async def test_a_cancel_frees_the_worker_within_one_step(nursery: Nursery, engine: LocalEngine, stage: str) -> None:
+    model = "slow" if stage == "load" else "fine"
+    cancelled = engine.submit(job("a", model, steps=5))
+    following = engine.submit(job("b", steps=1))
+    while nursery.gate.at != stage:
+        await until(lambda: nursery.gate.at is not None)
+        if nursery.gate.at != stage:
+            before = len(nursery.gate.passed)
+            nursery.gate.open()
+            await until(lambda before=before: len(nursery.gate.passed) > before)
+    assert engine.cancel("a")
+    assert cancelled.state is JobState.CANCELLED
+    await until(nursery.child.has_orders)
+    done_before = len(nursery.gate.passed)
+    nursery.gate.open(100)
+    await following.result
+    passed = nursery.gate.passed[done_before:]
+    mine = passed[: len(passed) - 3]  # the last three are the following job's text, step and decode
+    assert sum(thing.startswith("step") for thing in mine) <= 1
+    assert [thing for thing in mine if thing == "decode"] == (["decode"] if stage == "decode" else [])
+
+
+async def test_a_job_whose_worker_dies_is_done_once_and_keeps_its_age(nursery: Nursery, engine: LocalEngine) -> None:
+    first, second = engine.submit(job("a", steps=3)), engine.submit(job("b", steps=1))
+    await until(lambda: nursery.gate.at == "text")
+    assert (first.place, second.place) == (None, 1)
+    nursery.child.kill()
+    await until(lambda: len(nursery.children) == 2 and nursery.gate.at == "text")
+    assert (first.state, first.attempts, second.place) == (JobState.RUNNING, 2, 1)
+    nursery.gate.open(100)
+    await second.result
+    assert is_right(first)
+    assert is_right(second)
+
+
+async def test_a_job_that_loses_two_workers_is_answered(nursery: Nursery, engine: LocalEngine) -> None:
+    handle = engine.submit(job("a"))
+    for worker in (1, 2):
+        await until(lambda worker=worker: len(nursery.children) == worker and nursery.gate.at == "text")
+        nursery.child.kill()
+    with pytest.raises(WorkerLost, match="memory"):
+        await handle.result
+
+
+async def test_a_cancelled_job_is_not_tried_again(nursery: Nursery, engine: LocalEngine) -> None:
+    handle, following = engine.submit(job("a")), engine.submit(job("b"))
+    await until(lambda: nursery.gate.at == "text")
+    engine.cancel("a")
+    nursery.child.kill()
+    await until(lambda: len(nursery.children) == 2 and nursery.gate.at == "text")
+    nursery.gate.open(100)
+    await following.result
+    with pytest.raises(Cancelled):
+        handle.result.result()
+    assert handle.attempts == 1
+
+
+@pytest.mark.parametrize("where", ["waited", "ran"])
+async def test_a_deadline_is_kept_wherever_the_job_is(nursery: Nursery, engine: LocalEngine, where: str) -> None:
+    late = job("a", steps=3, deadline_seconds=0.05)
+    if where == "waited":
+        blocking = engine.submit(job("b"))
+        handle = engine.submit(late)
+    else:
+        handle, blocking = engine.submit(late), None
+    with pytest.raises(DeadlineExceeded, match=where):
+        await handle.result
+    nursery.gate.open(1000)
+    following = engine.submit(job("c"))
+    await following.result
+    steps = [report for report in nursery.child.sent if isinstance(report, Progress) and report.job_id == "a"]
+    assert len(steps) <= 1
+    assert blocking is None or is_right(blocking)
+
+
+async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: Nursery) -> None:
+    engine = nursery.engine(quarantine_seconds=0.2)
+    await engine.start()
+    try:
+        handle, waiting = engine.submit(job("a", "slow")), engine.submit(job("b", "slow"))
+        for worker in (1, 2):
+            await until(lambda worker=worker: len(nursery.children) == worker and nursery.gate.at == "load")
+            assert device(engine).loading == "slow"
+            nursery.child.kill()
+        for one in (handle, waiting):
+            with pytest.raises(ModelUnavailable, match="twice in a row"):
+                await one.result
+        assert list(engine.status().quarantined) == ["slow"]
+        with pytest.raises(ModelUnavailable):
+            engine.submit(job("c", "slow"))
+        await until(lambda: engine.status().ready)
+        nursery.gate.open(100)
+        assert (await engine.submit(job("d")).result).images  # other models are served
+        await until(lambda: not engine.status().quarantined)
+        assert (await engine.submit(job("e", "slow")).result).images
+    finally:
+        await engine.stop()
+
+
+async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(nursery: Nursery, engine: LocalEngine) -> None:
+    running, waiting = engine.submit(job("a")), engine.submit(job("b"))
+    draining = asyncio.create_task(engine.drain(60))
+    await until(lambda: engine.status().draining)
+    assert not engine.status().ready
+    assert device(engine).state is WorkerState.DRAINING
+    with pytest.raises(NotReady):
+        engine.submit(job("c"))
+    nursery.gate.open(100)
+    await draining
+    assert is_right(running)
+    assert is_right(waiting)
+
+
+async def test_draining_answers_what_it_cannot_finish(nursery: Nursery, engine: LocalEngine) -> None:
+    running, waiting = engine.submit(job("a")), engine.submit(job("b"))
+    await until(lambda: nursery.gate.at == "text")
+    await engine.drain(0.01)
+    for handle in (running, waiting):
+        with pytest.raises(NotReady) as caught:
+            handle.result.result()
+        assert caught.value.retry_after
+    nursery.gate.open(100)
