@@ -109,6 +109,7 @@ class ThreadChild:
         self.sent: list[object] = []  # every report, in order, as soon as it is in the pipe
         self._said = threading.Condition()
         self._theirs = connection
+        self._connection: _Tapped | None = None
         self._device = device
         self._plan = plan
         self._thread = threading.Thread(target=self._live, name="thread child", daemon=True)
@@ -125,6 +126,8 @@ class ThreadChild:
         return self._thread.is_alive()
 
     def kill(self) -> None:
+        if self._connection is None:
+            return  # not started: there is nothing to kill
         self.exitcode = -9
         self.gate.kill()
         try:
@@ -135,6 +138,7 @@ class ThreadChild:
 
     def has_orders(self) -> bool:
         """Something is in the pipe that the worker has not read."""
+        assert self._connection is not None
         return self._connection.poll()
 
     def wait_sent(self, kind: type, job_id: str) -> None:
@@ -151,6 +155,7 @@ class ThreadChild:
             self._said.notify_all()
 
     def _live(self) -> None:
+        assert self._connection is not None
         try:
             runner = RegistryRunner(GatedRegistry(self.gate), "a thread")
             worker.serve(self._connection, lambda device: runner, self._device, self._plan)
