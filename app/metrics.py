@@ -104,6 +104,15 @@ class Metrics:
         self._memory_total = Gauge(
             "wavespeed_gpu_memory_total_bytes", "GPU memory there is.", ["device"], registry=registry
         )
+        self._restarts = Gauge(
+            "wavespeed_worker_restarts", "Workers started after the first.", ["device"], registry=registry
+        )
+        self._worker_ready = Gauge(
+            "wavespeed_worker_ready", "1 when the device's worker can take jobs.", ["device"], registry=registry
+        )
+        self._quarantined = Gauge(
+            "wavespeed_model_quarantined", "1 when no worker is given the model.", ["model"], registry=registry
+        )
         self._loaded = Gauge(
             "wavespeed_model_loaded", "1 when some worker holds the model.", ["model"], registry=registry
         )
@@ -143,6 +152,9 @@ class Metrics:
         for device in status.devices:
             self._memory_used.labels(device.device).set(device.memory.used)
             self._memory_total.labels(device.device).set(device.memory.total)
+            self._restarts.labels(device.device).set(device.restarts)
+            self._worker_ready.labels(device.device).set(device.ready)
         for name in catalogue.models if catalogue else ():
             self._loaded.labels(name).set(name in status.loaded)
+            self._quarantined.labels(name).set(name in status.quarantined)
         return generate_latest(self.registry)

@@ -108,6 +108,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
         "model": "tiny-sd",
         "devices": "auto",
         "api_keys": "none",
+        "jobs_folder": "none",
         "allowed_hosts": "none",
         "cors_origins": "none",
     }

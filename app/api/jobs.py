@@ -104,7 +104,7 @@ Found = Annotated[JobRecord, Depends(_find)]
     "/api/jobs/{job_id}",
     summary="How far a job is, and its pictures when it is done",
     response_model=JobAnswer,
-    responses=errors(401, 404),
+    responses=errors(401, 404, 422),
 )
 async def look(request: Request, record: Found) -> Response:
     """`result` is what POST /api/generate would have answered, `error` what it would have answered instead."""
@@ -112,7 +112,9 @@ async def look(request: Request, record: Found) -> Response:
     return Response(_with_result(record, result), media_type="application/json")
 
 
-@router.delete("/api/jobs/{job_id}", summary="Cancel a job", response_model=JobAnswer, responses=errors(401, 404, 409))
+@router.delete(
+    "/api/jobs/{job_id}", summary="Cancel a job", response_model=JobAnswer, responses=errors(401, 404, 409, 422)
+)
 async def cancel(request: Request, job_id: str) -> Response:
     """A waiting job is gone at once, a running one leaves its worker at the next step. Twice is as good as once."""
     record = await service_of(request).jobs.cancel(job_id)

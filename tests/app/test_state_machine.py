@@ -171,8 +171,13 @@ class Service(RuleBasedStateMachine):
         async def go() -> None:
             gate = self.nursery.gate
             before = len(gate.passed)
+
+            def over() -> bool:
+                idle = self.engine.status().running == 0
+                return idle or len(gate.passed) >= before + times or gate is not self.nursery.gate
+
             gate.open(times)
-            await until(lambda: len(gate.passed) >= before + times or self.engine.status().running == 0)
+            await until(over)
             gate.close()
 
         self.run(go())

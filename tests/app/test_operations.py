@@ -1,0 +1,59 @@
+"""docs/operations.md says what the service does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import app.errors
+from app.api.schemas import parse
+from app.engine.states import WORKER_MOVES, WorkerState
+from app.errors import ServiceError
+from app.jobs.events import EventName
+from app.settings import Settings
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def first_cells(after: str) -> list[list[str]]:
+    table = re.search(r"((?:^\|.*\n)+)", TEXT[TEXT.index(after) :], re.MULTILINE)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()[2:]]
+
+
+def test_the_states_and_their_order_are_the_tables() -> None:
+    rows = {state.strip("`"): re.findall(r"`(\w+)`", before) for state, _, before in first_cells("## Workers")}
+    assert set(rows) == set(WorkerState)
+    rows["failed"] = [state for state in WorkerState if state is not WorkerState.FAILED]
+    for state, before in rows.items():
+        assert set(before) == {old for old, allowed in WORKER_MOVES.items() if state in allowed}, state
+
+
+def test_the_events_are_those_sent() -> None:
+    assert [name.strip("`") for name, _ in first_cells("The events, each with an id")] == list(get_args(EventName))
+
+
+def test_settings_and_error_types_exist() -> None:
+    settings = {f"WAVESPEED_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"WAVESPEED_[A-Z]+(?:_[A-Z]+)*", TEXT)) <= settings
+    types = {error.type: error.status for error in vars(app.errors).values() if is_error(error)}
+    for status, kind in re.findall(r"(\d{3}) `([a-z_]+)`", TEXT):
+        assert types[kind] == int(status), kind
+
+
+def is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, ServiceError)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_commands_parse_and_send_what_is_taken(block: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    for body in re.findall(r"-d '(\{.*?\})'", block, re.DOTALL):
+        parse(json.loads(body))
