@@ -154,6 +154,8 @@ async def test_a_deadline_is_kept_wherever_the_job_is(nursery: Nursery, engine: 
         handle, blocking = engine.submit(late), None
     with pytest.raises(DeadlineExceeded, match=where):
         await handle.result
+    if where == "ran":
+        await until(nursery.child.has_orders)  # the cancel has reached the worker, which is at a step still
     nursery.gate.open(1000)
     following = engine.submit(job("c"))
     await following.result
