@@ -209,6 +209,10 @@ class LoadedModel(Protocol):
     @property
     def denoiser(self) -> Denoiser: ...
 
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
+        ...
+
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """Draw `params.seeds`; attach `strategy` afresh to each batch; call `on_step` after each step."""
         ...

@@ -36,6 +36,15 @@ class PipelineModel(ABC):
     def denoiser(self) -> Denoiser:
         return self._denoiser
 
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        from .memory import decode_bytes
+
+        width, height = limits.render_size(self.spec, params.width, params.height)
+        pixels, vae = width * height, self.pipeline.vae
+        if self.spec.vae_tiling:
+            pixels = min(pixels, vae.tile_sample_min_size**2)
+        return decode_bytes(vae, pixels * (1 if self.spec.vae_slicing else images))
+
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.
 

@@ -20,6 +20,7 @@ from app.engine.base import (
     ModelInfo,
     StepListener,
 )
+from app.engine.memory import draw
 from app.engine.messages import Condition
 from app.engine.report import summarise
 from app.settings import available_cores
@@ -68,7 +69,8 @@ class RegistryRunner:
 
     def run(self, job: Job, on_step: StepListener) -> JobResult:
         model = self._registry.get(job.model)
-        generation = model.generate(job.params, job.strategy, on_step)
+        device = self._registry.device
+        generation, batch_size = draw(model, job.params, job.strategy, on_step, device)
         cache = summarise(generation.reports)
         pictures = tuple(
             images.encode(image, job.output_format, images.metadata(job, seed, cache))
@@ -79,7 +81,7 @@ class RegistryRunner:
             images=pictures,
             cache=cache,
             timings=generation.timings,
-            batches=-(-len(job.params.seeds) // job.params.batch_size),
+            batches=-(-len(job.params.seeds) // batch_size),
             warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
         )
 

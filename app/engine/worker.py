@@ -14,6 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
 from app.engine.base import Catalogue, Job, JobResult, StepListener
+from app.engine.memory import is_exhaustion
 from app.engine.messages import (
     Alive,
     Cancel,
@@ -211,9 +212,7 @@ def _kind_of(error: Exception) -> FailureKind:
         return "model_error"
     if isinstance(error, CacheError):
         return "incompatible"
-    # By name: torch need not be imported to be judged. Its CPU allocator raises a plain RuntimeError with these words.
-    out_of_memory = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    if out_of_memory or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_exhaustion(error):
         return "out_of_memory"
     return "failed"
 

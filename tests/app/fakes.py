@@ -55,6 +55,9 @@ class FakeModel:
     def step(self, index: int) -> None:
         """What happens in a denoising step."""
 
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        return params.width * params.height * images
+
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         passes, images = [], []
@@ -97,6 +100,19 @@ class HungryModel(FakeModel):
         raise MemoryError("no more")
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch's, by name and base."""
+
+
+class GreedyModel(FakeModel):
+    """Has memory for two images at a time."""
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        if min(params.batch_size, len(params.seeds)) > 2:
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().generate(params, strategy, on_step)
+
+
 class FrozenModel(FakeModel):
     """Hangs in native code that holds the interpreter's lock: no thread of the process runs any more."""
 
@@ -125,6 +141,7 @@ MODELS: Mapping[str, type[FakeModel]] = {
     "dies": DyingModel,
     "raises": RaisingModel,
     "hungry": HungryModel,
+    "greedy": GreedyModel,
     "hangs": HangingModel,
     "frozen": FrozenModel,
     "garbage": GarbageModel,

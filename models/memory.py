@@ -1,0 +1,86 @@
+"""How much a decode must hold at once: the peak of a network's live tensors, counted without computing any."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
+_DECODE_BYTES: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+def decode_bytes(vae: Any, pixels: int) -> int:
+    """Least bytes, beside the weights, to decode so many `pixels` at once by diffusers' AutoencoderKL.
+
+    In the data type of its parameters. The decoder's last levels hold several maps of 256 channels at the picture's own
+    size: in Stable Diffusion and Flux more than a denoising step holds, see docs/decisions/memory-admission.md.
+    """
+    if vae not in _DECODE_BYTES:
+        _DECODE_BYTES[vae] = _count(vae)
+    return round(_DECODE_BYTES[vae] * pixels)
+
+
+def _count(vae: Any) -> float:
+    """Bytes a pixel."""
+    with torch.device("meta"):
+        skeleton = type(vae).from_config(vae.config).eval().to(dtype=vae.dtype)
+        latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=vae.dtype)
+    drawn: list[Tensor] = []
+    peak = peak_bytes(lambda: drawn.append(skeleton.decode(latents, return_dict=False)[0]))
+    return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])
+
+
+def peak_bytes(call: Any) -> int:
+    """Most bytes that the tensors made by `call()`, on the meta device, hold at one time.
+
+    The fused attention kernels keep no matrix of scores, and none is counted.
+    """
+    live = _Live()
+    with torch.no_grad(), live, _FusedAttention():
+        call()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
+    """Follows each storage from the operator that makes it to the death of the last tensor that views it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._held = 0
+        self._views: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        weights = {key for key in given if not self._views[key]}  # made by nobody here: also the inputs
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in weights:
+                size = tensor.untyped_storage().nbytes()
+                self._held += size if not self._views[key] else 0
+                self._views[key] += 1
+                weakref.finalize(tensor, self._drop, key, size)
+        self.peak = max(self.peak, self._held)
+        return result
+
+    def _drop(self, key: int, size: int) -> None:
+        self._views[key] -= 1
+        self._held -= size if not self._views[key] else 0
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            query, _, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **kwargs)

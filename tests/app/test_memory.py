@@ -1,0 +1,145 @@
+"""Memory: what cannot fit is refused unstarted, what runs out is tried in smaller batches, and life goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.engine import memory
+from app.engine.base import Job
+from app.engine.runner import RegistryRunner
+from cache import CacheStrategy, NoCache
+from models.base import Generation, GenerationParams, StepHook
+from tests.app.conftest import client_of
+from tests.app.fakes import FakeModel, FakeRegistry, GreedyModel, OutOfMemoryError
+from tests.app.test_engine import until
+from tests.app.test_server import local_engine, post
+
+PARAMS = GenerationParams(prompt="a", width=100, height=100, steps=2, seeds=(1, 2, 3, 4, 5), batch_size=4)
+NEED = 100 * 100  # of one image, as the fake model says
+
+
+class Watched(FakeModel):
+    """Notes the batch sizes that it was run with."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        self.sizes.append(params.batch_size)
+        return super().generate(params, strategy, on_step)
+
+
+def drawn(model: Any, params: GenerationParams = PARAMS) -> tuple[Generation, int]:
+    return memory.draw(model, params, NoCache(), lambda step: None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "together"),
+    [(10 * NEED, 4, 4), (4 * NEED, 4, 4), (4 * NEED - 1, 4, 3), (NEED, 4, 1), (NEED, 1, 1)],
+)
+def test_as_many_are_denoised_together_as_fit(
+    monkeypatch: pytest.MonkeyPatch, free: int, asked: int, together: int
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    model = Watched()
+    generation, size = drawn(model, replace(PARAMS, batch_size=asked))
+    assert (model.sizes, size) == ([together], together)
+    assert len(generation.images) == 5
+    said = [sentence for sentence in generation.warnings if "do not fit" in sentence]
+    assert len(said) == (together < asked)
+
+
+def test_what_can_never_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: NEED - 1)
+    model = Watched()
+    with pytest.raises(MemoryError, match="10000 bytes"):
+        drawn(model)
+    assert model.sizes == []
+
+
+def test_a_batch_that_runs_out_is_drawn_one_at_a_time_and_equal() -> None:
+    generation, together = drawn(GreedyModel())
+    alone = FakeModel().generate(replace(PARAMS, batch_size=1), NoCache(), lambda step: None)
+    assert together == 1
+    assert [image.tobytes() for image in generation.images] == [image.tobytes() for image in alone.images]
+    assert any("one at a time" in sentence for sentence in generation.warnings)
+
+
+class Tensor:
+    """Stands for what a failed attempt held."""
+
+
+class Hoarder(FakeModel):
+    """Runs out of memory with a tensor in its frame; notes whether that is gone at the next attempt."""
+
+    def __init__(self) -> None:
+        self.held: list[weakref.ref[Tensor]] = []
+        self.gone: list[bool] = []
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        self.gone += [reference() is None for reference in self.held]
+        tensor = Tensor()
+        self.held.append(weakref.ref(tensor))
+        raise OutOfMemoryError(str(tensor))
+
+
+def test_the_first_attempts_tensors_are_gone_before_the_second_which_is_the_last() -> None:
+    model = Hoarder()
+    with pytest.raises(OutOfMemoryError):
+        drawn(model)
+    assert (len(model.held), model.gone) == (2, [True])
+
+
+def test_other_failures_and_single_images_are_not_tried_again() -> None:
+    class Raises(Watched):
+        def step(self, index: int) -> None:
+            raise RuntimeError("not about memory")
+
+    class Hungry(Watched):
+        def step(self, index: int) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    for model, batch in ((Raises(), 4), (Hungry(), 1)):
+        with pytest.raises(RuntimeError):
+            drawn(model, replace(PARAMS, batch_size=batch))
+        assert len(model.sizes) == 1
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    for name, text in {"max": "1000\n", "current": "700\n", "stat": "anon 500\ninactive_file 150\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory._container_bytes(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._container_bytes(tmp_path) == float("inf")
+    assert memory._container_bytes(tmp_path / "nothing") == float("inf")
+    assert 0 < memory.free_bytes("cpu") < 2**50
+
+
+async def test_after_it_ran_out_a_request_works_in_the_same_worker() -> None:
+    engine = local_engine()
+    async with client_of(engine, max_batch_size=4) as client:
+        await until(lambda: engine.status().ready)
+        worker = engine.status().devices[0].pid
+        split = await post(client, model="greedy", num_images=4, batch_size=4)
+        assert (split.status_code, len(split.json()["images"])) == (200, 4)
+        assert any("one at a time" in sentence for sentence in split.json()["warnings"])
+        for _ in range(3):
+            out = await post(client, model="hungry", num_images=4, batch_size=4)
+            assert (out.status_code, out.json()["error"]["type"]) == (503, "out_of_memory")
+            assert int(out.headers["retry-after"]) > 0
+            assert (await post(client)).status_code == 200
+        assert engine.status().devices[0].pid == worker
+        both = await asyncio.gather(post(client, model="hungry"), post(client))
+        assert [response.status_code for response in both] == [503, 200]
+
+
+def test_a_runner_counts_the_batches_that_were_drawn() -> None:
+    runner = RegistryRunner(FakeRegistry(), "fake device")
+    result = runner.run(Job(id="x", model="greedy", params=PARAMS, strategy=NoCache()), lambda step: None)
+    assert (result.batches, len(result.images)) == (5, 5)
