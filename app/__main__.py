@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, calibrate, bench."""
+"""The command line: serve, generate, models, calibrate, threshold, bench."""
 
 from __future__ import annotations
 
@@ -174,6 +174,39 @@ def calibrate(
         guidance_scale=guidance_scale,
     )
     print(path)
+
+
+@cli.command()
+def threshold(
+    model: Annotated[str, typer.Argument(help="A transformer model's name, as `models` lists it.")],
+    speedup: Annotated[float, typer.Option(min=1.01, help="Wished speed-up of the denoising, by operations.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
+    width: int = 512,
+    height: int = 512,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    max_consecutive: Annotated[int | None, typer.Option(help="As fbcache_max_consecutive.")] = None,
+    forecast: Annotated[str | None, typer.Option(help="As cache_forecast.")] = None,
+) -> None:
+    """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
+    from dataclasses import asdict
+
+    from app.threshold import found_for
+
+    values = {
+        "model": model,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "fbcache_enabled": True,
+        "fbcache_max_consecutive": max_consecutive,
+        "cache_forecast": forecast,
+    }
+    found = found_for(speedup, values, Settings(), _models(Settings()), prompt)
+    print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -68,7 +68,12 @@ class DeepCache:
                 raise ValueError(f"{setting} must be a whole number {bounds}, not {value!r}.")
         if self.start > self.end:
             raise ValueError(f"start ({self.start}) must not lie behind end ({self.end}): exchange them.")
-        forecasts.check(self.forecast)
+        if self.forecast == "probe":
+            raise ValueError(
+                "forecast probe asks a transformer's first block, and DeepCache has none: use damped, or another of "
+                f"{', '.join(forecasts.WITHOUT_WITNESS)}."
+            )
+        forecasts.check(self.forecast, forecasts.WITHOUT_WITNESS)
         schedules.check(self.schedule)
 
     @contextmanager

@@ -5,6 +5,10 @@ call reuses if mean|r - r_prev| / mean|r_prev| < threshold, r_prev being that of
 with the streams after the first block plus what all remaining blocks added to them at that computed call, or a forecast
 of it from the last ones. Without a forecast bit-equal to diffusers' hook for one item; the items of a batch decide each
 for itself.
+
+The forecast `probe`, the default, lets the first block say more than yes or no: how far along the line through its last
+two computed values its residual has moved. The other blocks' residuals are taken as far along theirs, and what is held
+against the threshold is how far r lies beside its line, summed over the calls since the last computed one.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ class FirstBlockCache:
     threshold: relative mean absolute difference, 0 to 1; 0 never reuses, published settings lie between .03 and .15.
     max_consecutive: the most calls in a row that may reuse; None for no cap.
     forecast: what a reuse call takes for the remaining blocks' residuals: `none` their last values, `linear` and
-        `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`).
+        `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`); `probe`
+        a line as far as the first block's residual has moved along its own, and the threshold bounds the sum of what
+        that residual leaves unexplained.
     One synchronisation with a GPU a call: the decision is the host's.
     """
 
@@ -38,7 +44,7 @@ class FirstBlockCache:
 
     threshold: float = 0.05
     max_consecutive: int | None = None
-    forecast: forecasts.Forecast = "none"
+    forecast: forecasts.Forecast = "probe"
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
@@ -85,7 +91,7 @@ class FirstBlockCache:
         elif report.reused == 0 and changes:
             report.warn(
                 f"The first-block cache reused nothing: the first block's residual changed by {min(changes):.3f} or "
-                f"more at every call, above the threshold {self.threshold}. A higher threshold would reuse."
+                f"more at every call, not below the threshold {self.threshold}. A higher threshold would reuse."
             )
         elif report.reused == 0 and not report.warnings:
             report.warn("The first-block cache reused nothing: the inputs changed their shape at every call.")

@@ -12,6 +12,10 @@ alone is plain reuse. TaylorSeer (Liu et al. 2025, arXiv:2503.06923) forecasts a
 can be judged for free: of a slope d the next one, e, kept the part β = ⟨d, e⟩ / ⟨d, d⟩, limited to 0 … 1. The slope is
 then taken (1 + β) / 2 times, half while there is none before it. Features bend most in a run's first calls, where the
 full slope does worse than none. On a signal that is a line β is 1.
+
+`probe` is linear as well, but asks a witness how far to go: a second tensor that is known at every call, the first
+block's residual. `History.ahead_of` says how many calls beyond its last kept value that one has moved along its own
+line, and the tensors that are not known are taken as far along theirs (`History.along`).
 """
 
 from __future__ import annotations
@@ -23,14 +27,18 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Forecast = Literal["none", "linear", "quadratic", "damped"]
-ORDERS: dict[Forecast, int] = {"none": 0, "linear": 1, "quadratic": 2, "damped": 1}
+Forecast = Literal["none", "linear", "quadratic", "damped", "probe"]
+ORDERS: dict[Forecast, int] = {"none": 0, "linear": 1, "quadratic": 2, "damped": 1, "probe": 1}
+WITHOUT_WITNESS = tuple(name for name in ORDERS if name != "probe")
+"""Those that need nothing but the kept tensor and the number of the call."""
+
+FASTEST = 2.0  # steps along a line that a witness may be believed for each call
 
 
-def check(forecast: Any) -> None:
-    """Raises ValueError for what is no Forecast."""
-    if forecast not in tuple(ORDERS):
-        raise ValueError(f"forecast must be one of {', '.join(ORDERS)}, not {forecast!r}.")
+def check(forecast: Any, known: Sequence[str] = tuple(ORDERS)) -> None:
+    """Raises ValueError for what is none of `known`."""
+    if forecast not in tuple(known):
+        raise ValueError(f"forecast must be one of {', '.join(known)}, not {forecast!r}.")
 
 
 class History:
@@ -50,6 +58,7 @@ class History:
         self._terms: list[Tensor] = []  # f[a], f[a, b], f[a, b, c]; an item with fewer values has zeros
         self._is_damped = forecast == "damped"
         self._trust: Tensor | None = None  # what of the slope is taken, for each entry of the first dimension
+        self._reach: Tensor | None = None  # 1 / ⟨slope, slope⟩ of each item, made when it is asked for
 
     @property
     def newest(self) -> Tensor:
@@ -71,6 +80,34 @@ class History:
             value = _plus(value, difference, weight, in_place=order > 1 or onto is not None)
         return value
 
+    def ahead_of(self, value: Tensor, call: int) -> Tensor:
+        """How many calls beyond its newest value each item's line comes nearest to `value`; shape (items,).
+
+        The least-squares step along the line: 0 where there is no line yet or none that moves, never back, and at most
+        FASTEST times the calls from the newest value to `call`, where a line that hardly moves would say anything.
+        """
+        from torch import linalg  # here, as this module is read without torch as well
+
+        if len(self._terms) < 2:
+            return value.new_zeros(len(value)).float()
+        slope = self._terms[1].flatten(1).float()  # float: in half precision sums overflow
+        if self._reach is None:
+            self._reach = slope.square().sum(1).reciprocal_().nan_to_num_(0, 0, 0)
+        ahead: Tensor = linalg.vecdot((value - self._terms[0]).flatten(1).float(), slope).mul_(self._reach)
+        furthest = [FASTEST * (call - anchors[0]) if anchors else 0.0 for anchors in self._calls]
+        if len(set(furthest)) == 1:
+            return ahead.clamp_(0, furthest[0])
+        return ahead.clamp_(ahead.new_zeros(()), ahead.new_tensor(furthest))
+
+    def along(self, ahead: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Each item's line `ahead` (items,) calls beyond its newest value, added to `onto`."""
+        value = self._terms[0] if onto is None else self._terms[0] + onto
+        if len(self._terms) < 2:
+            return value
+        slope = self._terms[1]
+        weight = ahead.to(slope.dtype).view(-1, *(1,) * (slope.dim() - 1))
+        return _plus(value, slope, weight, in_place=onto is not None)
+
     def make_room(self) -> None:
         """Let go of what the next value will not need, so that the old and the new are not held at once."""
         del self._terms[self._order + self._is_damped :]
@@ -80,6 +117,7 @@ class History:
 
         The first value is that of all.
         """
+        self._reach = None
         items = range(len(self._calls)) if rows is None else rows
         known = [self._calls[item] for item in items]
         new = [value]
@@ -119,6 +157,7 @@ class History:
 
     def forget(self, item: int) -> None:
         """Start the item anew: its values are not to be forecast from, being no numbers for instance."""
+        self._reach = None
         self._calls[item] = []
         for term in self._terms:
             term[item].zero_()

@@ -20,6 +20,7 @@ from .cost import first_block_cost, on_meta
 from .denoiser import TransformerDenoiser
 from .forecast import History
 from .patching import Call, shadowed
+from .reference import Reference
 from .strategy import CacheReport, IncompatibleDenoiser
 
 if TYPE_CHECKING:
@@ -37,16 +38,13 @@ class _Pass:
     """
 
     signature: tuple[Any, ...]
-    probe: Tensor  # the first block's residual of the image stream (batch, tokens, channels)
-    scale: Tensor  # mean |probe| of each item (batch,)
+    reference: Reference  # for the first block's residual of the image stream
     tails: dict[str, History]  # what all blocks but the first added to each stream
-    streak: list[int]  # reused calls in a row of each item
     now: int = 0  # the last call, counted in this pass
 
     @property
     def bytes(self) -> int:
-        references = sum(tensor.numel() * tensor.element_size() for tensor in (self.probe, self.scale))
-        return references + sum(history.bytes for history in self.tails.values())
+        return self.reference.bytes + sum(history.bytes for history in self.tails.values())
 
 
 class ResidualRun:
@@ -55,9 +53,7 @@ class ResidualRun:
     def __init__(self, denoiser: TransformerDenoiser, report: CacheReport, strategy: FirstBlockCache) -> None:
         self.denoiser = denoiser
         self.report = report
-        self.threshold = strategy.threshold
-        self.cap = math.inf if strategy.max_consecutive is None else strategy.max_consecutive
-        self.forecast = strategy.forecast
+        self.settings = strategy
         self.blocks = denoiser.blocks
         self.passes: dict[str | None, _Pass] = {}
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
@@ -69,7 +65,7 @@ class ResidualRun:
         argument = denoiser.injected(call)
         if argument is not None:
             report.warn(f"Calls with {argument} were computed fully: it changes what the blocks hand on.")
-        if self.threshold == 0 or argument is not None:
+        if self.settings.threshold == 0 or argument is not None:
             self.passes.pop(call.pass_name, None)
             output = call.run()
             report.record("C" * denoiser.batch_of(call))
@@ -110,7 +106,7 @@ class _Turn:
         self.call = call
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
-        self.change: float | None = None  # the largest relative change of a probe in the batch
+        self.change: float | None = None  # the largest in the batch of what was held against the threshold
         self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
@@ -158,12 +154,16 @@ class _Turn:
             self.rows = list(range(self.batch))
             return self.live
         entry.now += 1
-        self.decide(entry)
+        ahead = self.decide(entry)
         if len(self.rows) == self.batch:
             return self.live
+
+        def reached(tail: History, stream: Tensor) -> Tensor:
+            return tail.at(entry.now, stream) if ahead is None else tail.along(ahead, stream)
+
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
         streams = {
-            name: entry.tails[name].at(entry.now, stream) if name in entry.tails else stream
+            name: reached(entry.tails[name], stream) if name in entry.tails else stream
             for name, stream in self.head.items()
         }
         if self.rows:
@@ -171,23 +171,19 @@ class _Turn:
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
         return streams
 
-    def decide(self, entry: _Pass) -> None:
-        """Set which items compute, by how much each one's probe differs from the kept one."""
-        run = self.run
-        changes = [(now - then).abs().mean() for now, then in zip(self.probe, entry.probe, strict=True)]
-        ratios = (torch.stack(changes) / entry.scale).tolist()
-        for row, ratio in enumerate(ratios):
-            reuse = ratio < run.threshold and entry.streak[row] < run.cap  # false for NaN
-            entry.streak[row] = entry.streak[row] + 1 if reuse else 0
-            if not reuse:
-                self.rows.append(row)
-            if not math.isfinite(ratio):
+    def decide(self, entry: _Pass) -> Tensor | None:
+        """Set which items compute. Returns how far the others have moved on, where the forecast asks for it."""
+        verdict = entry.reference.judge(entry.now, self.probe)
+        self.rows = verdict.rows
+        for row, change in enumerate(verdict.changes):
+            if not math.isfinite(change):
                 for history in entry.tails.values():
                     history.forget(row)
-        if all(map(math.isfinite, ratios)):
-            self.change = max(ratios)
+        if all(map(math.isfinite, verdict.changes)):
+            self.change = max(verdict.changes)
         else:
-            run.report.warn("The first block's residual was zero, infinite or not a number: those calls computed.")
+            self.run.report.warn("The first block's residual was zero, infinite or not a number: those calls computed.")
+        return verdict.ahead
 
     def run_blocks(
         self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -208,18 +204,15 @@ class _Turn:
             )
         if run.in_place is None:
             run.in_place = not all(torch.equal(self.live[name], stream) for name, stream in self.head.items())
-        scale = torch.stack([item.abs().mean() for item in self.probe])
         entry = run.passes.get(self.call.pass_name)
         rows: list[int] | None = None
         if entry is None:
-            tails = {name: History(run.forecast, self.batch) for name in streams}
-            entry = _Pass(self.call.signature, self.probe, scale, tails, [0] * self.batch)
+            tails = {name: History(run.settings.forecast, self.batch) for name in streams}
+            entry = _Pass(self.call.signature, Reference(run.settings, self.probe), tails)
             run.passes[self.call.pass_name] = entry
-        elif len(self.rows) == self.batch:
-            entry.probe, entry.scale = self.probe, scale
         else:
-            rows = self.rows
-            entry.probe[rows], entry.scale[rows] = self.probe[rows], scale[rows]
+            rows = None if len(self.rows) == self.batch else self.rows
+            entry.reference.keep(entry.now, self.probe, rows)
         for name, stream in streams.items():
             tail = (stream - self.head[name]).detach()
             entry.tails[name].add(entry.now, tail if rows is None else tail[rows], rows)

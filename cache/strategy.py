@@ -7,6 +7,7 @@ validates settings can build them and send them to the one that owns the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .patching import Call
+
+
+PERCENTILES = (5, 25, 50, 75, 95)  # of the first-block cache's residual differences, in a report
 
 
 class CacheError(Exception):
@@ -38,8 +42,9 @@ class CacheReport:
     peak of what was kept between calls. `settings` holds what the strategy was told and what followed from it.
 
     First-block cache only: `residuals` holds for each call the relative change of the first block's residual that was
-    held against the threshold (the largest of the batch; None where there was nothing to compare with), and
-    `item_decisions`, for a batch of several, the letters of each item; there a call's letter is R if every item reused.
+    held against the threshold (the largest of the batch; None where there was nothing to compare with),
+    `residual_percentiles` how they are spread, and `item_decisions`, for a batch of several, the letters of each item;
+    there a call's letter is R if every item reused.
     """
 
     strategy: str
@@ -73,6 +78,20 @@ class CacheReport:
             return None
         return len(self.decisions) / (self.computed + self.reused * self.reuse_cost)
 
+    @property
+    def residual_percentiles(self) -> dict[str, float]:
+        """p5, p25, p50, p75 and p95 of the finite `residuals`, interpolated linearly; empty without any."""
+        known = sorted(value for value in self.residuals if value is not None and math.isfinite(value))
+        if not known:
+            return {}
+
+        def at(share: float) -> float:
+            place = share * (len(known) - 1)
+            below, beyond = known[int(place)], known[min(int(place) + 1, len(known) - 1)]
+            return below + (place - int(place)) * (beyond - below)
+
+        return {f"p{percent}": at(percent / 100) for percent in PERCENTILES}
+
     def record(self, items: str) -> None:
         """Note a finished call by its letter, or by the letters of its batch items where those decide apart."""
         if len(items) > 1 and not self.decisions:
@@ -104,6 +123,8 @@ class CacheReport:
         }
         if self.residuals:
             report["residuals"] = [None if value is None else round(value, 5) for value in self.residuals]
+        if percentiles := self.residual_percentiles:
+            report["residual_percentiles"] = {name: round(value, 5) for name, value in percentiles.items()}
         if self.item_decisions:
             report["item_decisions"] = list(self.item_decisions)
         return report

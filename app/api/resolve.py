@@ -148,6 +148,12 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
             field="fbcache_enabled",
         )
+    if request.deepcache_enabled and request.cache_forecast == "probe":
+        raise Incompatible(
+            "cache_forecast probe asks the first block of a transformer, and DeepCache has none. Leave it out, or "
+            "give none, linear, quadratic or damped.",
+            field="cache_forecast",
+        )
     if request.deepcache_enabled and request.img2img_enabled:
         raise Incompatible(
             "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"

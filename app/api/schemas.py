@@ -125,17 +125,19 @@ class GenerateRequest(BaseModel):
         0.05,
         ge=0,
         le=1,
-        description="Reuse while the first block's residual differs by less; 0 never reuses. "
+        description="Reuse while the first block's residual differs by less, or lies less beside its line where "
+        "cache_forecast is probe; 0 never reuses. "
         "Also called residual_diff_threshold.",
     )
     fbcache_max_consecutive: int | None = Field(
         None, ge=1, le=50, description="Most reuse steps in a row; null sets no cap."
     )
-    cache_forecast: Literal["none", "linear", "quadratic", "damped"] | None = Field(
+    cache_forecast: Literal["none", "linear", "quadratic", "damped", "probe"] | None = Field(
         None,
         description="How a reuse step predicts what it skips: none takes the last value, linear and quadratic a "
         "polynomial through the last two or three, damped a line whose slope is trusted as far as the one before it "
-        "held; null takes the cache's measured default.",
+        "held; probe, for FBCache, a line as far as the first block has moved along its own; null takes the cache's "
+        "measured default.",
     )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(

@@ -61,11 +61,11 @@ class RegistryRunner:
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         self._registry.on_stage = on_stage
 
-    def load(self, model: str) -> None:
-        self._registry.get(model)
-
     def model(self, name: str) -> LoadedModel:
         return self._registry.get(name)
+
+    def load(self, model: str) -> None:
+        self._registry.get(model)
 
     def run(self, job: Job, on_step: StepListener) -> JobResult:
         model = self._registry.get(job.model)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.cache.claims import Claim, forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
-from benchmarks.cache.overhead import overheads
+from benchmarks.cache.overhead import first_block_overheads, overheads
 from benchmarks.cache.page import Section, write
 from benchmarks.cache.presets import counted
 from benchmarks.cache.settings import Grid, Setting, full, presets
@@ -149,10 +149,11 @@ def demands(
 
 
 def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> list[dict[str, Any]]:
-    """The overhead of a reuse step at each branch that `depths` choose; nothing on a transformer."""
-    if not costs:
-        return []
+    """The overhead of a reuse step: at each branch that `depths` choose, or after a transformer's first block."""
     pipeline = bench.model.pipeline
+    if not costs:
+        forecasts = dict.fromkeys((FirstBlockCache().forecast, "none"))
+        return [first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS)]
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scale = pipeline.vae_scale_factor
     size = (bench.params.height // scale, bench.params.width // scale)
@@ -217,7 +218,7 @@ def main(
     intervals: Annotated[str | None, typer.Option(help="With --full: some of 2,3,4,5,6,7,8.")] = None,
     depths: Annotated[str | None, typer.Option(help="With --full: some of 0,1,2,3,4.")] = None,
     thresholds: Annotated[str | None, typer.Option(help="With --full: thresholds, separated by commas.")] = None,
-    forecasts: Annotated[str | None, typer.Option(help="With --full: some of none,linear,quadratic,damped.")] = None,
+    forecasts: Annotated[str | None, typer.Option(help="With --full: of none,linear,quadratic,damped,probe.")] = None,
     fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no setting after that, divided among models.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
@@ -252,7 +253,7 @@ def main(
             costs = registry.reuse_costs(name)
             section.overhead = reuse_steps(bench, costs, grid.depths)
             section.claims = demands(bench, settings, results, costs)
-            section.claims += of_overheads(section.overhead, DeepCache().forecast)
+            section.claims += of_overheads(section.overhead, (DeepCache() if costs else FirstBlockCache()).forecast)
             from benchmarks.cache.plot import draw  # matplotlib, which only the page needs
 
             draw(said, results, page.parent / section.plot)

@@ -84,9 +84,7 @@ def of_overheads(rows: Sequence[Mapping[str, Any]], default: str) -> list[Claim]
     for row in rows:
         own = row["excess"][f"ours, {default}"]
         (published,) = (excess for name, excess in row["excess"].items() if not name.startswith("ours"))
-        sentence = (
-            f"branch {row['branch']}: a reuse step above its bare layers, at most {OVERHEAD:.0%} and below {PEER}"
-        )
+        sentence = f"{row['layers']}: a reuse step above its bare layers, at most {OVERHEAD:.0%} and below {PEER}"
         claims.append(Claim(sentence, f"{own:+.1%} against {published:+.1%}", own <= OVERHEAD and own < published))
     return claims
 

@@ -254,6 +254,17 @@ class Bench:
         if setting.ours:
             result.cache_bytes = max(report.cache_bytes for report in couple[0][1].reports)
 
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline calls its denoiser with in the first picture's first step, by name."""
+        seen: list[dict[str, Any]] = []
+        network: torch.nn.Module = self.model.denoiser.root
+        hook = network.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
+        try:
+            self._draw(replace(uncached(), steps=1), self._watched(uncached()), *self.pairs[0])
+        finally:
+            hook.remove()
+        return seen[0]
+
     def paired(self, one: Setting, other: Setting, repeats: int) -> list[tuple[float, float]]:
         """Seconds of one picture's denoising under each of two settings."""
         return self._in_turn([(setting, self._watched(setting)) for setting in (one, other)], repeats)

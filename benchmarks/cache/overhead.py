@@ -1,25 +1,27 @@
 """What a reuse step costs above the layers that it runs: ours beside the published helper's, in one process.
 
-The bare step is the UNet's own forward over its shortened lists of layers, shortened before the clock starts and left
-so: no interception, no decision, no forecast. All take turns call by call on the same inputs; every second call
-computes, untimed, so that forecasts have values to go by.
+The bare step is the network's own forward over its shortened lists of layers, shortened before the clock starts and
+left so: no interception, no decision, no forecast. All take turns call by call on the same inputs; every second call
+computes, untimed, so that forecasts have values to go by. A transformer's caches decide for themselves: the latents of
+a computed call are new ones, those of the reused call after it are the same but for a little.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor, nn
 
 from benchmarks.cache.measure import now
-from benchmarks.cache.peers import PublishedDeepCache, twin
+from benchmarks.cache.peers import DiffusersHook, PublishedDeepCache, twin
 from benchmarks.cache.settings import with_forecast
-from cache import DeepCache, UNetDenoiser
+from cache import DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.patching import shadowed
 
@@ -60,8 +62,52 @@ def overheads(
         stack.enter_context(peer.attach(UNetDenoiser(unet)))
         steps["DeepCache 0.1.1"] = lambda index: call(host.unet, index)
         seconds = _timed(steps, repeats)
+    return _row(f"branch {branch}", seconds)
+
+
+def first_block_overheads(
+    transformer: nn.Module, arguments: Mapping[str, Any], forecasts: Iterable[str], repeats: int
+) -> dict[str, Any]:
+    """The same for the first-block cache beside diffusers' hook. `arguments`: of one call of `transformer`, by name."""
+    view = TransformerDenoiser(twin(transformer))
+    generator = torch.Generator().manual_seed(0)
+    like = arguments["hidden_states"]
+    starts = torch.randn(repeats + WARM_UP, *like.shape, generator=generator).to(like)
+
+    def call(network: nn.Module, index: int) -> Any:
+        hidden = starts[index // 2] * (1 + 1e-4 * (index % 2))
+        return network(**{**arguments, "hidden_states": hidden})
+
+    with torch.no_grad(), ExitStack() as stack:
+        lists = enumerate(zip(view.block_lists, view.blocks, strict=True))
+        shadows = [(view.root, name, blocks[:1] if index == 0 else []) for index, (name, blocks) in lists]
+        stack.enter_context(shadowed(shadows))
+        steps: dict[str, Step] = {"bare": lambda index: call(view.root, index) if index % 2 else None}
+        reports = []
+        for forecast in forecasts:
+            own = TransformerDenoiser(twin(transformer))
+            strategy = with_forecast(FirstBlockCache(), forecast)
+            reports.append(stack.enter_context(strategy.attach(own)))
+            steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)
+        host = SimpleNamespace(transformer=transformer)
+        peer = DiffusersHook(host, repeats, config=FirstBlockCacheConfig(threshold=FirstBlockCache().threshold))
+        stack.enter_context(peer.attach(TransformerDenoiser(transformer)))
+
+        def hooked(index: int) -> Any:
+            with host.transformer.cache_context("cond"):
+                return call(host.transformer, index)
+
+        steps["diffusers FirstBlockCache"] = hooked
+        seconds = _timed(steps, repeats)
+    expected = "CR" * (repeats + WARM_UP)
+    if any(report.decisions != expected for report in reports):
+        raise RuntimeError("the calls did not compute and reuse in turn, so that what was timed is no reuse step")
+    return _row("the first block", seconds)
+
+
+def _row(layers: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return {
-        "branch": branch,
+        "layers": layers,
         "milliseconds": {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()},
         "excess": {
             name: round(statistics.median(a / b - 1 for a, b in zip(values, seconds["bare"], strict=True)), 4)

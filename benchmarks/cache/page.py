@@ -118,12 +118,12 @@ def _overhead(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "Median time of a reuse step, and what it takes above the bare layers (median over paired calls).",
         "",
-        "| branch | bare layers | " + " | ".join(names) + " |",
+        "| layers | bare | " + " | ".join(names) + " |",
         "|---" * (len(names) + 2) + "|",
     ]
     for row in rows:
         cells = [f"{row['milliseconds'][name]:.2f} ms, {row['excess'][name]:+.1%}" for name in names]
-        lines.append(f"| {row['branch']} | {row['milliseconds']['bare']:.2f} ms | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['layers']} | {row['milliseconds']['bare']:.2f} ms | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

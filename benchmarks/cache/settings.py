@@ -19,7 +19,7 @@ from cache import (
     UNetDenoiser,
 )
 from cache.cost import deepest_branch
-from cache.forecast import ORDERS
+from cache.forecast import ORDERS, WITHOUT_WITNESS
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
@@ -166,8 +166,9 @@ def _cache_dit(blocks: int, thresholds: Iterable[float]) -> Iterator[Setting]:
 
 
 def forecasts(strategy: type[Any], grid: Grid) -> list[str]:
-    """The grid's forecasts, the strategy's default first."""
-    return sorted(grid.forecasts, key=lambda name: name != strategy().forecast)
+    """Those of the grid's forecasts that the strategy can make, its default first."""
+    able = ORDERS if strategy is FirstBlockCache else WITHOUT_WITNESS
+    return sorted((name for name in grid.forecasts if name in able), key=lambda name: name != strategy().forecast)
 
 
 def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:

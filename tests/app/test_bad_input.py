@@ -129,6 +129,12 @@ async def test_a_bad_value_is_refused_by_name(
         ({"flux_enabled": True, "deepcache_preset": "balanced", "deepcache_enabled": True}, "incompatible",
          "deepcache_enabled", ["FBCache"]),
         ({"fbcache_enabled": True}, "incompatible", "fbcache_enabled", ["DeepCache"]),
+        (
+            {"deepcache_enabled": True, "cache_forecast": "probe"},
+            "incompatible",
+            "cache_forecast",
+            ["first block", "damped"],
+        ),
         ({"model": "fine", "fbcache_enabled": True}, "incompatible", "fbcache_enabled", ["DeepCache"]),
         ({"deepcache_enabled": True, "img2img_enabled": True}, "incompatible", "deepcache_enabled", ["false"]),
         ({"deepcache_enabled": True, "img2img_enabled": True, "img2img_image": "aGk="}, "incompatible",

@@ -84,6 +84,7 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
         ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),
         ({"flux_enabled": True, "cache_forecast": "none"}, FirstBlockCache(forecast="none")),
+        ({"flux_enabled": True, "cache_forecast": "probe"}, FirstBlockCache(forecast="probe")),
         ({"model": "flux"}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "residual_diff_threshold": 0}, FirstBlockCache(0.0, None)),
         ({"flux_enabled": True, "fbcache_threshold": 1, "fbcache_max_consecutive": 3}, FirstBlockCache(1.0, 3)),

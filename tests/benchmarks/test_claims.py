@@ -56,7 +56,7 @@ def test_only_the_default_forecast_is_held_to_beating_the_peers() -> None:
 
 def test_the_overhead_must_be_small_and_below_the_helpers() -> None:
     rows = [
-        {"branch": branch, "excess": {"ours, linear": own, "ours, none": 0.0, "DeepCache 0.1.1": published}}
+        {"layers": f"branch {branch}", "excess": {"ours, linear": own, "ours, none": 0.0, "DeepCache 0.1.1": published}}
         for branch, (own, published) in enumerate([(0.03, 0.1), (0.03, 0.02), (0.06, 0.1)])
     ]
     assert [claim.holds for claim in of_overheads(rows, "linear")] == [True, False, False]

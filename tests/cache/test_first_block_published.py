@@ -60,7 +60,7 @@ def test_the_thresholds_above_mix_both_decisions() -> None:
     family = TRANSFORMERS["flux"]
     rates = []
     for threshold in (0.05, 0.25, 0.3, 1.0):
-        with attach(network_of(family), FirstBlockCache(threshold)) as report:
+        with attach(network_of(family), FirstBlockCache(threshold, forecast="none")) as report:
             family.denoise(network_of(family), steps=STEPS)
         rates.append(report.hit_rate)
     assert rates == sorted(rates)

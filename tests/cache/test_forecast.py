@@ -54,7 +54,7 @@ def lagrange(values: dict[int, Tensor], order: int, at: int) -> Tensor:
 
 
 def test_orders_are_those_of_their_names() -> None:
-    assert ORDERS == {"none": 0, "linear": 1, "quadratic": 2, "damped": 1}
+    assert ORDERS == {"none": 0, "linear": 1, "quadratic": 2, "damped": 1, "probe": 1}
 
 
 @given(

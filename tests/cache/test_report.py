@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,18 @@ def test_items_are_recorded_apart_and_a_call_is_reused_if_all_are() -> None:
     assert report.item_decisions == ["CRR", "CCR"]
 
 
+def test_percentiles_of_the_residuals_are_those_of_numpy() -> None:
+    known = [0.4, 0.02, 0.11, 0.03, 0.3, 0.07]
+    report = CacheReport("first_block", residuals=[None, *known[:3], math.nan, *known[3:], math.inf])
+    expected = np.percentile(known, [5, 25, 50, 75, 95])
+    assert list(report.residual_percentiles) == ["p5", "p25", "p50", "p75", "p95"]
+    assert list(report.residual_percentiles.values()) == pytest.approx(expected)
+    assert list(report.as_dict()["residual_percentiles"].values()) == pytest.approx(expected, abs=1e-5)
+    one = CacheReport("first_block", residuals=[None, 0.2])
+    assert set(one.residual_percentiles.values()) == {0.2}
+    assert "residual_percentiles" not in CacheReport("first_block", residuals=[None, math.nan]).as_dict()
+
+
 def test_a_warning_is_given_once() -> None:
     report = CacheReport("none")
     report.warn("Twice.")
@@ -78,6 +91,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"schedule": (1, 4)}, "begin with 0"),
         (DeepCache, {"schedule": (0, 4, 4)}, "ascend"),
         (DeepCache, {"schedule": ()}, "begin with 0"),
+        (DeepCache, {"forecast": "probe"}, "DeepCache has none: use damped"),
         (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),
         (FirstBlockCache, {"threshold": 1.1}, "between 0"),

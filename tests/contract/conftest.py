@@ -26,6 +26,7 @@ ON_TRANSFORMERS: list[CacheStrategy] = [
     FirstBlockCache(1.0, max_consecutive=2, forecast="linear"),
     FirstBlockCache(1.0, max_consecutive=1, forecast="quadratic"),
     FirstBlockCache(1.0, max_consecutive=1, forecast="damped"),
+    FirstBlockCache(1.0, max_consecutive=2, forecast="probe"),
 ]
 # The trained networks are larger: one setting of each strategy.
 ON_TRAINED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]

@@ -1,0 +1,50 @@
+"""The command `threshold`: uncached pictures with a progress bar, then the threshold that a wished speed-up needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from app.api.resolve import Limits, resolve
+from app.api.schemas import parse
+from app.errors import ServiceError
+from app.settings import Settings
+from cache import FirstBlockCache
+from models import threshold
+from models.base import Step
+
+if TYPE_CHECKING:
+    from cache.threshold import Found
+
+
+def found_for(
+    speedup: float,
+    values: Mapping[str, Any],
+    settings: Settings,
+    models: Mapping[str, Any],
+    prompts: Sequence[str] | None = None,
+) -> Found:
+    """`values`: of a request, None where it leaves a field out; its pictures are drawn, one of each of `prompts`.
+
+    Raises ServiceError and ModelError, which say what to ask instead.
+    """
+    from app.engine.runner import configured_runner
+
+    prompts = prompts or threshold.PROMPTS
+    request = parse({"prompt": prompts[0]} | {name: value for name, value in values.items() if value is not None})
+    runner = configured_runner(settings.devices[0], **models)
+    job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)
+    if not isinstance(job.strategy, FirstBlockCache):
+        raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"loading {job.model}", total=None)
+        model = runner.model(job.model)
+        progress.update(task, description=job.model, total=job.params.steps * len(prompts), completed=0)
+
+        def on_step(step: Step) -> None:
+            progress.advance(task)
+
+        return threshold.find(model, job.params, speedup, job.strategy, on_step, prompts)

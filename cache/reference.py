@@ -1,0 +1,89 @@
+"""What the first block's residual is held against, and so which items of a batch may reuse.
+
+The published rule: by how much the residual differs from the one of the last computed call. With the forecast `probe`:
+by how much it lies beside the line through the last two, summed over the calls since the last computed one. A residual
+that moves on along its line is no error, since the others are taken along theirs; what each reused call adds to the
+state's error is, and stays in it.
+
+Nothing here runs a network: the same rule decides in a run (`residual.py`) and for recorded residuals (`threshold.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .forecast import History
+
+if TYPE_CHECKING:
+    from .first_block import FirstBlockCache
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """rows: the items that compute. changes: what was held against the threshold, of each item; not finite where there
+    was nothing to compare with. ahead: for the forecast `probe`, how many calls each item has moved on (items,).
+    """
+
+    rows: list[int]
+    changes: list[float]
+    ahead: Tensor | None
+
+
+class Reference:
+    """The residuals of each item's last computed calls (items, tokens, channels), and what was spent since."""
+
+    def __init__(self, settings: FirstBlockCache, probe: Tensor) -> None:
+        self._threshold = settings.threshold
+        self._cap = math.inf if settings.max_consecutive is None else settings.max_consecutive
+        self._guided = settings.forecast == "probe"
+        items = len(probe)
+        self._history = History("linear" if self._guided else "none", items)
+        self._history.add(0, probe)
+        self._scale = _means(probe)  # mean |residual| of each item
+        self._streak = [0] * items  # reused calls in a row
+        self._spent = [0.0] * items  # with `probe`: what the reused calls since the last computed one left of it
+
+    @property
+    def bytes(self) -> int:
+        return self._history.bytes + self._scale.numel() * self._scale.element_size()
+
+    def judge(self, call: int, probe: Tensor) -> Verdict:
+        """Decide for call number `call`, in which the first block added `probe`."""
+        history = self._history
+        ahead = history.ahead_of(probe, call) if self._guided else None
+        expected = history.newest if ahead is None else history.along(ahead)
+        ratios: list[float] = (_means(probe - expected) / self._scale).tolist()
+        changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
+        rows = []
+        for row, change in enumerate(changes):
+            reuse = change < self._threshold and self._streak[row] < self._cap  # false for NaN
+            self._streak[row] = self._streak[row] + 1 if reuse else 0
+            self._spent[row] = change if reuse and self._guided else 0.0
+            if not reuse:
+                rows.append(row)
+            if not math.isfinite(change):
+                history.forget(row)
+        return Verdict(rows, changes, ahead)
+
+    def keep(self, call: int, probe: Tensor, rows: Sequence[int] | None) -> None:
+        """Take `probe` for the reference of the items `rows`, or of all."""
+        if rows is None:
+            self._history.add(call, probe)
+            self._scale = _means(probe)
+        else:
+            kept = list(rows)
+            self._history.add(call, probe[kept], kept)
+            self._scale[kept] = _means(probe[kept])
+
+
+def _means(residual: Tensor) -> Tensor:
+    """Mean of the absolute values of each item, taken item by item: a mean over a batch rounds otherwise."""
+    if len(residual) == 1:
+        return residual.abs().mean().view(1)
+    return torch.stack([item.abs().mean() for item in residual])
