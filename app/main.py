@@ -104,6 +104,17 @@ def _describe(app: FastAPI) -> None:
             request = request_schema()
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                _errors_are_json(operation["responses"])
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _errors_are_json(responses: dict[str, Any]) -> None:
+    """The framework describes a stream's errors as streams."""
+    for status, response in responses.items():
+        content = response.get("content", {})
+        if status >= "400" and "text/event-stream" in content:
+            content["application/json"] = content.pop("text/event-stream")

@@ -1,0 +1,156 @@
+"""python -m benchmarks.soak --minutes 10: is the server after a siege what it was before?
+
+Prints a table and, last, one JSON line. Ends non-zero when a good picture differed from the quiet server's, a request
+got no or a wrong answer, resident memory grew by more than 5 %, or descriptors or threads grew at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from benchmarks.soak.clients import Crowd, Pictures, good_requests, pictures
+from benchmarks.soak.hostile import rows
+from benchmarks.soak.server import Held, Server, running
+from benchmarks.soak.wire import exchange, request, wait_for
+
+GROWTH = 1.05
+
+
+def main() -> None:
+    options = _options()
+    if options.table:
+        sys.exit(_table())
+    with running() as quiet:
+        described = quiet.get("/openapi.json").json()["paths"]
+        expected = _drawn(quiet)
+    print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
+    with running(WAVESPEED_QUEUE_SIZE="8") as server:
+        crowd = Crowd(server, expected, rows(), jobs="/api/jobs" in described, seed=options.seed)
+        moments = _besiege(server, crowd, options.minutes * 60)
+        crowd.end()
+        alive = server.process.poll() is None and server.get("/livez").status_code == 200
+        traces = server.log.count("Traceback")
+    failed = _failures(moments, crowd, alive)
+    _show(moments, crowd)
+    for sentence in [*crowd.faults[:20], *failed]:
+        print(f"! {sentence}")
+    result = {
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "kills": crowd.kills,
+        "answers": dict(sorted(crowd.tally.items())),
+        "faults": len(crowd.faults),
+        "tracebacks_in_log": traces,
+        "moments": {name: {part: asdict(held) for part, held in parts.items()} for name, parts in moments.items()},
+        "failed": failed,
+    }
+    print(json.dumps(result))
+    sys.exit(1 if failed else 0)
+
+
+def _table() -> int:
+    """Each row of bad input once, as Markdown; the number of those that were not answered as they should."""
+    wrong = 0
+    print("| input | status | type |\n|---|---|---|")
+    with running() as server:
+        for row in rows():
+            answer = exchange(server.address, row.parts(), leave=row.leave)
+            status = answer.status if answer else "the client left" if row.leave else "closed"
+            print(f"| {row.name} | {status} | {f'`{answer.type}`' if answer and answer.type else ''} |")
+            wrong += not row.accepts(answer)
+        wait_for(server.idle, 120, "an idle server")
+        after = exchange(server.address, [request(json.dumps(good_requests(img2img=False)["deepcache"]))])
+        print(f"\n{wrong} wrong; afterwards a good request: {after.status if after else 'no answer'}")
+    return wrong
+
+
+def _drawn(server: Server) -> dict[str, Pictures]:
+    """Each good request once, one after the other. Without img2img those that start from a picture are left out."""
+    found: dict[str, Pictures] = {}
+    for name, body in good_requests(img2img=True).items():
+        answer = exchange(server.address, [request(json.dumps(body))], seconds=240)
+        if answer is None or (answer.status != 200 and answer.type != "unsupported"):
+            raise RuntimeError(f"the quiet server on {name}: {answer}")
+        if answer.status == 200:
+            found[name] = pictures(answer)
+    return found
+
+
+def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str, Held]]:
+    """Measured in quiet moments: after warming up, when the last killed worker's successor is warm, at the end.
+
+    The worker is compared between the last two, the server between the first and the last.
+    """
+    moments: dict[str, dict[str, Held]] = {}
+    crowd.start()
+    for name, until in (("warm", 0.25), ("no more kills", 0.4), ("worker warm", 0.65), ("end", 1.0)):
+        _wait(server, seconds * (until - dict(_SHARES)[name]))
+        crowd.pause()
+        wait_for(server.idle, 120, "an idle server")
+        if name == "no more kills":
+            crowd.killing = False
+        else:
+            _check_quietly(crowd)
+            time.sleep(6)  # longer than idle connections are kept
+            worker = wait_for(server.worker, 120, "a worker")
+            moments[name] = {"server": Held.of(server.process.pid), "worker": Held.of(int(str(worker)))}
+            print(f"{name}: {moments[name]}, {sum(crowd.tally.values())} answers, {crowd.kills} kills", flush=True)
+        if name != "end":
+            crowd.resume()
+    return moments
+
+
+_SHARES = (("warm", 0.0), ("no more kills", 0.25), ("worker warm", 0.4), ("end", 0.65))
+
+
+def _wait(server: Server, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and server.process.poll() is None:
+        time.sleep(0.2)
+
+
+def _check_quietly(crowd: Crowd) -> None:
+    """Every good request once, alone: after all that, are its bytes what they were?"""
+    for name, body in crowd.requests.items():
+        crowd._judge(name, exchange(crowd.server.address, [request(json.dumps(body))], seconds=240))
+
+
+def _failures(moments: dict[str, dict[str, Held]], crowd: Crowd, alive: bool) -> list[str]:
+    failed = [] if alive else ["the server is gone"]
+    if crowd.faults:
+        failed.append(f"{len(crowd.faults)} requests were not answered as they should")
+    for part, since in (("server", "warm"), ("worker", "worker warm")):
+        before, after = moments[since][part], moments["end"][part]
+        if after.resident > GROWTH * before.resident:
+            failed.append(f"the {part}'s memory grew by {after.resident / before.resident - 1:.1%}")
+        for what in ("descriptors", "threads"):
+            if getattr(after, what) > getattr(before, what):
+                failed.append(f"the {part}'s {what} went from {getattr(before, what)} to {getattr(after, what)}")
+    return failed
+
+
+def _show(moments: dict[str, dict[str, Held]], crowd: Crowd) -> None:
+    print(f"\n{'moment':<14} {'process':<8} {'resident MB':>12} {'descriptors':>12} {'threads':>8}")
+    for name, parts in moments.items():
+        for part, held in parts.items():
+            print(f"{name:<14} {part:<8} {held.resident / 1e6:>12.1f} {held.descriptors:>12} {held.threads:>8}")
+    print(f"\n{'answer':<44} {'count':>6}")
+    for word, count in sorted(crowd.tally.items()):
+        print(f"{word:<44} {count:>6}")
+    print(f"{'workers killed':<44} {crowd.kills:>6}\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the siege; the quiet server comes before")
+    parser.add_argument("--seed", type=int, default=0, help="of the crowd's choices")
+    parser.add_argument("--table", action="store_true", help="send each bad input once and print the answers instead")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
