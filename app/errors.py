@@ -46,7 +46,7 @@ class Incompatible(ServiceError):
 
 
 class Unsupported(ServiceError):
-    """A documented feature that this version has not got."""
+    """A documented feature that this version, or this server's hardware and installation, has not got."""
 
     status = 422
     type = "unsupported"

@@ -69,6 +69,8 @@ class GenerationParams:
     `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
     denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
+    `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
+    `compiled` runs the denoiser's layers compiled.
     """
 
     prompt: str
@@ -85,6 +87,8 @@ class GenerationParams:
     embeddings: tuple[Embedding, ...] = ()
     clip_skip: int | None = None
     guidance_rescale: float = 0.0
+    attention: str = "auto"
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +111,12 @@ StepHook = Callable[[Step], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds spent in each stage of a generation, summed over its batches."""
+    """Seconds spent in each stage of a generation, summed over its batches; compiling is no part of denoising."""
 
     text_seconds: float
     denoise_seconds: float
     decode_seconds: float
+    compile_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +132,16 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user."""
+    """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user.
+
+    `attention` is the kernel that computed the denoiser's attention.
+    """
 
     images: list[Image.Image]
     passes: list[PassReport]
     timings: Timings
     warnings: list[str] = field(default_factory=list)
+    attention: str = "sdpa"
 
     @property
     def reports(self) -> list[CacheReport]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, embedding, limits, passes, samplers
+from . import adapters, attention, compilation, embedding, limits, passes, samplers
 from .base import Generation, GenerationParams, ModelSpec, PassReport, StepHook, Timings
 from .loading import quiet
 
@@ -30,7 +30,9 @@ class PipelineModel(ABC):
         self.spec = spec
         self.pipeline = pipeline
         self.choices = choices
+        self.compile_backend = "inductor"
         self._denoiser = denoiser
+        self._compiled: compilation.CompiledLayers | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -63,6 +65,7 @@ class PipelineModel(ABC):
         progress = Progress(on_step, len(batches) * sum(one.steps(params) for one in chain))
         images: list[Image.Image] = []
         reports: list[PassReport] = []
+        kernels: list[str] = []
         with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
             with clock("text"):
                 conditioning = self._encode(written)
@@ -75,10 +78,28 @@ class PipelineModel(ABC):
                     one.run(drawing)
                 images += drawing.images
                 reports += drawing.passes
+                kernels += drawing.kernels
                 said = [*drawing.warnings, *(sentence for one in drawing.passes for sentence in one.cache.warnings)]
                 warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in warnings]
         timings = Timings(**{f"{stage}_seconds": seconds for stage, seconds in clock.seconds.items()})
-        return Generation(images=images, passes=reports, timings=timings, warnings=warnings)
+        used = next((kernel for kernel in kernels if kernel != attention.SDPA), attention.SDPA)
+        return Generation(images=images, passes=reports, timings=timings, warnings=warnings, attention=used)
+
+    @contextmanager
+    def accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
+        """The denoiser with the attention kernel that `params` asks for, and its layers compiled if they do.
+
+        Raises AttentionUnavailable and CompilationFailed.
+        """
+        dtype = str(self._denoiser.root.dtype).removeprefix("torch.")
+        with ExitStack() as stack:
+            compiling = compilation.Compilation()
+            if params.compiled:
+                if self._compiled is None:
+                    self._compiled = compilation.CompiledLayers(self._denoiser, self.compile_backend)
+                compiling = stack.enter_context(self._compiled.attached())
+            device = str(self.pipeline._execution_device)
+            yield stack.enter_context(attention.attending(params.attention, device, dtype)), compiling
 
     def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
         """The denoiser as a strategy sees it in a run that `scheduler` steps."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from cache import CacheError
 
+from . import attention, compilation
 from .base import LoadedModel, LoadFailed, LoadHooks, ModelFamily, ModelSpec, UnknownModel
 from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
 from .sdxl import SDXL
@@ -155,5 +156,20 @@ class Registry:
             "cache": family.cache,
             "branches": [{"branch": branch, "reuse_cost": cost} for branch, cost in enumerate(costs)],
             "samplers": {sampler: list(schedulers) for sampler, schedulers in family.samplers.items()},
+            "attention": self._attention(spec),
+            "compilation": self._compilation(spec, family),
             "error": error,
         }
+
+    def _attention(self, spec: ModelSpec) -> dict[str, str | None]:
+        """Kernel → why it cannot run this model here, None if it can."""
+        dtype = spec.dtype or ("float32" if self.device == "cpu" else "float16")
+        return {
+            attention.SDPA: None,
+            **{name: attention.unavailable(name, self.device, dtype) for name in attention.KERNELS},
+        }
+
+    def _compilation(self, spec: ModelSpec, family: ModelFamily) -> str | None:
+        if family.cache == "first_block":
+            return "stable_fast cannot compile Flux models. Leave it out."
+        return compilation.unavailable(self.device, spec.offload)

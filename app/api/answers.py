@@ -14,6 +14,7 @@ class Timing(BaseModel):
     text_seconds: float = Field(description="Encoding the prompt.")
     denoise_seconds: float = Field(description="All denoising steps.")
     decode_seconds: float = Field(description="From latents to pixels.")
+    compile_seconds: float = Field(description="Compiling, with stable_fast: 0 where it was done before.")
     total_seconds: float = Field(description="From the job's arrival to its end.")
 
 
@@ -44,6 +45,7 @@ class GenerateAnswer(BaseModel):
     height: int = Field(description="Pixels.")
     steps: int = Field(description="Denoising steps.")
     warnings: list[str] = Field(description="Sentences on what was not quite as asked.")
+    attention: str = Field(description="The kernel that computed attention: sdpa, sage or sparge.")
     timings: Timing = Field(description="Where the time went.")
     cache: CacheAnswer = Field(description="What the cache did.")
 

@@ -88,11 +88,13 @@ def report(handle: JobHandle, result: JobResult) -> dict[str, object]:
         "height": params.height,
         "steps": params.steps,
         "warnings": list(dict.fromkeys([*handle.job.warnings, *result.warnings])),
+        "attention": result.attention,
         "timings": {
             "queue_seconds": round(handle.queue_seconds, 4),
             "text_seconds": round(timings.text_seconds, 4),
             "denoise_seconds": round(timings.denoise_seconds, 4),
             "decode_seconds": round(timings.decode_seconds, 4),
+            "compile_seconds": round(timings.compile_seconds, 4),
             "total_seconds": round(handle.total_seconds, 4),
         },
         "cache": dict(result.cache),

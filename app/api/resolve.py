@@ -30,9 +30,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "multiscale_fullres_start": (3,),
     "multiscale_fullres_end": (8,),
     "multiscale_intermittent": (True,),
-    "stable_fast": (False,),
     "enable_preview": (False,),
-    "attention": ("auto", "sdpa"),
 }
 _DEEPCACHE_FIELDS = {
     "deepcache_preset",
@@ -94,6 +92,8 @@ def resolve(
         embeddings=embeddings,
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
+        attention=request.attention,
+        compiled=request.stable_fast,
     )
     return Job(
         id=job_id,
@@ -165,6 +165,10 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
             )
+    if request.stable_fast and model.compilation is not None:
+        raise Unsupported(model.compilation, field="stable_fast")
+    if (reason := model.attention.get(request.attention)) is not None:
+        raise Unsupported(reason, field="attention")
 
 
 def _check_supported(request: GenerateRequest) -> None:

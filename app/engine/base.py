@@ -47,6 +47,7 @@ class JobResult:
     timings: Timings
     batches: int
     warnings: tuple[str, ...] = ()
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,8 @@ class ModelInfo:
     """What a request has to know of a model to be checked against it.
 
     Sizes are in pixels, (width, height); `render_sizes` are those it draws at before resampling, if it is so bound.
-    `error` says why its files do not load, if they do not.
+    `attention` says for each kernel why it cannot run the model here, and `compilation` why it cannot be compiled; None
+    where nothing stands in the way. `error` says why its files do not load, if they do not.
     """
 
     name: str
@@ -75,6 +77,8 @@ class ModelInfo:
     samplers: Mapping[str, tuple[str, ...]]
     branches: tuple[Branch, ...] = ()
     render_sizes: tuple[tuple[int, int], ...] = ()
+    attention: Mapping[str, str | None] = field(default_factory=dict)
+    compilation: str | None = None
     error: str | None = None
 
 

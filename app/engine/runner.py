@@ -83,6 +83,7 @@ class RegistryRunner:
             timings=generation.timings,
             batches=-(-len(job.params.seeds) // batch_size),
             warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
+            attention=generation.attention,
         )
 
     def condition(self) -> Condition:
@@ -138,6 +139,8 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         samplers={name: tuple(schedulers) for name, schedulers in row["samplers"].items()},
         branches=tuple(Branch(**branch) for branch in row["branches"]),
         render_sizes=tuple((width, height) for width, height in row["render_sizes"]),
+        attention=row.get("attention", {}),
+        compilation=row.get("compilation"),
         error=row["error"],
     )
 

@@ -52,6 +52,7 @@ class Drawing:
         self.images: list[Image.Image] = []
         self.passes: list[PassReport] = []
         self.warnings: list[str] = []
+        self.kernels: list[str] = []  # that computed the attention of each run
 
     def denoise(
         self, name: str, pipeline: Any, *, steps: int, width: int, height: int, **arguments: Any
@@ -67,6 +68,7 @@ class Drawing:
         with (
             self.clock("denoise"),
             model.scheduled(pipeline, params, self.seeds),
+            model.accelerated(params) as (attention, compiling),
             self.strategy.attach(model.view(params, pipeline.scheduler)) as report,
         ):
             result = pipeline(
@@ -81,6 +83,9 @@ class Drawing:
                 callback_on_step_end=self.progress.watch(report, steps),
                 **arguments,
             )
+        self.clock.move("denoise", "compile", compiling.seconds)
+        self.kernels.append(attention.name)
+        self.warnings += attention.warnings
         self.passes.append(PassReport(name=name, cache=report, steps=steps, width=width, height=height))
         latents: torch.Tensor = result.images
         return latents
@@ -128,13 +133,18 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0}
+        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0, "compile": 0.0}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started = self._now()
         yield
         self.seconds[stage] += self._now() - started
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charge what was measured within one stage to another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     def _now(self) -> float:
         if self._device.type == "cuda":

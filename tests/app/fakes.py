@@ -30,6 +30,7 @@ from app.engine.runner import RegistryRunner
 from app.engine.states import WorkerState
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
+from models.attention import KERNELS, unavailable
 from models.base import Generation, GenerationParams, LoadFailed, PassReport, Step, StepHook, Timings, UnknownModel
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
@@ -187,6 +188,8 @@ def _row(name: str) -> dict[str, Any]:
         "cache": "first_block" if flux else "deepcache",
         "branches": [] if flux else [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}],
         "samplers": SAMPLERS,
+        "attention": {"sdpa": None, **{kernel: unavailable(kernel, "cpu", "float32") for kernel in KERNELS}},
+        "compilation": "No compiler is installed." if name == "hungry" else None,
         "error": "Its files in /a/folder are missing." if name == "broken" else None,
     }
 

@@ -185,10 +185,7 @@ async def test_what_does_not_go_together_is_refused_with_a_remedy(
         ("multiscale_fullres_start", 4),
         ("multiscale_fullres_end", 9),
         ("multiscale_intermittent", False),
-        ("stable_fast", True),
         ("enable_preview", True),
-        ("attention", "sage"),
-        ("attention", "sparge"),
     ],
 )
 async def test_what_this_version_cannot_do_is_said_and_not_skipped(

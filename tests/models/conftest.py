@@ -37,6 +37,7 @@ from models.unet import SD
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 16
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def terminal_snr_betas(terminal_snr: float = 1e-4, steps: int = 1000) -> list[float]:
@@ -85,23 +86,30 @@ def clip(**changes: object) -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
+LEVELS: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 8, 16, 16),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+TWO_LEVELS: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+}
+
+
 def save_sd(folder: Path, unet: dict[str, Any], text: dict[str, object], scheduler: Any) -> Path:
-    """A StableDiffusionPipeline of four levels of two layers, as SD1.5 and SD2.1."""
+    """A StableDiffusionPipeline, of four levels of two layers as SD1.5 and SD2.1 unless `unet` says otherwise."""
     text_encoder, tokenizer = clip(**text)
     StableDiffusionPipeline(
         vae=autoencoder(4, None),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=2,
-            norm_num_groups=4,
-            cross_attention_dim=TEXT_WIDTH,
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            **unet,
-        ),
+        unet=UNet2DConditionModel(**LEVELS | unet, norm_num_groups=4, cross_attention_dim=TEXT_WIDTH),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -164,7 +172,7 @@ def save_sdxl(folder: Path) -> Path:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         ),
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        scheduler=EulerDiscreteScheduler(**BETAS),
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
@@ -192,16 +200,27 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """UNets of two levels of one layer, quick to run and to compile, by what they predict."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(3)
+    saved = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **BETAS}
+    return {
+        prediction: save_sd(folder / prediction, TWO_LEVELS, {}, DDIMScheduler(**saved, prediction_type=prediction))
+        for prediction in ("epsilon", "v_prediction")
+    }
+
+
+@pytest.fixture(scope="session")
 def family_folders(sd_folder: Path, flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each published family's true topology at small width, saved by diffusers: family name → folder."""
     folder = tmp_path_factory.mktemp("families")
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     folders = {"sd": sd_folder, "flux": flux_folder, "flux-schnell": flux_folder}
     torch.manual_seed(1)
-    pndm = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    pndm = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     folders["sd15"] = save_sd(folder / "sd15", {"attention_head_dim": 4}, {"hidden_act": "quick_gelu"}, pndm)
     velocity = DDIMScheduler(
-        **betas, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        **BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     linear = {"attention_head_dim": (2, 2, 4, 4), "use_linear_projection": True}
     folders["sd21"] = save_sd(folder / "sd21", linear, {"hidden_act": "gelu", "projection_dim": 20}, velocity)

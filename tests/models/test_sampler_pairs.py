@@ -1,0 +1,101 @@
+"""Every sampler with every scheduler that it takes, end to end on models of the true class, cache off and on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from models import samplers
+from models.base import LoadedModel, ModelSpec
+from models.registry import FAMILIES
+from tests.models.test_generation import PARAMS, ignore, pixels
+
+STEPS = 5
+SMALL = replace(PARAMS, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
+SECOND_ORDER = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # two evaluations a step, but for the last
+
+
+def pairs(table: Mapping[str, samplers.Sampler]) -> list[tuple[str, str]]:
+    return [(sampler, scheduler) for sampler, choice in table.items() for scheduler in choice.schedulers]
+
+
+def calls(sampler: str) -> int:
+    """Denoiser calls of STEPS steps; PNDM evaluates its first point twice."""
+    if sampler in SECOND_ORDER:
+        return 2 * STEPS - 1
+    return STEPS + (sampler == "pndm")
+
+
+@pytest.fixture(scope="module")
+def small(small_folders: dict[str, Path]) -> dict[str, LoadedModel]:
+    return {
+        prediction: FAMILIES["sd"].load(ModelSpec(name=prediction, family="sd", source=folder), "cpu")
+        for prediction, folder in small_folders.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def distilled(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
+    return {
+        name: FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu")
+        for name in ("flux-schnell", "flux-dev")
+    }
+
+
+def check(model: LoadedModel, sampler: str, scheduler: str, strategy: CacheStrategy) -> np.ndarray:
+    """Off: all calls computed. On: the calls are the same ones, some reused. Both: a picture, and the last word."""
+    params = replace(SMALL, sampler=sampler, scheduler=scheduler)
+    off = model.generate(params, NoCache(), ignore)
+    on = model.generate(params, strategy, ignore)
+    assert off.reports[0].decisions == "C" * calls(sampler)
+    assert len(on.reports[0].decisions) == calls(sampler)
+    assert on.reports[0].reused > 0
+    plain, cached = pixels(off.images), pixels(on.images)
+    assert plain.std() > 0
+    assert cached.std() > 0
+    assert not np.array_equal(plain, cached)
+    return plain
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), pairs(samplers.DIFFUSION))
+def test_every_pair_draws_with_deepcache_off_and_on(
+    small: dict[str, LoadedModel], sampler: str, scheduler: str
+) -> None:
+    check(small["epsilon"], sampler, scheduler, DeepCache(interval=2, depth=0))
+
+
+@pytest.mark.parametrize("sampler", samplers.DIFFUSION)
+def test_every_sampler_takes_a_velocity_with_deepcache_off_and_on(small: dict[str, LoadedModel], sampler: str) -> None:
+    """The picture is another than with the saved setting taken away, so that the sampler reads it."""
+    model: Any = small["v_prediction"]
+    velocity = check(model, sampler, "normal", DeepCache(interval=2, depth=0))
+    scheduler = model.pipeline.scheduler
+    scheduler.register_to_config(prediction_type="epsilon")
+    try:
+        epsilon = model.generate(replace(SMALL, sampler=sampler, scheduler="normal"), NoCache(), ignore)
+    finally:
+        scheduler.register_to_config(prediction_type="v_prediction")
+    assert not np.array_equal(pixels(epsilon.images), velocity)
+
+
+@pytest.mark.parametrize("family", ["flux-schnell", "flux-dev"])
+@pytest.mark.parametrize(("sampler", "scheduler"), pairs(samplers.FLOW_MATCHING))
+def test_every_pair_of_flux_draws_with_the_first_block_cache_off_and_on(
+    distilled: dict[str, LoadedModel], family: str, sampler: str, scheduler: str
+) -> None:
+    check(distilled[family], sampler, scheduler, FirstBlockCache(threshold=1.0))
+
+
+def test_every_sampler_and_scheduler_of_the_contract_is_in_the_table() -> None:
+    assert set(samplers.DIFFUSION) == {
+        "euler", "euler_ancestral", "heun", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde",
+        "dpmpp_3m_sde", "ddim", "lms", "pndm", "unipc", "deis", "lcm",
+    }  # fmt: skip
+    schedulers = {scheduler for _, scheduler in pairs(samplers.DIFFUSION)}
+    assert schedulers == {"normal", "karras", "exponential", "beta", "sgm_uniform", "ays"}
