@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .base import Hub, LoadFailed, ModelSpec
+
+TELL_SECONDS = 15.0  # between two words on how far a download has come
 
 
 def fetch_file(spec: ModelSpec, hub: Hub, path: str) -> Path:
@@ -18,9 +21,14 @@ def fetch_file(spec: ModelSpec, hub: Hub, path: str) -> Path:
         return Path(hf_hub_download(hub.repository, path, revision=hub.revision))
 
 
-def fetch_pipeline(spec: ModelSpec, hub: Hub, pipeline_class: Any) -> Path:
-    """The folder of what `pipeline_class` loads of the repository: safetensors weights, no code. Raises LoadFailed."""
-    with _explained(spec, hub):
+def fetch_pipeline(spec: ModelSpec, hub: Hub, pipeline_class: Any, on_stage: Callable[[str], None]) -> Path:
+    """The folder of what `pipeline_class` loads of the repository: safetensors weights, no code.
+
+    `on_stage` hears now and then, from another thread, how much there is; nothing while nothing comes. Raises
+    LoadFailed.
+    """
+    on_stage("fetching from the hub")
+    with _explained(spec, hub), _told(hub, on_stage):
         folder = pipeline_class.download(
             hub.repository,
             revision=hub.revision,
@@ -29,6 +37,40 @@ def fetch_pipeline(spec: ModelSpec, hub: Hub, pipeline_class: Any) -> Path:
             trust_remote_code=False,
         )
     return Path(folder)
+
+
+@contextmanager
+def _told(hub: Hub, on_stage: Callable[[str], None]) -> Iterator[None]:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repository, repo_type="model") / "blobs"
+    ended = threading.Event()
+
+    def watch() -> None:
+        before = _bytes_in(folder)
+        while not ended.wait(TELL_SECONDS):
+            if (now := _bytes_in(folder)) != before:
+                on_stage(f"fetching from the hub, {now / 2**30:.2f} GiB so far")
+                before = now
+
+    watcher = threading.Thread(target=watch, name="hub-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*"):
+        try:
+            total += file.stat().st_size
+        except FileNotFoundError:
+            continue  # renamed when it was complete
+    return total
 
 
 @contextmanager

@@ -49,8 +49,7 @@ def load_pipeline(
     """
     check_class(spec, pipeline_class.__name__)
     if isinstance(spec.source, Hub):
-        hooks.stage("fetching from the hub")
-        folder = fetch_pipeline(spec, spec.source, pipeline_class)
+        folder = fetch_pipeline(spec, spec.source, pipeline_class, hooks.stage)
     else:
         folder = folder_of(spec)
     _check_tokenizers(spec)

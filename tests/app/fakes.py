@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +157,7 @@ class FakeRegistry:
     def __init__(self, default: str = "fine") -> None:
         self.default = default
         self.default_flux = "flux"
+        self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, FakeModel] = {}
 
     @property
@@ -168,6 +169,8 @@ class FakeRegistry:
             raise LoadFailed("The model 'broken' lacks its files. Put them back.")
         if name not in MODELS:
             raise UnknownModel(f"There is no model {name!r}.")
+        if name not in self._loaded:
+            self.on_stage(name, "mixing colours")
         return self._loaded.setdefault(name, MODELS[name]())
 
     def describe(self) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
     body = response.json()
     assert set(body) == {
         "image", "request_id", "model", "seeds", "width", "height", "steps", "warnings", "timings", "cache",
+        "attention",
     }  # fmt: skip
     image = picture(body["image"])
     assert (image.format, image.size) == ("PNG", (768, 512))
@@ -43,6 +44,7 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
     assert body["request_id"] == response.headers["x-request-id"]
     assert set(body["timings"]) == {
         "queue_seconds", "text_seconds", "denoise_seconds", "decode_seconds", "total_seconds",
+        "compile_seconds",
     }  # fmt: skip
     assert body["warnings"] == ["The fake says so."]
     assert body["cache"] == {

@@ -24,6 +24,8 @@ RESNET = {
 ROOT = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -65,8 +67,45 @@ def vae_name(key: str, levels: int) -> str:
     return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", key)
 
 
+OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def clip(encoder: Any) -> Tensors:
+    """As transformers once named them, under `text_model`."""
+    state = encoder.state_dict().items()
+    return {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state}
+
+
+def open_clip(encoder: Any) -> Tensors:
+    """As OpenCLIP names them: queries, keys and values in one matrix, the projection on the other side."""
+    tensors: Tensors = {}
+    for key, value in encoder.state_dict().items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if name == "text_projection.weight":
+            tensors["text_projection"] = value.T
+        elif "self_attn." not in name:
+            tensors[name] = value
+        elif ".q_proj." in name:
+            parts = [encoder.state_dict()[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            joined = name.replace("self_attn.q_proj.", "attn.in_proj_")
+            tensors[joined] = torch.cat(parts)
+    return tensors
+
+
 def save_stable_diffusion(pipeline: Any, file: Path) -> None:
-    """As the sd-v1-5 checkpoint: one file with UNet, autoencoder and CLIP text encoder."""
+    """As the published checkpoints: one file with UNet, autoencoder and text encoders."""
     attends = ["Cross" in block for block in pipeline.unet.config.up_block_types]
     tensors: Tensors = {}
     for key, value in pipeline.unet.state_dict().items():
@@ -74,9 +113,17 @@ def save_stable_diffusion(pipeline: Any, file: Path) -> None:
     levels = len(pipeline.vae.config.block_out_channels)
     for key, value in pipeline.vae.state_dict().items():
         tensors["first_stage_model." + vae_name(key, levels)] = value
-    for key, value in pipeline.text_encoder.state_dict().items():
-        name = key if key.startswith("text_model.") else f"text_model.{key}"
-        tensors["cond_stage_model.transformer." + name] = value
+    if hasattr(pipeline, "text_encoder_2"):
+        encoders = {
+            "conditioner.embedders.0.transformer.": clip(pipeline.text_encoder),
+            "conditioner.embedders.1.model.": open_clip(pipeline.text_encoder_2),
+        }
+    elif pipeline.unet.config.use_linear_projection:
+        encoders = {"cond_stage_model.model.": open_clip(pipeline.text_encoder)}
+    else:
+        encoders = {"cond_stage_model.transformer.": clip(pipeline.text_encoder)}
+    for prefix, encoder in encoders.items():
+        tensors |= {prefix + key: value for key, value in encoder.items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
 
 

@@ -27,10 +27,10 @@ from tests.models.test_generation import PARAMS, ignore, pixels
 def files(family_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family → its weights in one file of the published layout."""
     folder = tmp_path_factory.mktemp("files")
-    files = {name: folder / f"{name}.safetensors" for name in ("sd15", "flux-dev", "flux-schnell")}
+    files = {name: folder / f"{name}.safetensors" for name in ("sd15", "sd21", "sdxl", "flux-dev", "flux-schnell")}
     for name, file in files.items():
         pipeline: Any = FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu")
-        if name == "sd15":
+        if not name.startswith("flux"):
             original.save_stable_diffusion(pipeline.pipeline, file)
         else:
             original.save_flux(pipeline.pipeline.transformer, file)
@@ -47,23 +47,31 @@ def _small_flux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(known, "checkpoint_mapping_fn", small)
 
 
-@pytest.fixture
-def bare(family_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """sd15's folder without a weight in it."""
+def weightless(source: Path, tmp_path: Path) -> Path:
+    """The folder without a weight in it."""
     folder = tmp_path / "bare"
-    shutil.copytree(family_folders["sd15"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux-dev", "flux-schnell"])
+@pytest.fixture
+def bare(family_folders: dict[str, Path], tmp_path: Path) -> Path:
+    return weightless(family_folders["sd15"], tmp_path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "flux-dev", "flux-schnell"])
 def test_one_file_draws_what_the_folder_draws(
-    family: str, files: dict[str, Path], family_folders: dict[str, Path], bare: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    files: dict[str, Path],
+    family_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it went to the network"))
-    config = bare if family == "sd15" else family_folders[family]
+    config = family_folders[family] if family.startswith("flux") else weightless(family_folders[family], tmp_path)
     single = FAMILIES[family].load(ModelSpec(name="one", family=family, source=files[family], config=config), "cpu")
     whole = FAMILIES[family].load(ModelSpec(name="many", family=family, source=family_folders[family]), "cpu")
-    strategy = DeepCache(interval=2) if family == "sd15" else FirstBlockCache(threshold=0.5)
+    strategy = FirstBlockCache(threshold=0.5) if family.startswith("flux") else DeepCache(interval=2)
     for cache in (NoCache(), strategy):
         drawn, expected = (model.generate(PARAMS, cache, ignore) for model in (single, whole))
         assert np.array_equal(pixels(drawn.images), pixels(expected.images))

@@ -183,3 +183,29 @@ def test_every_error_of_the_client_is_a_sentence(
             hub.fetch_file(spec, source, "model_index.json")
         if remedy != "Server melted" or fake is raising:
             assert remedy in str(failure.value)
+
+
+def test_a_long_download_is_told_while_it_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "TELL_SECONDS", 0.01)
+    heard: list[str] = []
+    told = threading.Event()
+
+    def hear(stage: str) -> None:
+        heard.append(stage)
+        if len(heard) > 1:
+            told.set()
+
+    class Pipeline:
+        @staticmethod
+        def download(repository: str, **options: object) -> str:
+            with (blobs / "x.incomplete").open("wb") as file:
+                file.truncate(3 * 2**29)  # sparse: no such space is taken
+            assert told.wait(60)
+            return str(tmp_path)
+
+    spec = ModelSpec(name="far", family="sd15", source=Hub("a/b"))
+    assert hub.fetch_pipeline(spec, Hub("a/b"), Pipeline, hear) == tmp_path
+    assert heard == ["fetching from the hub", "fetching from the hub, 1.50 GiB so far"], "not again while nothing comes"

@@ -1,0 +1,53 @@
+"""Loading as the operator sees it: part by part in the log; a models file that is wrong ends the start in one line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import app.__main__ as command_line
+from tests.app.test_engine import job, running
+
+
+async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "app.engine.local"):
+        async with running() as engine:
+            await engine.submit(job("one", model="flux")).result
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("loading ")]
+    assert "loading model=fine device=cpu: mixing colours" in said, "before the first job"
+    assert said.index("loading model=flux device=cpu: begins") < said.index(
+        "loading model=flux device=cpu: mixing colours"
+    )
+    assert engine.status().devices[0].loading is None
+
+
+@pytest.mark.parametrize("command", [["serve"], ["models"], ["generate", "a"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("WAVESPEED_MODELS_FILE", "models.toml", "no key 'famly'. The nearest is 'family'"),
+        ("WAVESPEED_MODELS_FILE", "absent.toml", "absent.toml"),
+        ("WAVESPEED_MODEL", "tiny-df", "no such model but tiny-sd, tiny-flux"),
+    ],
+)
+def test_a_wrong_configuration_ends_the_start_in_one_line(
+    command: list[str],
+    variable: str,
+    value: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models.toml").write_text('[[models]]\nname = "a"\nfamly = "sd15"\n')
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("sys.argv", ["app", *command])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
