@@ -84,7 +84,7 @@ def read(path: Path | None) -> Configuration:
         contents = Contents.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         return _configuration(contents, path.parent)
     except ValidationError as error:
-        raise BadModelsFile(f"{path}: {_first_fault(error)}") from None
+        raise BadModelsFile(f"{path}: {_fault(error)}") from None
     except (OSError, ValueError, ModelError) as error:  # tomllib's and UnicodeDecodeError are ValueErrors
         raise BadModelsFile(f"{path}: {error}") from None
 
@@ -162,8 +162,9 @@ def _config(entry: Entry, base: Path, where: str) -> Path:
     return folder
 
 
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors(include_url=False)[0]
+def _fault(error: ValidationError) -> str:
+    # A misspelt key first: it may be the one that is then missing.
+    fault = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     *place, key = fault["loc"]
     inside = _place(place)
     if fault["type"] == "extra_forbidden":
