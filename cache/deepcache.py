@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,14 +96,19 @@ class DeepCache:
                 run.passes.clear()
 
 
+_Slot = tuple[str | None, tuple[Any, ...]]  # a pass by name, and the signature of its calls
+
+
 @dataclass(slots=True)
 class _Pass:
-    """What is carried between the calls of one pass: the conditional one, the unconditional one, or both at once."""
+    """What is carried between the calls of one pass (conditional, unconditional, or both at once) at one size.
 
-    signature: tuple[Any, ...]
+    A run that leaves a size and comes back to it, as multi-scale does, goes on from that size's history.
+    """
+
     history: forecasts.History  # of the branch's state (batch, channels, height, width), or of the prediction
     rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer; unused with a branch
-    computed: int  # the last call that computed, counted in this pass from 0
+    computed: int  # the last call that computed, counted in this pass and size from 0
     now: int  # the last call
 
 
@@ -115,7 +121,9 @@ class _Run:
         self.strategy = strategy
         self.schedule: Uniform | Placement | None = None  # known from the first call on
         self.window = Window(strategy.start, strategy.end)
-        self.passes: dict[str | None, _Pass] = {}
+        self.passes: dict[_Slot, _Pass] = {}
+        self.latest: dict[str | None, _Slot] = {}  # of the last call of each pass
+        self.calls: Counter[str | None] = Counter()  # of each pass, at all sizes: the time that forecasts go by
         self.captured: Tensor | None = None
         self.outside = 0  # calls that the window excluded
         self.branch_pass = None if branch is None else denoiser.branch_pass(branch)
@@ -161,18 +169,21 @@ class _Run:
 
     def handle(self, call: Call) -> Any:
         self.schedule = self.schedule or self.scheduled(call)
+        slot = (call.pass_name, call.signature)
         try:
-            entry = self.reusable(call, self.schedule)
-            output = self.compute(call) if entry is None else self.reuse(call, entry)
+            entry = self.reusable(call, slot, self.schedule)
+            output = self.compute(call, slot) if entry is None else self.reuse(call, entry)
         except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
             self.passes.clear()
             raise
         finally:
             self.captured = None
+            self.latest[call.pass_name] = slot
+            self.calls[call.pass_name] += 1
         self.report.record("C" if entry is None else "R")
         return output
 
-    def reusable(self, call: Call, schedule: Uniform | Placement) -> _Pass | None:
+    def reusable(self, call: Call, slot: _Slot, schedule: Uniform | Placement) -> _Pass | None:
         """What the call may reuse; None if it has to compute."""
         if self.strategy.interval == 1:
             return None
@@ -184,20 +195,20 @@ class _Run:
         if (argument := self.denoiser.injected(call)) is not None:
             self.report.warn(f"Calls with {argument} (ControlNet, T2I-Adapter) were computed fully.")
             return None
-        entry = self.passes.get(call.pass_name)
-        if entry is None or entry.signature != call.signature:
+        entry = self.passes.get(slot)
+        if entry is None or self.latest.get(call.pass_name) != slot:
             return None
         return entry if schedule.reuses(entry.now + 1, entry.computed) else None
 
-    def compute(self, call: Call) -> Any:
-        history, now = self.continued(call)
+    def compute(self, call: Call, slot: _Slot) -> Any:
+        history, now = self.continued(slot)
         output = call.run()
         if self.strategy.interval == 1 or self.denoiser.injected(call) is not None:
             return output
         if self.branch is None:
             # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
             prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
-            history.add(now, prediction.detach().clone())
+            history.add(self.calls[call.pass_name], prediction.detach().clone())
         elif self.captured is None:
             self.report.warn(
                 "The layer before the cached branch did not report its output, so its calls were computed fully: it "
@@ -205,23 +216,23 @@ class _Run:
             )
             return output
         else:
-            history.add(now, self.captured)
-        self.passes[call.pass_name] = _Pass(call.signature, history, _rebuilder(output), computed=now, now=now)
+            history.add(self.calls[call.pass_name], self.captured)
+        self.passes[slot] = _Pass(history, _rebuilder(output), computed=now, now=now)
         held = sum(one.history.bytes for one in self.passes.values())
         self.report.cache_bytes = max(self.report.cache_bytes, held)
         return output
 
-    def continued(self, call: Call) -> tuple[forecasts.History, int]:
-        """The history that a computing call adds to, and the call's index in its pass."""
-        entry = self.passes.pop(call.pass_name, None)
-        if entry is None or entry.signature != call.signature:
+    def continued(self, slot: _Slot) -> tuple[forecasts.History, int]:
+        """The history that a computing call adds to, and the call's index in its pass and size."""
+        entry = self.passes.pop(slot, None)
+        if entry is None:
             return forecasts.History(self.strategy.forecast), 0
         entry.history.make_room()
         return entry.history, entry.now + 1
 
     def reuse(self, call: Call, entry: _Pass) -> Any:
         entry.now += 1
-        kept = entry.history.at(entry.now)
+        kept = entry.history.at(self.calls[call.pass_name])
         if kept is entry.history.newest and (self.branch_pass is None or self.copies):
             kept = kept.clone()
         return entry.rebuild(kept) if self.branch_pass is None else self.branch_pass.run(call, kept)

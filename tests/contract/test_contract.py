@@ -164,6 +164,31 @@ def test_another_size_follows_cleanly(family: Family, network: nn.Module, strate
     assert report.decisions[STEPS] == "C"
 
 
+def test_a_size_that_is_come_back_to_computes_first_and_goes_on_from_its_own_history(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    """Sizes in turn, as multi-scale has them: what a call at one size reuses was never of another.
+
+    Three calls a turn, so that every turn holds a reuse. A second run with other inputs at the second size must give
+    the same at the first.
+    """
+
+    def turns(other_seed: int) -> tuple[list[Tensor], str]:
+        with attach(network, strategy) as report, torch.no_grad():
+            first, other = family.steps(network), family.steps(network, size=(16, 24), seed=other_seed)
+            results = []
+            for run in (first, other, first):
+                results.append([next(run) for _ in range(3)])
+        return results[0] + results[2], report.decisions
+
+    results, decisions = turns(1)
+    again, _ = turns(2)
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+    assert [decisions[at] for at in (0, 3, 6)] == ["C", "C", "C"]
+    windowed = isinstance(strategy, DeepCache) and strategy.end < 1000
+    assert ("R" in decisions[7:]) == (not isinstance(strategy, NoCache) and not windowed)
+
+
 def test_the_network_is_restored_exactly(
     family: Family, network: nn.Module, strategy: CacheStrategy, snapshot: Callable[[], object]
 ) -> None:
