@@ -62,6 +62,8 @@ def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]
     }
     if params.clip_skip is not None:
         settings["Clip skip"] = params.clip_skip
+    if params.img2img is not None:
+        settings["Denoising strength"] = params.img2img.denoise
     # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
     lines = [_one_line(params.prompt)]
     if params.negative_prompt:

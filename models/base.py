@@ -63,6 +63,30 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Img2Img:
+    """Begin from a picture: the last `denoise` of the noise schedule is run on it, above 0 and up to 1.
+
+    `picture` is RGB and of any size; it is scaled to cover the drawing, and the overhang is cut evenly.
+    """
+
+    picture: Image.Image
+    denoise: float = 0.75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiscale:
+    """Run the steps between the first `fullres_start` and the last `fullres_end` on latents of `factor` times the size.
+
+    `intermittent`: every fourth step in between is at full size all the same.
+    """
+
+    factor: float = 0.5
+    fullres_start: int = 3
+    fullres_end: int = 8
+    intermittent: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
     """One request for pictures, validated, with every default filled in.
 
@@ -71,6 +95,7 @@ class GenerationParams:
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
     `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled.
+    The passes (`models/passes`) are off by default.
     """
 
     prompt: str
@@ -89,11 +114,18 @@ class GenerationParams:
     guidance_rescale: float = 0.0
     attention: str = "auto"
     compiled: bool = False
+    img2img: Img2Img | None = None
+    hires_fix: bool = False
+    adetailer: bool = False
+    multiscale: Multiscale | None = None
+    preview: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished denoising step: `index` counts from 0 to `total` - 1 over all batches of the request.
+    """A finished denoising step: `index` counts from 0 to `total` - 1 over all passes and batches of the request.
+
+    `total` grows when ADetailer has found faces: how many there are is not known before.
 
     `decision` holds the letters (C computed, R reused) of the denoiser calls that the step made: one for most
     samplers, two for those of second order. `preview` is a small picture of how far the latents have come, as the
@@ -121,13 +153,18 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassReport:
-    """One run of the denoiser under a cache: the pass that made it, its steps, its size in pixels."""
+    """One run of the denoiser under a cache: the pass that made it, its steps, its size in pixels.
+
+    `sizes`: with multi-scale, a letter for each denoiser call, F at full size, S small, which is `small_share` of it.
+    """
 
     name: str
     cache: CacheReport
     steps: int
     width: int
     height: int
+    sizes: str = ""
+    small_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
 from .checkpoint import check_layout
@@ -16,6 +16,8 @@ from .samplers import FLOW_MATCHING, choices
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from .layout import Layout
 
 PIPELINE = "FluxPipeline"
 LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
@@ -109,11 +111,38 @@ class FluxModel(PipelineModel):
         tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
 
+    @property
+    def layout(self) -> Layout:
+        from .layout import Packed
+
+        return Packed()
+
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         scale = params.guidance_scale
         if self._distilled:
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale if self._runs_twice(params) else 1.0}
+
+    def from_pictures(self) -> Any:
+        """With steps counted as steps: diffusers' pipeline takes the calls of a second-order scheduler for them."""
+        pipeline = super().from_pictures()
+
+        def get_timesteps(calls: int, strength: float, device: object) -> tuple[torch.Tensor, int]:
+            scheduler = pipeline.scheduler
+            steps = -(-calls // scheduler.order)
+            begin = steps - self.partial_steps(steps, strength)
+            scheduler.set_begin_index(begin * scheduler.order)
+            return scheduler.timesteps[begin * scheduler.order :], steps - begin
+
+        pipeline.get_timesteps = get_timesteps
+        return pipeline
+
+    def partial_steps(self, steps: int, strength: float) -> int:
+        return steps - int(max(steps - min(steps * strength, steps), 0))  # diffusers' rounding for Flux
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * super().size_multiple
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
         vae, processor = self.pipeline.vae, self.pipeline.image_processor

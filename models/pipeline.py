@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import adapters, attention, compilation, embedding, limits, passes, samplers
 from .base import Generation, GenerationParams, ModelSpec, PassReport, StepHook, Timings
 from .loading import quiet
+from .passes import hires_fix
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from cache import CacheStrategy, Denoiser
+
+    from .layout import Layout
+    from .passes.preview import Decoder
 
 
 class PipelineModel(ABC):
@@ -59,10 +65,12 @@ class PipelineModel(ABC):
 
         samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
         size = limits.render_size(self.spec, params.width, params.height)
+        if params.hires_fix:
+            size, _ = hires_fix.sizes(self, params)
         chain = passes.chain(params)
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         clock = Clock(self.pipeline._execution_device)
-        progress = Progress(on_step, len(batches) * sum(one.steps(params) for one in chain))
+        progress = Progress(on_step, len(batches) * sum(one.steps(self, params) for one in chain))
         images: list[Image.Image] = []
         reports: list[PassReport] = []
         kernels: list[str] = []
@@ -105,15 +113,53 @@ class PipelineModel(ABC):
         """The denoiser as a strategy sees it in a run that `scheduler` steps."""
         return self._denoiser
 
+    def from_pictures(self) -> Any:
+        """diffusers' img2img pipeline for this one, made of the same components."""
+        import diffusers
+
+        # By name: diffusers' AutoPipelineForImage2Image would import every pipeline that there is.
+        cls = getattr(diffusers, type(self.pipeline).__name__.replace("Pipeline", "Img2ImgPipeline"))
+        settings = {**self.pipeline.config, **self.pipeline.components}
+        wanted = inspect.signature(cls.__init__).parameters
+        parts = {name: value for name, value in settings.items() if name in wanted}
+        # StableDiffusionImg2ImgPipeline compares a UNet's sample_size with 64; that of oblong pictures is a list.
+        pipeline = cls(**{name: None if name == "unet" else value for name, value in parts.items()})
+        pipeline.register_modules(**{name: value for name, value in parts.items() if name == "unet"})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def partial_steps(self, steps: int, strength: float) -> int:
+        """How many of `steps` that pipeline takes at `strength`."""
+        return min(int(steps * strength), steps)
+
+    @cached_property
+    def preview_decoder(self) -> Decoder:
+        """Found, or fitted, on the first request with previews."""
+        from .passes.preview import decoder_of
+
+        return decoder_of(self)
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that a drawing's sides are multiples of."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
+    def native_pixels(self) -> int:
+        """Width times height of the pictures that the network was trained on."""
+        sample = getattr(self.denoiser.root.config, "sample_size", None) or self.pipeline.default_sample_size
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return int(height * width * self.pipeline.vae_scale_factor**2)
+
     @contextmanager
-    def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[None]:
-        """`pipeline` with a scheduler of one run's own; the saved one is back afterwards."""
+    def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
+        """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards."""
         saved = pipeline.scheduler
         pipeline.scheduler = samplers.build(
             saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
-            yield
+            yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
 
@@ -122,6 +168,11 @@ class PipelineModel(ABC):
         if tokens <= limit:
             return []
         return [f"{self.spec.name} reads {limit} tokens; the prompt has {tokens}, and its end was not read."]
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """How the denoiser's latents lie."""
 
     @abstractmethod
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:

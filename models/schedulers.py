@@ -33,6 +33,10 @@ class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):
         self.timesteps: torch.Tensor = torch.cat([once[:1], once[1:].repeat_interleave(2)])  # (2N - 1,)
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # sample and velocity at the step's first end
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Of `timesteps`, where a run that begins from a picture starts; the sigmas have each step once."""
+        super().set_begin_index(begin_index // self.order)
+
     def step(
         self,
         model_output: torch.Tensor,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from cache import UNetDenoiser
     from cache.schedule import Placement
 
+    from .layout import Layout
+
 _NO_CHECKER: Mapping[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -179,6 +181,12 @@ class StableDiffusionModel(PipelineModel):
             negative = negative if guided else None
         named = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
         return {name: embedding for name, embedding in named.items() if embedding is not None}
+
+    @property
+    def layout(self) -> Layout:
+        from .layout import Spatial
+
+        return Spatial()
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}

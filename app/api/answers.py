@@ -27,10 +27,13 @@ class CacheAnswer(BaseModel):
     computed: int = Field(description="Denoiser calls computed in full, over all batches.")
     reused: int = Field(description="Denoiser calls served from the cache.")
     hit_rate: float = Field(description="reused / (computed + reused).")
-    decisions: str = Field(description="C or R for each call, a space between batches.")
+    decisions: str = Field(description="C or R for each call, a space between runs: of batches and passes.")
     reuse_cost: float | None = Field(description="A reuse call's share of a full call's operations.")
     predicted_speedup: float | None = Field(description="Denoising speed-up that the operations promise.")
     cache_bytes: int = Field(description="Most bytes kept between two calls.")
+    passes: list[dict[str, Any]] | None = Field(
+        None, description="The same for each pass by name, where there is more than the plain run; see docs/passes.md."
+    )
 
 
 class GenerateAnswer(BaseModel):

@@ -15,7 +15,7 @@ from app.api import outcome
 from app.api.accept import accepted_image
 from app.api.answers import GenerateAnswer, errors
 from app.api.body import read_object
-from app.api.resolve import Limits, resolve
+from app.api.resolve import Limits, resolve_aside
 from app.api.schemas import EXAMPLE, GenerateRequest, parse
 from app.api.service import request_id_of, service_of
 from app.engine.base import Engine, JobHandle, JobResult, OutputFormat
@@ -60,7 +60,7 @@ async def generate(request: Request) -> Response:
         as_bytes = _picture_format(request, fields)
         limits = Limits.of(service.settings)
         output_format = as_bytes or fields.output_format
-        job = resolve(fields, service.engine.catalogue(), limits, request_id_of(request), output_format)
+        job = await resolve_aside(fields, service.engine.catalogue(), limits, request_id_of(request), output_format)
         model = job.model
         logs_steps = _log.isEnabledFor(logging.DEBUG)
         handle = service.engine.submit(job, partial(outcome.stepped, job) if logs_steps else None)

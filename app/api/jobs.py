@@ -16,7 +16,7 @@ from app.api import outcome
 from app.api.answers import JobAnswer, errors
 from app.api.body import read_object
 from app.api.generate import REQUEST_BODY
-from app.api.resolve import Limits, resolve
+from app.api.resolve import Limits, resolve, resolve_aside
 from app.api.schemas import parse
 from app.api.service import request_id_of, service_of
 from app.engine.base import Engine, Job, JobHandle, JobResult
@@ -83,7 +83,8 @@ async def submit(request: Request, idempotency_key: IdempotencyKey = None) -> Re
         body = await read_object(request, service.settings)
         fields = parse(body)
         limits = Limits.of(service.settings)
-        job = resolve(fields, service.engine.catalogue(), limits, request_id_of(request), fields.output_format)
+        catalogue = service.engine.catalogue()
+        job = await resolve_aside(fields, catalogue, limits, request_id_of(request), fields.output_format)
         model = job.model
         fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         record = await service.jobs.submit(job, body, key, fingerprint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -11,27 +13,15 @@ from app.api.adapters import Adapters, check_prompts
 from app.api.schemas import GenerateRequest, shown
 from app.engine.base import Catalogue, Job, ModelInfo, OutputFormat
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
+from app.images import read_picture
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import GenerationParams, UnsupportedSampler
+from models.base import GenerationParams, Img2Img, Multiscale, UnsupportedSampler
 from models.samplers import check as check_sampler
 
 SEEDS = 2**32
+SMALLEST_PICTURE = 32  # pixels a side of an upload
 
-# Features of later versions: each is accepted at the values that leave it off, and refused at all others.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "img2img_enabled": (False,),
-    "img2img_image": (None,),
-    "img2img_denoise": (0.75,),
-    "hires_fix": (False,),
-    "adetailer": (False,),
-    "multiscale_enabled": (False,),
-    "multiscale_factor": (0.5,),
-    "multiscale_fullres_start": (3,),
-    "multiscale_fullres_end": (8,),
-    "multiscale_intermittent": (True,),
-    "enable_preview": (False,),
-}
 _DEEPCACHE_FIELDS = {
     "deepcache_preset",
     "deepcache_interval",
@@ -47,6 +37,7 @@ class Limits:
     """What the operator allows."""
 
     max_batch_size: int = 4
+    max_picture_pixels: int = 2**24
     deadline_seconds: float = 3600.0
     adapters: Adapters = NO_ADAPTERS
 
@@ -65,10 +56,11 @@ def resolve(
     """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
     model = pick_model(request, catalogue)
     _check_compatible(request, model)
-    _check_supported(request)
     _check_size(request, model)
     _check_sampler(request, model)
     check_prompts(request, model)
+    steps = model.steps if request.steps is None else request.steps
+    img2img = _img2img(request, limits, steps)
     warnings = _warnings(request, model)
     embeddings, said = limits.adapters.mentioned(request, model)
     warnings += said
@@ -82,7 +74,7 @@ def resolve(
         negative_prompt=request.negative_prompt,
         width=request.width,
         height=request.height,
-        steps=model.steps if request.steps is None else request.steps,
+        steps=steps,
         guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
         batch_size=batch_size,
@@ -94,6 +86,11 @@ def resolve(
         guidance_rescale=request.guidance_rescale,
         attention=request.attention,
         compiled=request.stable_fast,
+        img2img=img2img,
+        hires_fix=request.hires_fix,
+        adetailer=request.adetailer,
+        multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
+        preview=request.enable_preview,
     )
     return Job(
         id=job_id,
@@ -115,6 +112,15 @@ def _deadline(request: GenerateRequest, limits: Limits) -> float:
             f"deadline_seconds is at most {limits.deadline_seconds:g} on this server.", field="deadline_seconds"
         )
     return request.deadline_seconds
+
+
+async def resolve_aside(
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+) -> Job:
+    """`resolve`, in a thread where there is an upload to decode: for the event loop."""
+    if request.img2img_image is None:
+        return resolve(request, catalogue, limits, job_id, output_format)
+    return await asyncio.to_thread(resolve, request, catalogue, limits, job_id, output_format)
 
 
 def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
@@ -171,16 +177,6 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         raise Unsupported(reason, field="attention")
 
 
-def _check_supported(request: GenerateRequest) -> None:
-    for field, neutral in _NEUTRAL.items():
-        if getattr(request, field) not in neutral:
-            allowed = " or ".join(str(value).lower() if isinstance(value, bool) else repr(value) for value in neutral)
-            raise Unsupported(
-                f"This version cannot do {field} yet. Leave it out, or give {allowed.replace('None', 'null')}.",
-                field=field,
-            )
-
-
 def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
     for field in ("width", "height"):
         pixels, multiple = getattr(request, field), model.size_multiple
@@ -191,6 +187,30 @@ def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
                 f"{below} would be one, or {below + multiple}.",
                 field=field,
             )
+
+
+def _img2img(request: GenerateRequest, limits: Limits, steps: int) -> Img2Img | None:
+    """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
+    if not request.img2img_enabled:
+        return None
+    if request.img2img_image is None:
+        raise Invalid(
+            "img2img_enabled needs a picture in img2img_image, as base64 or a data URL.", field="img2img_image"
+        )
+    if int(steps * request.img2img_denoise) < 1:
+        raise Invalid(
+            f"img2img_denoise {request.img2img_denoise:g} of {steps} steps leaves no step to run. "
+            f"Give at least {math.ceil(1000 / steps) / 1000:g}, or more steps.",
+            field="img2img_denoise",
+        )
+    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=limits.max_picture_pixels)
+    if min(picture.size) < SMALLEST_PICTURE:
+        raise Invalid(
+            f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
+            f"{SMALLEST_PICTURE} a side. Send a larger picture.",
+            field="img2img_image",
+        )
+    return Img2Img(picture=picture, denoise=request.img2img_denoise)
 
 
 def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
@@ -228,6 +248,14 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
         if idle:
             reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
             warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
+    for switch, fields in (
+        ("img2img_enabled", {"img2img_image", "img2img_denoise"}),
+        ("multiscale_enabled", {f"multiscale_{name}" for name in request.multiscale}),
+    ):
+        defaults = {field: GenerateRequest.model_fields[field].default for field in fields}
+        idle = sorted(field for field in given & fields if getattr(request, field) != defaults[field])
+        if idle and not getattr(request, switch):
+            warnings.append(f"{', '.join(idle)} had no effect: {switch} is not true.")
     if request.cache_forecast is not None and isinstance(_strategy(request, model), NoCache):
         warnings.append("cache_forecast had no effect: no cache is on.")
     return warnings

@@ -144,16 +144,16 @@ class GenerateRequest(BaseModel):
         "auto", description="Attention kernel; auto takes the best that the model and device can run."
     )
     stable_fast: bool = Field(False, description="Compile the denoiser. Not for Flux.")
-    img2img_enabled: bool = Field(False, description="Start from a picture instead of noise.")
+    img2img_enabled: bool = Field(False, description="Start from a picture instead of noise: img2img_image.")
     img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
     img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")
-    hires_fix: bool = Field(False, description="Draw small first, then enlarge and refine.")
+    hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
     adetailer: bool = Field(False, description="Find faces and draw them anew in detail.")
     multiscale_enabled: bool = Field(False, description="Run some steps at lower resolution.")
     multiscale_factor: float = Field(0.5, gt=0, le=1, description="That resolution's share of the full one.")
     multiscale_fullres_start: int = Field(3, ge=0, le=150, description="First steps at full resolution.")
     multiscale_fullres_end: int = Field(8, ge=0, le=150, description="Last steps at full resolution.")
-    multiscale_intermittent: bool = Field(True, description="Return to full resolution now and then in between.")
+    multiscale_intermittent: bool = Field(True, description="Every fourth step in between at full resolution.")
     loras: list[Lora] = Field(default=[], max_length=16, description="Adapters to apply, safetensors only.")
     enable_preview: bool = Field(False, description="Send intermediate pictures on the job's event stream.")
     deadline_seconds: float | None = Field(
@@ -202,6 +202,12 @@ class GenerateRequest(BaseModel):
         else:
             values = {field: getattr(self, field) for field in self._preset_fields}
         return {field.removeprefix("deepcache_").removesuffix("_step"): value for field, value in values.items()}
+
+    @property
+    def multiscale(self) -> dict[str, Any]:
+        """Multi-scale's settings, by the names of models.base.Multiscale."""
+        names = ("factor", "fullres_start", "fullres_end", "intermittent")
+        return {name: getattr(self, f"multiscale_{name}") for name in names}
 
 
 KNOWN = (*GenerateRequest.model_fields, *ALIASES)

@@ -22,7 +22,7 @@ from app.engine.base import (
 )
 from app.engine.memory import draw
 from app.engine.messages import Condition
-from app.engine.report import summarise
+from app.engine.report import summarise_passes
 from app.settings import available_cores
 from models.base import LoadedModel, ModelError
 from models.models_file import Configuration, embedded
@@ -71,7 +71,7 @@ class RegistryRunner:
         model = self._registry.get(job.model)
         device = self._registry.device
         generation, batch_size = draw(model, job.params, job.strategy, on_step, device)
-        cache = summarise(generation.reports)
+        cache = summarise_passes(generation.passes)
         pictures = tuple(
             images.encode(image, job.output_format, images.metadata(job, seed, cache))
             for image, seed in zip(generation.images, job.params.seeds, strict=True)

@@ -1,4 +1,4 @@
-"""From noise to latents: the pipeline's own run, which every request without an upload begins with."""
+"""From noise to latents: what every request without an upload begins with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
+    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
 
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 class Base:
     """All steps of the noise schedule, at the drawing's size."""
 
-    def steps(self, params: GenerationParams) -> int:
+    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
         return params.steps
 
     def run(self, drawing: Drawing) -> None:
-        drawing.latents = drawing.denoise(
-            "base", drawing.model.pipeline, steps=drawing.params.steps, width=drawing.width, height=drawing.height
-        )
+        drawing.latents = drawing.from_noise("base")

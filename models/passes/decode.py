@@ -9,6 +9,7 @@ from models import limits
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
+    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class Decode:
     """The autoencoder's decoder, then a resampling where the model does not draw at the request's size."""
 
-    def steps(self, params: GenerationParams) -> int:
+    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
         return 0
 
     def run(self, drawing: Drawing) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ import torch
 
 from models import samplers
 from models.base import GenerationParams, PassReport, Step, StepHook
+
+from .multiscale import Scales
+from .prediction import prediction_of
+from .preview import Previews
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,41 +59,119 @@ class Drawing:
         self.warnings: list[str] = []
         self.kernels: list[str] = []  # that computed the attention of each run
 
-    def denoise(
-        self, name: str, pipeline: Any, *, steps: int, width: int, height: int, **arguments: Any
-    ) -> torch.Tensor:
-        """One run of the cache: latents as `pipeline` returns them, one row an image.
+    def from_noise(self, name: str) -> torch.Tensor:
+        """Latents of width × height pixels, drawn from nothing: all steps of the schedule."""
+        size = {"width": self.width, "height": self.height}
+        return self._denoise(name, self.model.pipeline, self.params.steps, self.generators, self.seeds, **size)
 
-        name: of the pass, for the report. steps: how many the pipeline will take, which is less than the schedule has
-        where it begins from a picture. The scheduler is this run's own; the saved one is back afterwards.
+    def from_pictures(
+        self, name: str, pictures: Sequence[Image.Image], strength: float, *, only: int | None = None
+    ) -> torch.Tensor:
+        """Latents drawn over `pictures`, which are of one size that the model can draw at.
+
+        They are encoded and noised to where the last `strength` of the schedule begins, as in diffusers' img2img
+        pipelines, and denoised from there. There is one an image of the batch, or a single one for the image `only`.
+        """
+        generators, seeds = self.generators, self.seeds
+        if only is not None:
+            generators, seeds = [generators[only]], (seeds[only],)
+        width, height = pictures[0].size
+        return self._denoise(
+            name,
+            self.model.from_pictures(),
+            self.model.partial_steps(self.params.steps, strength),
+            generators,
+            seeds,
+            width=width,
+            height=height,
+            image=list(pictures),
+            strength=strength,
+        )
+
+    def _denoise(
+        self,
+        name: str,
+        pipeline: Any,
+        steps: int,
+        generators: list[torch.Generator],
+        seeds: tuple[int, ...],
+        *,
+        width: int,
+        height: int,
+        **start: Any,
+    ) -> torch.Tensor:
+        """One run of the cache: latents as `pipeline` returns them, one row a generator.
+
+        name: of the pass, for the report. steps: how many the pipeline takes, which is less than the schedule has where
+        it begins from a picture. The scheduler is this run's own; the saved one is back afterwards.
         """
         params, model = self.params, self.model
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        if "height" in takes:  # else they are the picture's
+            start |= {"width": width, "height": height}
+        guidance = model.guidance(params)
+        for setting in guidance.keys() - takes.keys():  # diffusers would take it as **kwargs, and not read it
+            del guidance[setting]
+            self.warnings.append(f"{setting} had no effect in the pass {name}: {type(pipeline).__name__} has none.")
         timesteps = samplers.custom_timesteps(params.scheduler, params.steps)
-        count = len(self.generators)
+        grid = (height // model.pipeline.vae_scale_factor, width // model.pipeline.vae_scale_factor)
+        previews = Previews(model.preview_decoder if params.preview else None, steps)
         with (
             self.clock("denoise"),
-            model.scheduled(pipeline, params, self.seeds),
+            model.scheduled(pipeline, params, seeds) as scheduler,
             model.accelerated(params) as (attention, compiling),
-            self.strategy.attach(model.view(params, pipeline.scheduler)) as report,
+            self.strategy.attach(model.view(params, scheduler)) as report,
+            self._scales(name, steps, scheduler, *grid) as scales,
+            previews.watching(model, scheduler, *grid),
         ):
+
+            def finished(done: int) -> bytes | None:
+                if scales is not None:
+                    scales.step = done
+                return previews.after(done)
+
             result = pipeline(
-                **{key: embedding.repeat_interleave(count, dim=0) for key, embedding in self.conditioning.items()},
-                **model.guidance(params),
+                **{key: tensor.repeat_interleave(len(seeds), dim=0) for key, tensor in self.conditioning.items()},
+                **guidance,
                 **({} if timesteps is None else {"timesteps": timesteps}),
+                **start,
                 num_inference_steps=params.steps,
-                generator=self.generators,
+                generator=generators,
+                output_type="latent",
+                callback_on_step_end=self.progress.watch(report, steps, finished),
+            )
+        self.passes.append(
+            PassReport(
+                name=name,
+                cache=report,
+                steps=steps,
                 width=width,
                 height=height,
-                output_type="latent",
-                callback_on_step_end=self.progress.watch(report, steps),
-                **arguments,
+                sizes="" if scales is None else scales.letters,
+                small_share=1.0 if scales is None else scales.share,
             )
+        )
         self.clock.move("denoise", "compile", compiling.seconds)
         self.kernels.append(attention.name)
         self.warnings += attention.warnings
-        self.passes.append(PassReport(name=name, cache=report, steps=steps, width=width, height=height))
         latents: torch.Tensor = result.images
         return latents
+
+    @contextmanager
+    def _scales(self, name: str, steps: int, scheduler: Any, height: int, width: int) -> Iterator[Scales | None]:
+        """The run's sizes, where it has several: multi-scale acts in the first pass."""
+        settings = self.params.multiscale
+        if settings is None or self.passes:
+            yield None
+            return
+        scales = Scales(self.model, settings, steps, prediction_of(scheduler), height, width)
+        with scales.attached():
+            yield scales
+        if "S" not in scales.letters:
+            self.warnings.append(
+                f"Multi-scale had no effect: none of the {steps} steps lies between the first {settings.fullres_start} "
+                f"and the last {settings.fullres_end}, or the factor is 1. Use more steps or fewer at full size."
+            )
 
     def decode(self) -> list[Image.Image]:
         """Pictures of width × height pixels. Raises ValueError before anything has been drawn."""
@@ -108,20 +191,24 @@ class Progress:
         self._on_step = on_step
         self._next = 0
 
-    def watch(self, report: CacheReport, steps: int) -> Any:
-        """A pipeline's `callback_on_step_end` for one run of `steps` steps."""
-        read = 0
+    def watch(self, report: CacheReport, steps: int, finished: Callable[[int], bytes | None]) -> Any:
+        """A pipeline's `callback_on_step_end` for one run of `steps` steps.
+
+        finished: is told how many of them are done, and may answer with a preview.
+        """
+        read = done = 0
 
         def callback(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
             # The rule of the pipelines' own progress bar: PNDM's extra first call and the two calls of second-order
             # samplers, whose last step has but one, come out as `steps` steps.
-            nonlocal read
+            nonlocal read, done
             order, calls = pipeline.scheduler.order, pipeline.num_timesteps
             warm_up = calls - steps * order
             if index == calls - 1 or (index + 1 > warm_up and (index + 1) % order == 0):
                 decision = report.decisions[read:]
                 read = len(report.decisions)
-                self._on_step(Step(self._next, self.total, decision))
+                done += 1
+                self._on_step(Step(self._next, self.total, decision, finished(done)))
                 self._next += 1
             return tensors
 

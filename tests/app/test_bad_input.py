@@ -173,30 +173,6 @@ async def test_what_does_not_go_together_is_refused_with_a_remedy(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("img2img_enabled", True),
-        ("img2img_image", "file:///etc/passwd"),
-        ("img2img_denoise", 0.5),
-        ("hires_fix", True),
-        ("adetailer", True),
-        ("multiscale_enabled", True),
-        ("multiscale_factor", 0.25),
-        ("multiscale_fullres_start", 4),
-        ("multiscale_fullres_end", 9),
-        ("multiscale_intermittent", False),
-        ("enable_preview", True),
-    ],
-)
-async def test_what_this_version_cannot_do_is_said_and_not_skipped(
-    client: httpx.AsyncClient, engine: FakeEngine, field: str, value: object
-) -> None:
-    response = await client.post("/api/generate", json={"prompt": "a", field: value})
-    assert_refused(response, 422, "unsupported", field, "cannot do")
-    assert engine.submitted == []
-
-
-@pytest.mark.parametrize(
     "name", ["tiny", "..", "../fine", "/etc/passwd", "%2e%2e", "a\\b", "runwayml/stable-diffusion-v1-5", "x.ckpt"]
 )
 async def test_a_model_is_a_configured_name_and_nothing_else(

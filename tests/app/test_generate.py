@@ -164,7 +164,7 @@ async def test_a_cache_setting_that_nothing_reads_is_pointed_out(
     assert warnings[0].startswith(f"{named} had no effect")
 
 
-async def test_neutral_values_of_features_to_come_are_accepted(client: httpx.AsyncClient) -> None:
+async def test_features_that_are_left_off_say_nothing(client: httpx.AsyncClient) -> None:
     body = await answer(
         client,
         img2img_enabled=False,

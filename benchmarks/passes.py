@@ -1,0 +1,147 @@
+"""The contact sheet of the passes, and what a cache saves in a request that combines them.
+
+    python -m benchmarks.passes            draws docs/passes/contact-sheet.jpg, then measures
+    python -m benchmarks.passes --no-sheet
+
+Drawn with tiny-sd on the CPU. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image, ImageDraw
+
+from app.engine.report import summarise_passes
+from benchmarks.machine import machine
+from cache import CacheStrategy, DeepCache, NoCache
+from models import faces
+from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Multiscale, Step
+from models.embedded import SPECS
+from models.loading import quiet
+from models.passes.adetailer import ADetailer, around
+from models.passes.drawing import Clock, Drawing, Progress
+from models.unet import SD
+
+SHEET = Path(__file__).resolve().parents[1] / "docs" / "passes" / "contact-sheet.jpg"
+WIDTH, HEIGHT = 288, 192  # of a picture on the sheet
+LABEL = 18
+PARAMS = GenerationParams(
+    prompt="a misty forest at twilight", width=768, height=512, steps=20, guidance_scale=3.0, seeds=(7,)
+)
+STRENGTHS = (0.3, 0.6, 0.9)
+COMBINED = replace(PARAMS, hires_fix=True, multiscale=Multiscale())
+Row = list[tuple[str, Image.Image]]
+
+
+def ignore(step: Step) -> None:
+    """A step hook that wants nothing."""
+
+
+def draw(model: LoadedModel, **changes: Any) -> Image.Image:
+    return model.generate(replace(PARAMS, **changes), NoCache(), ignore).images[0]
+
+
+def rows(model: LoadedModel) -> list[Row]:
+    plain = draw(model)
+    mountains = "clear mountains at sunset"
+    upload = draw(model, prompt=mountains, seeds=(3,))
+    redrawn: Row = [
+        (f"img2img {share:g}: {PARAMS.prompt}", draw(model, img2img=Img2Img(picture=upload, denoise=share)))
+        for share in STRENGTHS
+    ]
+    steps: list[Step] = []
+    model.generate(replace(PARAMS, preview=True), NoCache(), steps.append)
+    shown = [(step.index + 1, Image.open(BytesIO(step.preview))) for step in steps if step.preview is not None]
+    return [
+        [(f"upload: {mountains}", upload), *redrawn],
+        [
+            ("plain", plain),
+            ("hires_fix", draw(model, hires_fix=True)),
+            ("multi-scale", draw(model, multiscale=Multiscale())),
+            ("multi-scale, not intermittent", draw(model, multiscale=Multiscale(intermittent=False))),
+        ],
+        [(f"preview, step {index}", picture) for index, picture in shown[:8:2]],
+        detailed(model),
+    ]
+
+
+def detailed(model: Any) -> Row:
+    """The pass alone, on scikit-image's photograph: tiny-sd itself draws nothing in which a face could be found."""
+    from skimage.data import astronaut
+
+    photograph = Image.fromarray(astronaut())
+    params = replace(PARAMS, width=512, height=512, prompt="", guidance_scale=1.0)
+    clock, progress = Clock(torch.device("cpu")), Progress(ignore, 0)
+    with torch.no_grad(), quiet():
+        drawing = Drawing(model, params, params.seeds, model._encode(params), NoCache(), (512, 512), clock, progress)
+        drawing.images = [photograph]
+        ADetailer().run(drawing)
+    (box,) = faces.find(photograph)
+    frame = around(box, photograph.size)
+    boxed = photograph.copy()
+    pen = ImageDraw.Draw(boxed)
+    pen.rectangle([box.left, box.top, box.left + box.width, box.top + box.height], outline="red", width=4)
+    pen.rectangle(frame, outline="yellow", width=3)
+    return [
+        ("photograph; face red, crop yellow", boxed),
+        ("adetailer (tiny-sd knows no faces)", drawing.images[0]),
+        ("crop before", photograph.crop(frame)),
+        ("crop after", drawing.images[0].crop(frame)),
+    ]
+
+
+def sheet(drawn: list[Row]) -> Image.Image:
+    whole = Image.new("RGB", (WIDTH * max(map(len, drawn)), (HEIGHT + LABEL) * len(drawn)), "white")
+    pen = ImageDraw.Draw(whole)
+    for y, row in enumerate(drawn):
+        for x, (label, picture) in enumerate(row):
+            fitted = picture.convert("RGB")
+            scale = min(WIDTH / fitted.width, HEIGHT / fitted.height)
+            size = (round(fitted.width * scale), round(fitted.height * scale))
+            fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+            pen.text((x * WIDTH + 4, y * (HEIGHT + LABEL) + 3), label, fill="black")
+            whole.paste(fitted, (x * WIDTH + (WIDTH - fitted.width) // 2, y * (HEIGHT + LABEL) + LABEL))
+    return whole
+
+
+def timed(model: LoadedModel, params: GenerationParams, strategy: CacheStrategy, repeats: int) -> dict[str, Any]:
+    runs: list[Generation] = [model.generate(params, strategy, ignore) for _ in range(repeats + 1)]
+    seconds = [run.timings.denoise_seconds for run in runs[1:]]  # the first one warms up
+    return {"denoise_seconds": round(statistics.median(seconds), 3), "cache": summarise_passes(runs[-1].passes)}
+
+
+def main(
+    draw_sheet: Annotated[bool, typer.Option("--sheet/--no-sheet")] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each setting, in turn.")] = 3,
+) -> None:
+    spec = next(spec for spec in SPECS if spec.name == "tiny-sd")
+    model = SD.load(spec, "cpu")
+    if draw_sheet:
+        SHEET.parent.mkdir(exist_ok=True)
+        sheet(rows(model)).save(SHEET, quality=85, optimize=True)
+        print(f"{SHEET}: {SHEET.stat().st_size // 1024} kB")
+    cache = DeepCache(interval=3, depth=2)
+    settings: dict[str, tuple[GenerationParams, CacheStrategy]] = {
+        "plain": (PARAMS, NoCache()),
+        "previews": (replace(PARAMS, preview=True), NoCache()),
+        "multiscale": (replace(PARAMS, multiscale=Multiscale()), NoCache()),
+        "deepcache": (PARAMS, cache),
+        "hires_fix + multiscale": (COMBINED, NoCache()),
+        "hires_fix + multiscale + deepcache": (COMBINED, cache),
+    }
+    results = {name: timed(model, params, strategy, repeats) for name, (params, strategy) in settings.items()}
+    for name, result in results.items():
+        print(f"{name}: {result['denoise_seconds']} s, predicted ×{result['cache']['predicted_speedup']}")
+    print(json.dumps({"machine": machine("cpu"), "steps": PARAMS.steps, "seed": PARAMS.seeds[0], "results": results}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

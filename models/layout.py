@@ -1,0 +1,95 @@
+"""How a family's latents lie: as its pipelines hand them about, in its denoiser's arguments, and as a picture's grid.
+
+A grid is (batch, channels, height, width), the height and width a picture's divided by the autoencoder's factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a denoiser's call: by position and by name."""
+
+
+class Layout(Protocol):
+    multiple: int
+    """What both sides of a grid must be multiples of."""
+
+    def grid(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The grid, height × width latents, in latents or in a prediction."""
+        ...
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """The inverse of `grid`."""
+        ...
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+        """A call's latents, and the timestep as the denoiser takes it (that of the first item)."""
+        ...
+
+    def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
+        """The call's arguments with another grid, perhaps of another size, and timestep in them."""
+        ...
+
+
+_NAMES = ("sample", "timestep")  # of a UNet's first arguments
+
+
+class Spatial:
+    """A UNet's: the grid itself, first by position or as `sample`; a training timestep."""
+
+    multiple = 1
+
+    def grid(self, latents: Tensor, height: int, width: int) -> Tensor:
+        return latents
+
+    def flat(self, grid: Tensor) -> Tensor:
+        return grid
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+        named = dict(zip(_NAMES, args, strict=False)) | dict(kwargs)
+        return named["sample"], _number(named["timestep"])
+
+    def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
+        changed = {"sample": grid, "timestep": grid.new_tensor(timestep)}
+        by_position = [changed.pop(name) for name, _ in zip(_NAMES, args, strict=False)]
+        return (*by_position, *args[len(_NAMES) :]), {**kwargs, **changed}
+
+
+class Packed:
+    """Flux's: two by two latents a token, (batch, tokens, 4 · channels), with a position for each; t from 1 to 0."""
+
+    multiple = 2
+
+    def grid(self, latents: Tensor, height: int, width: int) -> Tensor:
+        batch, _, channels = latents.shape
+        tiles = latents.view(batch, height // 2, width // 2, channels // 4, 2, 2)
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, height, width)
+
+    def flat(self, grid: Tensor) -> Tensor:
+        batch, channels, height, width = grid.shape
+        tiles = grid.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+        return kwargs["hidden_states"], _number(kwargs["timestep"])
+
+    def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
+        from diffusers import FluxPipeline
+
+        rows, columns = grid.shape[-2] // 2, grid.shape[-1] // 2
+        old = kwargs["img_ids"]
+        positions = FluxPipeline._prepare_latent_image_ids(len(grid), rows, columns, old.device, old.dtype)
+        changed = {
+            "hidden_states": self.flat(grid),
+            "timestep": kwargs["timestep"].new_full((len(grid),), timestep),
+            "img_ids": positions,
+        }
+        return args, {**kwargs, **changed}
+
+
+def _number(timestep: Any) -> float:
+    return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)

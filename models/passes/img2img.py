@@ -1,0 +1,28 @@
+"""From a client's picture to latents, in the base pass's place (Meng et al. 2022, "SDEdit")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from models import limits
+
+if TYPE_CHECKING:
+    from models.base import GenerationParams, Img2Img
+    from models.pipeline import PipelineModel
+
+    from .drawing import Drawing
+
+
+@dataclass(frozen=True, slots=True)
+class FromPicture:
+    """The picture, cut to the drawing's aspect, noised and drawn over: diffusers' own img2img pipeline."""
+
+    settings: Img2Img
+
+    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+        return model.partial_steps(params.steps, self.settings.denoise)
+
+    def run(self, drawing: Drawing) -> None:
+        picture = limits.fit(self.settings.picture, drawing.width, drawing.height)
+        drawing.latents = drawing.from_pictures("img2img", [picture] * len(drawing.seeds), self.settings.denoise)
