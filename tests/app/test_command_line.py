@@ -71,3 +71,22 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         command_line.main()
     assert caught.value.code == 2
     assert "LD_SERVER_LOGLEVEL" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_fake_models")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fine", "--speedup", "2"], "Use DeepCache"),
+        (["nothing", "--speedup", "2"], "There is no model"),
+        (["flux", "--speedup", "2", "--forecast", "cubic"], "cache_forecast"),
+    ],
+)
+def test_a_threshold_is_not_searched_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["app", "threshold", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert caught.value.code == 1
+    assert words in capsys.readouterr().err
