@@ -92,6 +92,8 @@ def generate(
     depth: int | None = None,
     fbcache: Annotated[bool | None, typer.Option("--fbcache/--no-fbcache", help="First-block cache.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Of the first-block cache.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be given several times.")] = None,
+    clip_skip: int | None = None,
 ) -> None:
     """Draw pictures in this process, with the checks and the code of the server."""
     values: dict[str, Any] = {
@@ -113,6 +115,8 @@ def generate(
         "deepcache_depth": depth,
         "fbcache_enabled": fbcache,
         "fbcache_threshold": threshold,
+        "loras": [_lora(text) for text in lora or ()],
+        "clip_skip": clip_skip,
         "output_format": _format_of(output),
     }
     result = _draw({name: value for name, value in values.items() if value is not None}, Settings())
@@ -272,6 +276,16 @@ def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
         "cache": result.cache,
         "timings": result.timings,
     }
+
+
+def _lora(text: str) -> dict[str, Any]:
+    name, _, weight = text.rpartition(":")
+    if not name:
+        return {"name": text}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
 
 
 def _format_of(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,12 @@ Offload = Literal["model", "sequential"]
 
 
 class ModelError(Exception):
-    """A model could not be found, loaded or run as asked. The message carries the remedy."""
+    """A model could not be found, loaded or run as asked. The message carries the remedy.
+
+    `field`: the request's field at fault, where it is one.
+    """
+
+    field: ClassVar[str | None] = None
 
 
 class UnknownModel(ModelError):

@@ -20,6 +20,10 @@ _ONE = "emb_params"
 _TWO = ("clip_l", "clip_g")
 
 
+class EmbeddingFailed(AdapterFailed):
+    field = "prompt"
+
+
 def mentioned(files: Mapping[str, Path], texts: Iterable[str]) -> tuple[Embedding, ...]:
     """The embeddings whose file name stands in one of `texts` as a word of its own, in any case."""
     lowered = [text.lower() for text in texts]
@@ -139,8 +143,8 @@ def _read(embedding: Embedding, widths: Sequence[int]) -> list[Tensor]:
     return matrices
 
 
-def _failed(embedding: Embedding, reason: str) -> AdapterFailed:
-    return AdapterFailed(
+def _failed(embedding: Embedding, reason: str) -> EmbeddingFailed:
+    return EmbeddingFailed(
         f"The embedding {embedding.name!r} cannot be used with this model: {reason} "
         "Take one that was trained for it, or leave its name out of the prompts."
     )

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-_DOWN = ("lora_down.weight", "lora.down.weight", "lora_A.weight", "_lora.down.weight", "lora_linear_layer.down.weight")
+_DOWN = ("lora_down.weight", "lora.down.weight", "lora_A.weight", "lora_linear_layer.down.weight")
 _SPELLING = re.compile(r"\.(?:(to_[qkv]|to_out)_lora|lora_linear_layer)\.(down|up)\b")
 _NAMES = {"to_q": ".q_proj", "to_k": ".k_proj", "to_v": ".v_proj", "to_out": ".out_proj", None: ""}
 _SIDES = {"down": ".lora_A", "up": ".lora_B"}
 _OTHER_KINDS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa"}
+
+
+class LoraFailed(AdapterFailed):
+    field = "loras"
 
 
 @contextmanager
@@ -161,8 +165,8 @@ def _layers(pipeline: Any, adapter: str) -> Iterator[Any]:
             yield from (part for part in model.modules() if isinstance(part, LoraLayer) and adapter in part.lora_A)
 
 
-def _failed(lora: Lora, reason: str) -> AdapterFailed:
-    return AdapterFailed(
+def _failed(lora: Lora, reason: str) -> LoraFailed:
+    return LoraFailed(
         f"The LoRA {lora.name!r} cannot be used with this model: {reason} "
         "Take one that was trained for it, or leave it out of loras."
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class TooFewLayers(ModelError):
     """clip_skip asks for a layer that a text encoder has not got."""
 
+    field = "clip_skip"
+
 
 @dataclass(frozen=True, slots=True)
 class ClipEncoder:

@@ -32,7 +32,7 @@ def error_of(failure: Failed) -> ServiceError:
                 retry_after=RETRY_SECONDS,
             )
         case "model_error":
-            return Invalid(failure.message)
+            return Invalid(failure.message, field=failure.field)
         case "incompatible":
             return Incompatible(failure.message)
         case "out_of_memory":

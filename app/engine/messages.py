@@ -109,13 +109,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`message` is for the client, `detail` (a stack trace) for the log."""
+    """`message` is for the client, `detail` (a stack trace) for the log; `field` of the request is at fault, if any."""
 
     job_id: str
     kind: FailureKind
     message: str
     detail: str
     condition: Condition
+    field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

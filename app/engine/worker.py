@@ -180,7 +180,8 @@ class _Shift:
         except Exception as error:  # noqa: BLE001  # a job may fail in any way; the worker answers for it and goes on
             kind = _kind_of(error)
             # A device that does not even tell its condition any more ends the process here, and gets a new one.
-            self._line.say(Failed(job.id, kind, str(error), traceback.format_exc(), self._runner.condition()))
+            field = error.field if isinstance(error, ModelError) else None
+            self._line.say(Failed(job.id, kind, str(error), traceback.format_exc(), self._runner.condition(), field))
 
     def _stepped(self, job: Job, step: Step) -> None:
         self._line.say(Progress(job.id, step))

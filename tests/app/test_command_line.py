@@ -45,6 +45,8 @@ def test_models_are_listed_as_json() -> None:
         (["--flux", "--deepcache"], 1, "FBCache"),
         (["--model", "nothing"], 1, "There is no model"),
         (["-o", "x.gif"], 1, ".webp"),
+        (["--lora", "ink:0.5", "--lora", "wash"], 1, "no LoRA 'ink'"),
+        (["--lora", "ink:much"], 1, "NAME:0.8"),
     ],
 )
 def test_what_the_server_refuses_is_refused_in_one_line(

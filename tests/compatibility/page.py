@@ -1,0 +1,58 @@
+"""Prints docs/compatibility.md from the rows that the tests run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tests.compatibility.rows import ON, ROWS, Row
+
+HEAD = """# Compatibility
+
+What works with what, as the test suite runs it: every line below is a row of `tests/compatibility/rows.py`, sent
+through the HTTP API. A ✅ line draws on each of the models and its report shows reused calls; a ❌ line is refused (422
+`incompatible`) with the remedy. `tiny-sd` and `tiny-flux` are the embedded models; the others are pipelines of the true
+class and topology, at small width and with random weights. This page is printed by
+`python -m tests.compatibility.page`; a test fails when it is not current.
+"""
+
+
+def page() -> str:
+    parts = [HEAD]
+    for cache in ON:
+        on = ", ".join(f"`{field}: {_json(value)}`" for field, value in ON[cache].items())
+        parts.append(
+            f"\n## {cache}\n\nSwitched on by {on}.\n\n| | {cache} with | models | requests |\n|---|---|---|---|\n"
+        )
+        parts += [_line(row) for row in ROWS if row.cache == cache]
+    return "".join(parts)
+
+
+def _line(row: Row) -> str:
+    mark = "✅" if row.remedy is None else "❌"
+    beside = f"{row.beside}: {row.note}" if row.note else row.beside
+    models = ", ".join(f"`{model}`" for model in row.models)
+    requests = "; ".join(_fields(fields) for fields in row.fields) if row.fields != ({},) else ""
+    if row.remedy is not None:
+        field, words = row.remedy
+        requests += f"{' → ' if requests else ''}error at `{field}`: “… {words} …”"
+    return f"| {mark} | {beside} | {models} | {requests} |\n"
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{field}: {_json(value)}`" for field, value in fields.items())
+
+
+def _json(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_json, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_json(inner)}' for key, inner in value.items())}}}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
