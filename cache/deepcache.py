@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import forecast as forecasts
+from . import guidance as guidances
 from . import schedule as schedules
 from .schedule import WHOLE_SCHEDULE, Placement, Uniform, Window
 from .strategy import CacheReport, IncompatibleDenoiser
@@ -45,6 +46,9 @@ class DeepCache:
     schedule: where the compute calls lie. `uniform`: every `interval`-th. `auto`: as many, where the denoiser's view
         places them, if it knows the run and no window is set; else uniform. A tuple: those very calls, the first being
         0, whatever the interval.
+    guidance: `full` runs both halves of a guided batch in reuse calls. `reuse` runs the half with text alone, at half
+        the cost, and takes the other from the guidance difference, which is kept and forecast (`cache/guidance.py`).
+        It needs a view that knows guided calls; where it cannot act, the report says `full`.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -55,6 +59,7 @@ class DeepCache:
     end: int = WHOLE_SCHEDULE
     forecast: forecasts.Forecast = "damped"
     schedule: schedules.Schedule = "auto"
+    guidance: guidances.Guidance = "full"
 
     def __post_init__(self) -> None:
         for setting, least, most in (
@@ -76,6 +81,7 @@ class DeepCache:
             )
         forecasts.check(self.forecast, forecasts.WITHOUT_WITNESS)
         schedules.check(self.schedule)
+        guidances.check(self.guidance)
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -106,10 +112,16 @@ class _Pass:
     A run that leaves a size and comes back to it, as multi-scale does, goes on from that size's history.
     """
 
+    rows: int | None  # of a guided batch whose reuse calls run the second half alone; None for any other
     history: forecasts.History  # of the branch's state (batch, channels, height, width), or of the prediction
-    rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer; unused with a branch
-    computed: int  # the last call that computed, counted in this pass and size from 0
-    now: int  # the last call
+    difference: forecasts.History  # of the guided predictions, with text less without; empty for any other batch
+    rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer
+    computed: int = -1  # the last call that computed, counted in this pass and size from 0
+    now: int = -1  # the last call
+
+    @property
+    def bytes(self) -> int:
+        return self.history.bytes + self.difference.bytes
 
 
 class _Run:
@@ -201,45 +213,73 @@ class _Run:
         return entry if schedule.reuses(entry.now + 1, entry.computed) else None
 
     def compute(self, call: Call, slot: _Slot) -> Any:
-        history, now = self.continued(slot)
+        entry, time = self.continued(call, slot), self.calls[call.pass_name]
         output = call.run()
         if self.strategy.interval == 1 or self.denoiser.injected(call) is not None:
             return output
+        entry.now += 1
+        entry.computed = entry.now
+        entry.rebuild = _rebuilder(output)
+        prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
         if self.branch is None:
             # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
-            prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
-            history.add(self.calls[call.pass_name], prediction.detach().clone())
+            entry.history.add(time, prediction.detach().clone())
         elif self.captured is None:
             self.report.warn(
                 "The layer before the cached branch did not report its output, so its calls were computed fully: it "
                 "may have been compiled into a larger block. Compile the layers apart."
             )
             return output
+        elif entry.rows is None:
+            entry.history.add(time, self.captured)
         else:
-            history.add(self.calls[call.pass_name], self.captured)
-        self.passes[slot] = _Pass(history, _rebuilder(output), computed=now, now=now)
-        held = sum(one.history.bytes for one in self.passes.values())
+            entry.history.add(time, self.captured[entry.rows // 2 :].clone())
+            entry.difference.add(time, guidances.difference(prediction))
+        self.passes[slot] = entry
+        held = sum(one.bytes for one in self.passes.values())
         self.report.cache_bytes = max(self.report.cache_bytes, held)
         return output
 
-    def continued(self, slot: _Slot) -> tuple[forecasts.History, int]:
-        """The history that a computing call adds to, and the call's index in its pass and size."""
+    def continued(self, call: Call, slot: _Slot) -> _Pass:
+        """What a computing call adds to: that of the calls before it in its pass and size, or an empty one."""
         entry = self.passes.pop(slot, None)
-        if entry is None:
-            return forecasts.History(self.strategy.forecast), 0
-        entry.history.make_room()
-        return entry.history, entry.now + 1
+        if entry is not None:
+            entry.history.make_room()
+            entry.difference.make_room()
+            return entry
+        state, difference = (forecasts.History(self.strategy.forecast) for _ in range(2))
+        return _Pass(self.guided_rows(call), state, difference, _rebuilder(()))
+
+    def guided_rows(self, call: Call) -> int | None:
+        """The rows of a guided batch whose unconditional half reuse calls are to spare."""
+        rows = None
+        if self.strategy.guidance == "reuse" and self.branch is not None:
+            rows = self.denoiser.guided_rows(call)
+        self.report.settings["guidance"] = "full" if rows is None else "reuse"
+        if self.branch is not None:
+            self.report.reuse_cost = self.denoiser.branch_costs[self.branch] / (1 if rows is None else 2)
+        return rows
 
     def reuse(self, call: Call, entry: _Pass) -> Any:
         entry.now += 1
         kept = entry.history.at(self.calls[call.pass_name])
         if kept is entry.history.newest and (self.branch_pass is None or self.copies):
             kept = kept.clone()
-        return entry.rebuild(kept) if self.branch_pass is None else self.branch_pass.run(call, kept)
+        if self.branch_pass is None:
+            return entry.rebuild(kept)
+        if entry.rows is None:
+            return self.branch_pass.run(call, kept)
+        with_text = self.branch_pass.run(guidances.conditional(call, entry.rows), kept)[0]
+        return entry.rebuild(guidances.both(with_text, entry.difference.at(self.calls[call.pass_name])))
 
     def explain(self) -> None:
         """Warn of whatever kept the cache from acting as asked."""
         report, interval, calls = self.report, self.strategy.interval, len(self.report.decisions)
+        if self.strategy.guidance == "reuse" and report.reused and report.settings["guidance"] == "full":
+            report.warn(
+                "DeepCache ran both halves of guidance in reused calls: the run does not call with every picture twice "
+                "in one batch, or no layer runs at this depth. A guidance scale above 1 and a lower depth would do."
+            )
         if interval == 1:
             report.warn("DeepCache with interval 1 computes every call: use an interval of 2 or more.")
         elif calls < 2:

@@ -11,8 +11,10 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from . import cost
@@ -90,6 +92,8 @@ class UNetDenoiser(Denoiser):
 
     native_size: height and width of the latents at which the costs are counted; None reads `config.sample_size`.
     rule: what `placement` asks; None where nothing is known of a run before it is made.
+    guided: whether the run that begins calls with every picture twice, the second half of the batch with its text, as
+        diffusers' pipelines do for guidance.
     """
 
     injections = (
@@ -105,11 +109,13 @@ class UNetDenoiser(Denoiser):
         native_size: tuple[int, int] | None = None,
         num_train_timesteps: int = 1000,
         rule: PlacementRule | None = None,
+        guided: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(root)
         self.native_size = native_size
         self.num_train_timesteps = num_train_timesteps
         self._rule = rule
+        self._guided = guided
         self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
         self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
         self.down_entries: list[tuple[str, ...]] = [("conv_in",)]
@@ -120,6 +126,7 @@ class UNetDenoiser(Denoiser):
         self.up_layers: list[tuple[str, ...]] = []
         for i, block in enumerate(self.up_blocks):
             layers = _layer_paths(block, f"up_blocks.{i}")
+            _check_skips(block)
             if _samplers(block, "upsamplers"):
                 layers[-1] += (f"up_blocks.{i}.upsamplers.0",)
             self.up_layers += layers
@@ -136,10 +143,21 @@ class UNetDenoiser(Denoiser):
         """
         return None if self._rule is None else self._rule(self.timestep_of(call), interval, branch)
 
-    def ruled(self, rule: PlacementRule) -> UNetDenoiser:
-        """The same view with another `rule`."""
+    def guided_rows(self, call: Call) -> int | None:
+        """The rows of a batch that holds every picture twice, the second time with its text; None for any other.
+
+        Compares the halves, which synchronises with a GPU.
+        """
+        sample: Tensor = self.argument("sample", call)
+        if not self._guided() or len(sample) % 2 or not torch.equal(*sample.chunk(2)):
+            return None
+        return len(sample)
+
+    def ruled(self, rule: PlacementRule, *, guided: bool) -> UNetDenoiser:
+        """The same view for a run of which this much is known."""
         other = copy.copy(self)
         other._rule = rule
+        other._guided = lambda: guided
         return other
 
     @property
@@ -206,6 +224,16 @@ def _layer_paths(block: Any, path: str) -> list[tuple[str, ...]]:
         )
     parallel = ["resnets", *(["attentions"] if "attentions" in lists else [])]
     return [tuple(f"{path}.{name}.{i}" for name in parallel) for i in range(len(block.resnets))]
+
+
+def _check_skips(block: Any) -> None:
+    """Raises IncompatibleDenoiser if only the first layer of an up block takes a skip (K-diffusion's upscalers)."""
+    entrances = [next((one for one in layer.modules() if isinstance(one, nn.Conv2d)), None) for layer in block.resnets]
+    for before, layer in pairwise(entrances):
+        if before is None or layer is None or layer.in_channels <= before.out_channels:
+            raise IncompatibleDenoiser(
+                f"DeepCache cannot cut {type(block).__name__}: a cut needs layers that take one skip each."
+            )
 
 
 def _samplers(block: Any, name: str) -> int:
@@ -281,6 +309,16 @@ class TransformerDenoiser(Denoiser):
             return {"hidden_states": output}
         return {name: stream for name, stream in zip(self.streams, output, strict=True) if stream is not None}
 
+    def check_order(self, taken: Mapping[str, Tensor], returned: Mapping[str, Tensor]) -> None:
+        """Raises IncompatibleDenoiser where a stream came out of a block in another one's shape."""
+        for name, stream in returned.items():
+            if name in taken and taken[name].shape != stream.shape:
+                raise IncompatibleDenoiser(
+                    f"The blocks of this {type(self.root).__name__} return {name} in the shape {tuple(stream.shape)}, "
+                    f"having taken it in {tuple(taken[name].shape)}: give the view its streams in the order in which "
+                    f"the blocks return them, which is not {', '.join(self.streams)}."
+                )
+
     def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
         """What a block that put out `streams` would return; `packed` if the blocks return tuples."""
         return tuple(map(streams.get, self.streams)) if packed else streams["hidden_states"]
@@ -317,7 +355,10 @@ def view_of(target: Any) -> Denoiser:
             calls = calls_of(target.scheduler, timestep)
             return None if calls is None else Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
 
-        return UNetDenoiser(root, num_train_timesteps=training, rule=None if scheduler is None else rule)
+        def guided() -> bool:
+            return bool(getattr(target, "do_classifier_free_guidance", False))
+
+        return UNetDenoiser(root, num_train_timesteps=training, rule=None if scheduler is None else rule, guided=guided)
     return TransformerDenoiser(root)
 
 

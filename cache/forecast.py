@@ -67,7 +67,9 @@ class History:
 
     @property
     def bytes(self) -> int:
-        return sum(term.numel() * term.element_size() for term in self._terms)
+        """What is held, to the last number."""
+        held = [*self._terms, self._trust, self._reach]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
     def at(self, call: int, onto: Tensor | None = None) -> Tensor:
         """The forecast for `call`, added to `onto`. With one value known and no `onto`, that tensor itself."""

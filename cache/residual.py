@@ -142,6 +142,7 @@ class _Turn:
         result = run.blocks[0][0](*args, **kwargs)
         self.packed = isinstance(result, tuple)
         self.live = denoiser.results(result)
+        denoiser.check_order(denoiser.inputs(args, kwargs), self.live)
         self.head = self.live
         if run.in_place is not False:
             self.head = {name: stream.clone() for name, stream in self.live.items()}

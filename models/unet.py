@@ -166,7 +166,8 @@ class StableDiffusionModel(PipelineModel):
             calls = calls_of(scheduler, timestep)
             return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
 
-        return self._unet.ruled(rule)
+        guided = params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
+        return self._unet.ruled(rule, guided=guided)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)

@@ -29,6 +29,7 @@ _DEEPCACHE_FIELDS = {
     "deepcache_start_step",
     "deepcache_end_step",
     "deepcache_schedule",
+    "deepcache_guidance",
 }
 
 
@@ -224,7 +225,8 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
     forecast = _given(forecast=request.cache_forecast)
     if request.deepcache_enabled:
-        return DeepCache(**request.deepcache, **_given(schedule=request.deepcache_schedule), **forecast)
+        chosen = _given(schedule=request.deepcache_schedule, guidance=request.deepcache_guidance)
+        return DeepCache(**request.deepcache, **chosen, **forecast)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
         return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **forecast)
     return NoCache()

@@ -114,6 +114,11 @@ class GenerateRequest(BaseModel):
         description="Where the computed calls lie: uniform every interval-th, auto as many where they were found to "
         "help most (uniform if a window is set); null is auto.",
     )
+    deepcache_guidance: Literal["full", "reuse"] | None = Field(
+        None,
+        description="What a reused step runs of a guided batch: full both halves; reuse the half with the prompt, at "
+        "half the cost, the guidance difference being forecast; null is full.",
+    )
     deepcache_start_step: int = Field(
         0, ge=0, le=1000, description="Reuse from this progress on; 0 is pure noise, 1000 is finished."
     )

@@ -140,6 +140,12 @@ class Drawing:
                 output_type="latent",
                 callback_on_step_end=self.progress.watch(report, steps, finished),
             )
+            second_order = pipeline.scheduler.order > 1
+        if second_order and report.strategy != "none":
+            report.warn(
+                f"The sampler makes two evaluations a step: the cache counted the {len(report.decisions)} calls of the "
+                f"denoiser, not the {steps} steps."
+            )
         self.passes.append(
             PassReport(
                 name=name,

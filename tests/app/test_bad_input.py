@@ -101,6 +101,7 @@ WRONG_TYPE = [
     ("cache_forecast", '"cubic"', "quadratic"),
     ("cache_forecast", "1", "linear"),
     ("deepcache_schedule", '"best"', "uniform"),
+    ("deepcache_guidance", '"half"', "reuse"),
     ("attention", '"flash"', "sdpa"),
     ("output_format", '"gif"', "png"),
     ("loras", '"a"', "list"),

@@ -82,6 +82,8 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
         ({"deepcache_enabled": True, "cache_forecast": None}, DeepCache()),
         ({"deepcache_enabled": True, "deepcache_schedule": "uniform"}, DeepCache(schedule="uniform")),
         ({"deepcache_enabled": True, "deepcache_schedule": "auto"}, DeepCache(schedule="auto")),
+        ({"deepcache_enabled": True, "deepcache_guidance": "reuse"}, DeepCache(guidance="reuse")),
+        ({"deepcache_enabled": True, "deepcache_guidance": "full"}, DeepCache(guidance="full")),
         ({"flux_enabled": True}, FirstBlockCache(0.05, None)),
         ({"flux_enabled": True, "cache_forecast": "linear"}, FirstBlockCache(forecast="linear")),
         ({"flux_enabled": True, "cache_forecast": "damped"}, FirstBlockCache(forecast="damped")),

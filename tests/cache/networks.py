@@ -21,6 +21,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from cache import Denoiser, UNetDenoiser, view_of
+from tests.cache.families import sd3, wan
+
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "embedded"
 
 
@@ -82,6 +85,36 @@ def tiny_flux() -> nn.Module:
         axes_dims_rope=(4, 6, 6),
     )
     return network.eval()
+
+
+def small_unet() -> nn.Module:
+    """Two levels of one layer, for tests that run many calls."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def small_flux() -> nn.Module:
+    """One double and two single blocks."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
 
 
 class Residual(nn.Module):
@@ -188,13 +221,21 @@ def denoise_flux(
 
 @dataclass(frozen=True)
 class Family:
-    """A network and the loop that belongs to it."""
+    """A network and the loop that belongs to it.
+
+    guided: its loop calls with every picture twice in one batch.
+    sampled: the contract suite runs one setting of each strategy on it, which saves time.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     steps: Callable[..., Steps]
     is_unet: bool
-    trained: bool = False
+    guided: bool = False
+    sampled: bool = False
+
+    def view(self, network: nn.Module) -> Denoiser:
+        return UNetDenoiser(network, guided=lambda: True) if self.guided else view_of(network)
 
     @torch.no_grad()
     def denoise(self, network: nn.Module, **settings: Any) -> Tensor:
@@ -204,10 +245,12 @@ class Family:
 
 
 FAMILIES = [
-    Family("sd", tiny_sd, denoise_unet, is_unet=True),
-    Family("sdxl", tiny_sdxl, denoise_unet, is_unet=True),
+    Family("sd", tiny_sd, denoise_unet, is_unet=True, guided=True),
+    Family("sdxl", tiny_sdxl, denoise_unet, is_unet=True, guided=True),
     Family("unconditional", tiny_unconditional, denoise_unet, is_unet=True),
     Family("flux", tiny_flux, denoise_flux, is_unet=False),
+    Family("sd3", sd3.build, sd3.steps, is_unet=False, sampled=True),
+    Family("wan", wan.build, wan.steps, is_unet=False, sampled=True),
 ]
 
 # The trained models are part of the suite from the day that they are in the repository.
@@ -218,7 +261,7 @@ if (EMBEDDED / "tiny-sd").is_dir():
             lambda: UNet2DConditionModel.from_pretrained(EMBEDDED / "tiny-sd", subfolder="unet").float().eval(),
             denoise_unet,
             is_unet=True,
-            trained=True,
+            sampled=True,
         )
     )
 if (EMBEDDED / "tiny-flux").is_dir():
@@ -230,6 +273,6 @@ if (EMBEDDED / "tiny-flux").is_dir():
             ),
             denoise_flux,
             is_unet=False,
-            trained=True,
+            sampled=True,
         )
     )

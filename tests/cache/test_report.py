@@ -85,6 +85,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
         (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
         (DeepCache, {"forecast": None}, "forecast"),
+        (DeepCache, {"guidance": "half"}, "guidance must be one of full, reuse"),
         (DeepCache, {"schedule": "best"}, "schedule must be auto, uniform or a tuple"),
         (DeepCache, {"schedule": None}, "schedule"),
         (DeepCache, {"schedule": (0, 1.5)}, "schedule must be"),

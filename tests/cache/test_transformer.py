@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from cache import FirstBlockCache, IncompatibleDenoiser, TransformerDenoiser, attach
+from tests.cache.families import sd3
 from tests.cache.networks import Plain, denoise_flux, flux_inputs, tiny_flux
 
 
@@ -211,24 +211,11 @@ def test_calls_with_controlnet_samples_compute_and_say_so(network: nn.Module) ->
 
 def test_another_family_is_another_view() -> None:
     """SD3: a single list of joint blocks, the last of which returns no text stream."""
-    torch.manual_seed(0)
-    network = SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=4,
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=16,
-    ).eval()
+    network = sd3.build()
     inputs = {
-        "hidden_states": torch.randn(2, 4, 16, 16),
-        "encoder_hidden_states": torch.randn(2, 5, 32),
-        "pooled_projections": torch.randn(2, 16),
+        "hidden_states": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([500, 500]),
+        **sd3.conditioning(2),
     }
     moved = inputs | {"hidden_states": torch.stack([inputs["hidden_states"][0], torch.randn(4, 16, 16)])}
     expected = [network(**inputs).sample, network(**moved).sample]

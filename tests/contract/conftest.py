@@ -19,6 +19,7 @@ ON_UNETS: list[CacheStrategy] = [
     DeepCache(interval=2, depth=2, start=200, end=800, forecast="linear"),
     DeepCache(interval=2, depth=0, forecast="quadratic"),
     DeepCache(interval=2, depth=12, forecast="damped"),  # no branch is cheap enough: the prediction is kept
+    DeepCache(interval=3, depth=0, forecast="linear", guidance="reuse"),
 ]
 ON_TRANSFORMERS: list[CacheStrategy] = [
     NoCache(),
@@ -28,8 +29,8 @@ ON_TRANSFORMERS: list[CacheStrategy] = [
     FirstBlockCache(1.0, max_consecutive=1, forecast="damped"),
     FirstBlockCache(1.0, max_consecutive=2, forecast="probe"),
 ]
-# The trained networks are larger: one setting of each strategy.
-ON_TRAINED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]
+# On larger networks, and on families that show that a view suffices: one setting of each strategy.
+ON_SAMPLED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]
 NEUTRAL_ON_UNETS: list[CacheStrategy] = [NoCache(), DeepCache(interval=1)]
 NEUTRAL_ON_TRANSFORMERS: list[CacheStrategy] = [NoCache(), FirstBlockCache(threshold=0)]
 
@@ -54,7 +55,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(family, strategy, id=f"{family.name}-{strategy}")
                 for family in FAMILIES
                 for strategy in (unets if family.is_unet else transformers)
-                if not family.trained or strategy in ON_TRAINED or fixture == "neutral"
+                if not family.sampled or strategy in ON_SAMPLED or fixture == "neutral"
+                if family.guided or getattr(strategy, "guidance", "full") == "full"
             ]
             metafunc.parametrize(("family", fixture), cases)
 

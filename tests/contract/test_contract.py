@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def deepest_that_always_runs(family: Family, network: nn.Module) -> nn.Module:
 
 
 def cached(family: Family, network: nn.Module, strategy: CacheStrategy, **settings: object) -> Tensor:
-    with attach(network, strategy):
+    with attach(family.view(network), strategy):
         return family.denoise(network, **settings)
 
 
 def test_neutral_settings_change_no_bit(family: Family, network: nn.Module, neutral: CacheStrategy) -> None:
     plain = family.denoise(network)
-    with attach(network, neutral) as report:
+    with attach(family.view(network), neutral) as report:
         result = family.denoise(network)
     assert torch.equal(result, plain)
     assert report.decisions == "C" * STEPS
@@ -43,7 +43,7 @@ def test_neutral_settings_change_no_bit(family: Family, network: nn.Module, neut
 def test_every_call_is_counted_once(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
     calls = []
     handle = network.register_forward_hook(lambda *_: calls.append(1))
-    with attach(network, strategy) as report:
+    with attach(family.view(network), strategy) as report:
         family.denoise(network)
     handle.remove()
     assert report.computed + report.reused == len(report.decisions) == len(calls) == STEPS
@@ -68,7 +68,7 @@ def test_a_reuse_call_changes_the_result_and_is_cheaper(
         if not list(module.children())
     ]
     ran: dict[str, set[int]] = {"C": set(), "R": set()}
-    with attach(network, strategy) as report:
+    with attach(family.view(network), strategy) as report:
         for _ in family.steps(network):
             ran[report.decisions[-1]].add(len(layers))
             layers.clear()
@@ -106,7 +106,7 @@ def test_after_an_exception_in_a_call_the_next_run_is_exact(
     layer = deepest_that_always_runs(family, network)
 
     def failing_run() -> None:
-        with attach(network, strategy):
+        with attach(family.view(network), strategy):
             handle = layer.register_forward_hook(fail)
             try:
                 family.denoise(network)
@@ -130,7 +130,7 @@ def test_an_exception_inside_the_context_costs_only_its_own_run(
     def fail(*_: object) -> None:
         raise Stopped
 
-    with attach(network, strategy) as report:
+    with attach(family.view(network), strategy) as report:
         handle = layer.register_forward_hook(fail)
         with pytest.raises(Stopped):
             family.denoise(network, seed=3)
@@ -145,7 +145,7 @@ def test_a_cancel_between_steps_leaves_nothing(
     before, expected = snapshot(), cached(family, network, strategy)
 
     def cancelled_run() -> None:
-        with attach(network, strategy):
+        with attach(family.view(network), strategy):
             for step, _ in enumerate(family.steps(network)):
                 if step == 3:
                     raise Stopped
@@ -158,7 +158,7 @@ def test_a_cancel_between_steps_leaves_nothing(
 
 def test_another_size_follows_cleanly(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
     expected = cached(family, network, strategy, size=(16, 24))
-    with attach(network, strategy) as report:
+    with attach(family.view(network), strategy) as report:
         family.denoise(network, size=(16, 16))
         assert torch.equal(family.denoise(network, size=(16, 24)), expected)
     assert report.decisions[STEPS] == "C"
@@ -174,7 +174,7 @@ def test_a_size_that_is_come_back_to_computes_first_and_goes_on_from_its_own_his
     """
 
     def turns(other_seed: int) -> tuple[list[Tensor], str]:
-        with attach(network, strategy) as report, torch.no_grad():
+        with attach(family.view(network), strategy) as report, torch.no_grad():
             first, other = family.steps(network), family.steps(network, size=(16, 24), seed=other_seed)
             results = []
             for run in (first, other, first):
@@ -193,7 +193,7 @@ def test_the_network_is_restored_exactly(
     family: Family, network: nn.Module, strategy: CacheStrategy, snapshot: Callable[[], object]
 ) -> None:
     before = snapshot()
-    with attach(network, strategy):
+    with attach(family.view(network), strategy):
         assert snapshot() != before  # the snapshot sees patches
         family.denoise(network)
     assert snapshot() == before
@@ -204,7 +204,7 @@ def test_a_second_attach_is_refused_until_the_first_is_left(
 ) -> None:
     other = DeepCache() if family.is_unet else FirstBlockCache()
     expected = cached(family, network, strategy)
-    with attach(network, strategy):
+    with attach(family.view(network), strategy):
         for second in (strategy, other, NoCache()):
             with pytest.raises(AlreadyAttached, match="already attached"), attach(network, second):
                 pass
@@ -218,46 +218,65 @@ def test_interleaved_runs_are_exact(family: Family, network: nn.Module, strategy
     twin = copy.deepcopy(network)
     expected = [cached(family, network, strategy, seed=0), cached(family, network, strategy, seed=5)]
     with ExitStack() as stack:
-        stack.enter_context(attach(network, strategy))
-        stack.enter_context(attach(twin, strategy))
+        stack.enter_context(attach(family.view(network), strategy))
+        stack.enter_context(attach(family.view(twin), strategy))
         *_, last = zip(family.steps(network, seed=0), family.steps(twin, seed=5), strict=True)
     assert [torch.equal(a, b) for a, b in zip(last, expected, strict=True)] == [True, True]
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors alive that are no parameters, each storage counted once."""
+@contextmanager
+def counted_from_here() -> Iterator[None]:
+    """Within the context `live_bytes` sees what was made in it; all older objects are set aside, which saves time."""
     gc.collect()
-    tensors = [item for item in gc.get_objects() if type(item) is Tensor]
-    return sum(
-        {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
-        }.values()
-    )
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
-def test_memory_is_back_to_the_base_after_a_run(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
+def live_bytes() -> int:
+    """Bytes of all tensors alive that hold data, each storage counted once."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if type(item) is Tensor and item.device.type != "meta"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def held_after_each_step(family: Family, network: nn.Module, strategy: CacheStrategy) -> tuple[list[int], list[int]]:
+    """Bytes alive after each step, and what the report has said until then."""
+    alive, said = [], []
+    with attach(family.view(network), strategy) as report:
+        for latents in family.steps(network):
+            alive.append(live_bytes())
+            said.append(report.cache_bytes)
+            del latents
+    return alive, said
+
+
+def test_cache_bytes_are_what_is_kept_and_it_is_gone_after_the_run(
+    family: Family, network: nn.Module, strategy: CacheStrategy
+) -> None:
+    """Every storage alive between two calls is counted, with the cache and without; the difference is what it keeps."""
     cached(family, network, strategy)  # whatever is counted once, is
-    base = live_bytes()
-    kept = 0
-    with attach(network, strategy) as report:
-        for _ in family.steps(network):
-            if report.cache_bytes > kept:
-                kept = report.cache_bytes
-                assert live_bytes() >= base + kept
-    del _
-    assert live_bytes() == base
-    assert (kept > 0) == (report.reused > 0)
+    with counted_from_here():
+        plain, _ = held_after_each_step(family, network, NoCache())
+        assert live_bytes() == 0
+        alive, said = held_after_each_step(family, network, strategy)
+        assert live_bytes() == 0
+    kept = [with_cache - without for with_cache, without in zip(alive, plain, strict=True)]
+    assert said == [max(kept[: step + 1]) for step in range(STEPS)]
+    assert (said[-1] > 0) == (not isinstance(strategy, NoCache))
 
 
 def test_nothing_is_kept_after_an_abort(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
     cached(family, network, strategy)
-    base = live_bytes()
 
     def aborted_run() -> None:
-        with attach(network, strategy):
+        with attach(family.view(network), strategy):
             for _ in family.steps(network):
                 raise Stopped
 
-    with pytest.raises(Stopped):
-        aborted_run()
-    assert live_bytes() == base
+    with counted_from_here():
+        with pytest.raises(Stopped):
+            aborted_run()
+        assert live_bytes() == 0

@@ -132,6 +132,12 @@ def test_a_steps_decision_covers_the_calls_that_it_made(
     assert [step.decision for step in steps] == letters
     assert [(step.index, step.total) for step in steps] == [(i, 4) for i in range(4)]
     assert "".join(letters) == drawn.reports[0].decisions
+    said = [sentence for sentence in drawn.warnings if "two evaluations a step" in sentence]
+    assert said == (
+        ["The sampler makes two evaluations a step: the cache counted the 7 calls of the denoiser, not the 4 steps."]
+        if sampler == "heun"
+        else []
+    )
 
 
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)

@@ -1,0 +1,56 @@
+"""Guidance in calls that reuse: the conditional half runs, the unconditional one follows from a kept difference.
+
+Classifier-free guidance (Ho and Salimans 2022) calls a denoiser with every picture twice, without its text and with
+it, and steers by the difference of the two predictions. That difference moves less from call to call than either of
+them. FasterCache (Lv et al. 2024, arXiv:2410.19355) reuses it in video transformers; here it is forecast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .patching import Call
+
+Guidance = Literal["full", "reuse"]
+GUIDANCE: tuple[Guidance, ...] = ("full", "reuse")
+
+
+def check(guidance: Any) -> None:
+    """Raises ValueError for what is no Guidance."""
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, not {guidance!r}.")
+
+
+def conditional(call: Call, batch: int) -> Call:
+    """`call` with the second half of every argument that has `batch` rows."""
+    return replace(call, args=_second_half(call.args, batch), kwargs=_second_half(call.kwargs, batch))
+
+
+def difference(prediction: Tensor) -> Tensor:
+    """Of a guided prediction (2 B, …), what the text changes (B, …)."""
+    without, with_text = prediction.detach().chunk(2)
+    return with_text - without
+
+
+def both(with_text: Tensor, difference: Tensor) -> Tensor:
+    """The guided prediction (2 B, …) whose second half and difference these are (B, …)."""
+    from torch import cat
+
+    return cat([with_text - difference, with_text])
+
+
+def _second_half(value: Any, batch: int) -> Any:
+    from torch import Tensor
+
+    match value:
+        case Tensor() if value.dim() > 0 and value.shape[0] == batch:
+            return value[batch // 2 :]
+        case tuple() | list():
+            return type(value)(_second_half(item, batch) for item in value)
+        case dict():
+            return {name: _second_half(item, batch) for name, item in value.items()}
+    return value

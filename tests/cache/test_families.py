@@ -1,0 +1,120 @@
+"""Other families' transformers: each is one file of `families/`, and the caches know none of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache import FirstBlockCache, IncompatibleDenoiser, attach, view_of
+from tests.cache.families import cogvideox, sd3, wan
+
+STEPS = 10
+THRESHOLDS = [0.02, 0.05, 0.1, 0.2, 0.4, 1.0]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def hooked(family: ModuleType, threshold: float) -> tuple[list[Tensor], str]:
+    """A run under diffusers' hook, and its letters as seen from the second block's attention."""
+    twin = family.build()
+    apply_first_block_cache(twin, FirstBlockCacheConfig(threshold=threshold))
+    letters: list[str] = []
+    blocks = twin.blocks if hasattr(twin, "blocks") else twin.transformer_blocks
+    twin.register_forward_pre_hook(lambda *_: letters.append("R"))
+    blocks[1].attn1.register_forward_hook(lambda *_: letters.__setitem__(-1, "C"))
+    return list(family.steps(twin, steps=STEPS)), "".join(letters)
+
+
+@pytest.mark.parametrize("family", [wan, cogvideox], ids=["wan", "cogvideox"])
+def test_every_step_equals_diffusers_hook_bit_for_bit(family: ModuleType) -> None:
+    network = family.build()
+    view = family.view(network) if hasattr(family, "view") else view_of(network)
+    rates = set()
+    for threshold in THRESHOLDS:
+        expected, letters = hooked(family, threshold)
+        with attach(view, FirstBlockCache(threshold, forecast="none")) as report:
+            latents = list(family.steps(network, steps=STEPS))
+        assert report.decisions == letters
+        assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
+        rates.add(report.hit_rate)
+    assert len(rates) > 2  # the thresholds mix both decisions
+
+
+def sd3_by_hand(network: nn.Module, threshold: float) -> tuple[list[Tensor], str]:
+    """The root's forward written out around the rule; diffusers' hook does not take a last block without text."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    extra, blocks = sd3.conditioning(1), network.transformer_blocks
+    probe = tail = torch.empty(0)
+    results, letters = [], ""
+    for timestep in scheduler.timesteps:
+        image = network.pos_embed(latents)
+        embedding = network.time_text_embed(timestep[None], extra["pooled_projections"])
+        text = network.context_embedder(extra["encoder_hidden_states"])
+        text, head = blocks[0](hidden_states=image, encoder_hidden_states=text, temb=embedding)
+        residual = head - image
+        if letters and (residual - probe).abs().mean() / probe.abs().mean() < threshold:
+            letters, out = letters + "R", head + tail
+        else:
+            letters, probe, out = letters + "C", residual, head
+            for block in blocks[1:]:
+                text, out = block(hidden_states=out, encoder_hidden_states=text, temb=embedding)
+            tail = out - head
+        out = network.proj_out(network.norm_out(out, embedding)).reshape(1, 8, 8, 2, 2, 4)
+        velocity = torch.einsum("nhwpqc->nchpwq", out).reshape(1, 4, 16, 16)
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
+        results.append(latents)
+    return results, letters
+
+
+def test_sd3_equals_its_forward_written_out() -> None:
+    network = sd3.build()
+    with attach(network, FirstBlockCache(1e-9, forecast="none")) as report:
+        list(sd3.steps(network, steps=STEPS))
+    changes = sorted(change for change in report.residuals if change is not None)
+    rates = set()
+    for threshold in (0.5 * changes[0], 1.01 * changes[3], 1.5 * changes[-1], 1.0):
+        expected, letters = sd3_by_hand(network, threshold)
+        with attach(network, FirstBlockCache(threshold, forecast="none")) as report:
+            latents = list(sd3.steps(network, steps=STEPS))
+        assert report.decisions == letters
+        assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
+        rates.add(report.hit_rate)
+    assert len(rates) > 2
+
+
+def test_streams_in_another_order_than_the_views_are_refused_not_mixed_up() -> None:
+    network = cogvideox.build()
+    with (
+        pytest.raises(IncompatibleDenoiser, match="in the order in which the blocks return them"),
+        attach(network, FirstBlockCache(1.0)),
+    ):
+        list(cogvideox.steps(network))
+
+
+@pytest.mark.parametrize("family", [sd3, wan], ids=["sd3", "wan"])
+def test_reuse_costs_equal_the_operations_of_a_reuse_call(family: ModuleType) -> None:
+    network = family.build()
+    operations = []
+    # The counter does not know the CPU's fused attention, so that attention runs as the two products that it is.
+    with sdpa_kernel(SDPBackend.MATH), attach(network, FirstBlockCache(1.0)) as report:
+        run = family.steps(network, steps=2)
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                next(run)
+            operations.append(counter.get_total_flops())
+    assert report.decisions == "CR"
+    assert report.reuse_cost == pytest.approx(operations[1] / operations[0], rel=1e-9)
