@@ -46,9 +46,10 @@ def _told(hub: Hub, on_stage: Callable[[str], None]) -> Iterator[None]:
 
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub.repository, repo_type="model") / "blobs"
     ended = threading.Event()
+    before = _bytes_in(folder)
 
     def watch() -> None:
-        before = _bytes_in(folder)
+        nonlocal before
         while not ended.wait(TELL_SECONDS):
             if (now := _bytes_in(folder)) != before:
                 on_stage(f"fetching from the hub, {now / 2**30:.2f} GiB so far")

@@ -6,6 +6,7 @@ runs the default, Inductor, on a single layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from models.base import GenerationCancelled, ModelSpec, Step
 from models.compilation import CompilationFailed, CompiledLayers
 from models.unet import SD
 from tests.models.test_generation import PARAMS, ignore, pixels
+from tests.models.test_lora import kohya, random_pairs, saved
 
 COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
 PLAIN = replace(COMPILED, compiled=False)
@@ -111,12 +113,27 @@ def test_another_attention_kernel_composes(model: Any, tmp_path: Path, monkeypat
     )
     install(tmp_path, "sageattention", CODE["sageattention"].replace("calls.append(q.shape)", "pass"))
     plain = model.generate(replace(PLAIN, attention="sdpa"), DeepCache(interval=2), ignore)
-    both = model.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
+    try:
+        both = model.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
+    finally:
+        sys.modules.pop("sageattention", None)
     assert both.attention == "sage"
     difference = pixels(both.images).astype(int) - pixels(plain.images)
     assert np.abs(difference).max() <= 1
     without = model.generate(replace(COMPILED, attention="sdpa"), DeepCache(interval=2), ignore)
     assert without.attention == "sdpa"
+
+
+def test_a_lora_composes_and_is_gone_afterwards(model: Any, tmp_path: Path) -> None:
+    before = model.generate(COMPILED, DeepCache(interval=2), ignore)
+    added = (saved(tmp_path, "style", kohya(random_pairs(model))),)
+    plain = model.generate(replace(PLAIN, loras=added), DeepCache(interval=2), ignore)
+    both = model.generate(replace(COMPILED, loras=added), DeepCache(interval=2), ignore)
+    difference = pixels(both.images).astype(int) - pixels(plain.images)
+    assert np.abs(difference).max() <= 1
+    assert not np.array_equal(pixels(both.images), pixels(before.images))
+    after = model.generate(COMPILED, DeepCache(interval=2), ignore)
+    assert np.array_equal(pixels(after.images), pixels(before.images))
 
 
 def test_a_transformer_is_refused(flux: Any) -> None:
