@@ -32,6 +32,7 @@ from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
 from models.attention import KERNELS, unavailable
 from models.base import Generation, GenerationParams, LoadFailed, PassReport, Step, StepHook, Timings, UnknownModel
+from models.text import TooFewLayers
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
@@ -114,6 +115,13 @@ class GreedyModel(FakeModel):
         return super().generate(params, strategy, on_step)
 
 
+class MisfitModel(FakeModel):
+    """Is asked for what it has not got, by one field of the request."""
+
+    def step(self, index: int) -> None:
+        raise TooFewLayers("This model's text encoder has 2 layers to choose from: clip_skip can be 1 to 2.")
+
+
 class FrozenModel(FakeModel):
     """Hangs in native code that holds the interpreter's lock: no thread of the process runs any more."""
 
@@ -143,6 +151,7 @@ MODELS: Mapping[str, type[FakeModel]] = {
     "raises": RaisingModel,
     "hungry": HungryModel,
     "greedy": GreedyModel,
+    "misfit": MisfitModel,
     "hangs": HangingModel,
     "frozen": FrozenModel,
     "garbage": GarbageModel,

@@ -20,6 +20,7 @@ from app.engine.states import JobState, WorkerState
 from app.errors import (
     Cancelled,
     GenerationFailed,
+    Invalid,
     ModelNotFound,
     ModelUnavailable,
     NotReady,
@@ -112,6 +113,12 @@ async def test_a_job_that_fails_leaves_the_worker_alive(
     assert "lacks its files" not in caught.value.message
     await engine.submit(job("c")).result
     assert pid(engine) == worker
+
+
+async def test_a_models_own_refusal_names_the_field(engine: LocalEngine) -> None:
+    with pytest.raises(Invalid, match="clip_skip can be 1 to 2") as caught:
+        await engine.submit(job("f", "misfit")).result
+    assert caught.value.field == "clip_skip"
 
 
 async def test_the_worker_killed_once_the_job_is_done_by_the_next(engine: LocalEngine) -> None:

@@ -49,6 +49,8 @@ EMBEDDING = {"prompt": f"a forest in {WEIGHTS}", "negative_prompt": f"({WEIGHTS}
 IMG2IMG = {"img2img_enabled": True, "img2img_image": PICTURE}
 MULTISCALE = {"multiscale_enabled": True, "multiscale_fullres_start": 1, "multiscale_fullres_end": 1}
 HIRES = {"hires_fix": True, "width": 256, "height": 256}
+ATTENTION = {"attention": "auto"}
+STABLE_FAST = {"stable_fast": True}
 STACK = {**LORA, **MULTISCALE, **HIRES}
 
 ROWS = (
@@ -74,6 +76,20 @@ ROWS = (
     Row(cache="DeepCache", beside="Multi-scale diffusion", models=(*UNETS, "tiny-sd"), fields=(MULTISCALE,)),
     Row(
         cache="DeepCache",
+        beside="SageAttention/SpargeAttn",
+        models=("sd15", "sdxl"),
+        fields=(ATTENTION,),
+        note="the kernel that is installed; SDPA where none is, as in the tests",
+    ),
+    Row(
+        cache="DeepCache",
+        beside="Stable-Fast",
+        models=("sd15",),
+        fields=(STABLE_FAST, {**STABLE_FAST, **LORA}, {**STABLE_FAST, **ATTENTION}),
+        note="compiled layers, without code generation in the tests",
+    ),
+    Row(
+        cache="DeepCache",
         beside="HiresFix, Multi-scale diffusion and LoRA adapters together",
         models=("tiny-sd",),
         fields=(STACK,),
@@ -95,6 +111,13 @@ ROWS = (
     Row(cache="FBCache", beside="Flux models", models=(*TRANSFORMERS, "tiny-flux")),
     Row(
         cache="FBCache",
+        beside="SageAttention/SpargeAttn",
+        models=TRANSFORMERS,
+        fields=(ATTENTION,),
+        note="the kernel that is installed; SDPA where none is, as in the tests",
+    ),
+    Row(
+        cache="FBCache",
         beside="All Flux-compatible features",
         models=("flux-dev",),
         fields=(LORA, IMG2IMG, MULTISCALE, {"adetailer": True}, {"sampler": "heun"}),
@@ -109,7 +132,7 @@ ROWS = (
         cache="FBCache",
         beside="Stable-Fast (Flux not supported by Stable-Fast)",
         models=("flux-dev", "tiny-flux"),
-        fields=({"stable_fast": True},),
+        fields=(STABLE_FAST,),
         remedy=("stable_fast", "Leave it out"),
     ),
 )

@@ -55,6 +55,8 @@ async def test_pair(
     assert cache["strategy"] == {"DeepCache": "deepcache", "FBCache": "first_block"}[row.cache]
     assert cache["reused"] > 0, answer["warnings"]
     assert cache["computed"] + cache["reused"] == len(cache["decisions"].replace(" ", ""))
+    if fields.get("attention") == "auto":
+        assert answer["attention"] in ("sdpa", "sage", "sparge")
     reused = {one["name"]: one["reused"] for one in cache.get("passes", ())}
     assert all(reused[name] > 0 for name in row.passes), reused
     size = Image.open(io.BytesIO(base64.b64decode(answer["image"]))).size
@@ -80,11 +82,14 @@ DOCUMENT = {
         "HiresFix": True,
         "ADetailer": True,
         "Multi-scale diffusion": True,
+        "SageAttention/SpargeAttn": True,
+        "Stable-Fast": True,
         "Flux models (use FBCache instead)": False,
         "Img2Img mode (can cause artifacts)": False,
     },
     "FBCache": {
         "Flux models": True,
+        "SageAttention/SpargeAttn": True,
         "All Flux-compatible features": True,
         "SD1.5/SDXL (use DeepCache instead)": False,
         "Stable-Fast (Flux not supported by Stable-Fast)": False,

@@ -28,6 +28,7 @@ BETWEEN: dict[str, dict[str, Any]] = {
     "hires-fix, multi-scale and LoRA under DeepCache": {**STACK, **ON["DeepCache"]},
     "a picture to begin with": IMG2IMG,
     "faces": {"adetailer": True},
+    "SDPA": {"attention": "sdpa"},
     "another model": {"model": "tiny-flux", **ON["FBCache"]},
     "a LoRA of another model": {"loras": [{"name": "own-sdxl"}]},
     "no such layer": {"clip_skip": 12},

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, Step
+from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, ModelSpec, Step
 from models.lora import COMPONENTS
+from models.unet import SD
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
 
@@ -239,6 +240,24 @@ def test_a_cache_sees_the_changed_network(sd: LoadedModel, flux: LoadedModel, tm
         assert ours.passes[0].cache.reuse_cost == expected.passes[0].cache.reuse_cost
         assert ours.passes[0].cache.reused > 0
         assert np.abs(pixels(ours) - pixels(expected)).max() <= 2
+
+
+def test_compiled_layers_see_the_lora_and_its_end(sd_spec: ModelSpec, tmp_path: Path) -> None:
+    """Without one, with one, with two, without, with another: each time the picture is the uncompiled one."""
+    model = SD.load(sd_spec, "cpu")
+    model.compile_backend = "aot_eager"  # type: ignore[attr-defined]
+    first = saved(tmp_path, "first", peft_layout(random_pairs(model, 1)))
+    second = saved(tmp_path, "second", peft_layout(random_pairs(model, 2, lambda index: 5)))
+    chains: tuple[tuple[Lora, ...], ...] = ((), (first,), (first, second), (), (second,))
+    drawn = []
+    for loras in chains:
+        params = replace(PARAMS, loras=loras, steps=2)
+        plain = pixels(model.generate(params, NoCache(), ignore))
+        compiled = pixels(model.generate(replace(params, compiled=True), NoCache(), ignore))
+        assert np.abs(plain - compiled).max() <= 2  # aot_eager rounds differently
+        drawn.append(plain)
+    assert np.array_equal(drawn[0], drawn[3])
+    assert np.abs(drawn[0] - drawn[4]).max() > 20
 
 
 def test_no_trace_after_success_error_and_cancel(model: LoadedModel, tmp_path: Path) -> None:
