@@ -36,7 +36,7 @@ def main() -> None:
         crowd.end()
         alive = server.process.poll() is None and server.get("/livez").status_code == 200
         traces = server.log.count("Traceback")
-    failed = _failures(moments, crowd, alive)
+    failed = failures(moments, crowd, alive)
     _show(moments, crowd)
     for sentence in [*crowd.faults[:20], *failed]:
         print(f"! {sentence}")
@@ -118,10 +118,10 @@ def _wait(server: Server, seconds: float) -> None:
 def _check_quietly(crowd: Crowd) -> None:
     """Every good request once, alone: after all that, are its bytes what they were?"""
     for name, body in crowd.requests.items():
-        crowd._judge(name, exchange(crowd.server.address, [request(json.dumps(body))], seconds=240))
+        crowd.judge(name, exchange(crowd.server.address, [request(json.dumps(body))], seconds=240))
 
 
-def _failures(moments: dict[str, dict[str, Held]], crowd: Crowd, alive: bool) -> list[str]:
+def failures(moments: dict[str, dict[str, Held]], crowd: Crowd, alive: bool) -> list[str]:
     failed = [] if alive else ["the server is gone"]
     if crowd.faults:
         failed.append(f"{len(crowd.faults)} requests were not answered as they should")

@@ -131,7 +131,7 @@ class Crowd:
         with self._lock:
             self.faults.append(sentence[:300])
 
-    def _judge(self, name: str, answer: Answer | None) -> None:
+    def judge(self, name: str, answer: Answer | None) -> None:
         if answer is None:
             self._fault(f"{name}: no answer")
         elif answer.status != 200:
@@ -145,7 +145,7 @@ class Crowd:
 
     def ask_well(self, source: random.Random) -> None:
         name = source.choice(list(self.requests))
-        self._judge(name, exchange(self.server.address, [request(json.dumps(self.requests[name]))], seconds=240))
+        self.judge(name, exchange(self.server.address, [request(json.dumps(self.requests[name]))], seconds=240))
 
     def ask_badly(self, source: random.Random) -> None:
         row = source.choice(self.rows)
@@ -180,7 +180,7 @@ class Crowd:
         name = source.choice(list(self.requests))
         made = exchange(self.server.address, [request(json.dumps(self.requests[name]), path="/api/jobs")])
         if made is None or made.status != 202:
-            self._judge(name, made)
+            self.judge(name, made)
             return
         path = f"/api/jobs/{json.loads(made.body)['id']}"
         if source.random() < 0.3:
@@ -196,7 +196,7 @@ class Crowd:
                 return
             time.sleep(0.2)
         if seen["state"] == "done":
-            self._judge(name, Answer(200, {}, json.dumps(seen["result"]).encode()))
+            self.judge(name, Answer(200, {}, json.dumps(seen["result"]).encode()))
         else:
             kind = (seen.get("error") or {}).get("type")
             self._count(f"job {seen['state']} {kind}")

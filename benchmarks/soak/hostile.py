@@ -157,6 +157,7 @@ def _pictures() -> Iterator[tuple[str, bytes | str, int, str]]:
         422,
         "invalid",
     )
+    yield "1 pixel", _saved(small.resize((1, 1)), "PNG"), 422, "invalid"
     yield "50 000²", png(50_000, 50_000), 413, "picture_too_large"
     yield "10 000²", png(10_000, 10_000), 413, "picture_too_large"
     yield "bomb in a text chunk", png(4, 4, _chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**24)))), 422, "invalid"
@@ -164,9 +165,8 @@ def _pictures() -> Iterator[tuple[str, bytes | str, int, str]]:
 
 def odd_pictures() -> dict[str, str]:
     """Those that must be read: base64 by name."""
-    small = Image.new("RGB", (16, 16), "red")
+    small = Image.new("RGB", (96, 64), "red")
     data = {
-        "1 pixel": _saved(small.resize((1, 1)), "PNG"),
         "CMYK": _saved(small.convert("CMYK"), "JPEG"),
         "16 bit": _saved(small.convert("I;16"), "PNG"),
         "alpha": _saved(small.convert("RGBA"), "PNG"),
