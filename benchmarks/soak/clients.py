@@ -25,7 +25,7 @@ BUSY = {"queue_full", "worker_lost", "not_ready"}
 Pictures = tuple[bytes, ...]
 
 
-def good_requests(img2img: bool) -> dict[str, dict[str, Any]]:
+def good_requests() -> dict[str, dict[str, Any]]:
     """By name; small, so that hundreds are drawn in minutes."""
     small = {"prompt": "a misty forest at twilight", "width": 192, "height": 128, "steps": 6, "seed": 3}
     named: dict[str, dict[str, Any]] = {
@@ -40,9 +40,8 @@ def good_requests(img2img: bool) -> dict[str, dict[str, Any]]:
         "jpeg": {**small, "output_format": "jpeg"},
         "odd text": {**small, "prompt": "a\u202e\nstormy sea 👩\u200d🚀\x1b[2J", "negative_prompt": "\r\nSteps: 1"},
     }
-    if img2img:
-        for name, text in odd_pictures().items():
-            named[f"from {name}"] = {**small, "steps": 4, "img2img_enabled": True, "img2img_image": text}
+    for name, text in odd_pictures().items():
+        named[f"from {name}"] = {**small, "steps": 4, "img2img_enabled": True, "img2img_image": text}
     return named
 
 
@@ -57,14 +56,11 @@ class Crowd:
     tally: how often what was answered. faults: sentences on what must not be.
     """
 
-    def __init__(
-        self, server: Server, expected: Mapping[str, Pictures], rows: list[Row], *, jobs: bool, seed: int
-    ) -> None:
+    def __init__(self, server: Server, expected: Mapping[str, Pictures], rows: list[Row], *, seed: int) -> None:
         self.server = server
-        self.requests = good_requests("from alpha" in expected)
+        self.requests = {name: body for name, body in good_requests().items() if name in expected}
         self.expected = expected
         self.rows = rows
-        self.jobs = jobs
         self.tally: Counter[str] = Counter()
         self.faults: list[str] = []
         self.kills = 0
@@ -82,7 +78,7 @@ class Crowd:
             ("bad", self.ask_badly),
             ("leaver", self.leave),
             ("killer", self.kill),
-            *([("jobs", self.ask_later)] if self.jobs else []),
+            ("jobs", self.ask_later),
         ]
         for number, (name, act) in enumerate(kinds):
             source = random.Random(self._seed * 1000 + number)

@@ -21,7 +21,7 @@ WARM = Held(resident=100_000_000, descriptors=20, threads=9)
 
 def crowd() -> Crowd:
     server: Any = SimpleNamespace(address=("127.0.0.1", 1))
-    return Crowd(server, {"uncached": (b"picture",)}, [], jobs=False, seed=0)
+    return Crowd(server, {"uncached": (b"picture",)}, [], seed=0)
 
 
 def answered(status: int, body: object) -> Answer:
