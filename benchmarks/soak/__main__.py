@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -23,9 +24,9 @@ GROWTH = 1.05
 
 def main() -> None:
     options = _options()
-    if options.table:
-        sys.exit(_table())
     command = ("-m", options.serve) if options.serve else SERVE
+    if options.table:
+        sys.exit(_table(command))
     with running(command) as quiet:
         expected = _drawn(quiet)
     print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
@@ -56,11 +57,11 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _table() -> int:
+def _table(command: Sequence[str]) -> int:
     """Each row of bad input once, as Markdown; the number of those that were not answered as they should."""
     wrong = 0
     print("| input | status | type |\n|---|---|---|")
-    with running() as server:
+    with running(command) as server:
         for row in rows():
             answer = exchange(server.address, row.parts(), leave=row.leave)
             status = answer.status if answer else "the client left" if row.leave else "closed"

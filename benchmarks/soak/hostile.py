@@ -82,6 +82,7 @@ def strings() -> Iterator[Row]:
         ("newlines", "a\nSteps: 1, Seed: 2\r\ncache strategy=x hit_rate=1"), ("ANSI", "\x1b[2J\x07"),
     ):  # fmt: skip
         yield fields(name, f'"prompt": {json.dumps(prompt)}', 200)
+    yield fields("LoRA in the prompt", '"prompt": "a <lora:../../x:1>"', 200)
     yield fields("newline in a key", r'"a\ncache strategy=x": 1')
 
 
@@ -178,25 +179,22 @@ def odd_pictures() -> dict[str, str]:
 
 
 def names() -> Iterator[Row]:
+    for name in ("..", "../tiny-sd", "/etc/passwd", "%2e%2e", "a\\b", "x.ckpt", "x.pt", "owner/repository"):
+        yield fields(f"model {name}", f'"model": {json.dumps(name)}', 404, "unknown_model")
     for name in (
         "..",
-        "../tiny-sd",
+        "../outside",
         "/etc/passwd",
         "%2e%2e",
         "a\\b",
-        "x.ckpt",
-        "x.pt",
-        "runwayml/stable-diffusion-v1-5",
+        "pickle.ckpt",
+        "pickle",
+        "link",
+        "owner/repository",
     ):
-        yield fields(f"model {name}", f'"model": {json.dumps(name)}', 404, "unknown_model")
-    for path in (
-        "/docs/%2e%2e/core.py",
-        "/docs/..%2f..%2fetc%2fpasswd",
-        "/../../etc/passwd",
-        "/api/models/..",
-        "/%00",
-        "/api/jobs/%2e%2e",
-    ):
+        yield fields(f"LoRA {name}", f'"loras": {json.dumps([{"name": name}])}')
+    paths = ("/docs/%2e%2e/core.py", "/docs/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/api/models/..", "/%00")
+    for path in (*paths, "/api/jobs/%2e%2e", "/api/jobs/..%2f..%2fetc%2fpasswd"):
         yield Row(f"path {path}", lambda path=path: [request("", method="GET", path=path)], (404, 405))  # type: ignore[misc]
 
 

@@ -72,6 +72,7 @@ def running(command: Sequence[str] = SERVE, **settings: str) -> Iterator[Server]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WAVESPEED_", "LD_"))}
     with tempfile.TemporaryDirectory(prefix="wavespeed-") as name:
         folder = Path(name)
+        _lay_out(folder)
         environment = kept | {"PYTHONPATH": str(_ROOT)} | SETTINGS | settings
         with (folder / "stderr").open("wb") as stderr:
             process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=stderr)
@@ -80,6 +81,15 @@ def running(command: Sequence[str] = SERVE, **settings: str) -> Iterator[Server]
         finally:
             process.kill()
             process.wait()
+
+
+def _lay_out(folder: Path) -> None:
+    """LoRAs that must not be read: a pickle, and a link that leads out of the folder."""
+    loras = folder / "loras"
+    loras.mkdir()
+    (loras / "pickle.ckpt").write_bytes(b"\x80\x04.")
+    (folder / "outside.safetensors").write_bytes(bytes(16))
+    (loras / "link.safetensors").symlink_to(folder / "outside.safetensors")
 
 
 def _ready(process: subprocess.Popen[bytes], folder: Path) -> Server:
