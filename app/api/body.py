@@ -69,6 +69,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Invalid(f"{shown(twice)!r} is given more than once; give it once.", field=shown(twice))
+        for name, _ in pairs:
+            if name in seen:
+                raise Invalid(f"{shown(name)!r} is given more than once; give it once.", field=shown(name))
+            seen.add(name)
     return result

@@ -51,8 +51,9 @@ class Guard:
 
     def _is_ours(self, host: str) -> bool:
         name = host.lower()
-        if not name.endswith("]"):
-            name = name.rpartition(":")[0] if ":" in name else name
+        if ":" in name and not name.endswith("]"):
+            name = name.rpartition(":")[0]  # the port
+        name = name.strip("[]")
         if name in self._hosts or "." not in name.removesuffix(".localhost"):
             return True  # of a name without a dot, and of an address, no stranger owns the resolution
         try:

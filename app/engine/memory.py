@@ -31,13 +31,8 @@ def draw(
     if not together:
         need = model.working_bytes(params, 1)
         raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
-    try:
-        generation = model.generate(replace(params, batch_size=together), strategy, on_step)
-    except Exception as error:
-        if together == 1 or not is_exhaustion(error):
-            raise
-        together = 0
-    if not together:  # out of the handler, whose traceback held on to the tensors
+    generation = _attempt(model, replace(params, batch_size=together), strategy, on_step)
+    if generation is None:
         together = 1
         release(device)
         generation = model.generate(replace(params, batch_size=together), strategy, on_step)
@@ -47,6 +42,18 @@ def draw(
             f"{asked} images together do not fit into the device's memory: they were denoised {number} at a time."
         )
     return generation, together
+
+
+def _attempt(
+    model: LoadedModel, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook
+) -> Generation | None:
+    """None when memory ran out and fewer images at a time may do; the traceback, which holds tensors, is gone then."""
+    try:
+        return model.generate(params, strategy, on_step)
+    except Exception as error:
+        if params.batch_size == 1 or not is_exhaustion(error):
+            raise
+        return None
 
 
 def is_exhaustion(error: BaseException) -> bool:

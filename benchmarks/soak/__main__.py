@@ -103,7 +103,10 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str
             _check_quietly(crowd)
             time.sleep(6)  # longer than idle connections are kept
             worker = wait_for(server.worker, 120, "a worker")
-            moments[name] = {"server": Held.of(server.process.pid), "worker": Held.of(int(str(worker)))}
+            moments[name] = {
+                "server": Held.settled(server.process.pid),
+                "worker": Held.settled(int(str(worker))),
+            }
             print(f"{name}: {moments[name]}, {sum(crowd.tally.values())} answers, {crowd.kills} kills", flush=True)
         if name != "end":
             crowd.resume()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class Held:
     resident: int
     descriptors: int
     threads: int
+
+    @classmethod
+    def settled(cls, pid: int, seconds: float = 3.0) -> Held:
+        """The least of each over some seconds: a connection that is being closed is not held."""
+        seen = []
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            seen.append(cls.of(pid))
+            time.sleep(0.1)
+        return cls(*(min(getattr(held, part) for held in seen) for part in ("resident", "descriptors", "threads")))
 
     @classmethod
     def of(cls, pid: int) -> Held:

@@ -83,7 +83,16 @@ def test_keys_are_not_in_what_settings_print() -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "localhost:7861", "app.localhost", "127.0.0.1:7861", "[::1]:7861", "10.1.2.3", "wavespeed:7861"],
+    [
+        "localhost",
+        "localhost:7861",
+        "app.localhost",
+        "127.0.0.1:7861",
+        "[::1]:7861",
+        "[::ffff:10.1.2.3]:80",
+        "10.1.2.3",
+        "wavespeed:7861",
+    ],
 )
 async def test_an_address_or_a_word_names_this_server(client: httpx.AsyncClient, host: str) -> None:
     assert (await client.get("/livez", headers={"host": host})).status_code == 200
