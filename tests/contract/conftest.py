@@ -17,7 +17,7 @@ ON_UNETS: list[CacheStrategy] = [
     NoCache(),
     DeepCache(interval=3, depth=0, forecast="none"),
     DeepCache(interval=2, depth=2, start=200, end=800, forecast="linear"),
-    DeepCache(interval=2, depth=0, forecast="quadratic"),
+    DeepCache(interval=2, depth=0, forecast="quadratic", schedule=(0, 1, 2, 4)),
     DeepCache(interval=2, depth=12, forecast="damped"),  # no branch is cheap enough: the prediction is kept
     DeepCache(interval=3, depth=0, forecast="linear", guidance="reuse"),
 ]
