@@ -47,27 +47,23 @@ class Recorder:
         states: list[Tensor] = []
         self.timesteps = []
 
-        def keep(output: Any) -> None:
-            state = output[0] if not isinstance(output, Tensor) else output
+        def keep(module: object, inputs: object, output: Any) -> None:
+            state = output if isinstance(output, Tensor) else output[0]  # of a tuple or of diffusers' output
             states.append(state.detach().flatten(1).half().cpu())
 
         def handle(call: Call) -> Any:
             output = call.run()
-            if self.branch is None:
-                keep(output)
             self.timesteps.append(denoiser.timestep_of(call))
             report.record("C")
             return output
 
-        hook = None
-        if self.branch is not None:
-            hook = denoiser.source(self.branch).register_forward_hook(lambda module, inputs, output: keep(output))
+        source = denoiser.root if self.branch is None else denoiser.source(self.branch)
+        hook = source.register_forward_hook(keep)
         try:
             with denoiser.intercepted(handle):
                 yield report
         finally:
-            if hook is not None:
-                hook.remove()
+            hook.remove()
         self.runs.append(embedded(torch.stack(states, dim=1)))
 
 
