@@ -68,7 +68,7 @@ def rows(model: LoadedModel) -> list[Row]:
             ("multi-scale", draw(model, multiscale=Multiscale())),
             ("multi-scale, not intermittent", draw(model, multiscale=Multiscale(intermittent=False))),
         ],
-        [(f"preview, step {index}", picture) for index, picture in shown[:8:2]],
+        [(f"preview, step {index}", picture) for index, picture in shown[:4]],
         detailed(model),
     ]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from models.pipeline import PipelineModel
 
 LONGEST_SIDE = 256  # pixels
-PICTURES = 10  # of a run, about
+PICTURES = 5  # of a run, about
 SMALL_DECODER = 2_000_000  # parameters
 FOLDER = "taesd"
 _QUALITY = 80
