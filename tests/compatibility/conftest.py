@@ -33,7 +33,6 @@ class RunnerEngine(FakeEngine):
     """Draws in this process: what the workers do, without the processes."""
 
     runner: RegistryRunner = field(kw_only=True)
-    registry: Registry = field(kw_only=True)
 
     def _result(self, job: Job) -> JobResult:
         try:
@@ -70,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def client(registry: Registry, catalogue: Catalogue, weights: Path) -> AsyncIterator[httpx.AsyncClient]:
-    engine = RunnerEngine(models=catalogue, runner=RegistryRunner(registry, "CPU"), registry=registry)
+    engine = RunnerEngine(models=catalogue, runner=RegistryRunner(registry, "CPU"))
     folders = {"lora_folder": str(weights / "loras"), "embedding_folder": str(weights / "embeddings")}
     async with client_of(engine, **folders) as client:
         yield client
