@@ -106,7 +106,7 @@ class JobFinished(ServiceError):
 
 
 class IdempotencyConflict(ServiceError):
-    """An Idempotency-Key came a second time with another body (draft-ietf-httpapi-idempotency-key-header-07, 2.7)."""
+    """An Idempotency-Key came a second time with another body (draft-ietf-httpapi-idempotency-key-header-06)."""
 
     status = 422
     type = "idempotency_conflict"

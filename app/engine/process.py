@@ -69,7 +69,7 @@ class WorkerProcess:
         self._reader: threading.Thread | None = None
         self._writer: asyncio.Task[None] | None = None
         self._launch: asyncio.Task[None] | None = None
-        self._heard = time.monotonic()
+        self._heard: float | None = None
 
     @property
     def pid(self) -> int | None:
@@ -77,8 +77,8 @@ class WorkerProcess:
 
     @property
     def silent_seconds(self) -> float:
-        """Since the last report of whatever kind arrived, or since the start."""
-        return time.monotonic() - self._heard
+        """Since the last report of whatever kind arrived; 0 before the first one: imports take what they take."""
+        return 0.0 if self._heard is None else time.monotonic() - self._heard
 
     async def start(self) -> None:
         """Raises OSError when the system has no process to give. May be cancelled; `stop` clears up."""
@@ -89,7 +89,6 @@ class WorkerProcess:
         # Shielded: a thread cannot be cancelled, and a child that it starts afterwards would belong to nobody.
         self._launch = asyncio.create_task(asyncio.to_thread(_start, child, theirs))
         await asyncio.shield(self._launch)
-        self._heard = time.monotonic()
         loop = asyncio.get_running_loop()
         self._reader = threading.Thread(target=self._read, args=(ours, loop), name=f"read {self._device}", daemon=True)
         self._reader.start()

@@ -18,7 +18,7 @@ class Patience:
     `silence`: without a sign of life from its process, whatever it does. A thread of the worker gives one a few times
     in that time, so only a process that cannot run Python at all is silent: stopped, or stuck in native code that holds
     the interpreter's lock. `stall`: a job without a finished step, though the process lives. `load`: one stage of
-    loading a model, during which there are no steps.
+    loading a model, during which there are no steps, or of coming up.
     """
 
     silence: float = 60.0
@@ -86,15 +86,13 @@ class Slot:
         if self.process is None:
             return None
         if self.process.silent_seconds > patience.silence:
-            return f"no sign of life for {patience.silence:g} seconds"
+            return "it gave no sign of life"
         waited = time.monotonic() - self._advanced
         if self.loading is not None:
-            return (
-                f"loading {self.loading} took more than {patience.load:g} seconds" if waited > patience.load else None
-            )
-        if (self.running is not None or not self.up) and waited > patience.stall:
-            return f"no step for {patience.stall:g} seconds" if self.up else "it did not come up"
-        return None
+            return f"loading {self.loading} took too long" if waited > patience.load else None
+        if not self.up:
+            return "it did not come up" if waited > patience.load else None
+        return "its job finished no step" if self.running is not None and waited > patience.stall else None
 
     def status(self) -> DeviceStatus:
         condition = self.condition

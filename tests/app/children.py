@@ -23,6 +23,7 @@ from app.engine.worker import RunnerFactory
 from cache import CacheStrategy
 from models.base import Generation, GenerationParams, StepHook
 from tests.app.fakes import FakeModel, FakeRegistry
+from tests.app.test_engine import until
 
 PATIENCE = 30.0  # seconds; only keeps a broken test from hanging
 _pids = itertools.count(10**7)  # no process has such a number
@@ -136,6 +137,11 @@ class ThreadChild:
         except OSError:
             return  # it is closed: the thread has ended by itself
 
+    def speak(self, words: bytes) -> None:
+        """Something of the test's own into the pipe, in the worker's name."""
+        assert self._connection is not None
+        Connection.send_bytes(self._connection, words)
+
     def has_orders(self) -> bool:
         """Something is in the pipe that the worker has not read."""
         assert self._connection is not None
@@ -193,6 +199,16 @@ class Nursery:
     @property
     def gate(self) -> Gate:
         return self.child.gate
+
+    async def reach(self, thing: str) -> None:
+        """Let the worker come to `thing`, no further."""
+        while True:
+            await until(lambda: self.gate.at is not None)
+            if self.gate.at == thing:
+                return
+            before = len(self.gate.passed)
+            self.gate.open()
+            await until(lambda before=before: len(self.gate.passed) > before)
 
     def engine(self, **options: Any) -> LocalEngine:
         options = {"stop_seconds": 0.0, "backoff": (0.0, 0.0), **options}

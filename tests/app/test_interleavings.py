@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import random
 from collections.abc import AsyncIterator
 
@@ -10,7 +11,8 @@ import pytest
 
 from app.engine.base import JobHandle
 from app.engine.local import LocalEngine
-from app.engine.messages import Done, Progress
+from app.engine.messages import Alive, Done, Loaded, Progress
+from app.engine.slot import Patience
 from app.engine.states import JobState, WorkerState
 from app.errors import Cancelled, DeadlineExceeded, ModelUnavailable, NotReady, WorkerLost
 from tests.app.children import Nursery
@@ -91,12 +93,7 @@ async def test_a_cancel_frees_the_worker_within_one_step(nursery: Nursery, engin
     model = "slow" if stage == "load" else "fine"
     cancelled = engine.submit(job("a", model, steps=5))
     following = engine.submit(job("b", steps=1))
-    while nursery.gate.at != stage:
-        await until(lambda: nursery.gate.at is not None)
-        if nursery.gate.at != stage:
-            before = len(nursery.gate.passed)
-            nursery.gate.open()
-            await until(lambda before=before: len(nursery.gate.passed) > before)
+    await nursery.reach(stage)
     assert engine.cancel("a")
     assert cancelled.state is JobState.CANCELLED
     await until(nursery.child.has_orders)
@@ -186,6 +183,60 @@ async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: 
         assert (await engine.submit(job("e", "slow")).result).images
     finally:
         await engine.stop()
+
+
+async def test_a_load_is_given_its_own_time(nursery: Nursery) -> None:
+    """Neither steps nor readiness can be asked of a worker that loads; signs of life can, and it gives them."""
+    engine = nursery.engine(patience=Patience(silence=0.5, stall=0.3, load=60))
+    await engine.start()
+    try:
+        await until(lambda: engine.status().ready)
+        handle = engine.submit(job("a", "slow"))
+        await nursery.reach("load")
+        await until(lambda: sum(isinstance(report, Alive) for report in nursery.child.sent) >= 18)  # 6 in 0.5 s: 1.5 s
+        nursery.gate.open(100)
+        assert (await handle.result).images
+        assert len(nursery.children) == 1
+    finally:
+        await engine.stop()
+
+
+async def test_a_load_that_does_not_end_is_given_up(nursery: Nursery) -> None:
+    engine = nursery.engine(patience=Patience(load=0.1))
+    await engine.start()
+    try:
+        handle = engine.submit(job("a", "slow"))
+        with pytest.raises(ModelUnavailable, match="loading slow took too long"):
+            await handle.result
+        assert handle.attempts == 2
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("words", [b"garbage", pickle.dumps("a picture"), pickle.dumps(Loaded)])
+async def test_a_worker_that_talks_nonsense_is_replaced(nursery: Nursery, engine: LocalEngine, words: bytes) -> None:
+    handle = engine.submit(job("a"))
+    await nursery.reach("step 1")
+    nursery.child.speak(words)
+    await until(lambda: len(nursery.children) == 2 and nursery.gate.at is not None)
+    nursery.gate.open(100)
+    await handle.result
+    assert is_right(handle)
+
+
+async def test_the_end_of_another_job_is_never_taken_for_this_ones(nursery: Nursery, engine: LocalEngine) -> None:
+    first = engine.submit(job("a"))
+    nursery.gate.open(100)
+    await first.result
+    nursery.gate.close()
+    [done] = [report for report in nursery.child.sent if isinstance(report, Done)]
+    second = engine.submit(job("b"))
+    await nursery.reach("step 1")
+    nursery.child.speak(pickle.dumps(done))
+    await until(lambda: len(nursery.children) == 2 and nursery.gate.at is not None)
+    nursery.gate.open(100)
+    await second.result
+    assert is_right(second)
 
 
 async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(nursery: Nursery, engine: LocalEngine) -> None:

@@ -1,0 +1,153 @@
+"""The server as a process that is told to end while it has work."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60.0  # seconds; only keeps a broken server from hanging the suite
+SCRIPT = """
+from app.engine.local import LocalEngine
+from app.log import logging_to
+from app.main import create_app
+from app.server import serve_until_told
+from app.settings import Settings
+from tests.app.fakes import fake_runner
+
+if __name__ == "__main__":
+    settings = Settings()
+    with logging_to(settings.log_folder, settings.log_level):
+        engine = LocalEngine(fake_runner, ["cpu"], stop_seconds=settings.stop_seconds)
+        serve_until_told(create_app(settings, engine), settings, engine)
+"""
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    log: Path
+
+    def ask(self, **body: Any) -> httpx.Response:
+        return self.client.post("/api/generate", json={"prompt": "a", "width": 64, "height": 64, **body})
+
+    def running(self) -> tuple[int, int]:
+        telemetry = self.client.get("/api/telemetry").json()
+        return telemetry["running_count"], telemetry["pending_count"]
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+def wait_for(found: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return result
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[Server]:
+    folder.mkdir(exist_ok=True)
+    (folder / "serve.py").write_text(SCRIPT)
+    log = folder / "logs" / "server.log"
+    log.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAVESPEED_PORT": "0"}
+    environment |= {f"WAVESPEED_{name.upper()}": str(value) for name, value in settings.items()}
+    with (folder / "stderr").open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment, stderr=stderr)
+    try:
+        found = wait_for(lambda: log.exists() and re.search(r"http://127\.0\.0\.1:\d+", log.read_text()))
+        with httpx.Client(base_url=found[0], timeout=PATIENCE) as client:
+            wait_for(lambda: client.get("/readyz").status_code == 200)
+            yield Server(process, client, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_was_accepted_is_finished_and_nothing_else_taken(tmp_path: Path) -> None:
+    with serving(tmp_path) as server, ThreadPoolExecutor(4) as pool:
+        worker = server.client.get("/api/telemetry").json()["devices"][0]["pid"]
+        asked: list[Future[httpx.Response]] = [pool.submit(server.ask, model="slow", steps=30) for _ in range(4)]
+        wait_for(lambda: server.running() == (1, 3))
+        server.end()
+        not_ready = wait_for(lambda: (answer := server.client.get("/readyz")).status_code == 503 and answer)
+        assert "shutting down" in not_ready.json()["error"]["message"]
+        late = server.ask()
+        assert (late.status_code, late.json()["error"]["type"]) == (503, "not_ready")
+        assert int(late.headers["retry-after"]) > 0
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+        assert server.process.wait(PATIENCE) == 0
+        wait_for(lambda: not psutil.pid_exists(worker))
+    log = server.log.read_text()
+    assert len(re.findall("hit_rate=", log)) == 4
+    assert "Finished server process" in log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_what_cannot_be_finished_is_answered(tmp_path: Path, hurry: bool) -> None:
+    """When the time is over, or when a second signal says that there is none."""
+    with serving(tmp_path, drain_seconds=600 if hurry else 0.2, stop_seconds=600 if hurry else 0.2) as server:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(server.ask, model=model) for model in ("hangs", "fine")]
+            wait_for(lambda: server.running() == (1, 1))
+            server.end()
+            if hurry:
+                wait_for(lambda: "told to end" in server.log.read_text())
+                server.end()
+            for answer in asked:
+                assert (answer.result().status_code, answer.result().json()["error"]["type"]) == (503, "not_ready")
+                assert int(answer.result().headers["retry-after"]) > 0
+        assert server.process.wait(PATIENCE) == 0
+        assert "Finished server process" in server.log.read_text().splitlines()[-1]
+
+
+def test_a_restart_goes_on_with_the_jobs_that_were_promised(tmp_path: Path) -> None:
+    settings = {"jobs_folder": tmp_path / "jobs", "jobs_restart": "requeue", "drain_seconds": 0}
+    body = {"prompt": "a", "width": 64, "height": 64, "seed": 3}
+    with serving(tmp_path, **settings) as server:
+        blocking = server.client.post("/api/jobs", json={**body, "model": "slow", "steps": 150}).json()["id"]
+        waiting = server.client.post("/api/jobs", json=body).json()["id"]
+        server.end()
+        assert server.process.wait(PATIENCE) == 0
+    with serving(tmp_path, **settings) as server:
+        for identity in (blocking, waiting):
+            server.client.get(f"/api/jobs/{identity}/events")
+            assert server.client.get(f"/api/jobs/{identity}").json()["result"]["seeds"] == [3]
+
+
+def test_a_port_in_use_and_a_bad_setting_end_the_start(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        port = str(server.client.base_url.port)
+        for name, value, code, word in (
+            ("WAVESPEED_PORT", port, 3, "address already in use"),
+            ("WAVESPEED_DRAIN_SECONDS", "-1", 2, "drain_seconds"),
+            ("WAVESPEED_JOBS_RESTART", "requeue", 2, "WAVESPEED_JOBS_FOLDER"),
+        ):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
+            command = (
+                [sys.executable, "serve.py"] if name == "WAVESPEED_PORT" else [sys.executable, "-m", "app", "serve"]
+            )
+            ran = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+            )
+            assert ran.returncode == code, ran.stderr
+            assert word in ran.stderr
+            assert "Traceback" not in ran.stderr
