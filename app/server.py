@@ -31,12 +31,16 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._drain_seconds = drain_seconds
         self._signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._told = asyncio.Event()
         self._at_once = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again at the end, which kills the process before its log is written."""
         self._signals += 1
+        if self._loop is None:  # not even started: nothing was accepted
+            self.should_exit = True
+            return
         match self._signals:
             case 1:
                 self._loop.call_soon_threadsafe(self._told.set)
@@ -54,18 +58,20 @@ class Server(uvicorn.Server):
         await self._told.wait()
         status = self._engine.status()
         _log.info("told to end: %d jobs run, %d wait, %g seconds", status.running, status.pending, self._drain_seconds)
-        drained = asyncio.create_task(self._engine.drain(self._drain_seconds))
-        at_once = asyncio.create_task(self._at_once.wait())
-        await asyncio.wait({drained, at_once}, return_when=asyncio.FIRST_COMPLETED)
-        if not drained.done():
-            await self._engine.drain(0)
-        await drained
-        at_once.cancel()
-        self.should_exit = True
+        try:
+            drained = asyncio.create_task(self._engine.drain(self._drain_seconds))
+            at_once = asyncio.create_task(self._at_once.wait())
+            await asyncio.wait({drained, at_once}, return_when=asyncio.FIRST_COMPLETED)
+            if not drained.done():
+                await self._engine.drain(0)
+            await drained
+            at_once.cancel()
+        finally:
+            self.should_exit = True
 
 
 def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
-    """Serve `app`, whose engine is `engine`. Raises ServiceError when the address cannot be listened on."""
+    """Serve `app`, whose engine is `engine`. Raises SystemExit with code 3 when it cannot listen or start."""
     config = uvicorn.Config(
         app,
         host=settings.host,

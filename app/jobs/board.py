@@ -32,6 +32,7 @@ from models.base import Step
 _log = logging.getLogger(__name__)
 
 MOST_KEPT = 10_000  # ended jobs, whatever their results take
+_LOST = "The server was restarted before the job was done. Send it again."
 _PAUSE = 0.5  # seconds between two tries to hand a job of an earlier run to the engine
 _TRIM_SECONDS = 60.0  # for which a follower that lost its connection can come back to every event of an ended job
 
@@ -74,6 +75,7 @@ class JobBoard:
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._resuming: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         """Raises OSError, sqlite3.Error or ValueError when the folder cannot be used."""
@@ -93,17 +95,16 @@ class JobBoard:
                 record.state, record.started, record.step = JobState.QUEUED, None, 0
                 waiting.append(record)
             else:
-                await self._end(
-                    record,
-                    JobState.FAILED,
-                    LostAtRestart("The server was restarted before the job was done. Send it again."),
-                )
+                self._keys.pop(record.key or "", None)
+                record.key = None  # the same request, sent again with the same key, is to be run
+                await self._end(record, JobState.FAILED, LostAtRestart(_LOST))
         if waiting:
             _log.info("%d jobs of the last run are taken up again", len(waiting))
             self._resuming = asyncio.create_task(self._resume(waiting))
 
     async def stop(self) -> None:
         """After the engine has settled every job."""
+        self._stopped = True
         if self._resuming is not None:
             self._resuming.cancel()
             await asyncio.gather(self._resuming, return_exceptions=True)
@@ -137,6 +138,8 @@ class JobBoard:
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
             self._engine.cancel(record.id)
+            if (watcher := self._watchers.get(record.id)) is not None:
+                await asyncio.wait({watcher})
             await self._erase([record.id])
             raise StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30) from None
         record.request = None  # it may hold a picture; on disk it stays for as long as a restart needs it
@@ -252,6 +255,8 @@ class JobBoard:
             self._spawn_erase([next(kept.id for kept in self._records.values() if kept.ended)])
 
     def _spawn_erase(self, ids: list[str]) -> None:
+        if self._stopped:
+            return  # the next run of the server sees to it
         task = asyncio.get_running_loop().create_task(self._erase(ids))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -287,7 +287,7 @@ async def test_a_restart_keeps_what_was_done_and_says_what_was_lost(tmp_path: Pa
         before.gate.open(5)
         done = (await asked(client, {"Idempotency-Key": "k"})).json()["id"]
         result = (await ended(client, done))["result"]
-        lost = (await asked(client, prompt="a secret")).json()["id"]
+        lost = (await asked(client, {"Idempotency-Key": "l"}, prompt="a secret")).json()["id"]
         await until(lambda: before.gate.at == "text")
         folder = crashed(tmp_path / "jobs")
     assert all(b"secret" not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
@@ -299,6 +299,8 @@ async def test_a_restart_keeps_what_was_done_and_says_what_was_lost(tmp_path: Pa
         assert (job["state"], job["error"]["type"]) == ("failed", "lost_at_restart")
         [(_, name, data)] = parsed((await client.get(f"/api/jobs/{lost}/events")).text)
         assert (name, data["error"]["type"]) == ("error", "lost_at_restart")
+        again = await asked(client, {"Idempotency-Key": "l"}, prompt="a secret")
+        assert again.json()["id"] != lost
 
 
 @pytest.mark.parametrize("end", ["killed", "told to end"])
