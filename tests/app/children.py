@@ -107,7 +107,7 @@ class ThreadChild:
         self.gate = Gate()
         self.pid: int | None = None
         self.exitcode: int | None = None
-        self.sent: list[object] = []  # every report, in order, as soon as it is in the pipe
+        self.sent: list[object] = []  # every report, in order, right after it went into the pipe
         self._said = threading.Condition()
         self._theirs = connection
         self._connection: _Tapped | None = None

@@ -229,6 +229,7 @@ async def test_the_end_of_another_job_is_never_taken_for_this_ones(nursery: Nurs
     nursery.gate.open(100)
     await first.result
     nursery.gate.close()
+    nursery.child.wait_sent(Done, "a")
     [done] = [report for report in nursery.child.sent if isinstance(report, Done)]
     second = engine.submit(job("b"))
     await nursery.reach("step 1")
