@@ -139,11 +139,13 @@ def demands(
     branch = deepest_branch(costs, strategy.depth)
     if branch is None:
         return []
-    claims = of_intervals(results, strategy.forecast, branch)
-    own = {
-        one.forecast: one for one in settings if one.ours and (one.interval, one.branch) == (strategy.interval, branch)
+    claims = of_intervals(results, branch)
+    own = {  # evenly placed, both of them
+        one.forecast: one
+        for one in settings
+        if one.ours and not one.default and (one.interval, one.branch) == (strategy.interval, branch)
     }
-    if len(own) > 1:
+    if {strategy.forecast, "none"} <= own.keys():
         claims.append(forecast_time(bench, own[strategy.forecast], own["none"], FORECAST_REPEATS))
     return claims
 
@@ -220,6 +222,7 @@ def main(
     thresholds: Annotated[str | None, typer.Option(help="With --full: thresholds, separated by commas.")] = None,
     forecasts: Annotated[str | None, typer.Option(help="With --full: of none,linear,quadratic,damped,probe.")] = None,
     fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
+    cached_fewer: Annotated[str | None, typer.Option(help="With --full: the same, under our cache.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no setting after that, divided among models.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
     store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = ROOT
@@ -233,6 +236,7 @@ def main(
         depths=numbers(depths, int, whole_grid.depths),
         thresholds=numbers(thresholds, float, whole_grid.thresholds),
         fewer=numbers(fewer, float, whole_grid.fewer),
+        cached_fewer=numbers(cached_fewer, float, whole_grid.cached_fewer),
         forecasts=known(forecasts, whole_grid.forecasts),
     )
     pictures = pictures or (FULL_PICTURES if whole else QUICK_PICTURES)

@@ -147,6 +147,7 @@ class Result:
     branch: int | None = None
     threshold: float | None = None
     forecast: str | None = None
+    default: bool = False
     steps: int = 0
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
@@ -234,6 +235,7 @@ class Bench:
             branch=setting.branch,
             threshold=setting.threshold,
             forecast=setting.forecast,
+            default=setting.default,
             steps=setting.steps or self.params.steps,
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],

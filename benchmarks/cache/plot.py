@@ -12,7 +12,7 @@ from benchmarks.cache.front import AXES, Axis, pareto
 from benchmarks.cache.measure import Result
 from benchmarks.cache.quality import interval
 
-_OURS = ("#c1121f", "#f77f00", "#8d5a97", "#ff8fab")
+_OURS = ("#c1121f", "#f77f00", "#8d5a97", "#ff8fab", "#b56576", "#e0a100")
 _PEERS = ("#1d4e89", "#2a9d8f", "#6c757d", "#577590", "#90be6d", "#43aa8b", "#264653", "#b08968")
 _MARKERS = "svD^<>pP"
 

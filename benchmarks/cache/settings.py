@@ -34,6 +34,7 @@ class Setting:
 
     method: what its points are drawn and compared as. steps: of the run, None for those of the uncached one.
     interval, branch, threshold, forecast: what the comparisons look a setting up by, where it has one.
+    default: the strategy as it comes, but for its interval and depth.
     alone: a cache that decides while it runs, and for its batch as a whole; its pictures are to be drawn one by one.
     """
 
@@ -45,6 +46,7 @@ class Setting:
     branch: int | None = None
     threshold: float | None = None
     forecast: str | None = None
+    default: bool = False
     alone: bool = False
 
     @property
@@ -58,13 +60,18 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What the full benchmark varies. `steps` are those of the shortened runs, as shares of the uncached one."""
+    """What the full benchmark varies.
+
+    `fewer`: steps of the shortened uncached runs, as shares of the whole one's; `cached_fewer`: of shortened runs under
+    our cache.
+    """
 
     intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
     depths: Sequence[int] = (0, 1, 2, 3, 4)
     thresholds: Sequence[float] = (0.02, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
     forecasts: Sequence[str] = tuple(ORDERS)
     fewer: Sequence[float] = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
+    cached_fewer: Sequence[float] = (0.8, 0.65, 0.5)
 
 
 def ours(strategy: CacheStrategy) -> Make:
@@ -96,17 +103,17 @@ def presets(kind: str) -> list[Setting]:
 def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
     """The whole grid for the cache of a UNet or a transformer."""
     if isinstance(denoiser, UNetDenoiser):
-        settings = _unet(denoiser.branch_costs, grid)
+        settings = _unet(denoiser.branch_costs, grid, steps)
     elif isinstance(denoiser, TransformerDenoiser):
         settings = _transformer(sum(map(len, denoiser.blocks)), grid)
     else:
         raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
-    counts = dict.fromkeys(max(1, round(steps * share)) for share in grid.fewer)
-    shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in counts if n < steps]
+    shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in shares(steps, grid.fewer)]
     return [uncached(), *shortened, *settings]
 
 
-def _unet(costs: Sequence[float], grid: Grid) -> Iterator[Setting]:
+def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
+    """Ours as it comes, with guidance reused, and with each forecast evenly placed, as the helper places its calls."""
     depths: dict[int, int] = {}  # branch → the first depth that chooses it: equal branches are equal settings
     for depth in grid.depths:
         branch = deepest_branch(costs, depth)
@@ -114,14 +121,18 @@ def _unet(costs: Sequence[float], grid: Grid) -> Iterator[Setting]:
             depths.setdefault(branch, depth)
     for interval in grid.intervals:
         for branch, depth in depths.items():
+            here = partial(Setting, interval=interval, branch=branch)
+            label, strategy = f"N{interval} d{depth} b{branch}", DeepCache(interval=interval, depth=depth)
+            yield here(OURS, label, ours(strategy), forecast=strategy.forecast, default=True)
+            half = dataclasses.replace(strategy, guidance="reuse")
+            yield here(f"{OURS}, guidance reused", label, ours(half))
             for forecast in forecasts(DeepCache, grid):
-                strategy = with_forecast(DeepCache(interval=interval, depth=depth), forecast)
-                label = f"N{interval} d{depth} b{branch}"
-                yield Setting(
-                    f"{OURS}, {forecast}", label, ours(strategy), interval=interval, branch=branch, forecast=forecast
-                )
+                even = with_forecast(strategy, forecast)
+                yield here(f"{OURS}, {forecast}, evenly placed", label, ours(even), forecast=forecast)
+            for count in shares(steps, grid.cached_fewer):
+                yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", ours(half), steps=count)
             published = partial(_published, interval=interval, branch=branch)
-            yield Setting("DeepCache 0.1.1", f"N{interval} b{branch}", published, interval=interval, branch=branch)
+            yield here("DeepCache 0.1.1", f"N{interval} b{branch}", published)
 
 
 def _transformer(blocks: int, grid: Grid) -> Iterator[Setting]:
@@ -131,7 +142,10 @@ def _transformer(blocks: int, grid: Grid) -> Iterator[Setting]:
         for forecast in forecasts(FirstBlockCache, grid):
             strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
             method = f"{OURS}, {forecast}"
-            yield Setting(method, f"{threshold}", ours(strategy), threshold=threshold, forecast=forecast)
+            default = strategy == FirstBlockCache(threshold=threshold)
+            yield Setting(
+                method, f"{threshold}", ours(strategy), threshold=threshold, forecast=forecast, default=default
+            )
         hook = partial(_hook, config=FirstBlockCacheConfig(threshold=threshold))
         yield Setting("diffusers FirstBlockCache", f"{threshold}", hook, threshold=threshold, alone=True)
     yield from _taylorseer(grid.intervals)
@@ -163,6 +177,11 @@ def _cache_dit(blocks: int, thresholds: Iterable[float]) -> Iterator[Setting]:
                 method = f"cache-dit F{first}W{warmup}{' Taylor' if taylor else ''}"
                 make = partial(_dbcache, settings=settings, taylor=taylor)
                 yield Setting(method, f"{threshold}", make, threshold=threshold, alone=True)
+
+
+def shares(steps: int, wanted: Iterable[float]) -> list[int]:
+    """Those shares of `steps`, as whole numbers below it."""
+    return [n for n in dict.fromkeys(max(1, round(steps * share)) for share in wanted) if n < steps]
 
 
 def forecasts(strategy: type[Any], grid: Grid) -> list[str]:
