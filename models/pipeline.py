@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, attention, compilation, embedding, limits, passes, samplers
+from . import adapters, attention, compilation, embedding, limits, samplers
 from .base import Generation, GenerationParams, ModelSpec, PassReport, StepHook, Timings
 from .loading import quiet
-from .passes import hires_fix
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +60,8 @@ class PipelineModel(ABC):
         """
         import torch
 
+        from . import passes
+        from .passes import hires_fix
         from .passes.drawing import Clock, Drawing, Progress
 
         samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
