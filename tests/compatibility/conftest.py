@@ -25,7 +25,7 @@ from models.registry import Registry
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 from tests.compatibility.rows import PICTURE, WEIGHTS
-from tests.models.conftest import family_folders, flux_folder, sd_folder  # noqa: F401  # fixtures
+from tests.models.conftest import family_folders, flux_folder, sd_folder, small_folders  # noqa: F401  # fixtures
 
 
 @dataclass
@@ -42,10 +42,11 @@ class RunnerEngine(FakeEngine):
 
 
 @pytest.fixture(scope="session")
-def registry(family_folders: dict[str, Path]) -> Registry:  # noqa: F811
+def registry(family_folders: dict[str, Path], small_folders: dict[str, Path]) -> Registry:  # noqa: F811
     published = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
     specs = [ModelSpec(name=name, family=name, source=family_folders[name]) for name in published]
-    return Registry([*SPECS, *specs], "tiny-sd", "tiny-flux")
+    small = ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"])
+    return Registry([*SPECS, *specs, small], "tiny-sd", "tiny-flux")
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,7 @@ def catalogue(registry: Registry) -> Catalogue:
     """Compiling is tried without its last step, code generation: so it takes seconds, and no C++ compiler."""
     known = RegistryRunner(registry, "CPU").catalogue()
     unets = {name: replace(info, compilation=None) for name, info in known.models.items() if info.cache == "deepcache"}
-    compiled: Any = registry.get("sd15")
+    compiled: Any = registry.get("small-sd")
     compiled.compile_backend = "aot_eager"
     return replace(known, models={**known.models, **unets})
 

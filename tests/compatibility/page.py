@@ -13,8 +13,8 @@ HEAD = """# Compatibility
 What works with what, as the test suite runs it: every line below is a row of `tests/compatibility/rows.py`, sent
 through the HTTP API. A ✅ line draws on each of the models and its report shows reused calls; a ❌ line is refused (422
 `incompatible`) with the remedy. `tiny-sd` and `tiny-flux` are the embedded models; the others are pipelines of the true
-class and topology, at small width and with random weights. This page is printed by
-`python -m tests.compatibility.page`; a test fails when it is not current.
+class and topology, at small width and with random weights (`small-sd`: two levels, quick to compile). This page is
+printed by `python -m tests.compatibility.page`; a test fails when it is not current.
 """
 
 

@@ -84,7 +84,7 @@ ROWS = (
     Row(
         cache="DeepCache",
         beside="Stable-Fast",
-        models=("sd15",),
+        models=("small-sd",),
         fields=(STABLE_FAST, {**STABLE_FAST, **LORA}, {**STABLE_FAST, **ATTENTION}),
         note="compiled layers, without code generation in the tests",
     ),

@@ -242,9 +242,9 @@ def test_a_cache_sees_the_changed_network(sd: LoadedModel, flux: LoadedModel, tm
         assert np.abs(pixels(ours) - pixels(expected)).max() <= 2
 
 
-def test_compiled_layers_see_the_lora_and_its_end(sd_spec: ModelSpec, tmp_path: Path) -> None:
+def test_compiled_layers_see_the_lora_and_its_end(small_folders: dict[str, Path], tmp_path: Path) -> None:
     """Without one, with one, with two, without, with another: each time the picture is the uncompiled one."""
-    model = SD.load(sd_spec, "cpu")
+    model = SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu")
     model.compile_backend = "aot_eager"  # type: ignore[attr-defined]
     first = saved(tmp_path, "first", peft_layout(random_pairs(model, 1)))
     second = saved(tmp_path, "second", peft_layout(random_pairs(model, 2, lambda index: 5)))
