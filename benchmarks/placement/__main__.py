@@ -30,6 +30,7 @@ from benchmarks.machine import ROOT, machine
 from benchmarks.placement import pixel
 from cache import CacheStrategy, DeepCache, NoCache, UNetDenoiser
 from cache.cost import deepest_branch
+from cache.schedule import Placement
 from models.base import GenerationParams
 from models.calibration import calibrate
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
@@ -150,7 +151,11 @@ def of_pixels() -> Iterator[Row]:
         steps=PIXEL_STEPS,
         intervals=INTERVALS,
     )
-    view = plain.ruled(lambda timestep, interval, branch: place(known, "ddim", "normal", PIXEL_STEPS, interval, branch))
+
+    def rule(timestep: float, interval: int, branch: int | None) -> Placement:
+        return place(known, "ddim", "normal", PIXEL_STEPS, interval, branch)
+
+    view = plain.ruled(rule, guided=False)
 
     def draw(strategy: CacheStrategy) -> tuple[Sequence[ArrayLike], str]:
         return drawn(strategy, TEST_SEEDS, view)
