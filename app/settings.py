@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     embedding_folder: Path = Field(
         Path("embeddings"), description="Textual inversions (.safetensors); a prompt uses one by its file's name."
     )
+    face_detector: Path | None = Field(
+        None, description="ONNX file of a YOLO that finds ADetailer's faces; unset: the cascade that OpenCV brings."
+    )
     log_folder: Path = Field(Path("logs"), description="Where server.log is written.")
     log_level: LogLevel = Field("INFO", validation_alias=AliasChoices("LD_SERVER_LOGLEVEL", "WAVESPEED_LOG_LEVEL"))
     max_batch_size: int = Field(
@@ -106,6 +109,15 @@ class Settings(BaseSettings):
         if self.jobs_restart == "requeue" and self.jobs_folder is None:
             raise ValueError("WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart")
         return self
+
+    @field_validator("face_detector")
+    @classmethod
+    def _a_detector(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".onnx":
+            raise ValueError(f"{value.name!r} is no .onnx file; a YOLO's .pt becomes one by `yolo export format=onnx`")
+        if value is not None and not value.is_file():
+            raise ValueError(f"there is no file {str(value)!r}")
+        return value
 
     @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod

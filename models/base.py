@@ -46,6 +46,12 @@ class AdapterFailed(ModelError):
     """A LoRA or an embedding is broken or was made for another model."""
 
 
+class DetectorFailed(ModelError):
+    """The operator's file of a face detector is broken or of another kind."""
+
+    field = "adetailer"
+
+
 class GenerationCancelled(Exception):
     """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
 
@@ -100,7 +106,7 @@ class GenerationParams:
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
     `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled.
-    The passes (`models/passes`) are off by default.
+    The passes (`models/passes`) are off by default. `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str
@@ -122,6 +128,7 @@ class GenerationParams:
     img2img: Img2Img | None = None
     hires_fix: bool = False
     adetailer: bool = False
+    face_detector: Path | None = None
     multiscale: Multiscale | None = None
     preview: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,3 +34,12 @@ def find(image: Image.Image) -> list[Box]:
     found = cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=_NEIGHBOURS, minSize=(SMALLEST, SMALLEST))
     boxes = [Box(*(int(number) for number in row)) for row in found]
     return sorted(boxes, key=lambda box: (-box.width * box.height, box))
+
+
+def finder(detector: Path | None) -> Callable[[Image.Image], list[Box]]:
+    """`find`, or its like by the operator's file. Raises DetectorFailed."""
+    if detector is None:
+        return find
+    from . import yolo
+
+    return yolo.load(detector).find

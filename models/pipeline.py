@@ -55,8 +55,8 @@ class PipelineModel(ABC):
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.
 
-        Raises UnsupportedSampler and AdapterFailed before anything is drawn; what `on_step` raises passes through, and
-        leaves the model as it was.
+        Raises UnsupportedSampler, AdapterFailed and DetectorFailed before anything is drawn; what `on_step` raises
+        passes through, and leaves the model as it was.
         """
         import torch
 

@@ -110,6 +110,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
         "api_keys": "none",
         "jobs_folder": "none",
         "allowed_hosts": "none",
+        "face_detector": "none",
         "cors_origins": "none",
     }
     in_words |= {"models_file": "none", "model_memory": "nine tenths"}

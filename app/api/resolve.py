@@ -6,6 +6,7 @@ import asyncio
 import math
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from app.api.adapters import NONE as NO_ADAPTERS
@@ -41,6 +42,7 @@ class Limits:
     max_picture_pixels: int = 2**24
     deadline_seconds: float = 3600.0
     adapters: Adapters = NO_ADAPTERS
+    face_detector: Path | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Limits:
@@ -48,6 +50,7 @@ class Limits:
             max_batch_size=settings.max_batch_size,
             deadline_seconds=settings.deadline_seconds,
             adapters=Adapters.of(settings),
+            face_detector=settings.face_detector,
         )
 
 
@@ -90,6 +93,7 @@ def resolve(
         img2img=img2img,
         hires_fix=request.hires_fix,
         adetailer=request.adetailer,
+        face_detector=limits.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
         preview=request.enable_preview,
     )

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from models import faces
+
 from .adetailer import ADetailer
 from .base import Base
 from .decode import Decode
@@ -36,8 +38,8 @@ class Pass(Protocol):
 
 
 def chain(params: GenerationParams) -> tuple[Pass, ...]:
-    """The passes of a request in their order."""
+    """The passes of a request in their order. Raises DetectorFailed."""
     first: Pass = Base() if params.img2img is None else FromPicture(params.img2img)
     enlarged = (HiresFix(),) if params.hires_fix else ()
-    detailed = (ADetailer(),) if params.adetailer else ()
+    detailed = (ADetailer(faces.finder(params.face_detector)),) if params.adetailer else ()
     return (first, *enlarged, Decode(), *detailed)

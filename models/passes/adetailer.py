@@ -7,6 +7,7 @@ face back under a mask with soft edges.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,15 @@ MOST_FACES = 8  # of a picture, the largest; each is a run of the denoiser
 class ADetailer:
     """Works on finished pictures of the request's size; each face is drawn under a cache run of its own."""
 
+    find: Callable[[Image.Image], list[faces.Box]] = faces.find
+
     def steps(self, model: PipelineModel, params: GenerationParams) -> int:
         return 0  # nobody knows before the picture is there
 
     def run(self, drawing: Drawing) -> None:
         model, params = drawing.model, drawing.params
         with drawing.clock("decode"):
-            found = [faces.find(image)[:MOST_FACES] for image in drawing.images]
+            found = [self.find(image)[:MOST_FACES] for image in drawing.images]
         steps = model.partial_steps(params.steps, STRENGTH)
         drawing.progress.total += steps * sum(map(len, found))
         for index, boxes in enumerate(found):

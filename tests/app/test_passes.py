@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from PIL import Image
 from app.engine.report import summarise, summarise_passes
 from cache import CacheReport
 from models.base import GenerationParams, Multiscale, PassReport
+from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 
 
@@ -67,6 +69,14 @@ async def test_fields_become_passes(client: httpx.AsyncClient, engine: FakeEngin
     params, _ = await drawn(client, engine)
     assert params.img2img is params.multiscale is None
     assert (params.hires_fix, params.adetailer, params.preview) == (False, False, False)
+
+
+async def test_the_operator_s_face_detector_goes_with_adetailer(engine: FakeEngine, tmp_path: Path) -> None:
+    path = tmp_path / "face.onnx"
+    path.write_bytes(b"")
+    async with client_of(engine, face_detector=str(path)) as client:
+        assert (await drawn(client, engine, adetailer=True))[0].face_detector == path
+        assert (await drawn(client, engine))[0].face_detector is None
 
 
 async def test_a_field_without_its_switch_is_said(client: httpx.AsyncClient, engine: FakeEngine) -> None:

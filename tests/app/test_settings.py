@@ -54,3 +54,18 @@ def test_a_bad_setting_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError):
         Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("face.pt", "yolo export format=onnx"), ("face.onnx", "there is no file"), ("", "no .onnx file")]
+)
+def test_a_face_detector_is_a_file_that_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WAVESPEED_FACE_DETECTOR", name)
+    with pytest.raises(ValidationError, match=said):
+        Settings()
+    (tmp_path / "face.onnx").touch()
+    monkeypatch.setenv("WAVESPEED_FACE_DETECTOR", "face.onnx")
+    assert Settings().face_detector == Path("face.onnx")
