@@ -93,8 +93,10 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str
     moments: dict[str, dict[str, Held]] = {}
     _fill_threads(server)
     crowd.start()
-    for name, until in (("warm", 0.25), ("no more kills", 0.4), ("worker warm", 0.65), ("end", 1.0)):
-        _wait(server, seconds * (until - dict(_SHARES)[name]))
+    started = time.monotonic()
+    for name, share in (("warm", 0.25), ("no more kills", 0.4), ("worker warm", 0.65), ("end", 1.0)):
+        while time.monotonic() < started + seconds * share and server.process.poll() is None:
+            time.sleep(0.2)
         crowd.pause()
         wait_for(server.idle, 120, "an idle server")
         if name == "no more kills":
@@ -107,13 +109,11 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str
                 "server": Held.settled(server.process.pid),
                 "worker": Held.settled(int(str(worker))),
             }
-            print(f"{name}: {moments[name]}, {sum(crowd.tally.values())} answers, {crowd.kills} kills", flush=True)
+            counts = f"{sum(crowd.tally.values())} answers, {crowd.kills} kills, {len(crowd.faults)} faults"
+            print(f"{name}: {moments[name]}, {counts}", flush=True)
         if name != "end":
             crowd.resume()
     return moments
-
-
-_SHARES = (("warm", 0.0), ("no more kills", 0.25), ("worker warm", 0.4), ("end", 0.65))
 
 
 def _fill_threads(server: Server) -> None:
@@ -122,12 +122,6 @@ def _fill_threads(server: Server) -> None:
     for _ in range(3):
         with ThreadPoolExecutor(24) as pool:
             list(pool.map(lambda _: exchange(server.address, [long]), range(24)))
-
-
-def _wait(server: Server, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and server.process.poll() is None:
-        time.sleep(0.2)
 
 
 def _check_quietly(crowd: Crowd) -> None:

@@ -164,7 +164,7 @@ class Crowd:
 
     def kill(self, source: random.Random) -> None:
         """The worker, at a random moment, one time in some seconds."""
-        for _ in range(source.randrange(60, 200)):
+        for _ in range(source.randrange(100, 400)):
             if not self._open.wait(0) or not self.killing or self._ended.wait(0.1):
                 return
         if (worker := self.server.worker()) is not None and psutil.pid_exists(worker):
