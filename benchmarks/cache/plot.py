@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def draw(title: str, results: Sequence[Result], file: Path) -> None:
     panels[0].set_ylabel("PSNR to the uncached picture, dB, mean")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title.replace("`", ""), 170), fontsize="medium")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
