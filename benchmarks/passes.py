@@ -13,17 +13,19 @@ import statistics
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 import typer
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from app.engine.report import summarise_passes
 from benchmarks.machine import machine
 from cache import CacheStrategy, DeepCache, NoCache
 from models import faces
-from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Multiscale, Step
+from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Lora, Multiscale, Step
 from models.embedded import SPECS
 from models.loading import quiet
 from models.passes.adetailer import ADetailer, around
@@ -38,6 +40,7 @@ PARAMS = GenerationParams(
 )
 STRENGTHS = (0.3, 0.6, 0.9)
 COMBINED = replace(PARAMS, hires_fix=True, multiscale=Multiscale())
+RANK = 4  # of the LoRA, over the UNet's attention
 Row = list[tuple[str, Image.Image]]
 
 
@@ -118,6 +121,20 @@ def timed(model: LoadedModel, params: GenerationParams, strategy: CacheStrategy,
     return {"denoise_seconds": round(statistics.median(seconds), 3), "cache": summarise_passes(runs[-1].passes)}
 
 
+def lora_of(model: Any, folder: Path) -> Lora:
+    """A LoRA of random numbers in PEFT's layout, small enough to leave the scene: none was trained for these models."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for path, module in model.pipeline.unet.named_modules():
+        if path.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            out, inputs = module.weight.shape
+            for half, shape in (("lora_A", (RANK, inputs)), ("lora_B", (out, RANK))):
+                tensors[f"unet.{path}.{half}.weight"] = torch.randn(*shape, generator=generator) * 0.02
+    file = folder / "random.safetensors"
+    save_file(tensors, file)
+    return Lora("random", file, 0.8)
+
+
 def main(
     draw_sheet: Annotated[bool, typer.Option("--sheet/--no-sheet")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each setting, in turn.")] = 3,
@@ -137,7 +154,11 @@ def main(
         "hires_fix + multiscale": (COMBINED, NoCache()),
         "hires_fix + multiscale + deepcache": (COMBINED, cache),
     }
-    results = {name: timed(model, params, strategy, repeats) for name, (params, strategy) in settings.items()}
+    with TemporaryDirectory() as folder:
+        lora = replace(COMBINED, loras=(lora_of(model, Path(folder)),))
+        settings["hires_fix + multiscale + lora"] = (lora, NoCache())
+        settings["hires_fix + multiscale + lora + deepcache"] = (lora, cache)
+        results = {name: timed(model, params, strategy, repeats) for name, (params, strategy) in settings.items()}
     for name, result in results.items():
         print(f"{name}: {result['denoise_seconds']} s, predicted ×{result['cache']['predicted_speedup']}")
     print(json.dumps({"machine": machine("cpu"), "steps": PARAMS.steps, "seed": PARAMS.seeds[0], "results": results}))
