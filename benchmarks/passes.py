@@ -132,7 +132,7 @@ def lora_of(model: Any, folder: Path) -> Lora:
                 tensors[f"unet.{path}.{half}.weight"] = torch.randn(*shape, generator=generator) * 0.02
     file = folder / "random.safetensors"
     save_file(tensors, file)
-    return Lora("random", file, 0.8)
+    return Lora(name="random", path=file, weight=0.8)
 
 
 def main(
