@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .loading import quiet
+
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
 _DECODE_BYTES: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
@@ -31,7 +33,7 @@ def decode_bytes(vae: Any, pixels: int) -> int:
 
 def _count(vae: Any) -> float:
     """Bytes a pixel."""
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         skeleton = type(vae).from_config(vae.config).eval().to(dtype=vae.dtype)
         latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=vae.dtype)
     drawn: list[Tensor] = []
