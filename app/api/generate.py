@@ -71,7 +71,7 @@ async def generate(request: Request) -> Response:
     except asyncio.CancelledError:
         service.metrics.answered(model, Cancelled.type)
         raise
-    except Exception:
+    except Exception:  # a bug of ours is an answer as well, and counted; the middleware writes it
         service.metrics.answered(model, ServiceError.type)
         raise
     outcome.done(service.metrics, handle, result)

@@ -16,7 +16,7 @@ from app.api import outcome
 from app.api.answers import JobAnswer, errors
 from app.api.body import read_object
 from app.api.generate import REQUEST_BODY
-from app.api.resolve import Limits, resolve, resolve_aside
+from app.api.resolve import Limits, resolve_aside
 from app.api.schemas import parse
 from app.api.service import request_id_of, service_of
 from app.engine.base import Engine, Job, JobHandle, JobResult
@@ -44,9 +44,9 @@ LastEventId = Annotated[
 def board(settings: Settings, engine: Engine, metrics: Metrics) -> JobBoard:
     """The jobs of one app."""
 
-    def resolved(body: Mapping[str, Any], job_id: str) -> Job:
+    async def resolved(body: Mapping[str, Any], job_id: str) -> Job:
         fields = parse(dict(body))
-        return resolve(fields, engine.catalogue(), Limits.of(settings), job_id, fields.output_format)
+        return await resolve_aside(fields, engine.catalogue(), Limits.of(settings), job_id, fields.output_format)
 
     def render(handle: JobHandle, result: JobResult) -> bytes:
         return json.dumps(outcome.answer(handle, result)).encode()

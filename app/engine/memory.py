@@ -50,7 +50,7 @@ def _attempt(
     """None when memory ran out and fewer images at a time may do; the traceback, which holds tensors, is gone then."""
     try:
         return model.generate(params, strategy, on_step)
-    except Exception as error:
+    except Exception as error:  # exhaustion is told by name, not by one class; whatever else goes on
         if params.batch_size == 1 or not is_exhaustion(error):
             raise
         return None

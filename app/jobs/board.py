@@ -7,7 +7,7 @@ import base64
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ class Hooks:
     """What the board leaves to the HTTP side.
 
     `resolve`: body and id → job; raises ServiceError. `render`: a done job's answer, as JSON; runs in a thread.
-    `ended`: called once for each job, with its result or its error. `stepped`: called for each step.
+    `ended`: called once for each job that was taken, with its result or its error. `stepped`: called for each step.
     """
 
-    resolve: Callable[[Mapping[str, Any], str], Job]
+    resolve: Callable[[Mapping[str, Any], str], Awaitable[Job]]
     render: Callable[[JobHandle, JobResult], bytes]
     ended: Callable[[JobHandle, JobResult | ServiceError], None]
     stepped: Callable[[Job, Step], None]
@@ -72,6 +72,7 @@ class JobBoard:
         self._results = Results(keeping.result_bytes, keeping.folder)
         self._records: dict[str, JobRecord] = {}  # oldest first
         self._keys: dict[str, str] = {}
+        self._refused: set[str] = set()  # given back by the engine, since they could not be recorded
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._resuming: asyncio.Task[None] | None = None
@@ -137,9 +138,11 @@ class JobBoard:
             await self._save(record)
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
+            self._refused.add(record.id)
             self._engine.cancel(record.id)
             if (watcher := self._watchers.get(record.id)) is not None:
                 await asyncio.wait({watcher})
+            self._refused.discard(record.id)
             await self._erase([record.id])
             raise StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30) from None
         record.request = None  # it may hold a picture; on disk it stays for as long as a restart needs it
@@ -220,7 +223,8 @@ class JobBoard:
             # Its row on disk still says that it waits, and the next run of the server takes it up.
             record.events.publish("error", outcome.body(record.id))
             return
-        self._hooks.ended(handle, outcome)
+        if record.id not in self._refused:
+            self._hooks.ended(handle, outcome)
         if isinstance(outcome, JobResult):
             await self._end(record, JobState.DONE)
         else:
@@ -278,7 +282,9 @@ class JobBoard:
         for record in records:
             while not record.ended and record.handle is None:
                 try:
-                    job = self._hooks.resolve(record.request or {}, record.id)
+                    job = await self._hooks.resolve(record.request or {}, record.id)
+                    if record.ended:  # cancelled meanwhile
+                        break
                     self._hand_over(record, job, promised=True)
                     record.model, record.request = job.model, None
                 except NotReady:

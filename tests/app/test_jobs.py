@@ -26,6 +26,7 @@ from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 from tests.app.test_engine import until
 
+REQUESTS = "wavespeed_requests_total{"
 BODY = {"prompt": "a", "width": 64, "height": 64, "seed": 1, "steps": 3}
 
 
@@ -362,6 +363,9 @@ async def test_a_disk_that_fails_refuses_the_job_and_the_server_goes_on(
             refused = await asked(client)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "storage_failed")
         assert int(refused.headers["retry-after"]) > 0
+        counted = [line for line in (await client.get("/metrics")).text.splitlines() if line.startswith(REQUESTS)]
+        assert [line.rsplit(" ", 1)[1] for line in counted] == ["1.0"]
+        assert 'outcome="storage_failed"' in counted[0]
         good = (await asked(client)).json()["id"]
         assert (await ended(client, good))["state"] == "done"
         with monkeypatch.context() as patch:
