@@ -140,9 +140,11 @@ def models() -> None:
     from dataclasses import asdict
 
     from app.engine.runner import configured_runner
+    from app.progress import bar
 
     settings = Settings()
-    catalogue = configured_runner("cpu", **_models(settings)).catalogue()
+    with bar("reading the models"):
+        catalogue = configured_runner("cpu", **_models(settings)).catalogue()
     print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
 
 
@@ -239,35 +241,22 @@ def _models(settings: Settings) -> dict[str, Any]:
 
 
 def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from app.api.resolve import Limits, resolve
     from app.api.schemas import parse
     from app.engine.runner import configured_runner
+    from app.progress import bar
     from models.base import Step
 
     request = parse(values)
-    runner = configured_runner(settings.devices[0], **_models(settings))
-    limits = Limits.of(settings)
-    job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[decision]}"),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(f"loading {job.model}", total=None, decision="")
-        runner.watch_loading(
-            lambda model, stage: progress.update(task, description=f"loading {model}: {stage}"),
-        )
+    with bar("starting") as progress:
+        runner = configured_runner(settings.devices[0], **_models(settings))
+        limits = Limits.of(settings)
+        job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
+        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
         runner.load(job.model)
 
         def on_step(step: Step) -> None:
-            progress.update(
-                task, description=job.model, completed=step.index + 1, total=step.total, decision=step.decision
-            )
+            progress.show(job.model, completed=step.index + 1, total=step.total, note=step.decision)
 
         result = runner.run(job, on_step)
     return {

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.errors import ServiceError
+from app.progress import Bar, bar
 from app.settings import Settings
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 PROMPTS = ("a snowy island at noon", "misty mountains at sunset", "a clear desert at dawn", "a stormy forest at night")
 FIRST_SEED = 100
@@ -35,19 +33,17 @@ def calibrated(
     models: the runner's arguments. seeds: pictures of each prompt. size: pixels, None for the model's own.
     Raises ServiceError for a model without a UNet, and what loading and drawing raise.
     """
-    from rich import progress
-
     from app.engine.runner import configured_runner
-    from models import placements
-    from models.base import GenerationParams
-    from models.calibration import calibrate, generated, rounds
-    from models.unet import StableDiffusionModel
 
-    runner = configured_runner(settings.devices[0], **models)
-    info = runner.catalogue().models.get(name)
-    columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(progress.TextColumn("{task.description}"), *columns) as bar:
-        task = bar.add_task(f"loading {name}", total=len(combinations) * rounds(intervals))
+    with bar("starting") as progress:
+        from models import placements
+        from models.base import GenerationParams
+        from models.calibration import calibrate, generated, rounds
+        from models.unet import StableDiffusionModel
+
+        runner = configured_runner(settings.devices[0], **models)
+        info = runner.catalogue().models.get(name)
+        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
         model = runner.model(name)
         if not isinstance(model, StableDiffusionModel) or info is None:
             raise ServiceError(f"{name} has no UNet: DeepCache, and so its calibration, is for UNet models.")
@@ -55,7 +51,7 @@ def calibrated(
         width, height = size or info.native_size
         guidance = info.guidance_scale if guidance_scale is None else guidance_scale
         for done, (sampler, scheduler, steps) in enumerate(combinations):
-            bar.update(task, completed=done * rounds(intervals))
+            progress.show(total=len(combinations) * rounds(intervals), completed=done * rounds(intervals))
             params = GenerationParams(
                 prompt="",
                 width=width,
@@ -75,12 +71,13 @@ def calibrated(
                 steps=steps,
                 intervals=intervals,
                 depth=depth,
-                progress=partial(_advance, bar, task, f"{sampler}, {scheduler}, {steps} steps"),
+                progress=partial(_advance, progress, f"{sampler}, {scheduler}, {steps} steps"),
             )
             placements.write(model.spec, found)
-        bar.update(task, completed=len(combinations) * rounds(intervals), description="done")
+        progress.show("done", completed=len(combinations) * rounds(intervals))
     return path
 
 
-def _advance(bar: Progress, task: TaskID, combination: str, stage: str) -> None:
-    bar.update(task, advance=1, description=f"{combination}: {stage}")
+def _advance(progress: Bar, combination: str, stage: str) -> None:
+    progress.show(f"{combination}: {stage}")
+    progress.advance()

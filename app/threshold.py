@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from app.api.resolve import Limits, resolve
 from app.api.schemas import parse
 from app.errors import ServiceError
+from app.progress import bar
 from app.settings import Settings
 from cache import FirstBlockCache
 from models import threshold
@@ -34,17 +33,16 @@ def found_for(
 
     prompts = prompts or threshold.PROMPTS
     request = parse({"prompt": prompts[0]} | {name: value for name, value in values.items() if value is not None})
-    runner = configured_runner(settings.devices[0], **models)
-    job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)
-    if not isinstance(job.strategy, FirstBlockCache):
-        raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(f"loading {job.model}", total=None)
+    with bar("starting") as progress:
+        runner = configured_runner(settings.devices[0], **models)
+        job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)
+        if not isinstance(job.strategy, FirstBlockCache):
+            raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
+        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
         model = runner.model(job.model)
-        progress.update(task, description=job.model, total=job.params.steps * len(prompts), completed=0)
+        progress.show(job.model, total=job.params.steps * len(prompts), completed=0)
 
         def on_step(step: Step) -> None:
-            progress.advance(task)
+            progress.advance()
 
         return threshold.find(model, job.params, speedup, job.strategy, on_step, prompts)

@@ -66,7 +66,7 @@ def test_what_cannot_be_calibrated_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         command_line.main()
     assert caught.value.code == 1
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+    *progress, last = capsys.readouterr().err.splitlines()  # loading may take long enough to be told
+    assert words in last
+    assert not [line for line in progress if words in line or "Traceback" in line]
     assert read(spec) == ()

@@ -34,7 +34,7 @@ def test_generate_writes_pictures_and_says_what_the_cache_did(tmp_path: Path) ->
 @pytest.mark.usefixtures("_fake_models")
 def test_models_are_listed_as_json() -> None:
     result = CliRunner().invoke(command_line.cli, ["models"])
-    assert {"fine", "flux"} <= {row["name"] for row in json.loads(result.output)}
+    assert {"fine", "flux"} <= {row["name"] for row in json.loads(result.stdout)}
 
 
 @pytest.mark.usefixtures("_fake_models")
@@ -60,9 +60,9 @@ def test_what_the_server_refuses_is_refused_in_one_line(
     with pytest.raises(SystemExit) as caught:
         command_line.main()
     assert caught.value.code == status
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+    *progress, last = capsys.readouterr().err.splitlines()  # loading may take long enough to be told
+    assert words in last
+    assert not [line for line in progress if words in line or "Traceback" in line]
 
 
 @pytest.mark.usefixtures("_fake_models")
