@@ -39,6 +39,7 @@ class Child(Protocol):
     def join(self, timeout: float | None = None) -> None: ...
     def is_alive(self) -> bool: ...
     def kill(self) -> None: ...
+    def close(self) -> None: ...
 
 
 Spawn = Callable[[Connection, RunnerFactory, str, Plan], Child]
@@ -105,13 +106,14 @@ class WorkerProcess:
 
     async def kill(self) -> None:
         """End a worker that does not answer; before that it writes to stderr where each of its threads stands."""
-        if self._child is None or not self._child.is_alive():
+        child = self._child
+        if child is None or not child.is_alive():
             return
         if self.pid is not None and self.pid != os.getpid() and hasattr(signal, "SIGUSR1"):
             with suppress(OSError):
                 os.kill(self.pid, signal.SIGUSR1)
             await asyncio.sleep(_LAST_WORDS)
-        self._child.kill()
+        child.kill()
 
     async def stop(self, seconds: float) -> int | None:
         """Ask the worker to end, kill it after `seconds`; return its exit code. Also clears up after a dead one."""
@@ -131,7 +133,13 @@ class WorkerProcess:
             await asyncio.to_thread(self._reader.join)
         if self._connection is not None:
             self._connection.close()  # only now: a descriptor closed under a reader may be given to another file
-        return self._child.exitcode if self._child else None
+        if self._child is None:
+            return None
+        code = self._child.exitcode
+        if self.pid is not None:
+            self._child.close()  # its descriptors would stay until the garbage collector finds it
+        self._child = None
+        return code
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         report: Report | None

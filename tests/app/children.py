@@ -137,6 +137,9 @@ class ThreadChild:
         except OSError:
             return  # it is closed: the thread has ended by itself
 
+    def close(self) -> None:
+        pass
+
     def speak(self, words: bytes) -> None:
         """Something of the test's own into the pipe, in the worker's name."""
         assert self._connection is not None
