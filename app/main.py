@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app import __version__
-from app.api import adapters, docs, generate, health, models, telemetry
+from app.api import adapters, docs, generate, health, models, openai, telemetry
 from app.api import jobs as jobs_api
 from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
@@ -63,7 +63,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    for module in (generate, jobs_api, models, adapters, telemetry, health, docs):
+    for module in (generate, jobs_api, openai, models, adapters, telemetry, health, docs):
         app.include_router(module.router)
     _describe(app)
     return app
@@ -104,6 +104,7 @@ def _describe(app: FastAPI) -> None:
             request = request_schema()
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
+            schemas["ImagesRequest"] = openai.images_schema()
         for operations in document["paths"].values():
             for operation in operations.values():
                 _errors_are_json(operation["responses"])

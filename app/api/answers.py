@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,11 +36,9 @@ class CacheAnswer(BaseModel):
     )
 
 
-class GenerateAnswer(BaseModel):
-    """Pictures and the report on them."""
+class Report(BaseModel):
+    """What is said about pictures, whichever API they are asked by."""
 
-    image: str | None = Field(None, description="Base64; when one image was asked for.")
-    images: list[str] | None = Field(None, description="Base64 each; when several were asked for.")
     request_id: str = Field(description="Also in X-Request-Id and in every line of the log about it.")
     model: str = Field(description="The model that drew.")
     seeds: list[int] = Field(description="One an image.")
@@ -51,6 +49,43 @@ class GenerateAnswer(BaseModel):
     attention: str = Field(description="The kernel that computed attention: sdpa, sage or sparge.")
     timings: Timing = Field(description="Where the time went.")
     cache: CacheAnswer = Field(description="What the cache did.")
+
+
+class GenerateAnswer(Report):
+    """Pictures and the report on them."""
+
+    image: str | None = Field(None, description="Base64; when one image was asked for.")
+    images: list[str] | None = Field(None, description="Base64 each; when several were asked for.")
+
+
+class ImageData(BaseModel):
+    b64_json: str = Field(description="The file, base64.")
+
+
+class ImagesAnswer(Report):
+    """As the OpenAI images API answers, and the report of POST /api/generate beside it."""
+
+    created: int = Field(description="Unix seconds.")
+    data: list[ImageData] = Field(description="One a picture.")
+    size: str = Field(description="WIDTHxHEIGHT, pixels.")
+    output_format: str = Field(description="png, jpeg or webp.")
+    background: str = Field(description="opaque.")
+
+
+class ModelCard(BaseModel):
+    """A model, as the OpenAI API shows it."""
+
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the server started, Unix seconds.")
+    owned_by: str = "wavespeed"
+
+
+class ModelCards(BaseModel):
+    """The models, as the OpenAI API lists them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard] = Field(description="One a model.")
 
 
 class JobAnswer(BaseModel):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -14,14 +12,10 @@ from starlette.responses import JSONResponse
 from app.api import outcome
 from app.api.accept import accepted_image
 from app.api.answers import GenerateAnswer, errors
-from app.api.body import read_object
-from app.api.resolve import Limits, resolve_aside
+from app.api.attempt import Attempt
 from app.api.schemas import EXAMPLE, GenerateRequest, parse
-from app.api.service import request_id_of, service_of
-from app.engine.base import Engine, JobHandle, JobResult, OutputFormat
-from app.errors import Cancelled, Incompatible, ServiceError
-
-_log = logging.getLogger(__name__)
+from app.engine.base import JobHandle, JobResult, OutputFormat
+from app.errors import Incompatible
 
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
@@ -53,28 +47,12 @@ REQUEST_BODY: dict[str, Any] = {
     openapi_extra=REQUEST_BODY,
 )
 async def generate(request: Request) -> Response:
-    service = service_of(request)
-    model: str | None = None
-    try:
-        fields = parse(await read_object(request, service.settings))
+    attempt = Attempt(request)
+    with attempt.counted():
+        fields = parse(await attempt.body())
         as_bytes = _picture_format(request, fields)
-        limits = Limits.of(service.settings)
-        output_format = as_bytes or fields.output_format
-        job = await resolve_aside(fields, service.engine.catalogue(), limits, request_id_of(request), output_format)
-        model = job.model
-        logs_steps = _log.isEnabledFor(logging.DEBUG)
-        handle = service.engine.submit(job, partial(outcome.stepped, job) if logs_steps else None)
-        result = await _result(request, service.engine, handle)
-    except ServiceError as error:
-        outcome.refused(service.metrics, model, error)
-        raise
-    except asyncio.CancelledError:
-        service.metrics.answered(model, Cancelled.type)
-        raise
-    except Exception:  # a bug of ours is an answer as well, and counted; the middleware writes it
-        service.metrics.answered(model, ServiceError.type)
-        raise
-    outcome.done(service.metrics, handle, result)
+        handle = attempt.submit(await attempt.job(fields, as_bytes))
+        result = await attempt.result(handle)
     if as_bytes:
         return _bytes_answer(handle, result)
     return await asyncio.to_thread(_json_answer, handle, result)
@@ -98,26 +76,6 @@ def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat |
             field="output_format",
         )
     return wanted
-
-
-async def _result(request: Request, engine: Engine, handle: JobHandle) -> JobResult:
-    """The job's result, unless the client leaves first; then the job is cancelled. The server doesn't do it for us."""
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        either: set[asyncio.Future[Any]] = {handle.result, gone}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if handle.result.done():
-            return handle.result.result()
-        raise Cancelled("The client left before the picture was done.")
-    finally:
-        gone.cancel()
-        if not handle.result.done():
-            engine.cancel(handle.job.id)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _bytes_answer(handle: JobHandle, result: JobResult) -> Response:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 LONGEST_PROMPT = 10_000
 LONGEST_NAME = 200
+Model = TypeVar("Model", bound=BaseModel)
 
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
@@ -218,8 +220,11 @@ class GenerateRequest(BaseModel):
 KNOWN = (*GenerateRequest.model_fields, *ALIASES)
 
 
-def parse(body: dict[str, Any]) -> GenerateRequest:
-    """Raises Invalid, naming the first field at fault, what is wrong with it, and the others."""
+def parse(body: dict[str, Any], known: Collection[str] = KNOWN) -> GenerateRequest:
+    """Raises Invalid, naming the first field at fault, what is wrong with it, and the others.
+
+    `known`: the names among which the nearest one to an unknown field is looked for.
+    """
     body = dict(body)
     for alias, field in ALIASES.items():
         if alias in body:
@@ -228,12 +233,17 @@ def parse(body: dict[str, Any]) -> GenerateRequest:
             body[field] = body.pop(alias)
     for key in body:
         if key not in GenerateRequest.model_fields:
-            nearest = difflib.get_close_matches(key[:LONGEST_NAME], KNOWN, n=1, cutoff=0)
+            nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
             raise Invalid(
                 f"There is no field {shown(key)!r}. The nearest known one is {nearest[0]!r}.", field=shown(key)
             )
+    return validated(GenerateRequest, body)
+
+
+def validated(model: type[Model], values: dict[str, Any]) -> Model:
+    """Raises Invalid, as `parse` does."""
     try:
-        return GenerateRequest.model_validate(body)
+        return model.model_validate(values)
     except ValidationError as error:
         raise _invalid(error) from None
 
