@@ -76,15 +76,15 @@ class ModelCard(BaseModel):
     """A model, as the OpenAI API shows it."""
 
     id: str = Field(description="Its name.")
-    object: Literal["model"] = "model"
+    object: Literal["model"] = Field("model", description="What this is.")
     created: int = Field(description="When the server started, Unix seconds.")
-    owned_by: str = "wavespeed"
+    owned_by: str = Field("wavespeed", description="Always wavespeed.")
 
 
 class ModelCards(BaseModel):
     """The models, as the OpenAI API lists them."""
 
-    object: Literal["list"] = "list"
+    object: Literal["list"] = Field("list", description="What this is.")
     data: list[ModelCard] = Field(description="One a model.")
 
 
