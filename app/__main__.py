@@ -6,7 +6,6 @@ import json
 import logging
 import runpy
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,30 +41,19 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
-    from app.engine.local import LocalEngine
-    from app.engine.runner import configured_runner
-    from app.engine.slot import Patience
+    from app.engine.configured import local_engine, runner_factory
     from app.log import logging_to
     from app.main import create_app
     from app.server import serve_until_told
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
-    models = _models(settings)
+    factory = runner_factory(settings)
     with logging_to(settings.log_folder, settings.log_level) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         if "batch_timeout" in settings.model_fields_set:
             _log.warning("LD_BATCH_TIMEOUT has no effect in this version: requests are not batched with one another")
-        engine = LocalEngine(
-            partial(configured_runner, **models),
-            settings.devices,
-            queue_size=settings.queue_size,
-            stop_seconds=settings.stop_seconds,
-            patience=Patience(
-                silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds
-            ),
-            quarantine_seconds=settings.quarantine_seconds,
-        )
+        engine = local_engine(settings, factory)
         serve_until_told(create_app(settings, engine), settings, engine)
 
 
@@ -139,12 +127,11 @@ def models() -> None:
     """List the models as GET /api/models does, as JSON."""
     from dataclasses import asdict
 
-    from app.engine.runner import configured_runner
+    from app.engine.configured import runner_factory
     from app.progress import bar
 
-    settings = Settings()
     with bar("reading the models"):
-        catalogue = configured_runner("cpu", **_models(settings)).catalogue()
+        catalogue = runner_factory(Settings())("cpu").catalogue()
     print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
 
 
@@ -164,13 +151,14 @@ def calibrate(
 ) -> None:
     """Find where DeepCache's computed steps lie best and keep it beside the model, for `deepcache_schedule: auto`."""
     from app.calibration import calibrated
+    from app.engine.configured import runner_arguments
 
     size = None if width is None and height is None else (width or height or 0, height or width or 0)
     combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
     path = calibrated(
         model,
         Settings(),
-        _models(Settings()),
+        runner_arguments(Settings()),
         combinations,
         intervals=interval,
         depth=depth,
@@ -198,6 +186,7 @@ def threshold(
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
     from dataclasses import asdict
 
+    from app.engine.configured import runner_arguments
     from app.threshold import found_for
 
     values = {
@@ -211,7 +200,7 @@ def threshold(
         "fbcache_max_consecutive": max_consecutive,
         "cache_forecast": forecast,
     }
-    found = found_for(speedup, values, Settings(), _models(Settings()), prompt)
+    found = found_for(speedup, values, Settings(), runner_arguments(Settings()), prompt)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 
@@ -224,32 +213,17 @@ def bench(context: typer.Context) -> None:
     runpy.run_module("benchmarks.cache", run_name="__main__")
 
 
-def _models(settings: Settings) -> dict[str, Any]:
-    """The runner's arguments: the models as the operator wants them. Raises ModelError, before anything is started."""
-    from dataclasses import replace
-
-    from models.base import UnknownModel
-    from models.models_file import read
-
-    configuration = read(settings.models_file)
-    if settings.model is not None:
-        names = [spec.name for spec in configuration.specs]
-        if settings.model not in names:
-            raise UnknownModel(f"WAVESPEED_MODEL is {settings.model!r}; there is no such model but {', '.join(names)}.")
-        configuration = replace(configuration, default=settings.model)
-    return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
-
-
 def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
     from app.api.resolve import Limits, resolve
     from app.api.schemas import parse
+    from app.engine.configured import runner_arguments
     from app.engine.runner import configured_runner
     from app.progress import bar
     from models.base import Step
 
     request = parse(values)
     with bar("starting") as progress:
-        runner = configured_runner(settings.devices[0], **_models(settings))
+        runner = configured_runner(settings.devices[0], **runner_arguments(settings))
         limits = Limits.of(settings)
         job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
         runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))

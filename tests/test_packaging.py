@@ -43,7 +43,8 @@ def test_constraints_hold_nothing_but_pins() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scripts/run", "scripts/test", "scripts/bench", "scripts/lint", "scripts/venv", ".ci/run"]
+    "name",
+    ["scripts/run", "scripts/run-ray", "scripts/test", "scripts/bench", "scripts/lint", "scripts/venv", ".ci/run"],
 )
 def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / name
@@ -75,7 +76,8 @@ def imported_distributions(package: str) -> set[str]:
 
 
 def test_the_service_declares_what_it_imports_and_nothing_else() -> None:
-    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["ray"]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
     imported = set().union(*(imported_distributions(package) for package in ("app", "cache", "models")))
     assert declared - imported - USED_BY_DIFFUSERS == set(), "declared, but nothing imports it"
     assert imported - declared - PART_OF_ANOTHER == set(), "imported, but not declared"

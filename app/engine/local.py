@@ -99,7 +99,7 @@ class LocalEngine:
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if self._draining:
             raise NotReady(_LEAVING, retry_after=RETRY_SECONDS)
-        if self._hopeless():
+        if self.hopeless:
             raise NotReady(_HOPELESS, retry_after=RETRY_SECONDS)
         if job.model in self._quarantine.reasons:
             raise model_held(job.model, self._quarantine)
@@ -283,7 +283,7 @@ class LocalEngine:
                     self._give_up(waiting, model_held(loading, self._quarantine))
         if handle is not None and not handle.settled:
             self._take_back(handle, slot.reason)
-        if self._hopeless():
+        if self.hopeless:
             for waiting in self._queue:
                 self._give_up(waiting, NotReady(_HOPELESS, retry_after=RETRY_SECONDS))
 
@@ -298,7 +298,9 @@ class LocalEngine:
         else:
             handle.fail(worker_lost(reason))
 
-    def _hopeless(self) -> bool:
+    @property
+    def hopeless(self) -> bool:
+        """No device's worker came up when it was started last, nor several times before."""
         return all(slot.start_failures >= START_FAILURES for slot in self._slots)
 
 

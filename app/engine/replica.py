@@ -1,0 +1,143 @@
+"""A worker replica of Ray Serve: the engine of one machine with one device, behind a stream of words on one job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from app.engine.base import Job, JobHandle, JobResult
+from app.engine.configured import local_engine
+from app.engine.roster import BEAT, Presence
+from app.engine.states import JobState
+from app.engine.worker import RunnerFactory
+from app.errors import NotReady, ServiceError
+from app.log import logging_to
+from app.settings import Settings
+from models.base import Step
+
+_log = logging.getLogger(__name__)
+
+NAMESPACE = "wavespeed"
+
+Word = str | JobState | Step | JobResult | ServiceError
+"""What a replica says of a job: its own id first, then moves and steps, a result or an error last."""
+
+
+def roster_name(app: str) -> str:
+    return f"roster of {app}"
+
+
+class Replica:
+    """Serve gives it a device and `jobs` requests at a time; the worker process below it is the local engine's.
+
+    So a fault of the device, a hang and a model that crashes are dealt with as on one machine, and cost a process
+    instead of a replica. `models`: names that Serve remembers a replica for, to send it their requests.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, factory: RunnerFactory, *, jobs: int, models: int
+    ) -> None:
+        context = serve.get_replica_context()
+        self._id = context.replica_tag
+        self._app = context.app_name
+        self._stack = ExitStack()
+        folder = settings.log_folder / f"replica-{context.rank.rank}"
+        self._stack.enter_context(logging_to(folder, settings.log_level))
+        self._engine = local_engine(settings, factory)
+        self._jobs = jobs
+
+        async def held(model: str) -> str:
+            return model  # the registry below loads it, and makes room for it, by bytes
+
+        self._held = serve.multiplexed(max_num_models_per_replica=models)(held)
+        await self._engine.start()
+        self._beat = asyncio.create_task(self._tell())
+        while not self._engine.status().ready:
+            if self._engine.hopeless:
+                raise RuntimeError("No worker can be started; the replica's log says why.")
+            await asyncio.sleep(0.05)
+
+    async def run(self, job: Job) -> AsyncIterator[Word]:
+        """Cancelled, at whatever word, the job is given up: its worker is free at the next step."""
+        yield self._id
+        words: asyncio.Queue[Word] = asyncio.Queue()
+        try:
+            await self._held(job.model)
+            # The deadline runs where the request was accepted, and ends this call.
+            job = replace(job, deadline_seconds=None)
+            handle = self._engine.submit(job, words.put_nowait, promised=True)
+        except ServiceError as error:
+            yield error
+            return
+        if handle.state is JobState.RUNNING:
+            yield JobState.RUNNING
+        handle.on_change = lambda: _moved(handle, words)
+        handle.result.add_done_callback(lambda future: words.put_nowait(_end(future)))
+        try:
+            while not isinstance(word := await words.get(), JobResult | ServiceError):
+                yield word
+            yield word
+        finally:
+            handle.on_change = None
+            self._engine.cancel(job.id)
+
+    async def check_health(self) -> None:
+        """Serve asks now and then. A worker process that is replaced at the moment is no reason to end the replica."""
+        if self._engine.hopeless:
+            raise RuntimeError("No worker can be started here.")
+
+    async def __del__(self) -> None:
+        """Serve waits for the jobs before; those that are still here are answered."""
+        if not hasattr(self, "_beat"):
+            return
+        self._beat.cancel()
+        with suppress(ValueError, RayError):  # no roster, nobody to take leave of
+            await ray.get_actor(roster_name(self._app), NAMESPACE).leave.remote(self._id)
+        await self._engine.stop()
+        self._stack.close()
+
+    async def _tell(self) -> None:
+        """To the roster, again and again; one that is gone is looked up anew."""
+        roster: Any = None
+        while True:
+            try:
+                if roster is None:
+                    roster = await asyncio.to_thread(ray.get_actor, roster_name(self._app), NAMESPACE)
+                await roster.tell.remote(self._presence())
+            except (ValueError, RayError):
+                roster = None
+            await asyncio.sleep(BEAT)
+
+    def _presence(self) -> Presence:
+        try:
+            catalogue = self._engine.catalogue()
+        except NotReady:
+            catalogue = None
+        return Presence(
+            replica=self._id,
+            rank=serve.get_replica_context().rank.rank,
+            node=ray.get_runtime_context().get_node_id(),
+            jobs=self._jobs,
+            status=self._engine.status(),
+            catalogue=catalogue,
+        )
+
+
+def _moved(handle: JobHandle, words: asyncio.Queue[Word]) -> None:
+    if handle.state in (JobState.QUEUED, JobState.RUNNING):
+        words.put_nowait(handle.state)
+
+
+def _end(future: asyncio.Future[JobResult]) -> Word:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    return error if isinstance(error, ServiceError) else ServiceError(str(error))
