@@ -67,6 +67,7 @@ class WorkerProcess:
         self._outbox: asyncio.Queue[Order] = asyncio.Queue()
         self._connection: Connection | None = None
         self._child: Child | None = None
+        self._pid: int | None = None  # of the child that was
         self._reader: threading.Thread | None = None
         self._writer: asyncio.Task[None] | None = None
         self._launch: asyncio.Task[None] | None = None
@@ -74,7 +75,7 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._child.pid if self._child else None
+        return self._child.pid if self._child else self._pid
 
     @property
     def silent_seconds(self) -> float:
@@ -135,10 +136,10 @@ class WorkerProcess:
             self._connection.close()  # only now: a descriptor closed under a reader may be given to another file
         if self._child is None:
             return None
-        code = self._child.exitcode
-        if self.pid is not None:
-            self._child.close()  # its descriptors would stay until the garbage collector finds it
+        code, self._pid, child = self._child.exitcode, self.pid, self._child
         self._child = None
+        if self._pid is not None:
+            child.close()  # its descriptors would stay until the garbage collector finds it
         return code
 
     def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
