@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from app.engine.base import Catalogue, EngineStatus
+from app.engine.base import Catalogue, EngineStatus, ModelInfo
+from app.engine.states import WorkerState
+from app.errors import ServiceError
 
 RECENT = 100  # requests that the recent hit rate looks back on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache"}
+
+
+def _types(error: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    yield error
+    for narrower in error.__subclasses__():
+        yield from _types(narrower)
+
+
+_FAULTS = sorted({error.type for error in _types(ServiceError) if error.status >= 500 or error.status == 429})
+"""Outcomes that are the server's doing, not the client's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +109,10 @@ class Metrics:
         self._cache_bytes = Gauge(
             "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=registry
         )
+        self._images = Counter("wavespeed_images_total", "Pictures drawn.", ["model"], registry=registry)
         self._queue_depth = Gauge("wavespeed_queue_depth", "Jobs waiting for a worker.", registry=registry)
+        self._queue_capacity = Gauge("wavespeed_queue_capacity", "Jobs that may wait at once.", registry=registry)
+        self._running = Gauge("wavespeed_jobs_running", "Jobs that a worker has.", registry=registry)
         self._memory_used = Gauge(
             "wavespeed_gpu_memory_used_bytes", "GPU memory in use.", ["device"], registry=registry
         )
@@ -110,12 +125,16 @@ class Metrics:
         self._worker_ready = Gauge(
             "wavespeed_worker_ready", "1 when the device's worker can take jobs.", ["device"], registry=registry
         )
+        self._worker_state = Gauge(
+            "wavespeed_worker_state", "1 for the state its worker is in.", ["device", "state"], registry=registry
+        )
         self._quarantined = Gauge(
             "wavespeed_model_quarantined", "1 when no worker is given the model.", ["model"], registry=registry
         )
         self._loaded = Gauge(
             "wavespeed_model_loaded", "1 when some worker holds the model.", ["model"], registry=registry
         )
+        self._expect_answers("none")
 
     def answered(self, model: str | None, outcome: str) -> None:
         """Count an answer. `model` must be a configured name, or None where the request named none that exists."""
@@ -129,6 +148,7 @@ class Metrics:
         self.images_produced += images
         self.batches_processed += batches
         self._wait_seconds += queue_seconds
+        self._images.labels(use.model).inc(images)
         self._wait.observe(queue_seconds)
         self._generation.labels(use.model, use.strategy).observe(generation_seconds)
         self._steps.labels(use.model, use.strategy, "computed").inc(use.computed)
@@ -149,12 +169,30 @@ class Metrics:
         """Prometheus text."""
         status, catalogue = self._status(), self._catalogue()
         self._queue_depth.set(status.pending)
+        self._queue_capacity.set(status.capacity)
+        self._running.set(status.running)
         for device in status.devices:
             self._memory_used.labels(device.device).set(device.memory.used)
             self._memory_total.labels(device.device).set(device.memory.total)
             self._restarts.labels(device.device).set(device.restarts)
             self._worker_ready.labels(device.device).set(device.ready)
-        for name in catalogue.models if catalogue else ():
+            for state in WorkerState:
+                self._worker_state.labels(device.device, state.value).set(device.state is state)
+        for name, info in catalogue.models.items() if catalogue else ():
+            self._expect(info)
             self._loaded.labels(name).set(name in status.loaded)
             self._quarantined.labels(name).set(name in status.quarantined)
         return generate_latest(self.registry)
+
+    def _expect(self, model: ModelInfo) -> None:
+        """Begin the model's counters at 0: PromQL's rate() is blind to the event that a series begins with."""
+        self._expect_answers(model.name)
+        self._images.labels(model.name)
+        for strategy in ("none", model.cache):
+            self._generation.labels(model.name, strategy)
+            for outcome in ("computed", "reused"):
+                self._steps.labels(model.name, strategy, outcome)
+
+    def _expect_answers(self, model: str) -> None:
+        for outcome in ("ok", *_FAULTS):
+            self._requests.labels(model, outcome)

@@ -130,11 +130,15 @@ class DeviceStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """`quarantined`: models that no worker is given at present, each with the reason."""
+    """`capacity`: jobs that may wait, 0 where nothing bounds them here.
+
+    `quarantined`: models that no worker is given at present, each with the reason.
+    """
 
     pending: int
     running: int
     devices: tuple[DeviceStatus, ...]
+    capacity: int = 0
     draining: bool = False
     quarantined: Mapping[str, str] = field(default_factory=dict)
 

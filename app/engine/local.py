@@ -128,6 +128,7 @@ class LocalEngine:
             pending=len(self._queue),
             running=sum(slot.running is not None for slot in self._slots),
             devices=tuple(slot.status() for slot in self._slots),
+            capacity=self._queue_size,
             draining=self._draining,
             quarantined=dict(self._quarantine.reasons),
         )

@@ -17,7 +17,9 @@ from app.errors import ServiceError
 from app.jobs.events import EventName
 from app.settings import Settings
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
@@ -37,6 +39,15 @@ def test_the_states_and_their_order_are_the_tables() -> None:
 
 def test_the_events_are_those_sent() -> None:
     assert [name.strip("`") for name, _ in first_cells("The events, each with an id")] == list(get_args(EventName))
+
+
+def test_the_alerts_and_the_recorded_series_are_those_of_the_rules() -> None:
+    rules = {}
+    for name in ("alert", "record"):
+        files = [path.read_text(encoding="utf-8") for path in sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))]
+        rules[name] = [found for file in files for found in re.findall(rf"- {name}: (\S+)", file)]
+    assert sorted(row[0].strip("`") for row in first_cells("### Alerts")) == sorted(rules["alert"])
+    assert sorted(row[0].strip("`") for row in first_cells("| recorded |")) == sorted(rules["record"])
 
 
 def test_settings_and_error_types_exist() -> None:

@@ -7,6 +7,7 @@ import base64
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -81,7 +82,7 @@ async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -
     engine = LocalEngine(fake_runner, ["cpu"], backoff=(0.0, 0.01), quarantine_seconds=0.1)
     chance = random.Random(20)
     expected = {seed: base64.b64encode(drawn(seed)).decode() for seed in range(8)}
-    answers: dict[str, int] = {}
+    answers = Counter[str]()
     accepted: list[str] = []
     over = asyncio.Event()
 
@@ -106,7 +107,7 @@ async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -
                 assert answer["image"] == expected[seed]
             else:
                 await asyncio.sleep(0.05)  # a refusal is immediate: a client that does not pause would be all there is
-            answers[outcome] = answers.get(outcome, 0) + 1
+            answers[outcome] += 1
 
     async with client_of(engine) as client:
         await until(lambda: engine.status().ready)
@@ -126,7 +127,10 @@ async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -
     assert set(answers) <= {"ok", "worker_lost", "not_ready", "model_unavailable"}
     assert answers["ok"] > KILLS / 2
     # Counted once each: no job ended twice, and none was forgotten.
-    requests = {dict(labels).get("outcome"): value for (name, labels), value in counted.items() if name == REQUESTS}
+    requests = Counter[str]()
+    for (name, labels), value in counted.items():
+        if name == REQUESTS and value:
+            requests[dict(labels)["outcome"]] += int(value)
     assert requests == answers
 
 
