@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -14,6 +15,7 @@ from starlette.responses import Response
 from app import __version__
 from app.api import adapters, docs, generate, health, models, openai, telemetry
 from app.api import jobs as jobs_api
+from app.api.a1111 import routes as a1111
 from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
 from app.api.schemas import request_schema
@@ -63,7 +65,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    for module in (generate, jobs_api, openai, models, adapters, telemetry, health, docs):
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    for module in (generate, jobs_api, openai, a1111, models, adapters, telemetry, health, docs):
         app.include_router(module.router)
     _describe(app)
     return app
@@ -93,6 +96,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """An address's own parameters, which the framework checks; the client's words are left out."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    fault = error.errors()[0]
+    field = str(fault["loc"][-1])
+    return error_response(Invalid(f"{field}: {fault['msg']}.", field=field), request_id_of(request))
+
+
 def _describe(app: FastAPI) -> None:
     """Add the request's schema to OpenAPI: its body is parsed by us, so the framework doesn't know of it."""
     framework = app.openapi
@@ -104,7 +116,7 @@ def _describe(app: FastAPI) -> None:
             request = request_schema()
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
-            schemas["ImagesRequest"] = openai.images_schema()
+            schemas.update(a1111.schemas(), ImagesRequest=openai.images_schema())
         for operations in document["paths"].values():
             for operation in operations.values():
                 _errors_are_json(operation["responses"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import ipaddress
@@ -15,6 +16,7 @@ from app.errors import MisdirectedRequest, Unauthorized
 
 _OPEN = ("/livez", "/readyz", "/health", "/docs", "/openapi.json")
 _OPEN_FOLDER = "/docs/"
+_BASIC_FOLDER = "/sdapi/"  # AUTOMATIC1111's clients know no other way than user name and password
 
 
 class Guard:
@@ -39,11 +41,14 @@ class Guard:
             )
         path = scope["path"]
         if self._keys and path not in self._open and not path.startswith(_OPEN_FOLDER):
-            self._check_key(headers.get("authorization", ""))
+            self._check_key(headers.get("authorization", ""), basic=path.startswith(_BASIC_FOLDER))
 
-    def _check_key(self, header: str) -> None:
+    def _check_key(self, header: str, *, basic: bool) -> None:
         scheme, _, key = header.partition(" ")
-        given = _digest(key.strip().encode())
+        key = key.strip()
+        if basic and scheme.lower() == "basic":
+            scheme, key = "bearer", _password(key)
+        given = _digest(key.encode())
         # Digests are of one length, and all of them are compared: the time tells neither a key's length nor its place.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
@@ -61,6 +66,14 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def _password(credentials: str) -> str:
+    """Of HTTP Basic (RFC 7617); empty, which is no key, if they are none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _digest(key: bytes) -> bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from app.api.desk import Desk
 from app.engine.base import Catalogue, Engine
 from app.errors import NotReady
 from app.jobs.board import JobBoard
@@ -19,6 +20,7 @@ class Service:
     engine: Engine
     metrics: Metrics
     jobs: JobBoard
+    desk: Desk = field(default_factory=Desk)
 
 
 def service_of(request: Request) -> Service:
