@@ -76,6 +76,10 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         app,
         host=settings.host,
         port=settings.port,
+        # Else uvicorn takes others where they are installed, with the extra `ray` one that bounds no header.
+        http="h11",
+        loop="asyncio",
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

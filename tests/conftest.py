@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
+
+HAS_RAY = find_spec("ray") is not None
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Coroutine tests run on asyncio, the loop that uvicorn uses."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two worker replicas of fake models on Ray, for the whole session: see tests/cluster.py."""
+    if not HAS_RAY:
+        pytest.skip("Ray is an extra that is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, about what it imports
+        from tests.cluster import started
+
+    with started(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster

@@ -145,12 +145,13 @@ class RayEngine:
             await asyncio.sleep(BEAT)
 
     def _heard_of(self, rows: list[tuple[Presence, float]]) -> None:
-        before = {rank: presence.replica for rank, (presence, _) in self._present.items()}
+        before = {rank: presence for rank, (presence, _) in self._present.items()}
         self._present = {presence.rank: (presence, age) for presence, age in rows}  # the one heard last has the rank
         self._lost = {one.replica: self._lost[one.replica] for one, _ in rows if one.replica in self._lost}
         for rank, (presence, _) in self._present.items():
-            if before.get(rank, presence.replica) != presence.replica:
-                self._restarts[rank] += 1
+            former = before.get(rank, presence)
+            if former.replica != presence.replica:
+                self._restarts[rank] += 1 + former.status.devices[0].restarts
                 _log.info("replica %d is another one now: %s", rank, presence.replica)
             if presence.catalogue is not None:
                 self._catalogue = presence.catalogue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from app.engine.base import Engine
 from app.main import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeEngine
+from tests.conftest import HAS_RAY
 
 
 @asynccontextmanager
@@ -35,9 +37,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
+@pytest.fixture(params=["fake", "ray"] if HAS_RAY else None)
+def engine(request: pytest.FixtureRequest) -> Any:
+    """Where Ray is installed, the same tests run on worker replicas too."""
+    if getattr(request, "param", "fake") == "fake":
+        return FakeEngine()
+    cluster = request.getfixturevalue("cluster")
+    from tests.cluster import RecordingRayEngine
+
+    return RecordingRayEngine(cluster)
 
 
 @pytest.fixture

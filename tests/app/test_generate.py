@@ -331,7 +331,7 @@ async def test_models_are_listed_with_their_caches(client: httpx.AsyncClient) ->
     assert (body["default"], body["default_flux"]) == ("fine", "flux")
     by_name = {model["name"]: model for model in body["models"]}
     assert by_name["fine"]["loaded"] is True
-    assert by_name["flux"]["loaded"] is False
+    assert by_name["frozen"]["loaded"] is False
     assert by_name["flux"]["cache"] == "first_block"
     assert by_name["fine"]["branches"] == [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}]
     assert by_name["fine"]["native_size"] == [512, 512]
