@@ -1,4 +1,4 @@
-"""The command line: serve, generate, models, calibrate, threshold, bench."""
+"""The command line: serve, generate, models, calibrate, threshold, compare, plot, bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from app.engine.base import OutputFormat
 from app.errors import ServiceError
 from app.settings import Settings
 
@@ -120,6 +121,76 @@ def generate(
         f"cache strategy={cache['strategy']} computed={cache['computed']} reused={cache['reused']} "
         f"hit_rate={cache['hit_rate']:.2f} denoise_seconds={timings.denoise_seconds:.2f}"
     )
+
+
+@cli.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The sheet: .png, .jpg or .webp.")] = Path(
+        "comparison.png"
+    ),
+    model: Annotated[str | None, typer.Option(help="A name that `models` lists.")] = None,
+    flux: Annotated[bool, typer.Option("--flux", help="The configured Flux model.")] = False,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    sampler: str | None = None,
+    scheduler: str | None = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each setting; their median time counts.")] = 1,
+    difference: Annotated[bool, typer.Option("--difference", help="Show how far each is from uncached.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Draw one prompt uncached and under the presets, on a sheet with times, PSNR, hit rates and every decision."""
+    from app.compare import compared
+    from app.engine.configured import runner_arguments
+    from app.figures import sheet
+    from app.images import encode
+
+    output_format = _format_of(output)
+    values = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "model": model,
+        "flux_enabled": flux,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "sampler": sampler,
+        "scheduler": scheduler,
+    }
+    comparison = compared(values, Settings(), runner_arguments(Settings()), repeats)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(encode(sheet.draw(comparison, difference=difference), output_format))
+    for sentence in comparison.warnings:
+        print(f"note: {sentence}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**comparison.as_dict(), "sheet": str(output)}))
+        return
+    for row in comparison.rows:
+        likeness = "identical" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+        print(f"{row.name:<15} {row.seconds:6.2f} s {row.speedup:5.2f}× {likeness:>10}  {row.decisions}")
+    print(output)
+
+
+@cli.command()
+def plot(
+    source: Annotated[Path, typer.Argument(help="An answer's JSON, or a PNG that the service wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .jpg or .webp.")] = Path("plot.png"),
+) -> None:
+    """Plot what the cache did in one request: each call's decision, and what it was decided by."""
+    from app import report
+    from app.figures import timeline
+    from app.images import encode
+
+    picture = encode(timeline.draw(report.read(source)), _format_of(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(picture)
+    print(output)
 
 
 @cli.command()
@@ -251,8 +322,8 @@ def _lora(text: str) -> dict[str, Any]:
         raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
 
 
-def _format_of(path: Path) -> str:
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+def _format_of(path: Path) -> OutputFormat:
+    formats: dict[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     try:
         return formats[path.suffix.lower()]
     except KeyError:

@@ -5,24 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.machine import processor, versions
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "DeepCache", "cache-dit")
-
-
-def processor() -> str:
-    """The CPU's name; Linux keeps it where `platform` does not look."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def commit() -> str:
@@ -39,13 +30,6 @@ def _git(*arguments: str) -> str:
     return ran.stdout.strip()
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit, ready for JSON."""
     return {
@@ -53,6 +37,6 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: _installed(package) for package in PACKAGES},
+        "versions": versions(PACKAGES),
         "commit": commit(),
     }
