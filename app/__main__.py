@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from app.engine.base import OutputFormat
 from app.errors import ServiceError
-from app.settings import Settings
+from app.settings import Settings, faults
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Image generation with feature caching.")
 _log = logging.getLogger("app")
@@ -28,8 +28,8 @@ def main() -> None:
     try:
         cli()
     except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            print(f"setting {'.'.join(map(str, fault['loc']))}: {fault['msg']}", file=sys.stderr)
+        for fault in faults(error):
+            print(fault, file=sys.stderr)
         sys.exit(2)
     except (ServiceError, ModelError) as error:
         print(error, file=sys.stderr)
@@ -39,7 +39,7 @@ def main() -> None:
 @cli.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; overrides WAVESPEED_PORT.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
     from app.engine.configured import local_engine, runner_factory
@@ -50,7 +50,7 @@ def serve(
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
     factory = runner_factory(settings)
-    with logging_to(settings.log_folder, settings.log_level) as path:
+    with logging_to(settings.log_folder, settings.log_level, settings.log_format) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         if "batch_timeout" in settings.model_fields_set:
             _log.warning("LD_BATCH_TIMEOUT has no effect in this version: requests are not batched with one another")

@@ -52,7 +52,7 @@ class Ingress:
         self._workers = workers
         self._settings = settings
         self._stack = ExitStack()
-        self._stack.enter_context(logging_to(settings.log_folder, settings.log_level))
+        self._stack.enter_context(logging_to(settings.log_folder, settings.log_level, settings.log_format))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's name for it: called where the replica runs, since an app with an engine cannot be sent there."""

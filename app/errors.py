@@ -1,8 +1,12 @@
-"""Every error that a client can be answered with: one tree, one JSON shape."""
+"""Every error that a client can be answered with: one tree, one JSON shape. And one that the operator is told."""
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+
+class CannotStart(Exception):
+    """What is wrong, in one sentence for the operator; no client ever sees it."""
 
 
 class ServiceError(Exception):

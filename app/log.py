@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import queue
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
+
+from app.settings import LogFormat
+from app.tracing import trace_id
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the request that is being answered; set by the outermost middleware."""
@@ -31,9 +35,33 @@ class _LineFormatter(logging.Formatter):
         text = record.getMessage()
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        prefix = f"{stamp} {record.levelname:<7} request={getattr(record, 'request_id', '-')} {record.name}: "
+        prefix = f"{_time(record)} {record.levelname:<7} request={getattr(record, 'request_id', '-')} {record.name}: "
         return "\n".join(prefix + _printable(line) for line in text.split("\n"))
+
+
+class _JsonFormatter(logging.Formatter):
+    """A JSON object a record, on a line of its own: what `_LineFormatter` writes, and the record's `fields` by name.
+
+    A stack trace is one string, `exception`. Everything but ASCII is escaped.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {
+            "time": _time(record),
+            "level": record.levelname,
+            "request_id": getattr(record, "request_id", "-"),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (trace := getattr(record, "trace_id", None)) is not None:
+            entry["trace_id"] = trace
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps({**getattr(record, "fields", {}), **entry}, default=str)
+
+
+def _time(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
 
 
 def _printable(line: str) -> str:
@@ -46,13 +74,15 @@ def _stamp(record: logging.LogRecord) -> bool:
     """Taken where the record is made: the thread that writes it knows of no request."""
     if not hasattr(record, "request_id"):
         record.request_id = request_id.get()
+    record.trace_id = trace_id()
     return True
 
 
 @contextmanager
-def logging_to(folder: Path, level: str) -> Iterator[Path]:
+def logging_to(folder: Path, level: str, form: LogFormat = "console") -> Iterator[Path]:
     """Send every logger's records at `level` and above to `folder`/server.log and stderr; yields the file's path.
 
+    `form`: a line for people, or a JSON object a line, in both places.
     They are written by a thread: a slow or full disk holds up no request. Raises OSError when the file can't be opened.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +90,7 @@ def logging_to(folder: Path, level: str) -> Iterator[Path]:
     file = logging.handlers.RotatingFileHandler(path, maxBytes=_MAX_BYTES, backupCount=_BACKUPS, encoding="utf-8")
     outputs: list[logging.Handler] = [file, logging.StreamHandler(sys.stderr)]
     for output in outputs:
-        output.setFormatter(_LineFormatter())
+        output.setFormatter(_JsonFormatter() if form == "json" else _LineFormatter())
     records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     entrance = _Entrance(records)
     entrance.addFilter(_stamp)

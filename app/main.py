@@ -24,6 +24,7 @@ from app.engine.base import Engine
 from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
 from app.metrics import Metrics
 from app.settings import Settings
+from app.tracing import telemetry_config
 
 _DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        telemetry=telemetry_config(),
         docs_url=None,
         redoc_url=None,
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.base import Engine
+from app.errors import CannotStart
 from app.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -70,10 +73,25 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
+def _briefly(app: ASGIApp) -> ASGIApp:
+    """Tell of a start that could not be in the sentence of CannotStart; the framework tells it as a stack trace."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_briefly(message: Message) -> None:
+            error = sys.exc_info()[1]  # the framework sends from where it has caught it
+            if message["type"] == "lifespan.startup.failed" and isinstance(error, CannotStart):
+                message = {**message, "message": str(error)}
+            await send(message)
+
+        await app(scope, receive, send_briefly if scope["type"] == "lifespan" else send)
+
+    return wrapped
+
+
 def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
     """Serve `app`, whose engine is `engine`. Raises SystemExit with code 3 when it cannot listen or start."""
     config = uvicorn.Config(
-        app,
+        _briefly(app),
         host=settings.host,
         port=settings.port,
         # Else uvicorn takes others where they are installed, with the extra `ray` one that bounds no header.

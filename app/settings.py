@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LogFormat = Literal["console", "json"]
 
 
 class Settings(BaseSettings):
@@ -90,6 +91,7 @@ class Settings(BaseSettings):
     )
     log_folder: Path = Field(Path("logs"), description="Where server.log is written.")
     log_level: LogLevel = Field("INFO", validation_alias=AliasChoices("LD_SERVER_LOGLEVEL", "WAVESPEED_LOG_LEVEL"))
+    log_format: LogFormat = Field("console", description="A line for people, or a JSON object a line.")
     max_batch_size: int = Field(
         4,
         ge=1,
@@ -160,3 +162,20 @@ def available_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS or Windows
         return os.cpu_count() or 1
+
+
+def variable(field: str) -> str:
+    """The environment variable that sets `field`, the first one where there are several."""
+    alias = Settings.model_fields[field].validation_alias
+    return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"WAVESPEED_{field.upper()}"
+
+
+def faults(error: ValidationError) -> list[str]:
+    """What is wrong with which variable, a line each; never its value, which may be a key."""
+    lines = []
+    for fault in error.errors(include_url=False, include_input=False):
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        where = variable(name) if name in Settings.model_fields else name
+        what = fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {what}" if where else what)
+    return lines

@@ -9,12 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pydantic import AliasChoices
 
 from app.api.schemas import EXAMPLE, PRESETS, GenerateRequest, parse
 from app.errors import Invalid
 from app.metrics import Metrics
-from app.settings import Settings
+from app.settings import Settings, variable
 from cache.schedule import Uniform, Window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,10 +97,6 @@ def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
 
 
 def test_every_setting_is_listed_with_its_default() -> None:
-    def variable(name: str) -> str:
-        alias = Settings.model_fields[name].validation_alias
-        return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"WAVESPEED_{name.upper()}"
-
     listed = {name.strip("`"): default.strip("`") for name, default, _ in rows("## Settings")}
     assert set(listed) == {variable(name) for name in Settings.model_fields}
     in_words = {

@@ -53,7 +53,7 @@ def board(settings: Settings, engine: Engine, metrics: Metrics) -> JobBoard:
 
     def ended(handle: JobHandle, result: JobResult | ServiceError) -> None:
         if isinstance(result, ServiceError):
-            outcome.refused(metrics, handle.job.model, result)
+            outcome.refused(metrics, handle.job.model, result, handle)
         else:
             outcome.done(metrics, handle, result)
 

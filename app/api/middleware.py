@@ -9,6 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import tracing
 from app.api.guard import Guard
 from app.errors import ServiceError, Unauthorized
 from app.log import request_id
@@ -38,6 +39,7 @@ class RequestContext:
             return
         identity = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identity
+        tracing.identified(identity)
         token = request_id.set(identity)
         started = False
 

@@ -1,10 +1,11 @@
-"""What became of a job: counted and logged once, and written as an answer."""
+"""What became of a job: counted, logged and traced once, and written as an answer."""
 
 from __future__ import annotations
 
 import base64
 import logging
 
+from app import tracing
 from app.engine.base import CacheSummary, Job, JobHandle, JobResult
 from app.errors import ServiceError
 from app.metrics import CacheUse, Metrics, hit_rate
@@ -13,14 +14,22 @@ from models.base import Step
 _log = logging.getLogger(__name__)
 
 
-def refused(metrics: Metrics, model: str | None, error: ServiceError) -> None:
-    """Count and log a request that ends without pictures."""
+def refused(metrics: Metrics, model: str | None, error: ServiceError, handle: JobHandle | None = None) -> None:
+    """Count, log and trace a request that ends without pictures; `handle` is its job's, if there was one."""
     metrics.answered(model, error.type)
-    _log.info("refused status=%d type=%s field=%s: %s", error.status, error.type, error.field, error.message)
+    tracing.ended({"outcome": error.type, "model": model}, handle)
+    _log.info(
+        "refused status=%d type=%s field=%s: %s",
+        error.status,
+        error.type,
+        error.field,
+        error.message,
+        extra={"fields": {"status": error.status, "type": error.type, "field": error.field}},
+    )
 
 
 def done(metrics: Metrics, handle: JobHandle, result: JobResult) -> None:
-    """Count and log a job that is done. The one place where that happens."""
+    """Count, log and trace a job that is done. The one place where that happens."""
     job, params, cache = handle.job, handle.job.params, result.cache
     use = CacheUse(
         model=job.model,
@@ -37,26 +46,23 @@ def done(metrics: Metrics, handle: JobHandle, result: JobResult) -> None:
         images=len(result.images),
         batches=result.batches,
     )
-    settings = " ".join(
-        f"{name}={cache[name]}" for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None
-    )
-    _log.info(
-        "cache strategy=%s model=%s computed=%d reused=%d hit_rate=%.2f %s images=%d size=%dx%d steps=%d "
-        "queue_seconds=%.3f denoise_seconds=%.3f total_seconds=%.3f",
-        use.strategy,
-        use.model,
-        use.computed,
-        use.reused,
-        hit_rate(use.computed, use.reused),
-        settings or "uncached",
-        len(result.images),
-        params.width,
-        params.height,
-        params.steps,
-        handle.queue_seconds,
-        result.timings.denoise_seconds,
-        handle.total_seconds,
-    )
+    figures: dict[str, object] = {
+        "strategy": use.strategy,
+        "model": use.model,
+        "computed": use.computed,
+        "reused": use.reused,
+        "hit_rate": round(hit_rate(use.computed, use.reused), 2),
+        **{name: cache[name] for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None},
+        "images": len(result.images),
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        "queue_seconds": round(handle.queue_seconds, 3),
+        "denoise_seconds": round(result.timings.denoise_seconds, 3),
+        "total_seconds": round(handle.total_seconds, 3),
+    }
+    tracing.ended({"outcome": "ok", **figures}, handle)
+    _log.info("cache %s", " ".join(f"{name}={value}" for name, value in figures.items()), extra={"fields": figures})
 
 
 def stepped(job: Job, step: Step) -> None:
@@ -67,7 +73,15 @@ def stepped(job: Job, step: Step) -> None:
         step.index + 1,
         step.total,
         step.decision,
-        extra={"request_id": job.id},
+        extra={
+            "request_id": job.id,
+            "fields": {
+                "strategy": job.strategy.name,
+                "step": step.index + 1,
+                "total": step.total,
+                "decision": step.decision,
+            },
+        },
     )
 
 

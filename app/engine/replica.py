@@ -50,7 +50,7 @@ class Replica:
         self._app = context.app_name
         self._stack = ExitStack()
         folder = settings.log_folder / f"replica-{context.rank.rank}"
-        self._stack.enter_context(logging_to(folder, settings.log_level))
+        self._stack.enter_context(logging_to(folder, settings.log_level, settings.log_format))
         self._engine = local_engine(settings, factory)
         self._jobs = jobs
 

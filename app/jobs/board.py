@@ -16,6 +16,7 @@ from app.engine.base import Engine, Job, JobHandle, JobResult
 from app.engine.states import JobState
 from app.errors import (
     Cancelled,
+    CannotStart,
     IdempotencyConflict,
     JobFinished,
     JobNotFound,
@@ -79,9 +80,15 @@ class JobBoard:
         self._stopped = False
 
     async def start(self) -> None:
-        """Raises OSError, sqlite3.Error or ValueError when the folder cannot be used."""
-        records = await self._store.open() if self._store is not None else []
-        found = await self._results.open([record.id for record in records if record.state is JobState.DONE])
+        """Raises CannotStart when the folder cannot be used."""
+        try:
+            records = await self._store.open() if self._store is not None else []
+            found = await self._results.open([record.id for record in records if record.state is JobState.DONE])
+        except (OSError, sqlite3.Error, ValueError) as error:
+            busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            reason = "another server uses it" if busy else error
+            folder = str(self._keeping.folder)
+            raise CannotStart(f"WAVESPEED_JOBS_FOLDER: {folder!r} cannot be used: {reason}") from error
         waiting = []
         for record in records:
             if record.state is JobState.DONE and record.id not in found:

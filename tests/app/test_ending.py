@@ -140,8 +140,9 @@ def test_a_port_in_use_and_a_bad_setting_end_the_start(tmp_path: Path) -> None:
         port = str(server.client.base_url.port)
         for name, value, code, word in (
             ("WAVESPEED_PORT", port, 3, "address already in use"),
-            ("WAVESPEED_DRAIN_SECONDS", "-1", 2, "drain_seconds"),
+            ("WAVESPEED_DRAIN_SECONDS", "-1", 2, "WAVESPEED_DRAIN_SECONDS: Input should be"),
             ("WAVESPEED_JOBS_RESTART", "requeue", 2, "WAVESPEED_JOBS_FOLDER"),
+            ("WAVESPEED_JOBS_FOLDER", __file__, 3, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
         ):
             environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
             command = (

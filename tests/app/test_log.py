@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 from pathlib import Path
@@ -52,6 +53,37 @@ def test_a_stack_trace_keeps_the_prefix(tmp_path: Path) -> None:
     assert len(lines) > 2
     assert all("ERROR   request=r app: " in line for line in lines)
     assert lines[-1].endswith("KeyError: 'cause'")
+
+
+def test_json_is_an_object_a_line_with_the_same_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("app.x")
+    figures = {"strategy": "deepcache", "hit_rate": 0.65, "message": "no field replaces what every line has"}
+    with logging_to(tmp_path, "INFO", "json"):
+        token = request_id.set("abc")
+        log.info("cache hit_rate=%.2f", 0.65, extra={"fields": figures})
+        request_id.reset(token)
+        log.warning("two\nlines \u202e\u2028 %s", "×")
+        try:
+            raise KeyError("cause")
+        except KeyError:
+            log.exception("it broke", extra={"request_id": "r"})
+    lines = logged(tmp_path)
+    assert capsys.readouterr().err.splitlines() == lines
+    first, second, third = map(json.loads, lines)
+    assert first.pop("time")[:4].isdigit()
+    assert first == {
+        "level": "INFO",
+        "request_id": "abc",
+        "logger": "app.x",
+        "message": "cache hit_rate=0.65",
+        "strategy": "deepcache",
+        "hit_rate": 0.65,
+    }
+    assert (second["request_id"], second["message"]) == ("-", "two\nlines \u202e\u2028 ×")
+    assert lines[1].isascii()
+    assert (third["request_id"], third["message"]) == ("r", "it broke")
+    assert third["exception"].startswith("Traceback")
+    assert third["exception"].endswith("KeyError: 'cause'")
 
 
 def test_it_rotates_at_five_mebibytes_and_keeps_three(tmp_path: Path) -> None:

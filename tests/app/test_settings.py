@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.settings import Settings
+from app.settings import Settings, faults
 
 
 def test_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -52,8 +52,26 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_a_bad_setting_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError) as refused:
         Settings()
+    [fault] = faults(refused.value)
+    named = {"WAVESPEED_DEVICE": "WAVESPEED_DEVICES"}.get(name, name)
+    assert fault.startswith(f"{named}: ")
+
+
+def test_a_fault_repeats_no_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WAVESPEED_API_KEYS", "the secret")
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert faults(refused.value) == ["WAVESPEED_API_KEYS: a key is sent in a header: printable ASCII without spaces"]
+    monkeypatch.delenv("WAVESPEED_API_KEYS")
+    monkeypatch.setenv("WAVESPEED_JOBS_RESTART", "requeue")
+    with pytest.raises(ValidationError) as refused:
+        Settings()
+    assert faults(refused.value) == [
+        "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart"
+    ]
 
 
 @pytest.mark.parametrize(
