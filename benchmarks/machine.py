@@ -8,8 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from app.machine import processor, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +30,8 @@ def _git(*arguments: str) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and commit, ready for JSON."""
+    import torch
+
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "cores": os.cpu_count(),

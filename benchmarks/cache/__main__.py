@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.cache.claims import Claim, forecast_time, of_intervals, of_overheads, of_thresholds
+from benchmarks.cache.claims import forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import first_block_overheads, overheads
 from benchmarks.cache.page import Section, write
 from benchmarks.cache.presets import counted
 from benchmarks.cache.settings import Grid, Setting, full, presets
 from benchmarks.cache.store import Store, fingerprint
+from benchmarks.claim import Claim
 from benchmarks.machine import ROOT, machine
 from cache import DeepCache, FirstBlockCache
 from cache.cost import deepest_branch

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cache.front import Axis, at_least, in_operations, shortened
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, UNCACHED, Setting
+from benchmarks.claim import Claim
 
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time
@@ -25,15 +25,6 @@ def _hit_rate(result: Result) -> float:
 
 UNITS: dict[str, tuple[Axis, float]] = {"hit rate": (_hit_rate, 0.0), "speed-up in operations": (in_operations, 1.0)}
 """What settings are matched by, with its value for an uncached run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """`holds` is None for a figure that nothing was demanded of."""
-
-    sentence: str
-    measured: str
-    holds: bool | None = None
 
 
 def gain(ours: Result, other: Result) -> tuple[str, float, float]:

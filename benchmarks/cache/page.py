@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache.claims import Claim
 from benchmarks.cache.front import AXES, above
 from benchmarks.cache.measure import Result
-
-_VERDICT = {True: "holds", False: "**does not hold**", None: "–"}
+from benchmarks.claim import Claim, table
 
 
 @dataclass(slots=True)
@@ -68,7 +66,7 @@ def write(
     for section in sections:
         lines += _section(section)
     if presets:
-        lines += ["## Presets on large models, counted", "", *_claims(presets)]
+        lines += ["## Presets on large models, counted", "", *table(presets)]
     gpu = file.with_name("benchmarks-gpu.md")
     lines += ["## On a GPU", ""]
     lines += (
@@ -83,7 +81,7 @@ def _section(section: Section) -> list[str]:
     lines = [f"## {section.model}", "", section.conditions, ""]
     lines += [f"![PSNR over speed-up of {section.model}]({section.plot})", ""]
     if section.claims:
-        lines += ["### What was demanded", "", *_claims(section.claims)]
+        lines += ["### What was demanded", "", *table(section.claims)]
     lines += ["### Peers above our front", "", *_fronts(section.results)]
     if section.overhead:
         lines += ["### A reuse step above its layers", "", *_overhead(section.overhead)]
@@ -91,11 +89,6 @@ def _section(section: Section) -> list[str]:
     if section.missing:
         lines += [f"No time was left for: {', '.join(section.missing)}.", ""]
     return lines
-
-
-def _claims(claims: Sequence[Claim]) -> list[str]:
-    rows = [f"| {claim.sentence} | {claim.measured} | {_VERDICT[claim.holds]} |" for claim in claims]
-    return ["| | measured | |", "|---|---|---|", *rows, ""]
 
 
 def _fronts(results: Sequence[Result]) -> list[str]:

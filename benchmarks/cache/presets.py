@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.cache.claims import Claim
+from benchmarks.claim import Claim
 from benchmarks.geometry import SD15, SDXL
 from cache import UNetDenoiser
 from cache.cost import deepest_branch, interval_speedup

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
+from benchmarks.server import wait_for
 from benchmarks.soak.clients import Crowd, Pictures, good_requests, pictures
 from benchmarks.soak.hostile import rows
 from benchmarks.soak.server import SERVE, Held, Server, running
-from benchmarks.soak.wire import exchange, request, wait_for
+from benchmarks.soak.wire import exchange, request
 
 GROWTH = 1.05
 

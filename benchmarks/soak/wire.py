@@ -6,7 +6,6 @@ import http.client
 import json
 import select
 import socket
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -81,13 +80,3 @@ def chunks(data: bytes, size: int = 4096) -> Iterable[bytes]:
         piece = data[at : at + size]
         yield f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
     yield b"0\r\n\r\n"
-
-
-def wait_for(found: object, seconds: float, what: str) -> object:
-    """Poll the callable `found` until it returns something true. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not (result := found()):  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not come within {seconds:g} seconds")
-        time.sleep(0.05)
-    return result

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from benchmarks.server import wait_for
 from benchmarks.soak.hostile import Row, rows
 from benchmarks.soak.server import Server, running
-from benchmarks.soak.wire import Answer, exchange, request, wait_for
+from benchmarks.soak.wire import Answer, exchange, request
 
 FAKE = ("-m", "tests.e2e.fake_server")
 GOOD = {"prompt": "a", "width": 64, "height": 64, "steps": 2, "seed": 1}
