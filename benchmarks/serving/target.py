@@ -1,0 +1,128 @@
+"""A server under load: one client of it, and what a load against it came to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import httpx
+
+from benchmarks.serving.api import Answer, Api, Native, ask
+from benchmarks.serving.figures import Figures, figures
+from benchmarks.serving.load import Sample, closed_loop, open_loop, poisson
+from benchmarks.serving.mix import Kind, Mix, Request, drawn
+from benchmarks.serving.watch import Look, growth, watching
+
+PATIENCE = 600.0  # seconds for an answer
+WARM_LOOKS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """`rate` a second in an open loop, `clients` in a closed one; the `warm_up` of the `seconds` is left out."""
+
+    name: str
+    mix: Mix
+    seconds: float
+    warm_up: float
+    objective: float
+    seed: int = 0
+    rate: float | None = None
+    clients: int | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    load: Load
+    samples: list[Sample]
+    looks: list[Look] = field(repr=False)
+
+    @property
+    def figures(self) -> Figures:
+        load = self.load
+        return figures(self.samples, warm_up=load.warm_up, until=load.seconds, objective=load.objective)
+
+    @property
+    def counted_looks(self) -> list[Look]:
+        return [look for look in self.looks if look.at >= self.load.warm_up]
+
+    def held(self) -> dict[str, Any]:
+        """Megabytes at the end and growth since the warm-up, of the server's process and its workers.
+
+        Besides, the longest queue that was seen and the longest service, in seconds.
+        """
+        looks = self.counted_looks
+        services = [one.answer.service for one in self.samples if one.answer.service is not None]
+        waiting = [look.waiting for look in looks if look.waiting is not None]
+        found: dict[str, Any] = {
+            "waiting_most": max(waiting, default=None),
+            "service_longest": max(services, default=None),
+        }
+        for part in ("server", "workers"):
+            values = [getattr(look, part) for look in looks]
+            found[f"{part}_mb"] = round(values[-1] / 1e6, 1) if values and values[-1] else None
+            known = len(values) >= WARM_LOOKS and values[-1]
+            found[f"{part}_growth"] = round(growth(values), 4) if known else None
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON. `points`: for each request its schedule, its latency and its answer's status."""
+        load = self.load
+        asked = {"rate": load.rate, "clients": load.clients, "seconds": load.seconds, "warm_up": load.warm_up}
+        points = [[round(o.scheduled, 4), round(o.latency, 4), o.answer.status, o.kind] for o in self.samples]
+        looks = [[round(look.at, 2), look.server, look.workers, look.waiting] for look in self.looks]
+        return {
+            "name": load.name,
+            "seed": load.seed,
+            **asked,
+            "figures": asdict(self.figures),
+            "held": self.held(),
+            "points": points,
+            "looks": looks,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`pid`: of a server of our own, whose memory is watched. `api` Native: its queue is, too."""
+
+    client: httpx.AsyncClient
+    api: Api
+    pid: int | None = None
+
+    @property
+    def ask(self) -> Callable[[Request], Any]:
+        return partial(ask, self.client, self.api)
+
+    async def run(self, load: Load) -> Run:
+        requests = drawn(load.mix, load.seed)
+        async with watching(self.pid, self.client, telemetry=isinstance(self.api, Native)) as looks:
+            if load.rate is not None:
+                arrivals = poisson(load.rate, load.seconds, load.seed)
+                samples = await open_loop(self.ask, arrivals, requests)
+            else:
+                samples = await closed_loop(self.ask, load.clients or 1, requests, seconds=load.seconds)
+        return Run(load, samples, looks)
+
+    async def warm(self, mix: Sequence[Kind], times: int = 2) -> None:
+        """So that no model is loaded and no library woken in what is measured. Raises RuntimeError on a refusal."""
+        for kind in mix:
+            for request in islice(drawn([kind], 0), times):
+                answer: Answer = await self.ask(request)
+                if answer.status != 200:
+                    raise RuntimeError(f"{kind.name}: answered {answer.status}, {answer.error}")
+
+
+@asynccontextmanager
+async def reaching(url: str, api: Api, pid: int | None = None, key: str | None = None) -> AsyncIterator[Target]:
+    """As many connections as there are requests on their way: none waits for another in the client."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, headers=headers) as client:
+        yield Target(client, api, pid)
+        await asyncio.sleep(0)

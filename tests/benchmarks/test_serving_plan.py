@@ -1,0 +1,149 @@
+"""Waiting: closed forms and simulation beside textbook cases and loops written here, and the fleet from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from benchmarks.serving import page, plan
+from benchmarks.serving.queueing import allen_cunneen, erlang_c, pollaczek_khinchine
+from benchmarks.serving.service import Occupied, ServiceTimes
+from benchmarks.serving.simulation import Machine, Outcome, poisson_kinds, simulate
+
+
+def lindley(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
+    """Latencies before one worker: W' = max(0, W + S − A) (Lindley 1952)."""
+    wait, found = 0.0, []
+    for number, service in enumerate(services):
+        if number:
+            wait = max(0.0, wait + services[number - 1] - (arrivals[number] - arrivals[number - 1]))
+        found.append(wait + service)
+    return found
+
+
+def test_pollaczek_khinchine_at_its_textbook_cases() -> None:
+    assert pollaczek_khinchine(0.7, [1.0]) == pytest.approx(0.7 / (2 * 0.3))  # M/D/1
+    exponential = [-math.log(1 - (place + 0.5) / 100_000) for place in range(100_000)]
+    assert pollaczek_khinchine(0.7, exponential) == pytest.approx(0.7 / 0.3, rel=0.002)  # M/M/1: ρ / (μ − λ)
+    assert pollaczek_khinchine(1.0, [1.0]) == math.inf
+
+
+@pytest.mark.parametrize(("workers", "load"), [(1, 0.7), (4, 2.8), (8, 7.5), (100, 90.0)])
+def test_erlang_c_by_its_definition(workers: int, load: float) -> None:
+    terms = [load**count / math.factorial(count) for count in range(workers)]
+    waiting = load**workers / math.factorial(workers) * workers / (workers - load)
+    assert erlang_c(workers, load) == pytest.approx(waiting / (sum(terms) + waiting))
+
+
+def test_erlang_c_of_a_fleet_and_of_too_few() -> None:
+    assert 0 < erlang_c(5000, 4900.0) < 1
+    assert erlang_c(4, 4.0) == 1.0
+
+
+def test_allen_cunneen_is_exact_for_one_worker() -> None:
+    services = [0.5, 1.0, 3.0]
+    assert allen_cunneen(0.4, services, 1) == pytest.approx(pollaczek_khinchine(0.4, services))
+    assert allen_cunneen(3.0, services, 4) == math.inf
+
+
+def fixed(*seconds: float, **batches: float) -> ServiceTimes:
+    """Kinds a, b, … that always take so long."""
+    kinds = {name: Occupied([time], [time]) for name, time in zip("abcdef", seconds, strict=False)}
+    return ServiceTimes(kinds, {1: 1.0} | {int(size[1:]): factor for size, factor in batches.items()})
+
+
+class Recorded(random.Random):
+    """Keeps what was drawn of the service times."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.drawn: list[float] = []
+
+    def choice(self, options: Sequence[float]) -> float:
+        self.drawn.append(options[int(self.random() * len(options))])
+        return self.drawn[-1]
+
+
+def test_the_simulation_of_one_worker_is_lindley_s_recursion() -> None:
+    times = ServiceTimes({"a": Occupied([1.0], [0.2, 0.5, 0.9, 2.0])})
+    source = Recorded(2)
+    arrivals = poisson_kinds(0.8, 500, [("a", 1.0)], source)
+    outcomes = simulate(Machine(queue_size=500), arrivals, times, source)
+    expected = lindley([at for at, _ in arrivals], source.drawn)
+    rest = 1.0 - 0.7  # median alone less median busy
+    assert [one.latency for one in outcomes if one] == pytest.approx([one + rest for one in expected])
+
+
+def test_the_simulation_of_several_workers_is_the_recursion_of_the_earliest_free() -> None:
+    """Kiefer and Wolfowitz 1955: each goes to the worker that is free first."""
+    arrivals = poisson_kinds(3.4, 500, [("a", 1.0)], random.Random(1))
+    outcomes = simulate(Machine(workers=4, queue_size=500), arrivals, fixed(1.0), random.Random(0))
+    free = [0.0] * 4
+    for (at, _), one in zip(arrivals, outcomes, strict=True):
+        begin = max(at, min(free))
+        free[free.index(min(free))] = begin + 1.0
+        assert one is not None
+        assert one.wait == pytest.approx(begin - at)
+
+
+def test_the_simulated_mean_wait_comes_to_the_closed_form() -> None:
+    source = random.Random(5)
+    services = [0.2, 0.4, 1.5]
+    times = ServiceTimes({"a": Occupied([0.4], services)})
+    arrivals = poisson_kinds(0.7 / 0.7, 40_000, [("a", 1.0)], source)
+    waits = [one.wait for one in simulate(Machine(queue_size=10_000), arrivals, times, source) if one]
+    assert sum(waits) / len(waits) == pytest.approx(pollaczek_khinchine(1.0, services), rel=0.05)
+
+
+def test_a_full_queue_refuses() -> None:
+    at_once = [(0.0, "a")] * 5
+    outcomes = simulate(Machine(queue_size=3), at_once, fixed(1.0), random.Random(0))
+    assert [one and one.latency for one in outcomes] == [1.0, 2.0, 3.0, 4.0, None]
+
+
+def test_a_batch_is_the_oldest_one_s_kind_up_to_its_size() -> None:
+    arrivals = [(0.0, "a"), (0.1, "b"), (0.2, "a"), (0.3, "b"), (0.4, "a"), (0.5, "b"), (0.6, "b")]
+    machine = Machine(max_batch=3)
+    found = simulate(machine, arrivals, fixed(1.0, 2.0, x3=2.0), random.Random(0))
+    outcomes = [one for one in found if isinstance(one, Outcome)]
+    # a alone 0–1; three b 1–5 (2.0 × 2.0); two a 5–6.5 (1.0 × 1.5, between one and three); the last b 6.5–8.5
+    assert [one.batch for one in outcomes] == [1, 3, 2, 3, 2, 3, 1]
+    assert [one.latency + at for one, (at, _) in zip(outcomes, arrivals, strict=True)] == pytest.approx(
+        [1.0, 5.0, 6.5, 5.0, 6.5, 5.0, 8.5]
+    )
+
+
+def test_a_batch_that_was_not_measured_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="batches of 5 were not measured"):
+        fixed(1.0, x4=2.0).factor(5)
+
+
+def test_service_times_come_back_from_json() -> None:
+    times = fixed(1.0, 2.5, x4=2.0)
+    assert ServiceTimes.from_dict(json.loads(json.dumps(times.as_dict()))) == times
+
+
+def test_a_fleet_keeps_its_objective_and_one_step_more_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "ARRIVALS", 4000)
+    times, kinds, machine = fixed(0.5, 1.0), [("a", 3.0), ("b", 1.0)], Machine(workers=4)
+    demand = plan.Demand(rate=100.0, objective=2.0, share=0.95, price=1.8)
+    one = plan.fleet("x", machine, kinds, times, demand)
+    assert plan.within(machine, one.per_machine, kinds, times, 2.0, 0) >= 0.95
+    assert plan.within(machine, one.per_machine * 1.01, kinds, times, 2.0, 0) < 0.95
+    assert one.machines == math.ceil(100 / one.per_machine)
+    assert one.workers == 4 * one.machines
+    assert one.busy == pytest.approx(one.per_machine * 0.625 / 4)
+    assert one.cost == pytest.approx(one.workers * 1.8 / (100 * 3600) * 1000)
+    assert one.pooled is not None
+    assert 62.5 < one.pooled < one.workers
+
+
+def test_no_fleet_keeps_an_objective_below_the_service_time() -> None:
+    demand = plan.Demand(rate=1.0, objective=0.4, share=0.95, price=1.0)
+    one = plan.fleet("x", Machine(), [("a", 1.0)], fixed(0.5), demand)
+    assert (one.per_machine, one.machines, one.cost) == (0.0, None, None)
+    assert "misses the objective" in "\n".join(page.planning([], [one], demand)["fleet"])
