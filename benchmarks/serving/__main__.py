@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import ROOT, commit, processor, versions
+from app.machine import processor, versions
+from benchmarks.machine import PACKAGES, ROOT, commit
 from benchmarks.server import SERVE
 from benchmarks.serving import kept as store
 from benchmarks.serving import page, plan
@@ -176,7 +177,7 @@ def marked(text: str, tables: dict[str, list[str]]) -> str:
 
 
 def _conditions(setup: Setup) -> str:
-    named = ", ".join(f"{name} {number}" for name, number in versions().items() if number)
+    named = ", ".join(f"{name} {number}" for name, number in versions(PACKAGES).items() if number)
     fields = ", ".join(f"{name} {value}" for name, value in setup.fields.items())
     return (
         f"{processor()}, {os.cpu_count()} cores: the worker computes with {setup.threads} thread"
