@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from app.engine.base import OutputFormat
 from app.errors import ServiceError
 from app.settings import Settings, faults
 
@@ -23,6 +22,7 @@ _log = logging.getLogger("app")
 
 def main() -> None:
     """The entry point: errors meant for the user end in one line, not in a stack trace."""
+    from app.client import ClientError
     from models.base import ModelError
 
     try:
@@ -31,7 +31,7 @@ def main() -> None:
         for fault in faults(error):
             print(fault, file=sys.stderr)
         sys.exit(2)
-    except (ServiceError, ModelError) as error:
+    except (ServiceError, ClientError, ModelError) as error:
         print(error, file=sys.stderr)
         sys.exit(1)
 
@@ -83,8 +83,15 @@ def generate(
     threshold: Annotated[float | None, typer.Option(help="Of the first-block cache.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be given several times.")] = None,
     clip_skip: int | None = None,
+    server: Annotated[str | None, typer.Option(help="Let the service at this address draw, not this process.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="WAVESPEED_KEY", help="The server's API key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
-    """Draw pictures in this process, with the checks and the code of the server."""
+    """Draw pictures in this process, with the checks and the code of the server, or by a server."""
+    from app.generation import drawn_here, drawn_there, written
+    from app.generation import lora as lora_of
+    from app.images import format_of
+
     values: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -104,22 +111,24 @@ def generate(
         "deepcache_depth": depth,
         "fbcache_enabled": fbcache,
         "fbcache_threshold": threshold,
-        "loras": [_lora(text) for text in lora or ()],
+        "loras": [lora_of(text) for text in lora or ()],
         "clip_skip": clip_skip,
-        "output_format": _format_of(output),
+        "output_format": format_of(output),
     }
-    result = _draw({name: value for name, value in values.items() if value is not None}, Settings())
-    for index, (seed_used, picture) in enumerate(result["pictures"]):
-        path = output if num_images == 1 else output.with_stem(f"{output.stem}-{index}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture)
+    given = {name: value for name, value in values.items() if value is not None}
+    drawn = drawn_here(given, Settings()) if server is None else drawn_there(given, server, key)
+    paths, report = written(drawn, output), drawn.report
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in paths], **report}))
+        return
+    for path, seed_used in zip(paths, report["seeds"], strict=True):
         print(f"{path} seed={seed_used}")
-    for sentence in result["warnings"]:
+    for sentence in report["warnings"]:
         print(f"note: {sentence}", file=sys.stderr)
-    cache, timings = result["cache"], result["timings"]
+    cache, timings = report["cache"], report["timings"]
     print(
         f"cache strategy={cache['strategy']} computed={cache['computed']} reused={cache['reused']} "
-        f"hit_rate={cache['hit_rate']:.2f} denoise_seconds={timings.denoise_seconds:.2f}"
+        f"hit_rate={cache['hit_rate']:.2f} denoise_seconds={timings['denoise_seconds']:.2f}"
     )
 
 
@@ -147,9 +156,9 @@ def compare(
     from app.compare import compared
     from app.engine.configured import runner_arguments
     from app.figures import sheet
-    from app.images import encode
+    from app.images import encode, format_of
 
-    output_format = _format_of(output)
+    output_format = format_of(output)
     values = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -185,9 +194,9 @@ def plot(
     """Plot what the cache did in one request: each call's decision, and what it was decided by."""
     from app import report
     from app.figures import timeline
-    from app.images import encode
+    from app.images import encode, format_of
 
-    picture = encode(timeline.draw(report.read(source)), _format_of(output))
+    picture = encode(timeline.draw(report.read(source)), format_of(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(picture)
     print(output)
@@ -282,52 +291,6 @@ def bench(context: typer.Context) -> None:
         raise ServiceError("The benchmarks come with the source checkout only; run this in its folder.")
     sys.argv = ["benchmarks.cache", *context.args]
     runpy.run_module("benchmarks.cache", run_name="__main__")
-
-
-def _draw(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    from app.api.resolve import Limits, resolve
-    from app.api.schemas import parse
-    from app.engine.configured import runner_arguments
-    from app.engine.runner import configured_runner
-    from app.progress import bar
-    from models.base import Step
-
-    request = parse(values)
-    with bar("starting") as progress:
-        runner = configured_runner(settings.devices[0], **runner_arguments(settings))
-        limits = Limits.of(settings)
-        job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
-        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
-        runner.load(job.model)
-
-        def on_step(step: Step) -> None:
-            progress.show(job.model, completed=step.index + 1, total=step.total, note=step.decision)
-
-        result = runner.run(job, on_step)
-    return {
-        "pictures": list(zip(job.params.seeds, result.images, strict=True)),
-        "warnings": [*job.warnings, *result.warnings],
-        "cache": result.cache,
-        "timings": result.timings,
-    }
-
-
-def _lora(text: str) -> dict[str, Any]:
-    name, _, weight = text.rpartition(":")
-    if not name:
-        return {"name": text}
-    try:
-        return {"name": name, "weight": float(weight)}
-    except ValueError:
-        raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
-
-
-def _format_of(path: Path) -> OutputFormat:
-    formats: dict[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    try:
-        return formats[path.suffix.lower()]
-    except KeyError:
-        raise ServiceError(f"{path.name}: name a file that ends in {', '.join(formats)}.") from None
 
 
 if __name__ == "__main__":

@@ -184,3 +184,14 @@ class Cancelled(ServiceError):
 
     status = 409
     type = "cancelled"
+
+
+def status_of(kind: str) -> int:
+    """The status that errors of this type are answered with; 500 for a type that is not known."""
+    waiting = [ServiceError]
+    while waiting:
+        error = waiting.pop()
+        if error.type == kind:
+            return error.status
+        waiting += error.__subclasses__()
+    return ServiceError.status

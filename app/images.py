@@ -8,14 +8,16 @@ import io
 import json
 import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from app import __version__
 from app.engine.base import Job, OutputFormat
-from app.errors import Invalid, PictureTooLarge
+from app.errors import Invalid, PictureTooLarge, ServiceError
 
+_ENDINGS: Mapping[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _QUALITY = 95
 _JOINERS = "\u200c\u200d"
 _HIDING = ("Cc", "Cf", "Cs")
@@ -31,6 +33,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def format_of(path: Path) -> OutputFormat:
+    """What a file's ending asks for. Raises ServiceError."""
+    try:
+        return _ENDINGS[path.suffix.lower()]
+    except KeyError:
+        raise ServiceError(f"{path.name}: name a file that ends in {', '.join(_ENDINGS)}.") from None
 
 
 def encode(image: Image.Image, output_format: OutputFormat, text: Mapping[str, str] | None = None) -> bytes:

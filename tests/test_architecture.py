@@ -16,7 +16,7 @@ LONGEST_MODULE = 400  # lines
 VAGUE_NAMES = {"common", "helper", "helpers", "manager", "managers", "misc", "util", "utils"}
 
 # What each package must not know, by top-level module name, imports under TYPE_CHECKING included.
-WEB = {"fastapi", "starlette", "uvicorn", "httpx", "prometheus_client", "pydantic_settings"}
+WEB = {"fastapi", "starlette", "uvicorn", "httpx", "httpx2", "prometheus_client", "pydantic_settings"}
 FORBIDDEN = {
     "cache": {"app", "benchmarks", "models", "diffusers", "transformers", "accelerate"} | WEB,
     "models": {"app", "benchmarks"} | WEB,

@@ -93,23 +93,27 @@ def answer(handle: JobHandle, result: JobResult) -> dict[str, object]:
 
 
 def report(handle: JobHandle, result: JobResult) -> dict[str, object]:
-    params, timings = handle.job.params, result.timings
+    return report_of(handle.job, result, queue_seconds=handle.queue_seconds, total_seconds=handle.total_seconds)
+
+
+def report_of(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> dict[str, object]:
+    params, timings = job.params, result.timings
     return {
-        "request_id": handle.job.id,
-        "model": handle.job.model,
+        "request_id": job.id,
+        "model": job.model,
         "seeds": list(params.seeds),
         "width": params.width,
         "height": params.height,
         "steps": params.steps,
-        "warnings": list(dict.fromkeys([*handle.job.warnings, *result.warnings])),
+        "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
         "timings": {
-            "queue_seconds": round(handle.queue_seconds, 4),
+            "queue_seconds": round(queue_seconds, 4),
             "text_seconds": round(timings.text_seconds, 4),
             "denoise_seconds": round(timings.denoise_seconds, 4),
             "decode_seconds": round(timings.decode_seconds, 4),
             "compile_seconds": round(timings.compile_seconds, 4),
-            "total_seconds": round(handle.total_seconds, 4),
+            "total_seconds": round(total_seconds, 4),
         },
         "cache": dict(result.cache),
     }

@@ -32,6 +32,16 @@ def test_generate_writes_pictures_and_says_what_the_cache_did(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("_fake_models")
+def test_json_is_the_report_and_nothing_else(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command_line.cli, ["generate", "a", "--json", "--deepcache", "--seed", "5"])
+    answer = json.loads(result.stdout)
+    assert answer["files"] == ["image.png"]
+    assert (answer["seeds"], answer["cache"]["hit_rate"]) == ([5], 0.65)
+    assert answer["timings"]["total_seconds"] >= 0
+    assert answer["warnings"] == ["The fake says so."]
+
+
+@pytest.mark.usefixtures("_fake_models")
 def test_models_are_listed_as_json() -> None:
     result = CliRunner().invoke(command_line.cli, ["models"])
     assert {"fine", "flux"} <= {row["name"] for row in json.loads(result.stdout)}

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
-from PIL import Image
+import webuiapi
+from PIL import Image, ImageChops, ImageStat
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +120,42 @@ def test_flux_caches_by_itself(server: Server) -> None:
     assert picture(answer).size == (768, 512)
     assert len(cache["decisions"]) == cache["computed"] + cache["reused"] >= answer["steps"]
     assert cache["hit_rate"] == round(cache["reused"] / len(cache["decisions"]), 4)
+
+
+def test_the_openai_package_draws_and_streams(server: Server) -> None:
+    asked: dict[str, Any] = {"model": "tiny-sd", "prompt": "a misty forest at twilight", "size": "192x128"}
+    extra = {"seed": 3, "deepcache_enabled": True, "steps": 10}
+    with openai.OpenAI(base_url=f"{server.client.base_url}/v1", api_key="none", timeout=PATIENCE) as client:
+        answer = client.images.generate(**asked, extra_body=extra)
+        events = list(client.images.generate(**asked, extra_body=extra, stream=True, partial_images=2))
+    assert (answer.model_extra or {})["cache"]["hit_rate"] == 0.6
+    *partial, whole = events
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
+    drawn = picture({"image": (answer.data or [])[0].b64_json})
+    assert drawn.tobytes() == picture({"image": whole.b64_json}).tobytes()
+    # The later a partial picture, the more it is like the whole one.
+    small = [picture({"image": event.b64_json}).convert("RGB") for event in partial]
+    off = [ImageStat.Stat(ImageChops.difference(drawn.resize(one.size), one)).mean for one in small]
+    assert sum(off[1]) < sum(off[0])
+
+
+def test_an_automatic1111_client_draws(server: Server) -> None:
+    client = webuiapi.WebUIApi(baseurl=f"{server.client.base_url}/sdapi/v1", sampler="DPM++ 2M Karras")
+    try:
+        result = client.txt2img(
+            prompt="a misty forest at twilight",
+            width=192,
+            height=128,
+            seed=3,
+            steps=9,
+            override_settings={"deepcache_preset": "balanced", "deepcache_enabled": True},
+        )
+    finally:
+        client.session.close()
+    same = {"prompt": "a misty forest at twilight", "width": 192, "height": 128, "seed": 3, "cfg_scale": 7.0}
+    same |= {"steps": 9, "sampler": "dpmpp_2m", "scheduler": "karras", "deepcache_enabled": True}
+    assert result.image.tobytes() == picture(server.post(same)).tobytes()
+    assert result.info["wavespeed"]["cache"]["hit_rate"] == 0.6667
 
 
 def test_log_telemetry_and_metrics_say_the_same(server: Server) -> None:
