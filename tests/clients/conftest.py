@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.soak.server import Server, running
+from benchmarks.server import Server, running
 
 NAMED = ("-m", "tests.clients.named_server")
 KEY = "a-key"
@@ -14,12 +14,12 @@ KEY = "a-key"
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    with running(NAMED) as server:
+    with running(NAMED, WAVESPEED_DEVICE="cpu") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def locked() -> Iterator[Server]:
     """Asks for a key, and has room for one waiting job."""
-    with running(NAMED, WAVESPEED_API_KEYS=KEY, WAVESPEED_QUEUE_SIZE="1") as server:
+    with running(NAMED, WAVESPEED_DEVICE="cpu", WAVESPEED_API_KEYS=KEY, WAVESPEED_QUEUE_SIZE="1") as server:
         yield server

@@ -15,8 +15,7 @@ from PIL import Image
 from app.api.schemas import GenerateRequest, Lora
 from app.client import TRIES, ApiError, Client, Unreachable
 from app.fields import Fields, LoraField
-from benchmarks.soak.server import Server
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 
 CACHED: dict[str, Any] = {"deepcache_enabled": True, "deepcache_schedule": "uniform", "steps": 6}

@@ -13,8 +13,7 @@ import app.__main__ as command_line
 import app.generation
 from app.client import Client, Event, Job
 from app.progress import Bar
-from benchmarks.soak.server import Server
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 from tests.clients.test_client import address_of
 

@@ -12,8 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
-from benchmarks.soak.server import Server
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 
 CACHED = {"deepcache_enabled": True, "deepcache_interval": 3, "deepcache_schedule": "uniform"}

@@ -10,8 +10,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from benchmarks.soak.server import Server
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 
 CACHED = {"deepcache_enabled": True, "deepcache_schedule": "uniform"}
