@@ -41,5 +41,6 @@ _NEEDS_TORCH = {"Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "vi
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS_TORCH:
-        return getattr(import_module(".denoiser", __name__), name)
+        globals()[name] = value = getattr(import_module(".denoiser", __name__), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
