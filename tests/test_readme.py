@@ -141,6 +141,18 @@ def test_links_into_the_repository_lead_somewhere() -> None:
                 assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
 
 
+def test_the_index_of_documents_lists_every_page() -> None:
+    """A new page is listed in docs/README.md, or in the README of its own folder, which is listed there."""
+    for folder in (ROOT / "docs", ROOT / "docs" / "decisions"):
+        index = (folder / "README.md").read_text(encoding="utf-8")
+        linked = [target for target in re.findall(r"\]\(([^)\s#]+)\)", index) if ".." not in target]
+        pages = {page.name for page in folder.glob("*.md")} | {
+            str(page.relative_to(folder)) for page in folder.glob("*/README.md")
+        }
+        assert pages - {"README.md"} - set(linked) == set(), f"not in {folder.name}/README.md"
+        assert len(linked) == len(set(linked))
+
+
 def test_scripts_named_in_the_text_exist() -> None:
     for script in set(re.findall(r"\bscripts/\w+", README)):
         assert os.access(ROOT / script, os.X_OK), script
