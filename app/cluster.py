@@ -70,8 +70,10 @@ class Ingress:
 
 def application(settings: Settings, factory: RunnerFactory, scale: Scale) -> serve.Application:
     """Raises ValueError for settings that Ray does not leave to us."""
-    if len(settings.devices) > 1:
-        raise ValueError("On Ray a replica has one device: leave WAVESPEED_DEVICES unset and set replicas and gpus.")
+    device = "cuda" if scale.gpus else "cpu"
+    if settings.devices not in (("auto",), (device,)):
+        raise ValueError("On Ray a replica has the device that `gpus` says: leave WAVESPEED_DEVICES unset.")
+    on_device = settings.model_copy(update={"devices": (device,)})
     workers = serve.deployment(Replica).options(
         name="Worker",
         **_replicas(scale),
@@ -90,7 +92,7 @@ def application(settings: Settings, factory: RunnerFactory, scale: Scale) -> ser
         graceful_shutdown_timeout_s=settings.drain_seconds + _ANSWERING,
         health_check_period_s=5.0,
     )
-    return ingress.bind(workers.bind(settings, factory, jobs=scale.jobs, models=scale.models), settings)
+    return ingress.bind(workers.bind(on_device, factory, jobs=scale.jobs, models=scale.models), settings)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from contextvars import Context
 from dataclasses import replace
@@ -47,15 +48,17 @@ class RayEngine:
         self._drain_seconds = drain_seconds
         self._queue = JobQueue()
         self._carried: dict[JobHandle, asyncio.Task[None]] = {}
-        self._present: dict[int, tuple[Presence, float]] = {}  # by rank, with the seconds since its last word
+        self._present: dict[int, tuple[Presence, float]] = {}  # by rank, with the time of its last word
         self._lost: dict[str, str] = {}  # replica → why
         self._restarts: Counter[int] = Counter()
         self._catalogue: Catalogue | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._draining = False
+        self._node = ""
 
     async def start(self) -> None:
         self._draining = False
+        self._node = ray.get_runtime_context().get_node_id()
         self._watcher = asyncio.create_task(self._watch())
 
     async def drain(self, seconds: float) -> None:
@@ -91,7 +94,7 @@ class RayEngine:
         # cancel it when that request's client leaves. A job of POST /api/jobs outlives it.
         task = asyncio.get_running_loop().create_task(self._carry(handle), context=Context())
         self._carried[handle] = task
-        task.add_done_callback(lambda _: self._carried.pop(handle))
+        task.add_done_callback(lambda _: self._carried_out(handle))
         return handle
 
     def cancel(self, job_id: str) -> bool:
@@ -106,27 +109,25 @@ class RayEngine:
         return EngineStatus(
             pending=len(self._queue),
             running=sum(handle.state is JobState.RUNNING for handle in self._carried),
-            devices=tuple(self._device(rank, presence, age) for rank, (presence, age) in rows),
+            devices=tuple(self._device(rank) for rank, _ in rows),
             draining=self._draining,
             quarantined={name: why for _, (one, _) in rows for name, why in one.status.quarantined.items()},
         )
 
     def _places(self) -> int:
         """Jobs that run at a time when every replica that is there has its fill."""
-        return sum(
-            presence.jobs for rank, (presence, age) in self._present.items() if self._device(rank, presence, age).ready
-        )
+        return sum(presence.jobs for rank, (presence, _) in self._present.items() if self._device(rank).ready)
 
-    def _device(self, rank: int, presence: Presence, age: float) -> DeviceStatus:
+    def _device(self, rank: int) -> DeviceStatus:
+        presence, heard = self._present[rank]
         (status,) = presence.status.devices
-        here = presence.node == ray.get_runtime_context().get_node_id()
         status = replace(
             status,
             device=f"replica {rank}",
             restarts=status.restarts + self._restarts[rank],
-            pid=status.pid if here else None,  # another machine's number is some other process here
+            pid=status.pid if presence.node == self._node else None,  # another machine's is some other process here
         )
-        if presence.replica not in self._lost and age < SILENCE:
+        if presence.replica not in self._lost and time.monotonic() - heard < SILENCE:
             return status
         reason = self._lost.get(presence.replica, "it gave no sign of life")
         return replace(status, state=WorkerState.FAILED, up=False, pid=None, loaded=(), loading=None, reason=reason)
@@ -139,14 +140,16 @@ class RayEngine:
                 if roster is None:
                     roster = await asyncio.to_thread(_roster, self._app)
                 self._heard_of(await asyncio.wait_for(roster.read.remote(), SILENCE))
-            except (RayError, TimeoutError) as error:
-                _log.warning("the roster of replicas cannot be read: %s", error)
+            except Exception as error:  # noqa: BLE001  # whatever it was, without this nothing is ever known again
+                _log.warning("the roster of replicas cannot be read: %r", error)
                 roster = None
             await asyncio.sleep(BEAT)
 
     def _heard_of(self, rows: list[tuple[Presence, float]]) -> None:
+        """`rows`: as Roster.read gives them, so of two with one rank the one heard last stays."""
+        now = time.monotonic()
         before = {rank: presence for rank, (presence, _) in self._present.items()}
-        self._present = {presence.rank: (presence, age) for presence, age in rows}  # the one heard last has the rank
+        self._present = {presence.rank: (presence, now - age) for presence, age in rows}
         self._lost = {one.replica: self._lost[one.replica] for one, _ in rows if one.replica in self._lost}
         for rank, (presence, _) in self._present.items():
             former = before.get(rank, presence)
@@ -181,6 +184,12 @@ class RayEngine:
                 self._give_up(handle, ServiceError("The server made a mistake; its log has it."))
             if handle.settled:
                 return
+
+    def _carried_out(self, handle: JobHandle) -> None:
+        """Serve may end a call in ways of its own; no request is left without an answer."""
+        if not handle.settled:
+            self._give_up(handle, worker_lost("its replica gave it up"))
+        del self._carried[handle]
 
     async def _call(self, handle: JobHandle, taken_by: list[str]) -> None:
         job = handle.job
@@ -224,8 +233,7 @@ class RayEngine:
             return
         self._queue.remove(handle)
         handle.fail(error, state)
-        task = self._carried[handle]
-        if task is not asyncio.current_task():
+        if (task := self._carried[handle]) is not asyncio.current_task():
             task.cancel()
 
     def _expire(self, handle: JobHandle) -> None:

@@ -13,7 +13,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from app.engine.base import Job, JobHandle, JobResult
+from app.engine.base import Job, JobResult
 from app.engine.configured import local_engine
 from app.engine.roster import BEAT, Presence
 from app.engine.states import JobState
@@ -77,9 +77,16 @@ class Replica:
         except ServiceError as error:
             yield error
             return
-        if handle.state is JobState.RUNNING:
-            yield JobState.RUNNING
-        handle.on_change = lambda: _moved(handle, words)
+        told = JobState.QUEUED
+
+        def moved() -> None:
+            nonlocal told
+            if handle.state is not told and not handle.settled:  # it may be its place alone that has changed
+                told = handle.state
+                words.put_nowait(told)
+
+        handle.on_change = moved
+        moved()
         handle.result.add_done_callback(lambda future: words.put_nowait(_end(future)))
         try:
             while not isinstance(word := await words.get(), JobResult | ServiceError):
@@ -129,11 +136,6 @@ class Replica:
             status=self._engine.status(),
             catalogue=catalogue,
         )
-
-
-def _moved(handle: JobHandle, words: asyncio.Queue[Word]) -> None:
-    if handle.state in (JobState.QUEUED, JobState.RUNNING):
-        words.put_nowait(handle.state)
 
 
 def _end(future: asyncio.Future[JobResult]) -> Word:

@@ -20,7 +20,8 @@ from benchmarks.soak.hostile import Row, rows
 from benchmarks.soak.wire import exchange, request
 from tests.conftest import HAS_RAY
 
-pytestmark = pytest.mark.skipif(not HAS_RAY, reason="Ray is an extra that is not installed")
+if not HAS_RAY:
+    pytest.skip("Ray is an extra that is not installed", allow_module_level=True)
 
 REPLICAS, QUEUE_SIZE = 2, 3  # as tests/cluster.py starts it
 PATIENCE = 120.0  # seconds; only keeps a broken cluster from hanging the suite
