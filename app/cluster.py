@@ -48,8 +48,9 @@ class Scale(BaseModel):
 class Ingress:
     """One replica only: the jobs of /api/jobs, their events and the counters live in its memory."""
 
-    def __init__(self, workers: DeploymentHandle[Any], settings: Settings) -> None:
+    def __init__(self, workers: DeploymentHandle[Any], settings: Settings, *, at_once: bool) -> None:
         self._workers = workers
+        self._at_once = at_once
         self._settings = settings
         self._stack = ExitStack()
         self._stack.enter_context(logging_to(settings.log_folder, settings.log_level, settings.log_format))
@@ -60,6 +61,7 @@ class Ingress:
             self._workers,
             serve.get_replica_context().app_name,
             queue_size=self._settings.queue_size,
+            at_once=self._at_once,
             drain_seconds=self._settings.drain_seconds,
         )
         return create_app(self._settings, engine)
@@ -92,7 +94,9 @@ def application(settings: Settings, factory: RunnerFactory, scale: Scale) -> ser
         graceful_shutdown_timeout_s=settings.drain_seconds + _ANSWERING,
         health_check_period_s=5.0,
     )
-    return ingress.bind(workers.bind(on_device, factory, jobs=scale.jobs, models=scale.models), settings)
+    return ingress.bind(
+        workers.bind(on_device, factory, jobs=scale.jobs, models=scale.models), settings, scale.max_replicas is not None
+    )
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

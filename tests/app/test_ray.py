@@ -90,6 +90,19 @@ async def test_the_bound_counts_what_waits_beside_one_job_a_replica(cluster: Any
     await engine.stop()
 
 
+async def test_all_can_be_handed_over_at_once(cluster: Any) -> None:
+    """As for an autoscaler: Serve holds those that wait."""
+    from app.engine.ray import RayEngine
+    from tests.cluster import APP
+
+    engine = RayEngine(cluster.workers, APP, at_once=True)
+    await engine.start()
+    handles = [engine.submit(job(f"at once {number}", "slow", steps=5)) for number in range(5)]
+    assert len(await asyncio.gather(*(handle.result for handle in handles))) == len(handles)
+    assert [handle.attempts for handle in handles] == [1] * len(handles)
+    await engine.stop()
+
+
 async def test_draining_finishes_what_was_accepted(engine: Any) -> None:
     handles = [engine.submit(job(f"drain {number}", "slow", steps=5)) for number in range(4)]
     await engine.drain(60)
