@@ -52,8 +52,6 @@ def serve(
     factory = runner_factory(settings)
     with logging_to(settings.log_folder, settings.log_level, settings.log_format) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
-        if "batch_timeout" in settings.model_fields_set:
-            _log.warning("LD_BATCH_TIMEOUT has no effect in this version: requests are not batched with one another")
         engine = local_engine(settings, factory)
         serve_until_told(create_app(settings, engine), settings, engine)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +15,7 @@ from app.errors import ServiceError
 
 RECENT = 100  # requests that the recent hit rate looks back on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+_IMAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 _TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache"}
 
 
@@ -100,6 +101,12 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._batch = Histogram(
+            "wavespeed_batch_images",
+            "Images denoised together, of one job or several.",
+            buckets=_IMAGES,
+            registry=registry,
+        )
         self._steps = Counter(
             "wavespeed_cache_steps_total",
             "Denoiser calls computed in full or served from the cache.",
@@ -141,12 +148,20 @@ class Metrics:
         self._requests.labels(model or "none", outcome).inc()
 
     def generated(
-        self, use: CacheUse, *, queue_seconds: float, generation_seconds: float, images: int, batches: int
+        self,
+        use: CacheUse,
+        *,
+        queue_seconds: float,
+        generation_seconds: float,
+        images: int,
+        batches: Sequence[int],
     ) -> None:
-        """Count a job that was done."""
+        """Count a job that was done; `batches` as in JobResult."""
         self.requests_processed += 1
         self.images_produced += images
-        self.batches_processed += batches
+        self.batches_processed += len(batches)
+        for size in batches:
+            self._batch.observe(size)
         self._wait_seconds += queue_seconds
         self._images.labels(use.model).inc(images)
         self._wait.observe(queue_seconds)

@@ -97,13 +97,14 @@ class Settings(BaseSettings):
         ge=1,
         le=16,
         validation_alias=AliasChoices("LD_MAX_BATCH_SIZE", "WAVESPEED_MAX_BATCH_SIZE"),
-        description="Images denoised together at most, whatever a request asks.",
+        description="Images denoised together at most, of one request or of several that differ in prompts and seeds "
+        "alone; 1 batches nothing.",
     )
     batch_timeout: float = Field(
         0.5,
         ge=0,
         validation_alias=AliasChoices("LD_BATCH_TIMEOUT", "WAVESPEED_BATCH_TIMEOUT"),
-        description="Seconds to wait for requests to batch with. This version batches within a request only.",
+        description="Seconds that a free worker waits at most for requests to batch with; only while some keep coming.",
     )
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from . import forecast as forecasts
@@ -72,11 +73,11 @@ class FirstBlockCache:
             try:
                 yield report
                 report.reuse_cost = run.reuse_cost()
-                self._explain(report, sum(map(len, denoiser.blocks)))
+                report.conclude(partial(self._explain, sum(map(len, denoiser.blocks))))
             finally:
                 run.passes.clear()
 
-    def _explain(self, report: CacheReport, blocks: int) -> None:
+    def _explain(self, blocks: int, report: CacheReport) -> None:
         """Warn of whatever kept the cache from acting as asked."""
         calls = len(report.decisions)
         changes = [change for change in report.residuals if change is not None and math.isfinite(change)]

@@ -70,6 +70,7 @@ class ResidualRun:
             output = call.run()
             report.record("C" * denoiser.batch_of(call))
             report.residuals.append(None)
+            report.item_residuals.append(())
             return output
         if self.arguments is None:
             self.arguments = on_meta(call)
@@ -85,12 +86,14 @@ class ResidualRun:
             raise
         report.record("".join("C" if row in turn.rows else "R" for row in range(turn.batch)))
         report.residuals.append(turn.change)
+        report.item_residuals.append(tuple(turn.changes))
         report.cache_bytes = max(report.cache_bytes, sum(entry.bytes for entry in self.passes.values()))
         return output
 
     def reuse_cost(self) -> float | None:
         """Share of a full call's operations that a reuse call needs; None where nothing was reused or counted."""
-        if self.report.reused == 0 or self.arguments is None:
+        reused = any("R" in letters for letters in (self.report.decisions, *self.report.item_decisions))
+        if not reused or self.arguments is None:
             return None
         try:
             return first_block_cost(self.denoiser, *self.arguments)
@@ -106,7 +109,8 @@ class _Turn:
         self.call = call
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
-        self.change: float | None = None  # the largest in the batch of what was held against the threshold
+        self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
+        self.change: float | None = None  # the largest of them
         self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
@@ -175,7 +179,7 @@ class _Turn:
     def decide(self, entry: _Pass) -> Tensor | None:
         """Set which items compute. Returns how far the others have moved on, where the forecast asks for it."""
         verdict = entry.reference.judge(entry.now, self.probe)
-        self.rows = verdict.rows
+        self.rows, self.changes = verdict.rows, verdict.changes
         for row, change in enumerate(verdict.changes):
             if not math.isfinite(change):
                 for history in entry.tails.values():

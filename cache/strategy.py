@@ -8,9 +8,9 @@ validates settings can build them and send them to the one that owns the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class CacheReport:
     First-block cache only: `residuals` holds for each call the relative change of the first block's residual that was
     held against the threshold (the largest of the batch; None where there was nothing to compare with),
     `residual_percentiles` how they are spread, and `item_decisions`, for a batch of several, the letters of each item;
-    there a call's letter is R if every item reused.
+    there a call's letter is R if every item reused. `item_residuals` are each call's changes of every item, empty where
+    there was nothing to compare with.
     """
 
     strategy: str
@@ -55,6 +56,9 @@ class CacheReport:
     warnings: list[str] = field(default_factory=list)
     residuals: list[float | None] = field(default_factory=list)
     item_decisions: list[str] = field(default_factory=list)
+    item_residuals: list[tuple[float, ...]] = field(default_factory=list)
+    _explain: Callable[[CacheReport], None] | None = field(default=None, repr=False, compare=False)
+    _noted: int = field(default=0, repr=False, compare=False)  # warnings before it
 
     @property
     def computed(self) -> int:
@@ -101,6 +105,34 @@ class CacheReport:
         else:
             self.item_decisions = []  # the batch has changed its size: its items are other ones
         self.decisions += "C" if "C" in items else "R"
+
+    def decisions_of(self, items: slice) -> str:
+        """The letters of these batch items alone."""
+        rows = self.item_decisions[items]
+        return "".join("C" if "C" in call else "R" for call in zip(*rows, strict=True)) if rows else self.decisions
+
+    def of_items(self, items: slice, batch: int) -> CacheReport:
+        """The report of these items of a batch of so many, as if they had run by themselves; bytes are their share."""
+        rows = self.item_decisions[items]
+        changes = [each[items] for each in self.item_residuals]
+        part = replace(
+            self,
+            settings=dict(self.settings),
+            decisions=self.decisions_of(items),
+            cache_bytes=round(self.cache_bytes * len(range(batch)[items]) / batch),
+            warnings=self.warnings[: self._noted] if self._explain else list(self.warnings),
+            residuals=[max(call) if call and all(map(math.isfinite, call)) else None for call in changes],
+            item_decisions=rows if len(rows) > 1 else [],
+            item_residuals=changes,
+        )
+        if self._explain is not None:
+            self._explain(part)
+        return part
+
+    def conclude(self, explain: Callable[[CacheReport], None]) -> None:
+        """Let `explain` warn of what the finished run, or later a part of its batch, shows."""
+        self._explain, self._noted = explain, len(self.warnings)
+        explain(self)
 
     def warn(self, sentence: str) -> None:
         """Add `sentence` for the user, once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,10 +12,15 @@ from .base import GenerationParams
 
 
 @contextmanager
-def applied(pipeline: Any, params: GenerationParams) -> Iterator[GenerationParams]:
+def applied(pipeline: Any, params: GenerationParams) -> Iterator[Callable[[GenerationParams], GenerationParams]]:
     """`pipeline` with the adapters of `params`; afterwards, on success, error and cancel, exactly as it was.
 
-    Yields the parameters to encode text from: an embedding's name is replaced by its tokens. Raises AdapterFailed.
+    Yields what gives a request with these adapters the parameters to encode its text from: an embedding's name is
+    replaced by its tokens. Raises AdapterFailed.
     """
-    with lora.applied(pipeline, params.loras), embedding.inserted(pipeline, params.embeddings) as written:
-        yield replace(params, prompt=written(params.prompt), negative_prompt=written(params.negative_prompt))
+    with lora.applied(pipeline, params.loras), embedding.inserted(pipeline, params.embeddings) as read:
+
+        def written(request: GenerationParams) -> GenerationParams:
+            return replace(request, prompt=read(request.prompt), negative_prompt=read(request.negative_prompt))
+
+        yield written

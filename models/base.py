@@ -5,7 +5,7 @@ Nothing heavy is imported here: the HTTP process uses these types without torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
@@ -151,6 +151,8 @@ class Step:
 
 
 StepHook = Callable[[Step], None]
+StepsHook = Callable[[Mapping[int, Step]], None]
+"""Hears a step of a batch: what it was to each of the requests in it, by their indices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +185,8 @@ class PassReport:
 class Generation:
     """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user.
 
-    `attention` is the kernel that computed the denoiser's attention.
+    `attention` is the kernel that computed the denoiser's attention. `batches`: how many images were denoised together
+    in each batch; one that several requests shared stands with the first of them alone.
     """
 
     images: list[Image.Image]
@@ -191,6 +194,7 @@ class Generation:
     timings: Timings
     warnings: list[str] = field(default_factory=list)
     attention: str = "sdpa"
+    batches: list[int] = field(default_factory=list)
 
     @property
     def reports(self) -> list[CacheReport]:
@@ -273,6 +277,15 @@ class LoadedModel(Protocol):
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """Draw `params.seeds`; attach `strategy` afresh to each batch; call `on_step` after each step."""
+        ...
+
+    def generate_together(
+        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
+    ) -> list[Generation | Exception]:
+        """Draw requests that differ in prompts and seeds alone, all at once: each one's pictures, or its failure.
+
+        A picture is what it would be without the others, but for the rounding that a batch's size brings.
+        """
         ...
 
 

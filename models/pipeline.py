@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from . import adapters, attention, compilation, embedding, limits, samplers
-from .base import Generation, GenerationParams, ModelSpec, PassReport, StepHook, Timings
+from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
 from .loading import quiet
+from .share import Share, alike, joined
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     from cache import CacheStrategy, Denoiser
 
     from .layout import Layout
+    from .passes import Pass
+    from .passes.drawing import Progress
     from .passes.preview import Decoder
+
+Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
 
 
 class PipelineModel(ABC):
@@ -58,41 +64,101 @@ class PipelineModel(ABC):
         Raises UnsupportedSampler, AdapterFailed and DetectorFailed before anything is drawn; what `on_step` raises
         passes through, and leaves the model as it was.
         """
+        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
+        with self._ready(params) as (written, chain):
+            share = self._share(params, written)
+            progress = self._progress(lambda steps: on_step(*steps), params, chain, len(batches))
+            for seeds in batches:
+                self._batch(params, [share], [seeds], strategy, chain, progress)
+        return share.generation()
+
+    def generate_together(
+        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
+    ) -> list[Generation | Exception]:
+        """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
+
+        Their images are one batch, or several where the texts differ in length. `on_steps` hears each step of a batch
+        once, with what it was to each request by its index; what it raises ends that batch alone. Raises as `generate`
+        does what concerns all of them.
+        """
+        results: list[Generation | Exception | None] = [None] * len(requests)
+        with self._ready(requests[0]) as (written, chain):
+            shares = [self._share(request, written) for request in requests]
+            for members in alike(shares):
+                hook = partial(_by_index, on_steps, members)
+                progress = self._progress(hook, requests[0], chain, 1)
+                theirs = [shares[index] for index in members]
+                try:
+                    seeds = [requests[index].seeds for index in members]
+                    self._batch(requests[0], theirs, seeds, strategy, chain, progress)
+                except Exception as error:  # noqa: BLE001  # whatever ended this batch, the others know nothing of it
+                    for index in members:
+                        results[index] = error
+                else:
+                    for index in members:
+                        results[index] = shares[index].generation()
+        return [result for result in results if result is not None]
+
+    @contextmanager
+    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Pass, ...]]]:
+        """Within the context, requests with these settings can be drawn, by these passes."""
         import torch
 
         from . import passes
-        from .passes import hires_fix
-        from .passes.drawing import Clock, Drawing, Progress
 
         samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
+        chain = passes.chain(params)
+        with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
+            yield written, chain
+
+    def _share(self, params: GenerationParams, written: Written) -> Share:
+        """A request's text, encoded, and what is to be said to it."""
+        from .passes.drawing import Clock
+
+        clock = Clock(self.pipeline._execution_device)
+        with clock("text"):
+            text = written(params)
+            conditioning = self._encode(text)
+            words = embedding.without(params.prompt, params.embeddings)
+            warnings = limits.warnings(self.spec, words, params.width, params.height)
+            warnings += self._warnings(text)
+        return Share(conditioning, warnings, clock.seconds)
+
+    def _progress(
+        self, on_steps: Callable[[Sequence[Step]], None], params: GenerationParams, chain: Sequence[Pass], batches: int
+    ) -> Progress:
+        from .passes.drawing import Progress
+
+        return Progress(on_steps, batches * sum(one.steps(self, params) for one in chain))
+
+    def _batch(
+        self,
+        params: GenerationParams,
+        shares: Sequence[Share],
+        seeds: Sequence[tuple[int, ...]],
+        strategy: CacheStrategy,
+        chain: Sequence[Pass],
+        progress: Progress,
+    ) -> None:
+        """Draw the images of all `seeds` together and give each share its own."""
+        from .passes import hires_fix
+        from .passes.drawing import Clock, Drawing
+
         size = limits.render_size(self.spec, params.width, params.height)
         if params.hires_fix:
             size, _ = hires_fix.sizes(self, params)
-        chain = passes.chain(params)
-        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
+        counts = list(map(len, seeds))
+        ends = list(accumulate(counts))
+        items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         clock = Clock(self.pipeline._execution_device)
-        progress = Progress(on_step, len(batches) * sum(one.steps(self, params) for one in chain))
-        images: list[Image.Image] = []
-        reports: list[PassReport] = []
-        kernels: list[str] = []
-        with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
-            with clock("text"):
-                conditioning = self._encode(written)
-                words = embedding.without(params.prompt, params.embeddings)
-                warnings = limits.warnings(self.spec, words, params.width, params.height)
-                warnings += self._warnings(written)
-            for seeds in batches:
-                drawing = Drawing(self, params, seeds, conditioning, strategy, size, clock, progress)
-                for one in chain:
-                    one.run(drawing)
-                images += drawing.images
-                reports += drawing.passes
-                kernels += drawing.kernels
-                said = [*drawing.warnings, *(sentence for one in drawing.passes for sentence in one.cache.warnings)]
-                warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in warnings]
-        timings = Timings(**{f"{stage}_seconds": seconds for stage, seconds in clock.seconds.items()})
-        used = next((kernel for kernel in kernels if kernel != attention.SDPA), attention.SDPA)
-        return Generation(images=images, passes=reports, timings=timings, warnings=warnings, attention=used)
+        progress.items = items
+        flat = tuple(seed for each in seeds for seed in each)
+        drawing = Drawing(self, params, flat, joined(shares, counts), strategy, size, clock, progress)
+        for one in chain:
+            one.run(drawing)
+        for share, part in zip(shares, items, strict=True):
+            share.take(drawing, part)
+            share.spend(clock)
 
     @contextmanager
     def accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
@@ -190,3 +256,7 @@ class PipelineModel(ABC):
     @abstractmethod
     def _warnings(self, params: GenerationParams) -> list[str]:
         """What of the request this family cannot honour."""
+
+
+def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:
+    on_steps(dict(zip(members, steps, strict=True)))

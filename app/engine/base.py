@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -20,6 +20,8 @@ from models.base import CacheName, GenerationParams, Step, Timings
 OutputFormat = Literal["png", "jpeg", "webp"]
 CacheSummary = Mapping[str, object]  # JSON values only
 StepListener = Callable[[Step], None]
+StepsListener = Callable[[Mapping[str, Step]], None]
+"""Hears a step of a batch: what it was to each of the jobs in it, by their ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +42,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
-    """Encoded pictures, one a seed, and what is to be said about them. `cache` is the contract's report."""
+    """Encoded pictures, one a seed, and what is to be said about them. `cache` is the contract's report.
+
+    `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
+    them, so that the sum over all jobs counts it once.
+    """
 
     images: tuple[bytes, ...]
     cache: CacheSummary
     timings: Timings
-    batches: int
+    batches: tuple[int, ...]
     warnings: tuple[str, ...] = ()
     attention: str = "sdpa"
 
@@ -161,11 +167,13 @@ class JobHandle:
     Times are of the monotonic clock, in seconds. `result` is settled exactly once, with a JobResult or a ServiceError;
     a second time raises IllegalTransition. `age` orders jobs by when they were accepted. `place` is that in the queue,
     1 for the next one, None for a job that doesn't wait. `on_change` is called when `state` or `place` has changed.
+    Jobs of one `kind` can be drawn together; one without can not.
     """
 
-    def __init__(self, job: Job, on_step: StepListener | None = None) -> None:
+    def __init__(self, job: Job, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
         self.job = job
         self.on_step = on_step
+        self.kind = kind
         self.on_change: Callable[[], None] | None = None
         self.age = next(_ages)
         self.state = JobState.QUEUED

@@ -41,4 +41,6 @@ def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[s
         stop_seconds=settings.stop_seconds,
         patience=Patience(silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds),
         quarantine_seconds=settings.quarantine_seconds,
+        max_batch_size=settings.max_batch_size,
+        batch_timeout=settings.batch_timeout,
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from app.engine.base import Catalogue, EngineStatus, Job, JobHandle, StepListener
 from app.engine.failures import RETRY_SECONDS, error_of, model_held, worker_lost
+from app.engine.grouping import Grouping, kind_of
 from app.engine.messages import (
     Alive,
     Cancel,
@@ -42,7 +43,12 @@ _HOPELESS = "No worker can be started; the server's log says why."
 
 
 class LocalEngine:
-    """See `Engine`. `backoff` is the first and the longest pause before a lost worker is replaced, in seconds."""
+    """See `Engine`.
+
+    backoff: the first and the longest pause before a lost worker is replaced, in seconds.
+    max_batch_size: images of different jobs that are denoised together at most; 1 runs each job by itself.
+    batch_timeout: seconds that a free worker waits at most for such jobs, see `Grouping`.
+    """
 
     def __init__(
         self,
@@ -54,12 +60,17 @@ class LocalEngine:
         backoff: tuple[float, float] = (0.1, 30.0),
         patience: Patience | None = None,
         quarantine_seconds: float = 600.0,
+        max_batch_size: int = 1,
+        batch_timeout: float = 0.0,
         make: Spawn = spawn,
     ) -> None:
         self._factory = factory
         self._slots = [Slot(device) for device in devices]
         self._queue = JobQueue()
         self._queue_size = queue_size
+        self._groups = max_batch_size > 1
+        self._grouping = Grouping(max_batch_size, batch_timeout)
+        self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
         self._stop_seconds = stop_seconds
         self._backoff = backoff
         self._patience = patience or Patience()
@@ -80,6 +91,7 @@ class LocalEngine:
         self._draining = True
         for slot in self._slots:
             slot.settle(draining=True)
+        self._dispatch()  # a group that waited for company
         if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
             await asyncio.wait(pending, timeout=seconds)
         self._answer_all()
@@ -107,12 +119,13 @@ class LocalEngine:
             raise QueueFull(
                 f"{self._queue_size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS
             )
-        handle = JobHandle(job, on_step)
+        handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
         if job.deadline_seconds is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(job.deadline_seconds, self._expire, handle)
             handle.result.add_done_callback(lambda _: timer.cancel())
         self._queue.put(handle)
+        self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
         return handle
 
@@ -126,7 +139,7 @@ class LocalEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             pending=len(self._queue),
-            running=sum(slot.running is not None for slot in self._slots),
+            running=len(self._running()),
             devices=tuple(slot.status() for slot in self._slots),
             capacity=self._queue_size,
             draining=self._draining,
@@ -134,8 +147,7 @@ class LocalEngine:
         )
 
     def _unsettled(self) -> list[JobHandle]:
-        running = [slot.running for slot in self._slots if slot.running is not None and not slot.running.settled]
-        return [*running, *self._queue]
+        return [*(handle for handle in self._running() if not handle.settled), *self._queue]
 
     def _answer_all(self) -> None:
         for handle in self._unsettled():
@@ -145,8 +157,8 @@ class LocalEngine:
         """Answer now; the worker is told, and takes the next job when it has reached its next step."""
         if not self._queue.remove(handle):
             for slot in self._slots:
-                if slot.running is handle and slot.process is not None:
-                    slot.process.send(Cancel(handle.job.id))
+                if handle in slot.running:
+                    slot.send(Cancel(handle.job.id))
         handle.fail(error, state)
 
     def _expire(self, handle: JobHandle) -> None:
@@ -156,15 +168,28 @@ class LocalEngine:
             self._give_up(handle, DeadlineExceeded(f"The request still {where} after {limit}, its deadline."))
 
     def _dispatch(self) -> None:
-        """Give waiting jobs to free workers, oldest first."""
-        for slot in self._slots:
-            if self._queue and slot.free and slot.process is not None:
-                handle = self._queue.take()
+        """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        free = [slot for slot in self._slots if slot.free]
+        while free and self._queue:
+            slot = free.pop(0)
+            waiting, running = tuple(self._queue), self._running()
+            group, seconds = self._grouping.choose(waiting, running, idle=len(free), hurry=self._draining)
+            if not group:
+                self._later = asyncio.get_running_loop().call_later(seconds, self._dispatch)
+                return
+            self._queue.take(group)
+            for handle in group:
                 handle.run()
-                slot.running = handle
-                slot.advance()
-                slot.settle(self._draining)
-                slot.process.send(Run(handle.job))
+            slot.running = group
+            slot.advance()
+            slot.settle(self._draining)
+            slot.send(Run(tuple(handle.job for handle in group)))
+
+    def _running(self) -> list[JobHandle]:
+        return [handle for slot in self._slots for handle in slot.running]
 
     async def _supervise(self, slot: Slot) -> None:
         """Keep a worker on this device until cancelled."""
@@ -228,9 +253,9 @@ class LocalEngine:
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
             case Progress(job_id, step):
                 slot.advance()
-                handle = slot.running
-                if handle is not None and handle.job.id == job_id and not handle.settled and handle.on_step is not None:
-                    handle.on_step(step)
+                running = slot.has(job_id)
+                if running is not None and not running.settled and running.on_step is not None:
+                    running.on_step(step)
             case Done(job_id, result, condition):
                 handle = self._release(slot, job_id, condition)
                 if not handle.settled:
@@ -254,11 +279,13 @@ class LocalEngine:
         slot.advance()
 
     def _release(self, slot: Slot, job_id: str, condition: Condition) -> JobHandle:
-        """The worker is idle again; return the job that it had. Raises IllegalTransition when that is another one."""
-        handle = slot.running
-        if handle is None or handle.job.id != job_id:
+        """The worker has ended this job. Raises IllegalTransition when that is none that it has."""
+        handle = slot.has(job_id)
+        if handle is None:
             raise IllegalTransition("the end of a job that it does not have")
-        slot.running = None
+        slot.running.remove(handle)
+        self._grouping.ended(handle)
+        slot.advance()
         slot.condition = condition
         slot.deaths = 0
         return handle
@@ -267,7 +294,7 @@ class LocalEngine:
         """The worker is gone: see to the job that it had, and to those who would wait for nothing."""
         slot.reason = slot.fault or death(code)
         loading, slot.loading = slot.loading, None
-        handle, slot.running = slot.running, None
+        lost, slot.running = slot.running, []
         if not slot.up:
             slot.start_failures += 1
         slot.up, slot.fault, slot.process = False, None, None
@@ -275,15 +302,17 @@ class LocalEngine:
         slot.move(WorkerState.FAILED)
         if self._stopping:
             return
-        lost = {"request_id": handle.job.id} if handle else None
-        _log.error("worker lost device=%s exit_code=%s: %s", slot.device, code, slot.reason, extra=lost)
+        _log.error("worker lost device=%s exit_code=%s: %s", slot.device, code, slot.reason)
+        for handle in lost:
+            _log.error("its worker was lost: %s", slot.reason, extra={"request_id": handle.job.id})
         if loading is not None and self._quarantine.crashed(loading, _held_because(slot.reason)):
             _log.error("model %s is quarantined: %s", loading, self._quarantine.reasons[loading])
             for waiting in self._queue:
                 if waiting.job.model == loading:
                     self._give_up(waiting, model_held(loading, self._quarantine))
-        if handle is not None and not handle.settled:
-            self._take_back(handle, slot.reason)
+        for handle in lost:
+            if not handle.settled:
+                self._take_back(handle, slot.reason)
         if self.hopeless:
             for waiting in self._queue:
                 self._give_up(waiting, NotReady(_HOPELESS, retry_after=RETRY_SECONDS))
@@ -293,7 +322,7 @@ class LocalEngine:
         if handle.job.model in self._quarantine.reasons:
             handle.fail(model_held(handle.job.model, self._quarantine))
         elif handle.attempts < ATTEMPTS:
-            handle.requeue()
+            handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
             self._queue.put(handle)  # it is promised: the bound does not apply
             self._dispatch()
         else:

@@ -6,31 +6,35 @@ docs/decisions/memory-admission.md says why so. Importing this needs no torch.
 from __future__ import annotations
 
 import gc
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
+from app.engine.base import Job, StepsListener
 from cache import CacheStrategy
-from models.base import Generation, GenerationParams, LoadedModel, StepHook
+from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Step, StepHook
 
+_log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, of this process's container
 
 
 def draw(
     model: LoadedModel, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook, device: str
-) -> tuple[Generation, int]:
-    """The generation and how many images were denoised together: at most as many as asked for and as fit.
+) -> Generation:
+    """The generation, in batches of at most as many images as asked for and as fit.
 
     Raises MemoryError before anything is drawn when not even one image fits. A device that runs out of memory all the
     same is freed, and the images are drawn one at a time; the second failure passes through, as all others do.
     """
     asked = min(params.batch_size, len(params.seeds))
-    free = free_bytes(device)
-    together = next((images for images in range(asked, 0, -1) if model.working_bytes(params, images) <= free), 0)
+    together = _fitting(model, params, asked, device)
     if not together:
         need = model.working_bytes(params, 1)
-        raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
+        raise MemoryError(f"an image needs {need} bytes at least, and {free_bytes(device)} are free on {device}")
     generation = _attempt(model, replace(params, batch_size=together), strategy, on_step)
     if generation is None:
         together = 1
@@ -41,7 +45,75 @@ def draw(
         generation.warnings.append(
             f"{asked} images together do not fit into the device's memory: they were denoised {number} at a time."
         )
-    return generation, together
+    return generation
+
+
+def draw_together(
+    model: LoadedModel, jobs: Sequence[Job], on_steps: StepsListener, device: str
+) -> dict[str, Generation | GenerationCancelled]:
+    """What came, by job, of drawing jobs of one kind in as few batches as fit into memory.
+
+    Left out are jobs without company, and those of a batch that failed: the failure may be another one's, or there may
+    be memory for one image. To be cancelled is no failure.
+    """
+    drawn: dict[str, Generation | GenerationCancelled] = {}
+    if len(jobs) < 2:
+        return drawn
+    fitting = _fitting(model, jobs[0].params, sum(len(job.params.seeds) for job in jobs), device)
+    for part in _parts(jobs, fitting):
+        if len(part) > 1:
+            drawn |= _together(model, part, on_steps)
+    if len(drawn) < len(jobs):
+        release(device)
+    return drawn
+
+
+def _together(
+    model: LoadedModel, jobs: Sequence[Job], on_steps: StepsListener
+) -> dict[str, Generation | GenerationCancelled]:
+    def told(steps: Mapping[int, Step]) -> None:
+        on_steps({jobs[index].id: step for index, step in steps.items()})
+
+    try:
+        made = model.generate_together([job.params for job in jobs], jobs[0].strategy, told)
+    except Exception as error:  # noqa: BLE001  # each job is tried by itself, and then says what is wrong with it
+        made = [error] * len(jobs)
+    drawn: dict[str, Generation | GenerationCancelled] = {}
+    for job, one in zip(jobs, made, strict=True):
+        if isinstance(one, Generation | GenerationCancelled):
+            drawn[job.id] = one
+        else:
+            _log.warning("drawn by itself, as it failed with others: %r", one, extra={"request_id": job.id})
+        if isinstance(one, Exception):
+            lighten(one)
+    return drawn
+
+
+def lighten(error: BaseException) -> None:
+    """Let go of what the frames of its traceback hold: tensors of a run that is over."""
+    chained: BaseException | None = error
+    while chained is not None:
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
+
+
+def _parts(jobs: Sequence[Job], images: int) -> list[list[Job]]:
+    """The jobs in their order, in groups of at most so many images; one that has more is by itself."""
+    parts: list[list[Job]] = []
+    room = 0
+    for job in jobs:
+        room -= len(job.params.seeds)
+        if room < 0 or not parts:
+            parts.append([])
+            room = images - len(job.params.seeds)
+        parts[-1].append(job)
+    return parts
+
+
+def _fitting(model: LoadedModel, params: GenerationParams, most: int, device: str) -> int:
+    """How many images of up to `most` the free memory is enough for."""
+    free = free_bytes(device)
+    return next((images for images in range(most, 0, -1) if model.working_bytes(params, images) <= free), 0)
 
 
 def _attempt(

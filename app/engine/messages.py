@@ -15,12 +15,17 @@ FailureKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    job: Job
+    """Draw these jobs, together if they are several; each is reported on by itself."""
+
+    jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this job at its next step; no other job is ever meant, however late this arrives."""
+    """Stop this job at its next step; no other job is ever meant, however late this arrives.
+
+    A job that is drawn together with others is drawn on for their sake, and its pictures are dropped.
+    """
 
     job_id: str
 

@@ -1,9 +1,9 @@
-"""The jobs that wait for a worker: the oldest goes first, whatever happened to it before."""
+"""The jobs that wait for a worker, in the order of their age, whatever happened to them before."""
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from app.engine.base import JobHandle
 
@@ -27,11 +27,11 @@ class JobQueue:
         insort(self._handles, handle, key=lambda other: other.age)
         self._tell()
 
-    def take(self) -> JobHandle:
-        """The oldest. Raises IndexError when none waits."""
-        handle = self._handles.pop(0)
+    def take(self, handles: Sequence[JobHandle]) -> None:
+        """Remove these. Raises ValueError for one that does not wait."""
+        for handle in handles:
+            self._handles.remove(handle)
         self._tell()
-        return handle
 
     def remove(self, handle: JobHandle) -> bool:
         """False: it is not waiting."""

@@ -6,6 +6,7 @@ Importing this needs no torch; `configured_runner` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import psutil
@@ -19,12 +20,14 @@ from app.engine.base import (
     JobResult,
     ModelInfo,
     StepListener,
+    StepsListener,
 )
-from app.engine.memory import draw
+from app.engine.memory import draw, draw_together, lighten
 from app.engine.messages import Condition
 from app.engine.report import summarise_passes
+from app.engine.worker import Finish
 from app.settings import available_cores
-from models.base import LoadedModel, ModelError
+from models.base import Generation, LoadedModel, ModelError
 from models.models_file import Configuration, embedded
 
 
@@ -68,23 +71,19 @@ class RegistryRunner:
         self._registry.get(model)
 
     def run(self, job: Job, on_step: StepListener) -> JobResult:
-        model = self._registry.get(job.model)
+        """One job by itself; whatever `on_step` raises passes."""
+        [finish] = self.draw([job], lambda steps: on_step(steps[job.id]))
+        return finish()
+
+    def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> list[Finish]:
+        """See `Runner`. Jobs that could not be drawn together are drawn one after the other."""
+        model = self._registry.get(jobs[0].model)
         device = self._registry.device
-        generation, batch_size = draw(model, job.params, job.strategy, on_step, device)
-        cache = summarise_passes(generation.passes)
-        pictures = tuple(
-            images.encode(image, job.output_format, images.metadata(job, seed, cache))
-            for image, seed in zip(generation.images, job.params.seeds, strict=True)
-        )
-        said = [sentence for report in generation.reports for sentence in report.warnings]
-        return JobResult(
-            images=pictures,
-            cache=cache,
-            timings=generation.timings,
-            batches=-(-len(job.params.seeds) // batch_size),
-            warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
-            attention=generation.attention,
-        )
+        drawn = draw_together(model, jobs, on_steps, device)
+        return [
+            partial(_finished, job, drawn[job.id] if job.id in drawn else _alone(model, job, on_steps, device))
+            for job in jobs
+        ]
 
     def condition(self) -> Condition:
         device = self._registry.device
@@ -94,6 +93,34 @@ class RegistryRunner:
             memory=_memory(device),
             loaded=tuple(self._registry.loaded),
         )
+
+
+def _alone(model: LoadedModel, job: Job, on_steps: StepsListener, device: str) -> Generation | Exception:
+    try:
+        return draw(model, job.params, job.strategy, lambda step: on_steps({job.id: step}), device)
+    except Exception as error:  # noqa: BLE001  # it is raised again where the job is finished
+        lighten(error)
+        return error
+
+
+def _finished(job: Job, generation: Generation | Exception) -> JobResult:
+    """Encodes the pictures."""
+    if isinstance(generation, Exception):
+        raise generation
+    cache = summarise_passes(generation.passes)
+    pictures = tuple(
+        images.encode(image, job.output_format, images.metadata(job, seed, cache))
+        for image, seed in zip(generation.images, job.params.seeds, strict=True)
+    )
+    said = [sentence for report in generation.reports for sentence in report.warnings]
+    return JobResult(
+        images=pictures,
+        cache=cache,
+        timings=generation.timings,
+        batches=tuple(generation.batches),
+        warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
+        attention=generation.attention,
+    )
 
 
 def configured_runner(

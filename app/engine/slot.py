@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from app.engine.base import DeviceMemory, DeviceStatus, JobHandle
-from app.engine.messages import Condition
+from app.engine.messages import Condition, Order
 from app.engine.process import WorkerProcess
 from app.engine.states import WORKER_MOVES, WorkerState, moved
 
@@ -43,7 +43,7 @@ class Slot:
         self.device = device
         self.state = WorkerState.STARTING
         self.process: WorkerProcess | None = None
-        self.running: JobHandle | None = None
+        self.running: list[JobHandle] = []  # what its worker has not reported the end of
         self.loading: str | None = None  # the model
         self.stage = ""  # the part of it
         self.condition: Condition | None = None
@@ -70,12 +70,21 @@ class Slot:
         elif self.loading is not None:
             self.move(WorkerState.LOADING)
         else:
-            self.move(WorkerState.BUSY if self.running is not None else WorkerState.READY)
+            self.move(WorkerState.BUSY if self.running else WorkerState.READY)
+
+    def send(self, order: Order) -> None:
+        """To its worker, if there is one."""
+        if self.process is not None:
+            self.process.send(order)
+
+    def has(self, job_id: str) -> JobHandle | None:
+        """The job of that id, if the worker has it."""
+        return next((handle for handle in self.running if handle.job.id == job_id), None)
 
     @property
     def free(self) -> bool:
-        """Its worker can be handed a job."""
-        return self.up and self.running is None and self.fault is None
+        """Its worker can be handed jobs."""
+        return self.up and self.process is not None and not self.running and self.fault is None
 
     def advance(self) -> None:
         """The worker got on: it came up, got a job, finished a step or a load."""
@@ -92,7 +101,7 @@ class Slot:
             return f"loading {self.loading} took too long" if waited > patience.load else None
         if not self.up:
             return "it did not come up" if waited > patience.load else None
-        return "its job finished no step" if self.running is not None and waited > patience.stall else None
+        return "its job finished no step" if self.running and waited > patience.stall else None
 
     def status(self) -> DeviceStatus:
         condition = self.condition

@@ -1,4 +1,4 @@
-"""The process that owns a device: takes one job at a time, tells of each step, outlives bad jobs but not its parent."""
+"""The process that owns a device: takes a group of jobs, tells of each step, outlives bad jobs but not its parent."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
-from app.engine.base import Catalogue, Job, JobResult, StepListener
+from app.engine.base import Catalogue, Job, JobResult, StepsListener
 from app.engine.memory import is_exhaustion
 from app.engine.messages import (
     Alive,
@@ -37,6 +37,9 @@ from app.engine.messages import (
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
+Finish = Callable[[], JobResult]
+"""Encodes a job's pictures; raises what the job failed of. Called once."""
+
 
 class Runner(Protocol):
     """The models of one device."""
@@ -51,8 +54,12 @@ class Runner(Protocol):
         """Raises UnknownModel, LoadFailed."""
         ...
 
-    def run(self, job: Job, on_step: StepListener) -> JobResult:
-        """Lets whatever `on_step` raises pass; leaves nothing of the job behind in any case."""
+    def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
+        """Draw jobs of one kind (`grouping.kind_of`), together if they are several; leave nothing of them behind.
+
+        Each job's pictures, or its failure, come out of its `Finish`, in the jobs' order. What `on_steps` raises is
+        the failure of the jobs that the step was told of. Raises what concerns all of them.
+        """
         ...
 
     def condition(self) -> Condition: ...
@@ -149,49 +156,77 @@ class _Line:
 
 
 class _Shift:
-    """One job after another."""
+    """One group of jobs after another."""
 
     def __init__(self, line: _Line, runner: Runner) -> None:
         self._line = line
         self._runner = runner
         self._stopped = False
+        self._given_up: set[str] = set()
 
     def work(self) -> None:
         while not self._stopped:
             match self._line.hear():
-                case Run(job):
-                    self._run(job)
+                case Run(jobs):
+                    self._given_up.clear()
+                    self._run(jobs)
                 case Cancel():
                     pass  # its job was finished before this arrived
                 case Stop():
                     return
 
-    def _run(self, job: Job) -> None:
+    def _run(self, jobs: tuple[Job, ...]) -> None:
         try:
-            if job.model not in self._runner.condition().loaded:
-                self._line.say(Loading(job.model))
-                self._runner.load(job.model)
-                self._line.say(Loaded(job.model))
-            result = self._runner.run(job, lambda step: self._stepped(job, step))
+            model = jobs[0].model
+            if model not in self._runner.condition().loaded:
+                self._line.say(Loading(model))
+                self._runner.load(model)
+                self._line.say(Loaded(model))
+            finishes = self._runner.draw(jobs, self._stepped)
+        except _ParentGone:
+            raise
+        except Exception as error:  # noqa: BLE001  # jobs may fail in any way; the worker answers for them and goes on
+            for job in jobs:
+                self._failed(job, error)
+            return
+        for job, finish in zip(jobs, finishes, strict=True):
+            self._finish(job, finish)
+
+    def _finish(self, job: Job, finish: Finish) -> None:
+        try:
+            self._listen()
+            if job.id in self._given_up:
+                raise GenerationCancelled
+            result = finish()
             _check(job, result)
             self._line.say(Done(job.id, result, self._runner.condition()))
         except _ParentGone:
             raise
-        except Exception as error:  # noqa: BLE001  # a job may fail in any way; the worker answers for it and goes on
-            kind = _kind_of(error)
-            # A device that does not even tell its condition any more ends the process here, and gets a new one.
-            field = error.field if isinstance(error, ModelError) else None
-            self._line.say(Failed(job.id, kind, str(error), traceback.format_exc(), self._runner.condition(), field))
+        except Exception as error:  # noqa: BLE001  # as above
+            self._failed(job, error)
 
-    def _stepped(self, job: Job, step: Step) -> None:
-        self._line.say(Progress(job.id, step))
+    def _failed(self, job: Job, error: Exception) -> None:
+        detail = "".join(traceback.format_exception(error))
+        # A device that does not even tell its condition any more ends the process here, and gets a new one.
+        field = error.field if isinstance(error, ModelError) else None
+        self._line.say(Failed(job.id, _kind_of(error), str(error), detail, self._runner.condition(), field))
+
+    def _stepped(self, steps: Mapping[str, Step]) -> None:
+        """Raises GenerationCancelled when nobody waits any more for what is being drawn."""
+        for job_id, step in steps.items():
+            if job_id not in self._given_up:
+                self._line.say(Progress(job_id, step))
+        self._listen()
+        if self._stopped or self._given_up.issuperset(steps):
+            raise GenerationCancelled
+
+    def _listen(self) -> None:
         while self._line.pending():
             match self._line.hear():
-                case Cancel(job_id) if job_id == job.id:
-                    raise GenerationCancelled
+                case Cancel(job_id):
+                    self._given_up.add(job_id)
                 case Stop():
                     self._stopped = True
-                    raise GenerationCancelled
 
 
 def _check(job: Job, result: object) -> None:

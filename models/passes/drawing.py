@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from models import samplers
-from models.base import GenerationParams, PassReport, Step, StepHook
+from models.base import GenerationParams, PassReport, Step
 
 from .multiscale import Scales
 from .prediction import prediction_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Drawing:
     """A batch of pictures while it is drawn. Passes set `latents`, `width` and `height`, and in the end `images`.
 
-    conditioning: the pipeline's arguments for the text, one row each.
+    conditioning: the pipeline's arguments for the text, each with one row for all images or one an image.
     generators: one an image, on the CPU, seeded once and drawn from by all passes in turn, so that a picture is the
         same on every device and whatever it is batched with.
     width, height: of `latents`, in pixels.
@@ -62,7 +62,7 @@ class Drawing:
     def from_noise(self, name: str) -> torch.Tensor:
         """Latents of width × height pixels, drawn from nothing: all steps of the schedule."""
         size = {"width": self.width, "height": self.height}
-        return self._denoise(name, self.model.pipeline, self.params.steps, self.generators, self.seeds, **size)
+        return self._denoise(name, self.model.pipeline, self.params.steps, slice(None), **size)
 
     def from_pictures(
         self, name: str, pictures: Sequence[Image.Image], strength: float, *, only: int | None = None
@@ -72,16 +72,13 @@ class Drawing:
         They are encoded and noised to where the last `strength` of the schedule begins, as in diffusers' img2img
         pipelines, and denoised from there. There is one an image of the batch, or a single one for the image `only`.
         """
-        generators, seeds = self.generators, self.seeds
-        if only is not None:
-            generators, seeds = [generators[only]], (seeds[only],)
+        images = slice(None) if only is None else slice(only, only + 1)
         width, height = pictures[0].size
         return self._denoise(
             name,
             self.model.from_pictures(),
             self.model.partial_steps(self.params.steps, strength),
-            generators,
-            seeds,
+            images,
             width=width,
             height=height,
             image=list(pictures),
@@ -93,19 +90,19 @@ class Drawing:
         name: str,
         pipeline: Any,
         steps: int,
-        generators: list[torch.Generator],
-        seeds: tuple[int, ...],
+        images: slice,
         *,
         width: int,
         height: int,
         **start: Any,
     ) -> torch.Tensor:
-        """One run of the cache: latents as `pipeline` returns them, one row a generator.
+        """One run of the cache: latents as `pipeline` returns them, one row for each of `images` of the batch.
 
         name: of the pass, for the report. steps: how many the pipeline takes, which is less than the schedule has where
         it begins from a picture. The scheduler is this run's own; the saved one is back afterwards.
         """
         params, model = self.params, self.model
+        generators, seeds = self.generators[images], self.seeds[images]
         takes = inspect.signature(type(pipeline).__call__).parameters
         if "height" in takes:  # else they are the picture's
             start |= {"width": width, "height": height}
@@ -131,7 +128,7 @@ class Drawing:
                 return previews.after(done)
 
             result = pipeline(
-                **{key: tensor.repeat_interleave(len(seeds), dim=0) for key, tensor in self.conditioning.items()},
+                **{key: _rows(tensor, images, len(seeds)) for key, tensor in self.conditioning.items()},
                 **guidance,
                 **({} if timesteps is None else {"timesteps": timesteps}),
                 **start,
@@ -186,15 +183,23 @@ class Drawing:
         return self.model.decode(self.latents, self.width, self.height)
 
 
-class Progress:
-    """Turns the pipelines' callbacks, one a denoiser evaluation or two, into the request's steps.
+def _rows(conditioning: torch.Tensor, images: slice, count: int) -> torch.Tensor:
+    """Those of `images`, which are `count`."""
+    return conditioning.repeat_interleave(count, dim=0) if len(conditioning) == 1 else conditioning[images]
 
+
+class Progress:
+    """Turns the pipelines' callbacks, one a denoiser evaluation or two, into the steps of the requests in a batch.
+
+    on_steps: hears of each step what it was to each request, which differ in their decisions at most.
     total: denoising steps of all passes over all batches; a pass that finds more to do adds to it.
+    items: each request's images in the batch.
     """
 
-    def __init__(self, on_step: StepHook, total: int) -> None:
+    def __init__(self, on_steps: Callable[[Sequence[Step]], None], total: int) -> None:
         self.total = total
-        self._on_step = on_step
+        self.items: Sequence[slice] = (slice(None),)
+        self._on_steps = on_steps
         self._next = 0
 
     def watch(self, report: CacheReport, steps: int, finished: Callable[[int], bytes | None]) -> Any:
@@ -211,10 +216,11 @@ class Progress:
             order, calls = pipeline.scheduler.order, pipeline.num_timesteps
             warm_up = calls - steps * order
             if index == calls - 1 or (index + 1 > warm_up and (index + 1) % order == 0):
-                decision = report.decisions[read:]
-                read = len(report.decisions)
                 done += 1
-                self._on_step(Step(self._next, self.total, decision, finished(done)))
+                preview = finished(done)
+                decisions = [report.decisions_of(items)[read:] for items in self.items]
+                read = len(report.decisions)
+                self._on_steps([Step(self._next, self.total, decision, preview) for decision in decisions])
                 self._next += 1
             return tensors
 

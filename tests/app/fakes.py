@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -31,7 +31,17 @@ from app.engine.states import WorkerState
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
 from models.attention import KERNELS, unavailable
-from models.base import Generation, GenerationParams, LoadFailed, PassReport, Step, StepHook, Timings, UnknownModel
+from models.base import (
+    Generation,
+    GenerationParams,
+    LoadFailed,
+    PassReport,
+    Step,
+    StepHook,
+    StepsHook,
+    Timings,
+    UnknownModel,
+)
 from models.text import TooFewLayers
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
@@ -74,11 +84,32 @@ class FakeModel:
                 on_step(Step(number * params.steps + index, len(batches) * params.steps, letter))
             size = {"width": params.width, "height": params.height}
             passes.append(PassReport(name="base", cache=report, steps=params.steps, **size))
-            for seed in seeds:
-                colour = (seed % 256, seed // 256 % 256, len(params.prompt) % 256)
-                images.append(Image.new("RGB", (params.width, params.height), colour))
+            images += painted(params, seeds)
         timings = Timings(text_seconds=0.1, denoise_seconds=0.2, decode_seconds=0.3)
-        return Generation(images=images, passes=passes, timings=timings, warnings=["The fake says so."])
+        sizes = list(map(len, batches))
+        return Generation(images=images, passes=passes, timings=timings, warnings=["The fake says so."], batches=sizes)
+
+    def generate_together(
+        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
+    ) -> list[Generation | Exception]:
+        """The steps are run once; each request gets its own pictures."""
+        seeds = tuple(seed for params in requests for seed in params.seeds)
+        whole = replace(requests[0], seeds=seeds, batch_size=len(seeds))
+        made = self.generate(whole, strategy, lambda step: on_steps(dict.fromkeys(range(len(requests)), step)))
+        results: list[Generation | Exception] = []
+        start = 0
+        for params in requests:
+            items = slice(start, start := start + len(params.seeds))
+            passes = [replace(one, cache=one.cache.of_items(items, len(seeds))) for one in made.passes]
+            batches = [] if results else made.batches
+            images = painted(params, params.seeds)
+            results.append(replace(made, images=images, passes=passes, batches=batches))
+        return results
+
+
+def painted(params: GenerationParams, seeds: Sequence[int]) -> list[Image.Image]:
+    size = (params.width, params.height)
+    return [Image.new("RGB", size, (seed % 256, seed // 256 % 256, len(params.prompt) % 256)) for seed in seeds]
 
 
 class SlowModel(FakeModel):

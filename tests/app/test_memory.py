@@ -35,7 +35,7 @@ class Watched(FakeModel):
         return super().generate(params, strategy, on_step)
 
 
-def drawn(model: Any, params: GenerationParams = PARAMS) -> tuple[Generation, int]:
+def drawn(model: Any, params: GenerationParams = PARAMS) -> Generation:
     return memory.draw(model, params, NoCache(), lambda step: None, "cpu")
 
 
@@ -48,8 +48,8 @@ def test_as_many_are_denoised_together_as_fit(
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     model = Watched()
-    generation, size = drawn(model, replace(PARAMS, batch_size=asked))
-    assert (model.sizes, size) == ([together], together)
+    generation = drawn(model, replace(PARAMS, batch_size=asked))
+    assert (model.sizes, generation.batches[0]) == ([together], together)
     assert len(generation.images) == 5
     said = [sentence for sentence in generation.warnings if "do not fit" in sentence]
     assert len(said) == (together < asked)
@@ -64,9 +64,9 @@ def test_what_can_never_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_batch_that_runs_out_is_drawn_one_at_a_time_and_equal() -> None:
-    generation, together = drawn(GreedyModel())
+    generation = drawn(GreedyModel())
     alone = FakeModel().generate(replace(PARAMS, batch_size=1), NoCache(), lambda step: None)
-    assert together == 1
+    assert generation.batches == [1] * 5
     assert [image.tobytes() for image in generation.images] == [image.tobytes() for image in alone.images]
     assert any("one at a time" in sentence for sentence in generation.warnings)
 
@@ -142,4 +142,4 @@ async def test_after_it_ran_out_a_request_works_in_the_same_worker() -> None:
 def test_a_runner_counts_the_batches_that_were_drawn() -> None:
     runner = RegistryRunner(FakeRegistry(), "fake device")
     result = runner.run(Job(id="x", model="greedy", params=PARAMS, strategy=NoCache()), lambda step: None)
-    assert (result.batches, len(result.images)) == (5, 5)
+    assert (result.batches, len(result.images)) == ((1,) * 5, 5)

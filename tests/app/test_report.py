@@ -47,7 +47,7 @@ def test_the_recent_rate_forgets_and_the_total_does_not() -> None:
 
     def use(computed: int, reused: int) -> None:
         use = CacheUse(model="fine", strategy="deepcache", computed=computed, reused=reused)
-        metrics.generated(use, queue_seconds=2.0, generation_seconds=1.0, images=1, batches=1)
+        metrics.generated(use, queue_seconds=2.0, generation_seconds=1.0, images=1, batches=(1,))
 
     for _ in range(RECENT):
         use(10, 0)

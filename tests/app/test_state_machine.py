@@ -31,6 +31,7 @@ from tests.app.test_engine import until
 from tests.app.test_server import samples
 
 QUEUE_SIZE = 3
+TOGETHER = 3
 # Which of the jobs that there are by then: how many are taken depends on the threads, so what is drawn must not.
 WHICH = st.integers(0, 99)
 SEEDS = st.integers(0, 255)
@@ -66,6 +67,8 @@ def reachable(old: JobState, new: JobState) -> bool:
 
 
 class Service(RuleBasedStateMachine):
+    shared = 0.0  # jobs, of all runs, that were done in a batch with others
+
     def __init__(self) -> None:
         super().__init__()
         self.nursery = Nursery()
@@ -80,7 +83,9 @@ class Service(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         async def begin() -> httpx.AsyncClient:
-            self.engine = self.nursery.engine(queue_size=QUEUE_SIZE, quarantine_seconds=0.05)
+            self.engine = self.nursery.engine(
+                queue_size=QUEUE_SIZE, quarantine_seconds=0.05, max_batch_size=TOGETHER, batch_timeout=0.01
+            )
             self.context = client_of(self.engine)
             client = await self.context.__aenter__()
             await until(lambda: self.engine.status().ready)
@@ -91,7 +96,7 @@ class Service(RuleBasedStateMachine):
     def body(self, seed: int, steps: int) -> dict[str, Any]:
         return {"prompt": "a", "width": 64, "height": 64, "seed": seed, "steps": steps}
 
-    @rule(seed=SEEDS, steps=st.integers(1, 3), key=st.sampled_from([None, "k", "l"]))
+    @rule(seed=SEEDS, steps=st.integers(1, 2), key=st.sampled_from([None, "k", "l"]))
     def submit(self, seed: int, steps: int, key: str | None) -> None:
         headers = {"Idempotency-Key": f"{key}-{seed}-{steps}"} if key else {}
         response = self.run(self.client.post("/api/jobs", json=self.body(seed, steps), headers=headers))
@@ -107,7 +112,7 @@ class Service(RuleBasedStateMachine):
             self.asked += 1
             assert refusal(response) in REFUSALS
 
-    @rule(seed=SEEDS, steps=st.integers(1, 3))
+    @rule(seed=SEEDS, steps=st.integers(1, 2))
     def generate(self, seed: int, steps: int) -> None:
         async def begin() -> asyncio.Task[httpx.Response]:
             task = asyncio.create_task(self.client.post("/api/generate", json=self.body(seed, steps)))
@@ -190,7 +195,7 @@ class Service(RuleBasedStateMachine):
 
     @invariant()
     def the_queue_is_bounded(self) -> None:
-        assert self.engine.status().pending <= QUEUE_SIZE + 1  # one more: a job that came back from a lost worker
+        assert self.engine.status().pending <= QUEUE_SIZE + TOGETHER  # more: those that came back from a lost worker
 
     def teardown(self) -> None:
         if not hasattr(self, "client"):
@@ -228,6 +233,8 @@ class Service(RuleBasedStateMachine):
         counted = samples((await self.client.get("/metrics")).text)
         total = sum(value for (name, _), value in counted.items() if name == "wavespeed_requests_total")
         assert total == self.asked
+        done, batches = (counted[f"wavespeed_batch_images_{what}", frozenset()] for what in ("sum", "count"))
+        Service.shared += done - batches
 
 
 def colour(answer: dict[str, Any]) -> int:
@@ -247,3 +254,4 @@ def test_every_call_is_refused_or_done_and_every_accepted_job_ends_once() -> Non
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert Service.shared > 0

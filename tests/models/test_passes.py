@@ -250,7 +250,7 @@ def drawing_of(model: Any, images: list[Image.Image], steps: list[Step]) -> Draw
     params = replace(PARAMS, width=512, height=512, seeds=tuple(range(len(images))), adetailer=True)
     with torch.no_grad(), quiet():
         conditioning = model._encode(params)
-    clock, progress = Clock(torch.device("cpu")), Progress(steps.append, 0)
+    clock, progress = Clock(torch.device("cpu")), Progress(steps.extend, 0)
     drawing = Drawing(model, params, params.seeds, conditioning, NoCache(), (512, 512), clock, progress)
     drawing.images = list(images)
     return drawing
