@@ -94,9 +94,8 @@ def application(settings: Settings, factory: RunnerFactory, scale: Scale) -> ser
         graceful_shutdown_timeout_s=settings.drain_seconds + _ANSWERING,
         health_check_period_s=5.0,
     )
-    return ingress.bind(
-        workers.bind(on_device, factory, jobs=scale.jobs, models=scale.models), settings, scale.max_replicas is not None
-    )
+    drawing = workers.bind(on_device, factory, jobs=scale.jobs, models=scale.models)
+    return ingress.bind(drawing, settings, at_once=scale.max_replicas is not None)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
