@@ -14,6 +14,7 @@ from . import adapters, attention, compilation, embedding, limits, samplers
 from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
 from .loading import quiet
 from .share import Share, alike, joined
+from .texts import TextCache, key_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ class PipelineModel(ABC):
         self.compile_backend = "inductor"
         self._denoiser = denoiser
         self._compiled: compilation.CompiledLayers | None = None
+        self._texts = TextCache()
 
     @property
     def denoiser(self) -> Denoiser:
@@ -118,7 +120,7 @@ class PipelineModel(ABC):
         clock = Clock(self.pipeline._execution_device)
         with clock("text"):
             text = written(params)
-            conditioning = self._encode(text)
+            conditioning = self._texts.get(key_of(params), partial(self._encode, text))
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.spec, words, params.width, params.height)
             warnings += self._warnings(text)

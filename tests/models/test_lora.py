@@ -17,6 +17,7 @@ from torch import nn
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, ModelSpec, Step
 from models.lora import COMPONENTS
+from models.texts import TextCache
 from models.unet import SD
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
@@ -147,9 +148,11 @@ def merged(model: LoadedModel, *changes: tuple[Pairs, float]) -> Iterator[None]:
             before.setdefault(name, own.data)
             delta = torch.einsum("or,r...->o...", up.flatten(1).double(), down.double())
             own.data = (own.data.double() + weight * delta).to(own.dtype)
+    texts, model._texts = model._texts, TextCache()  # type: ignore[attr-defined]  # read by these encoders alone
     try:
         yield
     finally:
+        model._texts = texts  # type: ignore[attr-defined]
         for name, data in before.items():
             modules[name].weight.data = data
 
