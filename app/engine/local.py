@@ -196,6 +196,7 @@ class LocalEngine:
         while True:
             slot.move(WorkerState.STARTING)
             slot.advance()
+            _log.info("worker starts device=%s: it reads what the models are, which takes seconds", slot.device)
             avoid = frozenset(self._quarantine.reasons)
             plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
             process = slot.process = WorkerProcess(self._factory, slot.device, plan, self._make)

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from app.progress import bar
 from benchmarks.cache.claims import forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import first_block_overheads, overheads
@@ -97,26 +97,23 @@ def bench_of(registry: Registry, name: str, options: Options) -> tuple[Bench, li
     return bench, settings, Store(options.store, fingerprint(conditions, spec.source))
 
 
-def measure(
-    bench: Bench, settings: Sequence[Setting], store: Store, repeats: int, seconds: float, console: Console
-) -> list[Result]:
+def measure(bench: Bench, settings: Sequence[Setting], store: Store, repeats: int, seconds: float) -> list[Result]:
     """Each setting's result, from the store where it is there: first all qualities, then all times.
 
     No quality is begun after two thirds of `seconds`, and no timing after all of them; what is incomplete then is
     left out.
     """
     started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bar("measuring") as progress:
 
         def going_on(stage: str, todo: list[Setting], until: float) -> Iterator[Setting]:
-            task = progress.add_task(stage, total=len(todo))
+            progress.show(stage, completed=0, total=len(todo))
             for setting in todo:
                 if time.monotonic() - started > until:
                     return
-                progress.update(task, description=f"{stage} {setting.name}")
+                progress.show(f"{stage} {setting.name}")
                 yield setting
-                progress.advance(task)
+                progress.advance()
 
         unseen = [setting for setting in settings if setting.name not in store.results]
         for setting in going_on("quality", unseen, seconds * 2 / 3):
@@ -248,8 +245,9 @@ def main(
     started, names = time.monotonic(), tuple(model or registry.names)
     for turn, name in enumerate(names):
         left = math.inf if minutes is None else (60 * minutes - (time.monotonic() - started)) / (len(names) - turn)
-        bench, settings, kept = bench_of(registry, name, options)
-        results = measure(bench, settings, kept, repeats, left, console)
+        with bar(f"loading {name}"):
+            bench, settings, kept = bench_of(registry, name, options)
+        results = measure(bench, settings, kept, repeats, left)
         said = conditions(registry.spec(name), bench)
         Console(width=130).print(table(said, results))
         section = Section(name, said, results, f"images/pareto-{name}.png")
