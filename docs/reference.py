@@ -21,6 +21,7 @@ MODULES = (
     "app.api.schemas",
     "app.engine.base",
     "app.engine.configured",
+    "app.client",
     "app.report",
 )
 OUTPUT = Path(__file__).resolve().parents[1] / "build" / "reference"
