@@ -1,4 +1,4 @@
-"""What a command says while it works: a bar on stderr, or, where stderr is no terminal, a line every two seconds."""
+"""What a command says while it works: a bar on stderr, or a line in less than two seconds where that is no terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SILENCE = 2.0  # seconds; nobody is left to wonder for longer
+SILENCE = 1.5  # seconds; two, with what the interpreter takes to start: nobody is left to wonder for longer
 
 
 class Bar:
