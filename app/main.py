@@ -13,11 +13,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app import __version__
-from app.api import adapters, docs, generate, health, models, openai, telemetry
+from app.api import adapters, docs, generate, health, models, telemetry
 from app.api import jobs as jobs_api
 from app.api.a1111 import routes as a1111
 from app.api.guard import Guard
 from app.api.middleware import RequestContext, error_response
+from app.api.openai import routes as openai
+from app.api.openai.payload import images_schema
 from app.api.schemas import request_schema
 from app.api.service import Service, catalogue_or_none, request_id_of
 from app.engine.base import Engine
@@ -118,7 +120,7 @@ def _describe(app: FastAPI) -> None:
             request = request_schema()
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
-            schemas.update(a1111.schemas(), ImagesRequest=openai.images_schema())
+            schemas.update(a1111.schemas(), ImagesRequest=images_schema())
         for operations in document["paths"].values():
             for operation in operations.values():
                 _errors_are_json(operation["responses"])
