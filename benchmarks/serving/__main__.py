@@ -138,7 +138,7 @@ async def _load(url: str, api: Any, pid: int | None, key: str | None, one: Load)
 @cli.command("plan")
 def planned(
     rate: Annotated[float, typer.Option(min=0.001, help="Requests a second at the peak.")] = 1000.0,
-    objective: Annotated[float, typer.Option(min=0, help="Seconds.")] = 2.0,
+    objective: Annotated[float, typer.Option(min=0, help="Seconds.")] = 1.0,
     share: Annotated[float, typer.Option(min=0.01, max=0.999, help="Of requests that must keep it.")] = 0.95,
     price: Annotated[float, typer.Option(min=0, help="Of a worker's hour; the default is an example.")] = 2.0,
     workers: Annotated[int, typer.Option(min=1, help="Of a machine, with one queue.")] = 8,

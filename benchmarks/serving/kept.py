@@ -29,6 +29,13 @@ def write(file: Path, kept: Mapping[str, Any]) -> None:
     file.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
+def setting(entry: Mapping[str, Any]) -> str:
+    """An entry's name among those of its load; of a server that is not ours, only what the requests asked."""
+    rules = entry["rules"]
+    caches = f"caches {'on' if rules['caches'] else 'off'}"
+    return f"{caches}, batches of {rules['max_batch']}" if rules["max_batch"] else caches
+
+
 def summary(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Without what only plots and the plan read."""
     return {

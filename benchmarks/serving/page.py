@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.claim import table
 from benchmarks.serving.figures import percentile
+from benchmarks.serving.kept import setting
 from benchmarks.serving.plan import Demand, Fleet
 from benchmarks.serving.prediction import NAMES, Prediction, predict
 from benchmarks.serving.service import ServiceTimes
@@ -53,21 +54,27 @@ def _at_load(one: Mapping[str, Any]) -> list[str]:
     lines = ["## Random arrivals at 70 % of the capacity", "", one["conditions"], ""]
     lines += [*rows(entries), "### The plan's prediction", ""]
     lines += [
-        "From the service times that were measured just before and after (with what they changed meanwhile), the",
-        "simulation of [planning.md](planning.md) predicts the latencies: of 200 runs as long as the measured one,",
-        "with 95 % of single runs between the bounds by the luck of their arrivals alone; and of the arrivals that",
-        "really were. *Closed form*: Pollaczek and Khinchine's mean.",
+        "From the service times that were measured just before and after, the simulation of",
+        "[planning.md](planning.md) predicts the latencies: of 200 runs as long as the measured one and with as many",
+        "arrivals, with 95 % of single runs between the bounds by the luck of when they come. *Replayed*: of the very",
+        "arrivals; what is left is the error of the model. *Closed form*: Pollaczek and Khinchine's mean.",
         "",
-        "| | | measured | predicted | single runs | error | with its arrivals | error | closed form |",
+        "| | | measured | predicted | single runs | error | replayed | error | closed form |",
         "|---" * 9 + "|",
     ]
-    claims = []
+    claims, loads = [], []
     for entry in entries:
         prediction = predict(entry)
         lines += [_predicted(entry, prediction, name) for name in NAMES]
         claims += of_prediction(setting(entry), prediction)
+        loads.append(f"{prediction.load:.0%}")
     drifts = ", ".join(f"{entry['drift']:+.1%}" for entry in entries)
-    lines += ["", f"Service times after over before, in this order: {drifts}.", "", *table(claims)]
+    lines += [
+        "",
+        f"Load in this order: {', '.join(loads)} of the capacity. Service times after over before: {drifts}.",
+        "",
+        *table(claims),
+    ]
     return lines
 
 
@@ -86,11 +93,6 @@ def _overload(one: Mapping[str, Any]) -> list[str]:
 
 
 _SECTIONS = {"closed": _closed, "open": _at_load, "overload": _overload}
-
-
-def setting(entry: Mapping[str, Any]) -> str:
-    rules = entry["rules"]
-    return f"caches {'on' if rules['caches'] else 'off'}, batches of {rules['max_batch']}"
 
 
 def rows(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -151,20 +153,22 @@ def planning(entries: Sequence[Mapping[str, Any]], fleets: Sequence[Fleet], dema
 
 
 def _times(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["| setting | kind | share | occupied, p50 s | p95 s | variation | besides, s |", "|---" * 7 + "|"]
+    lines = [
+        "| setting | kind | share | occupied, p50 s | p95 s | deviation / mean | besides, s "
+        "| batches of 2 / 3 / 4 take |",
+        "|---" * 8 + "|",
+    ]
     for entry in entries:
         times = ServiceTimes.from_dict(entry["times"])
         for kind, weight in entry["mix"]:
-            busy = times.kinds[kind].busy
-            p50, p95 = percentile(busy, 0.5), percentile(busy, 0.95)
-            variation = statistics.pstdev(busy) / statistics.fmean(busy)
+            one = times.kinds[kind]
+            p50, p95 = percentile(one.busy, 0.5), percentile(one.busy, 0.95)
+            variation = statistics.pstdev(one.busy) / statistics.fmean(one.busy)
+            batches = " / ".join(f"{factor:.2f}" for size, factor in sorted(one.batches.items()) if size > 1)
             lines.append(
                 f"| {setting(entry)} | {kind} | {weight:.0%} | {p50:.3f} | {p95:.3f} | {variation:.2f} "
-                f"| {times.rest(kind):+.3f} |"
+                f"| {times.rest(kind):+.3f} | {batches and batches + ' times as long'} |"
             )
-        if len(times.batches) > 1:
-            factors = ", ".join(f"{size}: {factor:.2f}" for size, factor in sorted(times.batches.items()))
-            lines.append(f"| {setting(entry)} | *time of a batch over that of one image*: {factors} | | | | | |")
     return [*lines, ""]
 
 

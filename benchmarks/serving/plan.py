@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.serving.figures import percentile
+from benchmarks.serving.kept import setting
 from benchmarks.serving.queueing import allen_cunneen
 from benchmarks.serving.service import ServiceTimes
 from benchmarks.serving.simulation import Machine, poisson_kinds, simulate
@@ -57,11 +58,24 @@ class Fleet:
         return None if self.machines is None else self.machines * self.machine.workers
 
 
-def within(machine: Machine, rate: float, kinds: Kinds, times: ServiceTimes, objective: float, seed: int) -> float:
-    """The share of requests that are answered in time; a refused one is not. Arrivals are the same, only denser."""
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """A machine at a rate. within: the share of requests that keep the objective; busy: that of its workers' time."""
+
+    within: float
+    busy: float
+
+
+def operated(
+    machine: Machine, rate: float, kinds: Kinds, times: ServiceTimes, objective: float, seed: int = 0
+) -> Operated:
+    """A refused request is not in time. Arrivals are the same at each rate, only denser."""
     source = random.Random(seed)
-    outcomes = simulate(machine, poisson_kinds(rate, ARRIVALS, kinds, source), times, source)
-    return sum(one is not None and one.latency <= objective for one in outcomes) / len(outcomes)
+    arrivals = poisson_kinds(rate, ARRIVALS, kinds, source)
+    found = [one for one in simulate(machine, arrivals, times, source) if one is not None]
+    good = sum(one.latency <= objective for one in found)
+    seconds = arrivals[-1][0]
+    return Operated(good / ARRIVALS, sum(one.occupied for one in found) / (machine.workers * seconds))
 
 
 def highest_rate(machine: Machine, kinds: Kinds, times: ServiceTimes, demand: Demand, seed: int = 0) -> float:
@@ -69,7 +83,7 @@ def highest_rate(machine: Machine, kinds: Kinds, times: ServiceTimes, demand: De
     low, high = 0.0, machine.workers * machine.max_batch / times.mean(kinds)
 
     def keeps(rate: float) -> bool:
-        return within(machine, rate, kinds, times, demand.objective, seed) >= demand.share
+        return operated(machine, rate, kinds, times, demand.objective, seed).within >= demand.share
 
     if not keeps(high / 1000):
         return 0.0
@@ -81,9 +95,9 @@ def highest_rate(machine: Machine, kinds: Kinds, times: ServiceTimes, demand: De
 
 def fleet(name: str, machine: Machine, kinds: Kinds, times: ServiceTimes, demand: Demand, seed: int = 0) -> Fleet:
     rate = highest_rate(machine, kinds, times, demand, seed)
-    busy = rate * times.mean(kinds) / machine.workers
     if not rate:
         return Fleet(name, machine, 0.0, 0.0, None, None, None)
+    busy = operated(machine, rate, kinds, times, demand.objective, seed).busy
     machines = math.ceil(demand.rate / rate)
     cost = 1000 * machines * machine.workers * demand.price / (3600 * demand.rate)
     source = random.Random(seed)
@@ -119,7 +133,6 @@ def settings(entries: Sequence[Mapping[str, Any]], workers: int) -> list[tuple[s
     for entry in entries:
         rules = entry["rules"]
         machine = Machine(workers, rules["max_batch"], rules["queue"])
-        name = f"caches {'on' if rules['caches'] else 'off'}, batches of {rules['max_batch']}"
         kinds = [(kind, weight) for kind, weight in entry["mix"]]
-        found.append((name, machine, kinds, ServiceTimes.from_dict(entry["times"])))
+        found.append((setting(entry), machine, kinds, ServiceTimes.from_dict(entry["times"])))
     return found

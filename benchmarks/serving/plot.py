@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.serving.page import setting
+from benchmarks.serving.kept import setting
 from benchmarks.serving.plan import curve, settings
 from benchmarks.serving.prediction import predict
 
@@ -40,7 +40,7 @@ def at_load(entries: Sequence[Mapping[str, Any]], file: Path) -> None:
     panel = figure.subplots()
     for number, entry in enumerate(entries):
         found = sorted(
-            latency for at, latency, status, _ in entry["points"] if status == 200 and at >= entry["warm_up"]
+            latency for at, latency, status, *_ in entry["points"] if status == 200 and at >= entry["warm_up"]
         )
         shares = [(place + 1) / len(found) for place in range(len(found))]
         color = _COLORS[number % 4]
@@ -72,7 +72,7 @@ def overload(entries: Sequence[Mapping[str, Any]], file: Path) -> None:
     for column, entry in enumerate(entries):
         top, middle, low = (panels[row][column] for row in range(3))
         for status, color, label in ((200, _COLORS[1], "accepted"), (429, _COLORS[3], "refused, 429")):
-            points = [(at, latency) for at, latency, answered, _ in entry["points"] if answered == status]
+            points = [(at, latency) for at, latency, answered, *_ in entry["points"] if answered == status]
             top.plot(*zip(*points, strict=True), ".", color=color, markersize=4, label=label) if points else None
         bound = (entry["rules"]["queue"] + 1) * entry["held"]["service_longest"]
         top.axhline(bound, color="black", linewidth=0.8, label="(places + 1) × longest service")
@@ -100,7 +100,7 @@ def load_curves(entries: Sequence[Mapping[str, Any]], workers: int, share: float
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     panel = figure.subplots()
     for number, (name, machine, kinds, times) in enumerate(settings(entries, workers)):
-        most = machine.workers / times.mean(kinds) / (times.factor(machine.max_batch) / machine.max_batch)
+        most = machine.workers / times.mean(kinds, machine.max_batch)
         rates = [most * part / 20 for part in range(1, 20)]
         panel.plot(rates, curve(machine, kinds, times, rates, share), color=_COLORS[number % 4], label=name)
     panel.axhline(objective, color="black", linewidth=0.8)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.serving.figures import Spread
 from benchmarks.serving.queueing import pollaczek_khinchine
 from benchmarks.serving.service import ServiceTimes
-from benchmarks.serving.simulation import Arrival, Machine, Outcome, poisson_kinds, simulate
+from benchmarks.serving.simulation import Arrival, Machine, Outcome, simulate
 
 REPLICAS = 200  # simulated runs as long as the measured one
 REPLAYS = 20
@@ -20,13 +20,14 @@ NAMES = ("mean", "p50", "p95")
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Latencies in seconds, each of `NAMES`.
+    """Latencies in seconds, each of `NAMES`, at the load that there was: `load`, a share of one worker's time.
 
-    model: of all simulated runs together; low, high: between which 95 % of single runs as long as the measured one lie,
-    by the luck of their arrivals alone. replay: of the arrivals that really were. closed_form: the mean, where there is
-    one: one worker without batches.
+    model: of all simulated runs together, with as many arrivals as there were; low, high: between which 95 % of single
+    runs lie, by the luck of when they come. replay: of the very arrivals. closed_form: the mean, where there is one:
+    one worker without batches.
     """
 
+    load: float
     measured: dict[str, float]
     model: dict[str, float]
     low: dict[str, float]
@@ -47,30 +48,26 @@ def predict(entry: Mapping[str, Any], seed: int = 0) -> Prediction:
     rules = entry["rules"]
     machine = Machine(max_batch=rules["max_batch"], queue_size=rules["queue"])
     kinds = [(name, weight) for name, weight in entry["mix"]]
-    until, warm_up, rate = entry["seconds"], entry["warm_up"], entry["rate"]
     source = random.Random(seed)
+    real = [(scheduled, kind) for scheduled, _, _, kind, *_ in entry["points"]]
+    rate = len(real) / entry["seconds"]
 
     def latencies(arrivals: Sequence[Arrival]) -> list[float]:
-        outcomes = simulate(machine, arrivals, times, source)
         return [
             one.latency
-            for (at, _), one in zip(arrivals, outcomes, strict=True)
-            if isinstance(one, Outcome) and at >= warm_up
+            for (at, _), one in zip(arrivals, simulate(machine, arrivals, times, source), strict=True)
+            if isinstance(one, Outcome) and at >= entry["warm_up"]
         ]
 
-    def run() -> list[float]:
-        arrivals = poisson_kinds(rate, int(2 * rate * until) + 20, kinds, source)
-        return latencies([arrival for arrival in arrivals if arrival[0] < until])
-
-    runs = [found for found in (run() for _ in range(REPLICAS)) if found]
+    runs = [latencies(_at_random(len(real), entry["seconds"], kinds, source)) for _ in range(REPLICAS)]
     spreads = [Spread.of(found) for found in runs]
     pooled = Spread.of([latency for found in runs for latency in found])
-    real = [(scheduled, kind) for scheduled, _, _, kind in entry["points"]]
     replays = [Spread.of(latencies(real)) for _ in range(REPLAYS)]
     single = times.sample(kinds, 20_000, source)
     rest = sum(times.rest(kind) * weight for kind, weight in kinds) / sum(weight for _, weight in kinds)
     wait = pollaczek_khinchine(rate, single) if rules["max_batch"] == 1 else None
     return Prediction(
+        load=rate / entry["capacity"],
         measured={name: entry["figures"]["latency"][name] for name in NAMES},
         model={name: getattr(pooled, name) for name in NAMES},
         low={name: _quantile([getattr(one, name) for one in spreads], 0.025) for name in NAMES},
@@ -78,6 +75,12 @@ def predict(entry: Mapping[str, Any], seed: int = 0) -> Prediction:
         replay={name: statistics.fmean(getattr(one, name) for one in replays) for name in NAMES},
         closed_form=None if wait is None else wait + statistics.fmean(single) + rest,
     )
+
+
+def _at_random(count: int, seconds: float, kinds: Sequence[tuple[str, float]], source: random.Random) -> list[Arrival]:
+    """A Poisson process of which the number of arrivals is known: each comes at any time, as likely as at another."""
+    drawn = source.choices([name for name, _ in kinds], [weight for _, weight in kinds], k=count)
+    return list(zip(sorted(source.uniform(0, seconds) for _ in range(count)), drawn, strict=True))
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -57,15 +57,11 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a server was told, and whether its requests cached."""
+    """What a server was told, `max_batch` 0 for one that is not ours, and whether requests cached."""
 
     caches: bool
     max_batch: int
     queue_size: int = 64
-
-    @property
-    def name(self) -> str:
-        return f"caches {'on' if self.caches else 'off'}, batches of {self.max_batch}"
 
 
 @dataclass(slots=True)
@@ -90,14 +86,15 @@ class Measured:
 
 
 @asynccontextmanager
-async def serving(setup: Setup, max_batch: int, queue_size: int = 64) -> AsyncIterator[Target]:
+async def serving(setup: Setup, max_batch: int, queue_size: int = 64, **others: str) -> AsyncIterator[Target]:
+    """`others`: further environment variables."""
     settings = {
         "WAVESPEED_DEVICE": "cpu",
         "WAVESPEED_THREADS": str(setup.threads),
         "LD_MAX_BATCH_SIZE": str(max_batch),
         "WAVESPEED_QUEUE_SIZE": str(queue_size),
     }
-    with running(setup.serve, **settings) as server:
+    with running(setup.serve, **(settings | others)) as server:
         host, port = server.address
         async with reaching(f"http://{host}:{port}", Native(), server.process.pid) as target:
             yield target
@@ -121,22 +118,30 @@ async def closed(setup: Setup) -> list[Measured]:
 async def at_load(setup: Setup) -> list[Measured]:
     """Poisson arrivals at 70 % of what each server can do, service times measured before and after."""
     found = []
-    for caches, max_batch in ((False, 1), (True, 1), (True, BATCH)):
-        rules = Rules(caches, max_batch)
-        async with serving(setup, max_batch) as target:
-            mix = setup.mix(setup.mixed, caches)
-            await target.warm(mix)
-            times = await measure(target.ask, mix, seed=setup.seed)
-            before = times.mean(weights(mix))
-            if max_batch > 1:
-                sizes = range(1, max_batch + 1)
-                times.batches = await measure_batches(target.ask, mix[0], sizes, seed=setup.seed)
-            capacity = 1 / before if max_batch == 1 else await _capacity(setup, target, mix)
-            run = await target.run(setup.load(f"{LOAD:.0%} load", mix, rate=LOAD * capacity))
-            after = await measure(target.ask, mix, seed=setup.seed + 2)
-            times.add(after)
-            found.append(Measured(rules, run, times, after.mean(weights(mix)) / before - 1, capacity))
+    async with serving(setup, 1) as target:
+        for caches, share in ((False, 1.0), (True, 0.7)):
+            found.append(await _at_load(setup, target, target, Rules(caches, 1), share))
+    # Single requests have to be measured where a free worker waits for no company.
+    async with serving(setup, BATCH) as target, serving(setup, BATCH, LD_BATCH_TIMEOUT="0") as hasty:
+        found.append(await _at_load(setup, target, hasty, Rules(True, BATCH), 0.7))
     return found
+
+
+async def _at_load(setup: Setup, target: Target, hasty: Target, rules: Rules, share: float) -> Measured:
+    mix = setup.mix(setup.mixed, rules.caches)
+    await target.warm(mix)
+    if hasty is not target:
+        await hasty.warm(mix)
+    times = await measure(hasty.ask, mix, seed=setup.seed)
+    before = times.mean(weights(mix))
+    capacity = 1 / before
+    if rules.max_batch > 1:
+        await measure_batches(hasty.ask, mix, times, range(1, rules.max_batch + 1), seed=setup.seed)
+        capacity = await _capacity(setup, target, mix)
+    run = await target.run(setup.load(f"{LOAD:.0%} load", mix, share, rate=LOAD * capacity))
+    after = await measure(hasty.ask, mix, seed=setup.seed + 1)
+    times.add(after)
+    return Measured(rules, run, times, after.mean(weights(mix)) / before - 1, capacity)
 
 
 async def overload(setup: Setup) -> list[Measured]:
@@ -156,5 +161,5 @@ async def overload(setup: Setup) -> list[Measured]:
 
 async def _capacity(setup: Setup, target: Target, mix: Mix) -> float:
     """Images a second that busy clients get."""
-    load = setup.load("busy", mix, 1 / 6, clients=CLIENTS)
+    load = setup.load("busy", mix, 1 / 7, clients=CLIENTS)
     return (await target.run(load)).figures.finished

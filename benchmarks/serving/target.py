@@ -71,10 +71,10 @@ class Run:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON. `points`: for each request its schedule, its latency and its answer's status."""
+        """Ready for JSON. `points`: for each request schedule, latency, status, kind, wait and service."""
         load = self.load
         asked = {"rate": load.rate, "clients": load.clients, "seconds": load.seconds, "warm_up": load.warm_up}
-        points = [[round(o.scheduled, 4), round(o.latency, 4), o.answer.status, o.kind] for o in self.samples]
+        points = [_point(one) for one in self.samples]
         looks = [[round(look.at, 2), look.server, look.workers, look.waiting] for look in self.looks]
         return {
             "name": load.name,
@@ -85,6 +85,12 @@ class Run:
             "points": points,
             "looks": looks,
         }
+
+
+def _point(one: Sample) -> list[Any]:
+    seconds = (one.answer.queue, one.answer.service)
+    known = [None if value is None else round(value, 4) for value in seconds]
+    return [round(one.scheduled, 4), round(one.latency, 4), one.answer.status, one.kind, *known]
 
 
 @dataclass(frozen=True, slots=True)

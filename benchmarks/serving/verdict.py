@@ -59,7 +59,7 @@ def of_prediction(name: str, prediction: Prediction) -> list[Claim]:
         Claim(
             f"{name}: {what} latency predicted within {NEAR:.0%}",
             f"{prediction.model[what]:.3f} s for {prediction.measured[what]:.3f} s, {prediction.error(what):+.0%}; "
-            f"with the arrivals that were, {prediction.replay_error(what):+.0%}",
+            f"replayed, {prediction.replay_error(what):+.0%}",
             abs(prediction.error(what)) <= NEAR,
         )
         for what in NAMES
