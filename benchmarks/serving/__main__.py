@@ -69,15 +69,25 @@ def scenarios(
     kept = store.read(data)
     for name in chosen:
         entries = [measured.as_dict() for measured in asyncio.run(SCENARIOS[name](setup))]
-        kept[name] = {"conditions": _conditions(setup), "entries": entries}
+        command_line = shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]])
+        kept[name] = {"command": command_line, "conditions": _conditions(setup), "entries": entries}
         store.write(data, {name: kept[name] for name in SCENARIOS if name in kept})
         _print(name, entries)
-    plots = _draw(kept, file)
-    page.write(file, shlex.join(["python", "-m", "benchmarks.serving", *sys.argv[1:]]), kept, plots)
+    page.write(file, kept, _draw(kept, file))
     claims = [claim for entry in kept.get("overload", {"entries": []})["entries"] for claim in of_overload(entry)]
     claims += of_closed(kept["closed"]["entries"]) if "closed" in kept else []
     measured = store.summary({name: kept[name] for name in chosen})
     print(json.dumps({"scenarios": measured, "claims": [asdict(claim) for claim in claims]}))
+
+
+@cli.command("page")
+def drawn_again(
+    data: Annotated[Path, typer.Option(help="What was measured.")] = store.FILE,
+    file: Annotated[Path, typer.Option("--page", help="The page to write.")] = ROOT / "docs" / "serving.md",
+) -> None:
+    """Write docs/serving.md and its plots again from what was measured before."""
+    kept = store.read(data)
+    page.write(file, kept, _draw(kept, file))
 
 
 @cli.command("load")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,12 +34,13 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Of what was scheduled between the warm-up and the end, `seconds` apart.
+    """Of what was scheduled within the windows that count, `seconds` long together.
 
-    offered: requests a second; finished: images a second, of answers that came within those seconds, whenever they were
-    asked for. latency: of requests that got their pictures, wait: how long they queued, as the server says; both are
-    None where there is none. within: share of all requests that got their pictures within the objective, so a refused
-    one is a miss; goodput: those a second. late: between schedule and sending, the client's own fault.
+    offered: requests a second; finished: images a second, of answers that came within a window, whenever they were
+    asked for, the median over the windows. latency: of requests that got their pictures; wait: how long they queued, as
+    the server says; both are None where there is none. within: share of all requests that got their pictures within the
+    objective, so a refused one is a miss; goodput: those a second. late: between schedule and sending, the client's own
+    fault.
     """
 
     seconds: float
@@ -58,13 +60,16 @@ class Figures:
     late: float
 
 
-def figures(samples: Sequence[Sample], *, warm_up: float, until: float, objective: float) -> Figures:
-    """Times in seconds of the load; `until` is the end of its schedule."""
-    seconds = until - warm_up
-    counted = [one for one in samples if warm_up <= one.scheduled < until]
+def figures(samples: Sequence[Sample], windows: Sequence[tuple[float, float]], objective: float) -> Figures:
+    """`windows`: from and up to when, in seconds of the load."""
+    seconds = sum(until - since for since, until in windows)
+    counted = [one for one in samples if any(since <= one.scheduled < until for since, until in windows)]
     answered = [one for one in counted if one.ok]
     refused = [one for one in counted if one.answer.status in (429, 503)]
-    finished = sum(one.answer.images for one in samples if one.ok and warm_up <= one.finished < until)
+    finished = [
+        sum(one.answer.images for one in samples if one.ok and since <= one.finished < until) / (until - since)
+        for since, until in windows
+    ]
     good = sum(one.latency <= objective for one in answered)
     computed = sum(one.answer.computed for one in answered)
     reused = sum(one.answer.reused for one in answered)
@@ -72,7 +77,7 @@ def figures(samples: Sequence[Sample], *, warm_up: float, until: float, objectiv
         seconds=seconds,
         requests=len(counted),
         offered=len(counted) / seconds,
-        finished=finished / seconds,
+        finished=statistics.median(finished),
         latency=_spread([one.latency for one in answered]),
         wait=_spread([one.answer.queue for one in answered if one.answer.queue is not None]),
         service=_spread([one.answer.service for one in answered if one.answer.service is not None]),

@@ -21,17 +21,18 @@ latency counts from the scheduled time, not from the sending: a client that is h
 look fast. *Late* is the 99th percentile of what the client itself was behind its schedule. **Closed loop**: clients
 that ask again as soon as they are answered.
 
-The first seconds of each load are left out. A percentile is the least measured value that so many values do not exceed.
-*In time* is the share of all requests, refused ones included, that got their pictures within the objective, and
-*goodput* how many a second those are. *Wait* is what the answers say of their time in the queue. Memory is resident, of
-the server's process and of its worker; growth is that of the median of the last third over the first.
+The first seconds of an open loop are left out; a closed loop counts up to its last answer. A percentile is the least
+measured value that so many values do not exceed. *In time* is the share of all requests, refused ones included, that
+got their pictures within the objective, and *goodput* how many a second those are. *Wait* is what the answers say of
+their time in the queue. Memory is resident, of the server's process and of its worker; growth is that of the median of
+the last third over the first.
 
 Kinds of requests: """
 
 
-def write(file: Path, command: str, kept: Mapping[str, Any], plots: Mapping[str, str]) -> None:
+def write(file: Path, kept: Mapping[str, Any], plots: Mapping[str, str]) -> None:
     """`kept`: scenarios by name, each with conditions and entries; `plots`: by scenario, relative to the page."""
-    lines = ["# Under load", "", f"Written by `{command}`; edit the command, not the figures.", ""]
+    lines = ["# Under load", "", "Written by the commands that it names; edit those, not the figures.", ""]
     kinds = {kind: None for one in kept.values() for entry in one["entries"] for kind, _ in entry["mix"]}
     lines += [_HOW + ", ".join(kinds) + ".", ""]
     for name, section in _SECTIONS.items():
@@ -44,14 +45,15 @@ def write(file: Path, command: str, kept: Mapping[str, Any], plots: Mapping[str,
 
 def _closed(one: Mapping[str, Any]) -> list[str]:
     clients = one["entries"][0]["clients"]
-    lines = [f"## {clients} clients that ask at once again", "", one["conditions"], ""]
+    lines = [f"## {clients} clients that ask at once again", "", *_conditions(one)]
+    lines += [f"{one['entries'][0]['rounds']} rounds over all settings; images a second are the median of them.", ""]
     lines += [*rows(one["entries"]), *table(of_closed(one["entries"]))]
     return lines
 
 
 def _at_load(one: Mapping[str, Any]) -> list[str]:
     entries = one["entries"]
-    lines = ["## Random arrivals at 70 % of the capacity", "", one["conditions"], ""]
+    lines = ["## Random arrivals at 70 % of the capacity", "", *_conditions(one)]
     lines += [*rows(entries), "### The plan's prediction", ""]
     lines += [
         "From the service times that were measured just before and after, the simulation of",
@@ -88,8 +90,12 @@ def _predicted(entry: Mapping[str, Any], found: Prediction, name: str) -> str:
 
 
 def _overload(one: Mapping[str, Any]) -> list[str]:
-    lines = ["## Three times too much", "", one["conditions"], "", *rows(one["entries"])]
+    lines = ["## Three times too much", "", *_conditions(one), *rows(one["entries"])]
     return lines + table([claim for entry in one["entries"] for claim in of_overload(entry)])
+
+
+def _conditions(one: Mapping[str, Any]) -> list[str]:
+    return [f"`{one['command']}`", "", one["conditions"], ""]
 
 
 _SECTIONS = {"closed": _closed, "open": _at_load, "overload": _overload}

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.serving.kept import setting
 from benchmarks.serving.plan import curve, settings
 from benchmarks.serving.prediction import predict
+from benchmarks.serving.verdict import longest_wait
 
 _COLORS = ("#6c757d", "#2a9d8f", "#f77f00", "#c1121f")
 _GREY = "#adb5bd"
@@ -74,8 +75,8 @@ def overload(entries: Sequence[Mapping[str, Any]], file: Path) -> None:
         for status, color, label in ((200, _COLORS[1], "accepted"), (429, _COLORS[3], "refused, 429")):
             points = [(at, latency) for at, latency, answered, *_ in entry["points"] if answered == status]
             top.plot(*zip(*points, strict=True), ".", color=color, markersize=4, label=label) if points else None
-        bound = (entry["rules"]["queue"] + 1) * entry["held"]["service_longest"]
-        top.axhline(bound, color="black", linewidth=0.8, label="(places + 1) × longest service")
+        bound = longest_wait(entry["rules"]) * entry["held"]["service_longest"]
+        top.axhline(bound, color="black", linewidth=0.8, label="longest service × those of the last place")
         top.set_title(f"{setting(entry)}: {entry['rate']:.1f} requests a second", fontsize="medium")
         looks = entry["looks"]
         middle.step([look[0] for look in looks], [look[3] or 0 for look in looks], where="post", color=_COLORS[2])

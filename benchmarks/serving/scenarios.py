@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from benchmarks.serving.service import ServiceTimes, measure, measure_batches, w
 from benchmarks.serving.target import Load, Run, Target, reaching
 
 CLIENTS = 8
+ROUNDS = 3
 LOAD = 0.7  # of the capacity
 OVERLOAD = 3.0  # times the capacity
 BATCH = 4
@@ -24,7 +26,7 @@ QUEUE = CLIENTS  # places of the overloaded server
 class Setup:
     """`serve`: arguments of `python` that start the server. `threads`: that its worker computes with.
 
-    `seconds`: of an open loop; the others need fewer and take a share of it. A twentieth is warm-up, everywhere.
+    `seconds`: of an open loop; the others need fewer and take a share of it. A twentieth is an open loop's warm-up.
     """
 
     serve: Sequence[str] = SERVE
@@ -47,7 +49,7 @@ class Setup:
             name=name,
             mix=mix,
             seconds=share * self.seconds,
-            warm_up=self.seconds / 20,
+            warm_up=0.0 if clients else self.seconds / 20,
             objective=self.objective,
             seed=self.seed,
             rate=rate,
@@ -101,18 +103,23 @@ async def serving(setup: Setup, max_batch: int, queue_size: int = 64, **others: 
 
 
 async def closed(setup: Setup) -> list[Measured]:
-    """Eight clients that ask again at once, with and without caches and batches."""
-    found = []
-    for max_batch in (1, BATCH):
-        async with serving(setup, max_batch) as target:
-            for mix in (setup.square, setup.mixed):
-                for caches in (False, True):
-                    asked = setup.mix(mix, caches)
-                    await target.warm(asked)
-                    name = "one kind" if len(mix) == 1 else f"{len(mix)} kinds"
-                    load = setup.load(name, asked, 1 / 4, clients=CLIENTS)
-                    found.append(Measured(Rules(caches, max_batch), await target.run(load)))
-    return found
+    """Eight clients that ask again at once, with and without caches and batches.
+
+    In rounds over all settings, since a machine that is slow for a while should be so for all of them.
+    """
+    rounds: dict[tuple[str, Rules], list[Run]] = {}
+    async with serving(setup, 1) as single, serving(setup, BATCH) as batching:
+        targets = {1: single, BATCH: batching}
+        for turn in range(ROUNDS + 1):  # the first one warms
+            for mix, caches, max_batch in itertools.product((setup.square, setup.mixed), (False, True), targets):
+                asked = setup.mix(mix, caches)
+                if not turn:
+                    await targets[max_batch].warm(asked)
+                    continue
+                name = "one kind" if len(mix) == 1 else f"{len(mix)} kinds"
+                run = await targets[max_batch].run(setup.load(name, asked, 1 / 8, clients=CLIENTS))
+                rounds.setdefault((name, Rules(caches, max_batch)), []).append(run)
+    return [Measured(rules, Run.joined(runs)) for (_, rules), runs in rounds.items()]
 
 
 async def at_load(setup: Setup) -> list[Measured]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -38,25 +39,46 @@ class Load:
 
 @dataclass(slots=True)
 class Run:
+    """`windows`: the seconds that count, of each round that was made.
+
+    If none are given: one, from the warm-up to the end of the schedule, or of a closed loop to the last answer.
+    """
+
     load: Load
     samples: list[Sample]
     looks: list[Look] = field(repr=False)
+    windows: list[tuple[float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            ends = [one.finished for one in self.samples if self.load.clients]
+            self.windows = [(self.load.warm_up, math.nextafter(max(ends, default=self.load.seconds), math.inf))]
+
+    @classmethod
+    def joined(cls, rounds: Sequence[Run]) -> Run:
+        """Rounds of one load, as if the second had begun when the first was answered."""
+        whole = Run(rounds[0].load, [], [], [(0.0, 0.0)])
+        whole.windows, began = [], 0.0
+        for one in rounds:
+            whole.samples += [
+                replace(s, scheduled=s.scheduled + began, sent=s.sent + began, finished=s.finished + began)
+                for s in one.samples
+            ]
+            whole.looks += [replace(look, at=look.at + began) for look in one.looks]
+            whole.windows += [(since + began, until + began) for since, until in one.windows]
+            began += max(one.load.seconds, *(s.finished for s in one.samples))
+        return whole
 
     @property
     def figures(self) -> Figures:
-        load = self.load
-        return figures(self.samples, warm_up=load.warm_up, until=load.seconds, objective=load.objective)
-
-    @property
-    def counted_looks(self) -> list[Look]:
-        return [look for look in self.looks if look.at >= self.load.warm_up]
+        return figures(self.samples, self.windows, self.load.objective)
 
     def held(self) -> dict[str, Any]:
         """Megabytes at the end and growth since the warm-up, of the server's process and its workers.
 
         Besides, the longest queue that was seen and the longest service, in seconds.
         """
-        looks = self.counted_looks
+        looks = [look for look in self.looks if look.at >= self.load.warm_up]
         services = [one.answer.service for one in self.samples if one.answer.service is not None]
         waiting = [look.waiting for look in looks if look.waiting is not None]
         found: dict[str, Any] = {
@@ -80,6 +102,7 @@ class Run:
             "name": load.name,
             "seed": load.seed,
             **asked,
+            "rounds": len(self.windows),
             "figures": asdict(self.figures),
             "held": self.held(),
             "points": points,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ def of_overload(entry: Mapping[str, Any]) -> list[Claim]:
     queue, statuses = rules["queue"], found["statuses"]
     others = {status: count for status, count in statuses.items() if status not in ("200", "429")}
     longest, p99 = held["service_longest"], found["latency"]["p99"]
-    bound = (queue + 1) * longest
+    rounds = longest_wait(rules)
+    bound = rounds * longest
     claims = [
         Claim(f"{where}: every request is answered, 200 or 429", _counts(statuses), not others),
         Claim(
@@ -34,7 +36,7 @@ def of_overload(entry: Mapping[str, Any]) -> list[Claim]:
             held["waiting_most"] is not None and held["waiting_most"] <= queue,
         ),
         Claim(
-            f"{where}: p99 of accepted requests at most ({queue} + 1) times the longest service",
+            f"{where}: p99 of accepted requests at most {rounds} times the longest service",
             f"{p99:.2f} s of {bound:.2f} s",
             p99 <= bound,
         ),
@@ -52,6 +54,11 @@ def of_overload(entry: Mapping[str, Any]) -> list[Claim]:
             Claim(f"{where}: memory of the {part} grows by at most {FLAT:.0%}", text, known and change <= FLAT)
         )
     return claims
+
+
+def longest_wait(rules: Mapping[str, Any]) -> int:
+    """Services until the answer of one that took the last place in a queue of one kind, its own included."""
+    return math.ceil(rules["queue"] / rules["max_batch"]) + 1
 
 
 def of_prediction(name: str, prediction: Prediction) -> list[Claim]:

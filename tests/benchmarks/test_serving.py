@@ -24,7 +24,8 @@ from benchmarks.serving.load import Sample, closed_loop, open_loop, poisson
 from benchmarks.serving.mix import MIXED, SQUARE, drawn, with_caches, with_fields
 from benchmarks.serving.mix import Request as Asked
 from benchmarks.serving.service import spacing
-from benchmarks.serving.target import Load, Target, reaching
+from benchmarks.serving.target import Load, Run, Target, reaching
+from benchmarks.serving.watch import Look
 
 ONE = Asked("one", {"prompt": "a"})
 
@@ -167,7 +168,7 @@ def test_figures_are_those_of_the_window() -> None:
         sample(6.0, 0.1, 0),
         sample(9.5, 1.5, images=2),  # finished after the end
     ]
-    found = figures(samples, warm_up=1.0, until=10.0, objective=2.0)
+    found = figures(samples, [(1.0, 10.0)], objective=2.0)
     assert (found.requests, found.statuses) == (6, {"0": 1, "200": 3, "429": 2})
     assert found.offered == pytest.approx(6 / 9)
     assert found.finished == pytest.approx((5 + 1 + 1) / 9)
@@ -179,6 +180,19 @@ def test_figures_are_those_of_the_window() -> None:
     assert found.hit_rate == 0.5
     assert found.without_retry_after == 1
     assert found.late == pytest.approx(0.01)
+
+
+def test_rounds_are_joined_and_their_median_counts() -> None:
+    load = Load(name="x", mix=SQUARE, seconds=4.0, warm_up=2.0, objective=2.0, rate=1.0)
+    slow, usual, quick = (
+        Run(load, [sample(at, 0.5) for at in (0.1, *times)], [Look(3.0, 1, 1, None)])
+        for times in ([2.1], [2.1, 2.6], [2.1, 2.2, 2.3, 2.4, 3.9])
+    )
+    whole = Run.joined([slow, usual, quick])
+    assert [end for window in whole.windows for end in window] == pytest.approx([2, 4, 6, 8, 10, 12])
+    assert (whole.figures.requests, whole.figures.seconds) == (8, pytest.approx(6.0))
+    assert whole.figures.finished == pytest.approx(1.0)  # of 0.5, 1 and 2 a second; the last one ends after its round
+    assert [look.at for look in whole.looks] == [3.0, 7.0, 11.0]
 
 
 def test_kinds_come_as_often_as_they_should_and_each_asks_for_something_else() -> None:

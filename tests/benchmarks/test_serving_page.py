@@ -60,7 +60,7 @@ def measured() -> dict[str, Any]:
     at_load = entry(Rules(False, 1), samples, rate=1.4, times=times, drift=0.01, capacity=2.0)
     over = entry(Rules(False, 1, queue_size=8), [*samples, *refused], rate=6.0, capacity=1.4)
     busy = [entry(Rules(on, size), samples) for on in (False, True) for size in (1, 4)]
-    return {name: {"conditions": "Here.", "entries": list(those)} for name, those in (
+    return {name: {"command": "command", "conditions": "Here.", "entries": list(those)} for name, those in (
         ("closed", busy), ("open", [at_load]), ("overload", [over]),
     )}  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_page_and_plots_are_drawn_from_what_is_kept(tmp_path: Path, monkeypatch:
     load_curves(kept["open"]["entries"], 2, 0.95, 2.0, tmp_path / "curves.png")
     assert all(file.stat().st_size > 10_000 for file in tmp_path.glob("*.png"))
     assert len(list(tmp_path.glob("*.png"))) == 4
-    page.write(tmp_path / "page.md", "command", kept, {"open": "open.png"})
+    page.write(tmp_path / "page.md", kept, {"open": "open.png"})
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| a load | caches off, batches of 1 |" in text
     assert "![open](open.png)" in text
