@@ -6,6 +6,8 @@ FROM ${BASE_IMAGE} AS build
 # Where PyTorch comes from besides the default index. Empty: the index's own build, on Linux the CUDA one.
 # For a machine without a GPU: the address of PyTorch's CPU builds, from the "Get started" page of PyTorch's site.
 ARG TORCH_INDEX_URL=""
+# Extras of pyproject.toml besides, separated by commas: "otel".
+ARG EXTRAS=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python3 -m venv /opt/wavespeed
@@ -13,8 +15,11 @@ ENV PATH=/opt/wavespeed/bin:$PATH
 
 # Dependencies first: their layer, gigabytes with CUDA, outlives changes of the code.
 COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))' \
-        > requirements.txt \
+RUN python -c 'import os, tomllib; \
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+extras = [name.strip() for name in os.environ["EXTRAS"].split(",") if name.strip()]; \
+lines = project["dependencies"] + [line for name in extras for line in project["optional-dependencies"][name]]; \
+print("\n".join(lines))' > requirements.txt \
     && python -m pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} \
         --constraint constraints.txt --requirement requirements.txt
 
@@ -22,16 +27,24 @@ COPY README.md LICENSE ./
 COPY cache cache
 COPY models models
 COPY app app
-RUN python -m pip install --no-deps . && python -m pip uninstall --yes pip
+# Without what only a build needs: pip, and PyTorch's own tests and C++ headers (200 MB).
+RUN python -m pip install --no-deps . \
+    && cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    && rm -rf torch/include torch/test torch/bin/protoc* torch/bin/*test* torch/bin/*Test* \
+    && python -m pip uninstall --yes pip
 
 
 FROM ${BASE_IMAGE}
-RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /tmp wavespeed \
-    && mkdir --parents /srv/wavespeed/logs \
+# The base's pip goes too: nothing is installed into a running container.
+RUN find / -xdev \( -path '*/python3*/ensurepip' -o -path '*/python3*/*-packages/pip' -o -path '*/python3*/*-packages/pip-*' \
+        -o -path '/usr/local/bin/pip*' -o -path /usr/share/python-wheels \) -prune -exec rm -rf {} + \
+    && groupadd --gid 10001 wavespeed \
+    && useradd --uid 10001 --gid wavespeed --no-create-home --home-dir /tmp --shell /usr/sbin/nologin wavespeed \
+    && mkdir --parents /srv/wavespeed/logs /srv/wavespeed/jobs /srv/wavespeed/models \
     && chown --recursive wavespeed:wavespeed /srv/wavespeed
 COPY --from=build /opt/wavespeed /opt/wavespeed
 
-# The root file system may be read-only: only logs/ and /tmp are written to.
+# The root file system may be read-only: only logs/, /tmp and, if WAVESPEED_JOBS_FOLDER names it, jobs/ are written to.
 ENV PATH=/opt/wavespeed/bin:$PATH \
     HOME=/tmp \
     HF_HUB_OFFLINE=1 \
@@ -40,7 +53,8 @@ ENV PATH=/opt/wavespeed/bin:$PATH \
     WAVESPEED_HOST=0.0.0.0 \
     WAVESPEED_PORT=7861
 WORKDIR /srv/wavespeed
-USER wavespeed
+# By number: a cluster that demands a user other than root cannot look a name up.
+USER 10001:10001
 VOLUME /srv/wavespeed/logs
 EXPOSE 7861
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", "\

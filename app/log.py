@@ -57,7 +57,7 @@ class _JsonFormatter(logging.Formatter):
             entry["trace_id"] = trace
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps({**getattr(record, "fields", {}), **entry}, default=str)
+        return json.dumps({**entry, **getattr(record, "fields", {}), **entry}, default=str)
 
 
 def _time(record: logging.LogRecord) -> str:

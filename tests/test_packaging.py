@@ -44,7 +44,16 @@ def test_constraints_hold_nothing_but_pins() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["scripts/run", "scripts/run-ray", "scripts/test", "scripts/bench", "scripts/lint", "scripts/venv", ".ci/run"],
+    [
+        "scripts/run",
+        "scripts/run-ray",
+        "scripts/test",
+        "scripts/bench",
+        "scripts/lint",
+        "scripts/venv",
+        "scripts/check-image",
+        ".ci/run",
+    ],
 )
 def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / name
