@@ -186,6 +186,9 @@ class Metrics:
         self._queue_depth.set(status.pending)
         self._queue_capacity.set(status.capacity)
         self._running.set(status.running)
+        by_device = (self._memory_used, self._memory_total, self._restarts, self._worker_ready, self._worker_state)
+        for gauge in by_device:
+            gauge.clear()  # a device that is gone, as a replica can be, is not to look as it last did
         for device in status.devices:
             self._memory_used.labels(device.device).set(device.memory.used)
             self._memory_total.labels(device.device).set(device.memory.total)

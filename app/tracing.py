@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry import trace
 
 from app.engine.base import JobHandle
+from app.errors import Cancelled
 
 if TYPE_CHECKING:
     from fastapi.telemetry import TelemetryConfig
@@ -33,19 +34,18 @@ def identified(request_id: str) -> None:
 def ended(figures: Mapping[str, Any], handle: JobHandle | None = None) -> None:
     """Write `figures` to the span of the request that waits for them.
 
-    Of a job that nobody waits for, the request is over: `handle`'s whole time becomes a span of its own below it.
+    Of `handle`, a job whose request was answered when it was accepted, the whole time becomes a span below that one.
     """
     attributes = {f"wavespeed.{name}": value for name, value in figures.items() if value is not None}
-    span = trace.get_current_span()
-    if span.is_recording():
-        span.set_attributes(attributes)
-    elif handle is not None:
-        end = time.time_ns()
-        attributes["wavespeed.request_id"] = handle.job.id
-        job = _tracer.start_span("job", start_time=end - int(handle.total_seconds * 1e9), attributes=attributes)
-        if attributes.get("wavespeed.outcome") != "ok":
-            job.set_status(trace.StatusCode.ERROR)
-        job.end(end)
+    if handle is None:
+        trace.get_current_span().set_attributes(attributes)
+        return
+    end = time.time_ns()
+    attributes["wavespeed.request_id"] = handle.job.id
+    job = _tracer.start_span("job", start_time=end - int(handle.total_seconds * 1e9), attributes=attributes)
+    if figures.get("outcome") not in ("ok", Cancelled.type):
+        job.set_status(trace.StatusCode.ERROR)
+    job.end(end)
 
 
 def trace_id() -> str | None:

@@ -55,7 +55,7 @@ def board(settings: Settings, engine: Engine, metrics: Metrics) -> JobBoard:
         if isinstance(result, ServiceError):
             outcome.refused(metrics, handle.job.model, result, handle)
         else:
-            outcome.done(metrics, handle, result)
+            outcome.done(metrics, handle, result, awaited=False)
 
     keeping = Keeping(
         seconds=settings.result_seconds,

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def refused(metrics: Metrics, model: str | None, error: ServiceError, handle: JobHandle | None = None) -> None:
-    """Count, log and trace a request that ends without pictures; `handle` is its job's, if there was one."""
+    """Count, log and trace a request that ends without pictures; `handle`: of a job whose request does not wait."""
     metrics.answered(model, error.type)
     tracing.ended({"outcome": error.type, "model": model}, handle)
     _log.info(
@@ -28,8 +28,8 @@ def refused(metrics: Metrics, model: str | None, error: ServiceError, handle: Jo
     )
 
 
-def done(metrics: Metrics, handle: JobHandle, result: JobResult) -> None:
-    """Count, log and trace a job that is done. The one place where that happens."""
+def done(metrics: Metrics, handle: JobHandle, result: JobResult, *, awaited: bool = True) -> None:
+    """Count, log and trace a job that is done. The one place where that happens. `awaited`: by its own request."""
     job, params, cache = handle.job, handle.job.params, result.cache
     use = CacheUse(
         model=job.model,
@@ -61,7 +61,7 @@ def done(metrics: Metrics, handle: JobHandle, result: JobResult) -> None:
         "denoise_seconds": round(result.timings.denoise_seconds, 3),
         "total_seconds": round(handle.total_seconds, 3),
     }
-    tracing.ended({"outcome": "ok", **figures}, handle)
+    tracing.ended({"outcome": "ok", **figures}, None if awaited else handle)
     _log.info("cache %s", " ".join(f"{name}={value}" for name, value in figures.items()), extra={"fields": figures})
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,15 @@ def test_two_apps_count_apart() -> None:
     line = b'wavespeed_requests_total{model="fine",outcome="ok"} 1.0'
     assert line in one.exposition()
     assert line not in other.exposition()
+
+
+def test_a_device_that_is_gone_is_no_longer_shown() -> None:
+    engine = FakeEngine()
+    seen = engine.status()
+    metrics = Metrics(lambda: seen, engine.catalogue)
+    assert b'wavespeed_worker_state{device="cpu",state="ready"} 1.0' in metrics.exposition()
+    seen = replace(seen, devices=())
+    assert b'device="cpu"' not in metrics.exposition()
 
 
 def test_the_http_process_loads_nothing_heavy() -> None:
