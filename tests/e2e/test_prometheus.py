@@ -16,8 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.soak.server import Server, running
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, running, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.soak.server import Server, running
-from benchmarks.soak.wire import wait_for
+from benchmarks.server import Server, running, wait_for
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra `otel` is not installed")
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
