@@ -38,15 +38,19 @@ class _Traffic:
 
     most: int
     arrived: float
-    seen: float
+    ended: float = 0.0
+
+    @property
+    def seen(self) -> float:
+        return max(self.arrived, self.ended)
 
 
 class Grouping:
     """Groups of at most `most` images. `timeout`: seconds that a free worker waits at most for a group to fill.
 
     It waits while company is likely: as long as fewer images of the kind wait than were on their way at once a moment
-    ago, nobody else waits, no other worker is idle, and somebody came within an eighth of the timeout. So those who ask
-    again as soon as they are answered find each other, and one who is alone never waits.
+    ago, nobody else waits, no other worker is idle, and somebody came or was answered within an eighth of the timeout.
+    So those who ask again as soon as they are answered find each other, and one who is alone never waits.
     """
 
     def __init__(self, most: int, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,21 +69,28 @@ class Grouping:
         for kind, seen in [(kind, one.seen) for kind, one in self._traffic.items()]:
             if kind not in known and now - seen > self._timeout:
                 del self._traffic[kind]
-        traffic = self._traffic.setdefault(handle.kind, _Traffic(0, now, now))
+        traffic = self._traffic.setdefault(handle.kind, _Traffic(0, now))
         traffic.most = max(traffic.most, _images(_of_kind(handle.kind, all_handles)))
-        traffic.arrived = traffic.seen = now
+        traffic.arrived = now
 
     def ended(self, handle: JobHandle) -> None:
         """A job has left its worker."""
         if handle.kind in self._traffic:
-            self._traffic[handle.kind].seen = self._clock()
+            self._traffic[handle.kind].ended = self._clock()
 
     def choose(
-        self, waiting: Sequence[JobHandle], running: Sequence[JobHandle], *, idle: int = 0, hurry: bool = False
+        self,
+        waiting: Sequence[JobHandle],
+        running: Sequence[JobHandle],
+        finishing: Sequence[JobHandle] = (),
+        *,
+        idle: int = 0,
+        hurry: bool = False,
     ) -> tuple[list[JobHandle], float]:
         """The jobs to start now, the oldest first; or none, and seconds after which to ask again at the latest.
 
-        waiting: not empty, by age. idle: how many other workers could start something as well. hurry: do not wait.
+        waiting: not empty, by age. running: being drawn. finishing: drawn, and not answered yet.
+        idle: how many other workers could start something as well. hurry: do not wait.
         """
         oldest = waiting[0]
         kind = oldest.kind
@@ -92,15 +103,16 @@ class Grouping:
             if _images([*group, handle]) <= room:
                 group.append(handle)
         if len(group) == len(waiting) and not idle and not hurry:
-            seconds = self._patience(kind, _images(group), _images(_of_kind(kind, running)))
+            others = _images(_of_kind(kind, running))
+            seconds = self._patience(kind, _images(group), others, is_finishing=bool(_of_kind(kind, finishing)))
             if seconds > 0:
                 return [], seconds
         self._waiting = None
         if kind in self._traffic:
-            self._traffic[kind].most = _images(alike) + _images(_of_kind(kind, running))
+            self._traffic[kind].most = _images(_of_kind(kind, [*waiting, *running, *finishing]))
         return group, 0.0
 
-    def _patience(self, kind: Hashable, images: int, running: int) -> float:
+    def _patience(self, kind: Hashable, images: int, running: int, *, is_finishing: bool) -> float:
         """Seconds to wait for others of this kind."""
         traffic = self._traffic.get(kind)
         if traffic is None or images >= min(self._most, traffic.most - running):
@@ -109,8 +121,8 @@ class Grouping:
         if self._waiting is None or self._waiting[0] != kind:
             self._waiting = kind, now
         since = self._waiting[1]
-        until = min(since + self._timeout, max(since, traffic.arrived) + QUIET * self._timeout)
-        return until - now
+        heard = now if is_finishing else max(since, traffic.arrived, traffic.ended)  # who is answered may come again
+        return min(since + self._timeout, heard + QUIET * self._timeout) - now
 
 
 def _of_kind(kind: Hashable, handles: Iterable[JobHandle]) -> list[JobHandle]:

@@ -12,9 +12,9 @@ from app.engine.grouping import Grouping, kind_of
 from app.engine.messages import (
     Alive,
     Cancel,
-    Condition,
     Done,
     Failed,
+    Free,
     Garbled,
     Known,
     Loaded,
@@ -157,7 +157,7 @@ class LocalEngine:
         """Answer now; the worker is told, and takes the next job when it has reached its next step."""
         if not self._queue.remove(handle):
             for slot in self._slots:
-                if handle in slot.running:
+                if handle in slot.jobs:
                     slot.send(Cancel(handle.job.id))
         handle.fail(error, state)
 
@@ -175,8 +175,10 @@ class LocalEngine:
         free = [slot for slot in self._slots if slot.free]
         while free and self._queue:
             slot = free.pop(0)
-            waiting, running = tuple(self._queue), self._running()
-            group, seconds = self._grouping.choose(waiting, running, idle=len(free), hurry=self._draining)
+            waiting = tuple(self._queue)
+            drawing = [handle for slot in self._slots for handle in slot.running]
+            finishing = [handle for slot in self._slots for handle in slot.finishing]
+            group, seconds = self._grouping.choose(waiting, drawing, finishing, idle=len(free), hurry=self._draining)
             if not group:
                 self._later = asyncio.get_running_loop().call_later(seconds, self._dispatch)
                 return
@@ -189,7 +191,7 @@ class LocalEngine:
             slot.send(Run(tuple(handle.job for handle in group)))
 
     def _running(self) -> list[JobHandle]:
-        return [handle for slot in self._slots for handle in slot.running]
+        return [handle for slot in self._slots for handle in slot.jobs]
 
     async def _supervise(self, slot: Slot) -> None:
         """Keep a worker on this device until cancelled."""
@@ -254,16 +256,20 @@ class LocalEngine:
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
             case Progress(job_id, step):
                 slot.advance()
-                running = slot.has(job_id)
+                running = slot.drawing(job_id)
                 if running is not None and not running.settled and running.on_step is not None:
                     running.on_step(step)
-            case Done(job_id, result, condition):
-                handle = self._release(slot, job_id, condition)
+            case Free(condition):
+                slot.drawn()
+                slot.advance()
+                slot.loading = None
+                slot.condition = condition
+            case Done(job_id, result):
+                handle = self._release(slot, job_id)
                 if not handle.settled:
                     handle.succeed(result)
-            case Failed(job_id, kind, message, detail, condition):
-                slot.loading = None
-                handle = self._release(slot, job_id, condition)
+            case Failed(job_id, kind, _, detail):
+                handle = self._release(slot, job_id)
                 if kind != "cancelled":
                     _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
                 if not handle.settled:
@@ -279,15 +285,11 @@ class LocalEngine:
         slot.loading = None
         slot.advance()
 
-    def _release(self, slot: Slot, job_id: str, condition: Condition) -> JobHandle:
-        """The worker has ended this job. Raises IllegalTransition when that is none that it has."""
-        handle = slot.has(job_id)
-        if handle is None:
-            raise IllegalTransition("the end of a job that it does not have")
-        slot.running.remove(handle)
+    def _release(self, slot: Slot, job_id: str) -> JobHandle:
+        """The worker has ended this job. Raises IllegalTransition when that is none that it has drawn."""
+        handle = slot.finish(job_id)
         self._grouping.ended(handle)
         slot.advance()
-        slot.condition = condition
         slot.deaths = 0
         return handle
 
@@ -295,7 +297,7 @@ class LocalEngine:
         """The worker is gone: see to the job that it had, and to those who would wait for nothing."""
         slot.reason = slot.fault or death(code)
         loading, slot.loading = slot.loading, None
-        lost, slot.running = slot.running, []
+        lost, slot.running, slot.finishing = slot.jobs, [], []
         if not slot.up:
             slot.start_failures += 1
         slot.up, slot.fault, slot.process = False, None, None

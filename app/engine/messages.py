@@ -106,10 +106,16 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Free:
+    """What the worker had is drawn, or failed, and it can take other jobs; the ends of those it had follow."""
+
+    condition: Condition
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     job_id: str
     result: JobResult
-    condition: Condition
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,6 @@ class Failed:
     kind: FailureKind
     message: str
     detail: str
-    condition: Condition
     field: str | None = None
 
 
@@ -131,4 +136,4 @@ class Garbled:
     detail: str
 
 
-Report = Known | Alive | Loading | Loaded | Ready | StartFailed | Progress | Done | Failed | Garbled
+Report = Known | Alive | Loading | Loaded | Ready | StartFailed | Progress | Free | Done | Failed | Garbled

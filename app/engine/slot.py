@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from app.engine.base import DeviceMemory, DeviceStatus, JobHandle
 from app.engine.messages import Condition, Order
 from app.engine.process import WorkerProcess
-from app.engine.states import WORKER_MOVES, WorkerState, moved
+from app.engine.states import WORKER_MOVES, IllegalTransition, WorkerState, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,8 @@ class Slot:
         self.device = device
         self.state = WorkerState.STARTING
         self.process: WorkerProcess | None = None
-        self.running: list[JobHandle] = []  # what its worker has not reported the end of
+        self.running: list[JobHandle] = []  # what its worker draws
+        self.finishing: list[JobHandle] = []  # what it has drawn and not reported the end of
         self.loading: str | None = None  # the model
         self.stage = ""  # the part of it
         self.condition: Condition | None = None
@@ -70,16 +71,36 @@ class Slot:
         elif self.loading is not None:
             self.move(WorkerState.LOADING)
         else:
-            self.move(WorkerState.BUSY if self.running else WorkerState.READY)
+            self.move(WorkerState.BUSY if self.jobs else WorkerState.READY)
 
     def send(self, order: Order) -> None:
         """To its worker, if there is one."""
         if self.process is not None:
             self.process.send(order)
 
-    def has(self, job_id: str) -> JobHandle | None:
-        """The job of that id, if the worker has it."""
+    @property
+    def jobs(self) -> list[JobHandle]:
+        """All that the worker has."""
+        return [*self.finishing, *self.running]
+
+    def drawing(self, job_id: str) -> JobHandle | None:
+        """The job of that id, if the worker draws it."""
         return next((handle for handle in self.running if handle.job.id == job_id), None)
+
+    def drawn(self) -> None:
+        """It has drawn what it had. Raises IllegalTransition when that is nothing."""
+        if not self.running:
+            raise IllegalTransition("free without having had a job")
+        self.finishing += self.running
+        self.running = []
+
+    def finish(self, job_id: str) -> JobHandle:
+        """The job has ended. Raises IllegalTransition when that is none that was drawn."""
+        for handle in self.finishing:
+            if handle.job.id == job_id:
+                self.finishing.remove(handle)
+                return handle
+        raise IllegalTransition("the end of a job that it has not drawn")
 
     @property
     def free(self) -> bool:
@@ -101,7 +122,7 @@ class Slot:
             return f"loading {self.loading} took too long" if waited > patience.load else None
         if not self.up:
             return "it did not come up" if waited > patience.load else None
-        return "its job finished no step" if self.running and waited > patience.stall else None
+        return "its job finished no step" if self.jobs and waited > patience.stall else None
 
     def status(self) -> DeviceStatus:
         condition = self.condition

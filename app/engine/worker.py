@@ -9,6 +9,8 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
@@ -22,6 +24,7 @@ from app.engine.messages import (
     Done,
     Failed,
     FailureKind,
+    Free,
     Known,
     Loaded,
     Loading,
@@ -38,7 +41,7 @@ from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
 Finish = Callable[[], JobResult]
-"""Encodes a job's pictures; raises what the job failed of. Called once."""
+"""Encodes a job's pictures; raises what the job failed of. Called once, in a thread of its own."""
 
 
 class Runner(Protocol):
@@ -126,7 +129,7 @@ def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
 
 
 class _Line:
-    """The worker's end of the pipe, which two of its threads speak into."""
+    """The worker's end of the pipe, which three of its threads speak into."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -156,26 +159,31 @@ class _Line:
 
 
 class _Shift:
-    """One group of jobs after another."""
+    """One group of jobs after another; while one is drawn, the pictures of the one before are encoded."""
 
     def __init__(self, line: _Line, runner: Runner) -> None:
         self._line = line
         self._runner = runner
         self._stopped = False
-        self._given_up: set[str] = set()
+        self._at_hand: set[str] = set()  # jobs whose end was not reported yet
+        self._given_up: set[str] = set()  # of them
+        self._encoder = ThreadPoolExecutor(1, "encode")
+        self._encoding: Future[None] | None = None
 
     def work(self) -> None:
-        while not self._stopped:
-            match self._line.hear():
-                case Run(jobs):
-                    self._given_up.clear()
-                    self._run(jobs)
-                case Cancel():
-                    pass  # its job was finished before this arrived
-                case Stop():
-                    return
+        try:
+            while not self._stopped:
+                match self._line.hear():
+                    case Run(jobs):
+                        self._run(jobs)
+                    case order:
+                        self._obey(order)
+        finally:
+            self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, jobs: tuple[Job, ...]) -> None:
+        self._at_hand.update(job.id for job in jobs)
+        finishes: Sequence[Finish]
         try:
             model = jobs[0].model
             if model not in self._runner.condition().loaded:
@@ -186,47 +194,51 @@ class _Shift:
         except _ParentGone:
             raise
         except Exception as error:  # noqa: BLE001  # jobs may fail in any way; the worker answers for them and goes on
-            for job in jobs:
-                self._failed(job, error)
-            return
-        for job, finish in zip(jobs, finishes, strict=True):
-            self._finish(job, finish)
-
-    def _finish(self, job: Job, finish: Finish) -> None:
-        try:
-            self._listen()
-            if job.id in self._given_up:
-                raise GenerationCancelled
-            result = finish()
-            _check(job, result)
-            self._line.say(Done(job.id, result, self._runner.condition()))
-        except _ParentGone:
-            raise
-        except Exception as error:  # noqa: BLE001  # as above
-            self._failed(job, error)
-
-    def _failed(self, job: Job, error: Exception) -> None:
-        detail = "".join(traceback.format_exception(error))
+            finishes = [partial(_raise, error)] * len(jobs)
+        if self._encoding is not None:
+            self._encoding.result()  # one group ahead is enough: pictures take memory
         # A device that does not even tell its condition any more ends the process here, and gets a new one.
-        field = error.field if isinstance(error, ModelError) else None
-        self._line.say(Failed(job.id, _kind_of(error), str(error), detail, self._runner.condition(), field))
+        self._line.say(Free(self._runner.condition()))
+        self._encoding = self._encoder.submit(self._finish, jobs, finishes)
+
+    def _finish(self, jobs: Sequence[Job], finishes: Sequence[Finish]) -> None:
+        """In the encoder's thread."""
+        for job, finish in zip(jobs, finishes, strict=True):
+            try:
+                if job.id in self._given_up:
+                    raise GenerationCancelled
+                result = finish()
+                _check(job, result)
+                self._line.say(Done(job.id, result))
+            except _ParentGone:
+                raise
+            except Exception as error:  # noqa: BLE001  # as above
+                field = error.field if isinstance(error, ModelError) else None
+                detail = "".join(traceback.format_exception(error))
+                self._line.say(Failed(job.id, _kind_of(error), str(error), detail, field))
+            self._at_hand.discard(job.id)
+            self._given_up.discard(job.id)
 
     def _stepped(self, steps: Mapping[str, Step]) -> None:
         """Raises GenerationCancelled when nobody waits any more for what is being drawn."""
         for job_id, step in steps.items():
             if job_id not in self._given_up:
                 self._line.say(Progress(job_id, step))
-        self._listen()
+        while self._line.pending():
+            self._obey(self._line.hear())
         if self._stopped or self._given_up.issuperset(steps):
             raise GenerationCancelled
 
-    def _listen(self) -> None:
-        while self._line.pending():
-            match self._line.hear():
-                case Cancel(job_id):
-                    self._given_up.add(job_id)
-                case Stop():
-                    self._stopped = True
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Cancel(job_id) if job_id in self._at_hand:  # else it was finished before this arrived
+                self._given_up.add(job_id)
+            case Stop():
+                self._stopped = True
+
+
+def _raise(error: Exception) -> JobResult:
+    raise error
 
 
 def _check(job: Job, result: object) -> None:
