@@ -168,7 +168,7 @@ async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: 
         handle, waiting = engine.submit(job("a", "slow")), engine.submit(job("b", "slow"))
         for worker in (1, 2):
             await until(lambda worker=worker: len(nursery.children) == worker and nursery.gate.at == "load")
-            assert device(engine).loading == "slow"
+            await until(lambda: device(engine).loading == "slow")  # said before it is begun, and heard after
             nursery.child.kill()
         for one in (handle, waiting):
             with pytest.raises(ModelUnavailable, match="twice in a row"):
