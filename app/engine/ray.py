@@ -107,6 +107,7 @@ class RayEngine:
             devices=self._fleet.devices,
             draining=self._draining,
             quarantined=self._fleet.quarantined,
+            capacity=self._queue_size,
         )
 
     def _unsettled(self) -> list[JobHandle]:

@@ -100,6 +100,8 @@ class Replica:
         """Serve asks now and then. A worker process that is replaced at the moment is no reason to end the replica."""
         if self._engine.hopeless:
             raise RuntimeError("No worker can be started here.")
+        if self._beat.done():
+            raise RuntimeError("It tells nobody any more that it is there, so no job would be handed to it.")
 
     async def __del__(self) -> None:
         """Serve waits for the jobs before; those that are still here are answered."""
