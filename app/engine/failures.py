@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from app.engine.base import JobHandle
 from app.engine.messages import Failed
 from app.engine.quarantine import Quarantine
+from app.engine.states import JobState
 from app.errors import (
     Cancelled,
+    DeadlineExceeded,
     GenerationFailed,
     Incompatible,
     Invalid,
     ModelNotFound,
     ModelUnavailable,
+    NotReady,
     OutOfMemory,
+    QueueFull,
     ServiceError,
     WorkerLost,
 )
 
+ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 RETRY_SECONDS = 5  # what a client is told to wait
 
 
@@ -60,3 +66,20 @@ def model_held(model: str, quarantine: Quarantine) -> ModelUnavailable:
         field="model",
         retry_after=quarantine.retry_after(model),
     )
+
+
+def leaving() -> NotReady:
+    return NotReady("The server is shutting down. Ask again when it is back.", retry_after=RETRY_SECONDS)
+
+
+def queue_full(size: int) -> QueueFull:
+    return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
+
+
+def deadline_passed(handle: JobHandle) -> DeadlineExceeded:
+    where = "waited" if handle.state is JobState.QUEUED else "ran"
+    return DeadlineExceeded(f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline.")
+
+
+def models_unknown() -> NotReady:
+    return NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)

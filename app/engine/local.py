@@ -7,7 +7,17 @@ import logging
 from collections.abc import Sequence
 
 from app.engine.base import Catalogue, EngineStatus, Job, JobHandle, StepListener
-from app.engine.failures import RETRY_SECONDS, error_of, model_held, worker_lost
+from app.engine.failures import (
+    ATTEMPTS,
+    RETRY_SECONDS,
+    deadline_passed,
+    error_of,
+    leaving,
+    model_held,
+    models_unknown,
+    queue_full,
+    worker_lost,
+)
 from app.engine.grouping import Grouping, kind_of
 from app.engine.messages import (
     Alive,
@@ -32,13 +42,11 @@ from app.engine.queue import JobQueue
 from app.engine.slot import Patience, Slot, death
 from app.engine.states import IllegalTransition, JobState, WorkerState
 from app.engine.worker import RunnerFactory
-from app.errors import Cancelled, DeadlineExceeded, NotReady, QueueFull, ServiceError
+from app.errors import Cancelled, NotReady, ServiceError
 
 _log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
-_LEAVING = "The server is shutting down. Ask again when it is back."
 _HOPELESS = "No worker can be started; the server's log says why."
 
 
@@ -105,20 +113,18 @@ class LocalEngine:
 
     def catalogue(self) -> Catalogue:
         if self._catalogue is None:
-            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
+            raise models_unknown()
         return self._catalogue
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if self._draining:
-            raise NotReady(_LEAVING, retry_after=RETRY_SECONDS)
+            raise leaving()
         if self.hopeless:
             raise NotReady(_HOPELESS, retry_after=RETRY_SECONDS)
         if job.model in self._quarantine.reasons:
             raise model_held(job.model, self._quarantine)
         if len(self._queue) >= self._queue_size and not promised:
-            raise QueueFull(
-                f"{self._queue_size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS
-            )
+            raise queue_full(self._queue_size)
         handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
         if job.deadline_seconds is not None:
             loop = asyncio.get_running_loop()
@@ -151,7 +157,7 @@ class LocalEngine:
 
     def _answer_all(self) -> None:
         for handle in self._unsettled():
-            self._give_up(handle, NotReady(_LEAVING, retry_after=RETRY_SECONDS))
+            self._give_up(handle, leaving())
 
     def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
         """Answer now; the worker is told, and takes the next job when it has reached its next step."""
@@ -163,9 +169,7 @@ class LocalEngine:
 
     def _expire(self, handle: JobHandle) -> None:
         if not handle.settled:
-            where = "waited" if handle.state is JobState.QUEUED else "ran"
-            limit = f"{handle.job.deadline_seconds:g} seconds"
-            self._give_up(handle, DeadlineExceeded(f"The request still {where} after {limit}, its deadline."))
+            self._give_up(handle, deadline_passed(handle))
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""

@@ -13,18 +13,24 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 from ray.serve.handle import DeploymentHandle
 
 from app.engine.base import Catalogue, EngineStatus, Job, JobHandle, JobResult, StepListener
-from app.engine.failures import RETRY_SECONDS, worker_lost
+from app.engine.failures import (
+    ATTEMPTS,
+    RETRY_SECONDS,
+    deadline_passed,
+    leaving,
+    models_unknown,
+    queue_full,
+    worker_lost,
+)
 from app.engine.fleet import Fleet
 from app.engine.queue import JobQueue
 from app.engine.replica import Word
 from app.engine.states import JobState
-from app.errors import Cancelled, DeadlineExceeded, NotReady, QueueFull, ServiceError, WorkerLost
+from app.errors import Cancelled, NotReady, ServiceError, WorkerLost
 from models.base import Step
 
 _log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # as on one machine: the loss of a replica may not have been the job's doing
-_LEAVING = "The server is shutting down. Ask again when it is back."
 _LOST = (RayActorError, NodeDiedError, WorkerCrashedError, ReplicaUnavailableError)
 
 
@@ -65,7 +71,7 @@ class RayEngine:
         if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
             await asyncio.wait(pending, timeout=seconds)
         for handle in self._unsettled():
-            self._give_up(handle, NotReady(_LEAVING, retry_after=RETRY_SECONDS))
+            self._give_up(handle, leaving())
 
     async def stop(self) -> None:
         await self.drain(self._drain_seconds)
@@ -75,16 +81,14 @@ class RayEngine:
 
     def catalogue(self) -> Catalogue:
         if self._fleet.catalogue is None:
-            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
+            raise models_unknown()
         return self._fleet.catalogue
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if self._draining:
-            raise NotReady(_LEAVING, retry_after=RETRY_SECONDS)
+            raise leaving()
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
-            raise QueueFull(
-                f"{self._queue_size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS
-            )
+            raise queue_full(self._queue_size)
         handle = JobHandle(job, on_step)
         if job.deadline_seconds is not None:
             timer = asyncio.get_running_loop().call_later(job.deadline_seconds, self._expire, handle)
@@ -203,6 +207,4 @@ class RayEngine:
 
     def _expire(self, handle: JobHandle) -> None:
         if not handle.settled:
-            where = "waited" if handle.state is JobState.QUEUED else "ran"
-            limit = f"{handle.job.deadline_seconds:g} seconds"
-            self._give_up(handle, DeadlineExceeded(f"The request still {where} after {limit}, its deadline."))
+            self._give_up(handle, deadline_passed(handle))
