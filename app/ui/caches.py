@@ -1,0 +1,134 @@
+"""The two caches' expanders. What the model cannot use stays in place, disabled, and says why."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app.ui.request import PRESET_NAMES, PRESETS, Model, no_deepcache, no_fbcache, reuse_cost
+
+FORECASTS = ["none", "linear", "quadratic", "damped"]
+_BEST = "best measured"
+_SCHEDULES = {
+    "auto": "auto: where it helps most",
+    "uniform": "uniform: every N-th step",
+}
+_GUIDANCE = {"full": "full: both halves", "reuse": "reuse: the prompt's half alone"}
+_FORECASTS = {
+    "none": "none: as it was",
+    "linear": "linear: on a line",
+    "quadratic": "quadratic: on a parabola",
+    "damped": "damped: on a line, as far as it held",
+    "probe": "probe: as far as the first block moved",
+}
+
+
+def _take_preset(name: str) -> None:
+    st.session_state["deepcache_enabled"] = True
+    for widget, value in PRESETS[name].items():
+        st.session_state[widget] = value
+
+
+def deepcache(model: Model) -> None:
+    with st.expander("⚡ DeepCache Acceleration", expanded=True):
+        reason = no_deepcache(model)
+        if reason is not None:
+            st.info(reason, icon=":material/block:")
+        st.toggle("Enable DeepCache", key="deepcache_enabled", disabled=reason is not None)
+        with st.container(horizontal=True, key="presets"):
+            for name, label in PRESET_NAMES.items():
+                st.button(label, key=f"preset-{name}", on_click=_take_preset, args=(name,), disabled=reason is not None)
+        off = reason is not None or not st.session_state["deepcache_enabled"]
+        if off and reason is None:
+            st.caption("Off: every step is computed. Enable DeepCache, or take a preset, to set the rest.")
+        st.slider(
+            "Cache Interval",
+            1,
+            10,
+            key="deepcache_interval",
+            disabled=off,
+            help="One step in so many is computed in full. 1 caches nothing; higher is faster and coarser.",
+        )
+        st.slider(
+            "Cache Depth",
+            0,
+            12,
+            key="deepcache_depth",
+            disabled=off,
+            help="At depth d a reused step costs at most 1/(d + 2) of a computed one; higher is faster and coarser.",
+        )
+        if not off:
+            st.caption(_cost(model, st.session_state["deepcache_depth"]))
+        st.slider(
+            "Start/End Steps",
+            0,
+            1000,
+            key="deepcache_window",
+            disabled=off,
+            help="Reuse within this part of the noise schedule alone: 0 is pure noise, 1000 the finished picture.",
+        )
+        schedule, guidance = st.columns(2)
+        schedule.selectbox(
+            "Schedule",
+            list(_SCHEDULES),
+            format_func=_SCHEDULES.__getitem__,
+            key="deepcache_schedule",
+            placeholder=_BEST,
+            disabled=off,
+            help="Where the computed steps lie.",
+        )
+        guidance.selectbox(
+            "Guidance in reused steps",
+            list(_GUIDANCE),
+            format_func=_GUIDANCE.__getitem__,
+            key="deepcache_guidance",
+            placeholder=_BEST,
+            disabled=off,
+            help="What a reused step runs of a guided batch. reuse forecasts the guidance, at half the cost.",
+        )
+        _forecast("deepcache_forecast", FORECASTS, disabled=off)
+
+
+def first_block(model: Model) -> None:
+    with st.expander("⚡ First Block Cache (FBCache)", expanded=no_fbcache(model) is None):
+        reason = no_fbcache(model)
+        if reason is not None:
+            st.info(reason, icon=":material/block:")
+        st.toggle("Enable FBCache", key="fbcache_enabled", disabled=reason is not None)
+        off = reason is not None or not st.session_state["fbcache_enabled"]
+        st.slider(
+            "Residual Difference Threshold",
+            0.0,
+            1.0,
+            step=0.01,
+            key="fbcache_threshold",
+            disabled=off,
+            help="A step is reused while the first block changes by less. 0 never reuses; higher is faster.",
+        )
+        st.number_input(
+            "Most reused steps in a row",
+            1,
+            50,
+            key="fbcache_max_consecutive",
+            placeholder="no cap",
+            disabled=off,
+        )
+        _forecast("fbcache_forecast", [*FORECASTS, "probe"], disabled=off)
+
+
+def _forecast(key: str, forecasts: list[str], *, disabled: bool) -> None:
+    st.selectbox(
+        "Forecast",
+        forecasts,
+        format_func=_FORECASTS.__getitem__,
+        key=key,
+        placeholder=_BEST,
+        disabled=disabled,
+        help="How a reused step predicts what it skips.",
+    )
+
+
+def _cost(model: Model, depth: int) -> str:
+    branch, cost = reuse_cost(model, depth)
+    if branch is None:
+        return f"At depth {depth} a reused step of {model['name']} runs no layer at all: its prediction is forecast."
+    return f"At depth {depth} a reused step of {model['name']} costs {cost:.0%} of a computed one (branch {branch})."
