@@ -130,8 +130,12 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """The rows of GET /api/models."""
-        rows: list[dict[str, Any]] = self._ask("GET", "/api/models")["models"]
+        rows: list[dict[str, Any]] = self.catalogue()["models"]
         return rows
+
+    def catalogue(self) -> dict[str, Any]:
+        """GET /api/models: `models`, and the names in `default` and `default_flux`."""
+        return self._ask("GET", "/api/models")
 
     def adapters(self) -> dict[str, list[str]]:
         """The names of GET /api/adapters: `loras` and `embeddings`."""

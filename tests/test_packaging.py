@@ -47,6 +47,7 @@ def test_constraints_hold_nothing_but_pins() -> None:
     [
         "scripts/run",
         "scripts/run-ray",
+        "scripts/ui",
         "scripts/test",
         "scripts/bench",
         "scripts/lint",
@@ -91,7 +92,8 @@ def imported_distributions(package: str) -> set[str]:
 
 
 def test_the_service_declares_what_it_imports_and_nothing_else() -> None:
-    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["ray"]]
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *extras["ray"], *extras["ui"]]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     imported = set().union(*(imported_distributions(package) for package in ("app", "cache", "models")))
     assert declared - imported - USED_BY_DIFFUSERS == set(), "declared, but nothing imports it"

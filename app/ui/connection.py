@@ -9,30 +9,33 @@ from typing import Any
 
 import streamlit as st
 
-from app.ui.server import Refused, Server, ServerError
+from app.client import ApiError, Client, ClientError
+from app.ui.refusal import explained
 from app.ui.settings import PageSettings
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
 RETRY_SECONDS = 2.0
+ANSWER_SECONDS = 30.0
 
 
 @dataclass
 class Connection:
     """Of one session. `models` stay as last heard while the server is away, so that nothing typed is lost."""
 
-    server: Server
+    server: Client
+    address: str
     key: str
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     default: str = ""
-    error: ServerError | None = None
+    error: ClientError | None = None
     _heard: float = -FRESH_SECONDS
 
     def refresh(self) -> None:
         if self.error is None and time.monotonic() - self._heard < FRESH_SECONDS:
             return
         try:
-            catalogue = self.server.models()
-        except ServerError as error:
+            catalogue = self.server.catalogue()
+        except ClientError as error:
             self.error = error
             return
         self.models = {row["name"]: row for row in catalogue["models"]}
@@ -43,17 +46,20 @@ def of_session(settings: PageSettings) -> Connection:
     """The session's connection, with the key that was typed into the page, else the operator's."""
     key = str(st.session_state.get("api_key", "")).strip() or settings.api_key
     known: Connection | None = st.session_state.get("connection")
-    if known is None or (known.server.address, known.key) != (settings.server, key):
+    if known is None or (known.address, known.key) != (settings.server, key):
+        client = Client(settings.server, key=key or None, timeout=ANSWER_SECONDS)
+        if known is not None and st.session_state.get("run") is None:  # a run goes on with the client that it has
+            known.server.close()
         kept = (known.models, known.default) if known is not None else ({}, "")
-        known = st.session_state["connection"] = Connection(Server(settings.server, key), key, *kept)
+        known = st.session_state["connection"] = Connection(client, settings.server, key, *kept)
     known.refresh()
     return known
 
 
 def show(connection: Connection) -> None:
     """Where the server is and the key for it; open where a key is what is missing."""
-    wants_key = isinstance(connection.error, Refused) and connection.error.status == 401
-    with st.expander(f"Server: {connection.server.address}", expanded=wants_key):
+    wants_key = isinstance(connection.error, ApiError) and connection.error.status == 401
+    with st.expander(f"Server `{connection.address}`", expanded=wants_key):
         st.text_input(
             "API key",
             type="password",
@@ -61,7 +67,7 @@ def show(connection: Connection) -> None:
             help="Only where the server's operator has set keys. It is kept for as long as this page is open.",
         )
     if connection.error is not None:
-        st.error(str(connection.error), icon=":material/cloud_off:")
+        st.error(explained(connection.error), icon=":material/cloud_off:")
         if not wants_key:
             _retry(connection)
 
@@ -71,8 +77,8 @@ def _retry(connection: Connection) -> None:
     st.caption(f"The page tries again every {RETRY_SECONDS:g} seconds.")
     st.button("Try again now", key="retry")
     try:
-        connection.server.models()
-    except ServerError as error:
+        connection.server.catalogue()
+    except ClientError as error:
         if str(error) == str(connection.error):
             return
         connection.error = error

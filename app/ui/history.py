@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import streamlit as st
 
+from app.client import Generated
 from app.ui.difference import thumbnail
 from app.ui.request import DEFAULTS
 
@@ -24,18 +24,14 @@ class Drawn:
     values: Mapping[str, Any]
     body: Mapping[str, Any]
     answer: Mapping[str, Any]
-    pictures: list[bytes]
-    seconds: float
+    pictures: tuple[bytes, ...]
     plain: Drawn | None = None  # the same seeds uncached, once it was asked for
     number: int = field(default_factory=lambda: next(_numbers))
     thumbnail: bytes = b""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], body: Mapping[str, Any], answer: Mapping[str, Any], seconds: float) -> Drawn:
-        encoded = answer["images"] if "images" in answer else [answer["image"]]
-        pictures = [base64.b64decode(text) for text in encoded]
-        rest = {name: value for name, value in answer.items() if name not in ("image", "images")}
-        return cls(values, body, rest, pictures, seconds, thumbnail=thumbnail(pictures[0]))
+    def of(cls, values: Mapping[str, Any], body: Mapping[str, Any], generated: Generated) -> Drawn:
+        return cls(values, body, generated.report, generated.images, thumbnail=thumbnail(generated.image))
 
     @property
     def cached(self) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app.client import Client
 from app.ui import caches, connection, form, history, progress, result, telemetry
 from app.ui.history import Drawn
 from app.ui.request import DEFAULTS, Model, body, uncached
 from app.ui.run import Run
-from app.ui.server import Server
 from app.ui.settings import PageSettings
 
 TABS = ("Draw", "History", "Telemetry")
 STYLE = """<style>
   .stMainBlockContainer { padding-top: 3rem; }
   :focus-visible { outline: 3px solid #0b57d0; outline-offset: 2px; }
+  /* Streamlit's grey of small print is too faint to read. */
+  [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] *, [data-testid="stImageCaption"] { color: inherit; }
 </style>"""
 
 
@@ -52,7 +54,7 @@ def _running() -> Run | None:
     return run
 
 
-def _button(server: Server, model: Model) -> None:
+def _button(server: Client, model: Model) -> None:
     empty = not st.session_state["prompt"].strip()
     st.button(
         "Generate",
@@ -68,14 +70,14 @@ def _button(server: Server, model: Model) -> None:
         st.caption("Write a prompt first.")
 
 
-def _draw(server: Server, model: Model) -> None:
+def _draw(server: Client, model: Model) -> None:
     values = {name: st.session_state[name] for name in DEFAULTS}
     st.session_state["failure"] = None
     st.session_state["run"] = Run(server, body(values, model), "draw", values).start()
 
 
 def _compare(drawn: Drawn) -> None:
-    server: Server = st.session_state["connection"].server
+    server: Client = st.session_state["connection"].server
     st.session_state["failure"] = None
     st.session_state["compared"] = drawn
     st.session_state["run"] = Run(server, uncached(drawn.body, drawn.answer), "compare", drawn.values).start()
@@ -88,10 +90,10 @@ def _collect() -> None:
         return
     st.session_state["run"] = None
     ended = run.progress
-    if ended.answer is None:
-        st.session_state["failure"] = str(ended.error) if ended.error is not None else "Cancelled."
+    if ended.drawn is None:
+        st.session_state["failure"] = ended.error or "Cancelled."
         return
-    drawn = Drawn.of(run.values, run.body, ended.answer, run.seconds)
+    drawn = Drawn.of(run.values, run.body, ended.drawn)
     if run.purpose == "compare":
         st.session_state["compared"].plain = drawn
     else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app.client import ClientError
 from app.ui import strip
 from app.ui.run import Progress, Run
-from app.ui.server import ServerError
 
 EVERY_SECONDS = 0.5
 
@@ -34,8 +34,6 @@ def _said(run: Run, progress: Progress) -> str:
             return f"step {progress.step} of {progress.total}"
         case "running":
             return _loading(run)
-        case "lost":
-            return "the connection to the server is lost, trying again"
         case "fetching":
             return "fetching the picture"
         case _:
@@ -46,6 +44,6 @@ def _loading(run: Run) -> str:
     """A first request loads its model, which may take long: what the worker is at."""
     try:
         stages = [device["loading"] for device in run.server.telemetry()["devices"] if device["loading"]]
-    except ServerError:
+    except ClientError:
         stages = []
     return f"loading {', '.join(stages)}" if stages else "starting"

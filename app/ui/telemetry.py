@@ -9,7 +9,8 @@ from typing import Any
 
 import streamlit as st
 
-from app.ui.server import Server, ServerError
+from app.client import Client, ClientError
+from app.ui.refusal import explained
 
 EVERY_SECONDS = 2.0
 KEPT = 1800  # samples: an hour
@@ -28,14 +29,14 @@ def sample(telemetry: Mapping[str, Any], at: datetime.datetime) -> dict[str, Any
 
 
 @st.fragment(run_every=EVERY_SECONDS)
-def show(server: Server, *, visible: bool) -> None:
+def show(server: Client, *, visible: bool) -> None:
     """Samples whether visible or not, so that the curves have no gaps."""
     samples: deque[dict[str, Any]] = st.session_state.setdefault("samples", deque(maxlen=KEPT))
     try:
         telemetry = server.telemetry()
-    except ServerError as error:
+    except ClientError as error:
         if visible:
-            st.error(str(error))
+            st.error(explained(error))
         return
     samples.append(sample(telemetry, datetime.datetime.now()))
     if visible:

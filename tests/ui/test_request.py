@@ -1,0 +1,127 @@
+"""What the page sends, held against the API's own schema; its pictures' arithmetic against scikit-image."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from app.api.schemas import PRESETS as API_PRESETS
+from app.api.schemas import parse
+from app.client import ApiError, Unreachable
+from app.ui import strip
+from app.ui.difference import difference, psnr
+from app.ui.refusal import explained
+from app.ui.request import DEFAULTS, PRESETS, body, no_deepcache, no_fbcache, reuse_cost, uncached
+from app.ui.settings import PageSettings
+
+UNET: dict[str, Any] = {
+    "name": "unet",
+    "cache": "deepcache",
+    "branches": [
+        {"branch": 0, "reuse_cost": 0.08},
+        {"branch": 1, "reuse_cost": 0.22},
+        {"branch": 2, "reuse_cost": 0.38},
+        {"branch": 3, "reuse_cost": 0.47},
+    ],
+}
+FLUX: dict[str, Any] = {"name": "flux", "cache": "first_block", "branches": []}
+
+
+def test_presets_are_those_of_the_api() -> None:
+    for name, preset in PRESETS.items():
+        sent = body({**DEFAULTS, "deepcache_enabled": True, **preset}, UNET)
+        assert {field: sent[field] for field in API_PRESETS[name]} == API_PRESETS[name]
+    assert PRESETS.keys() == API_PRESETS.keys()
+
+
+@pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_is_sent_is_valid_and_for_the_model_alone(model: dict[str, Any], enabled: bool) -> None:
+    values = {**DEFAULTS, "deepcache_enabled": enabled, "fbcache_enabled": enabled, "negative_prompt": "fog", "seed": 3}
+    sent = body(values, model)
+    parse(sent)
+    assert sent.get("deepcache_enabled", False) == (enabled and model is UNET)
+    assert ("fbcache_threshold" in sent) == (enabled and model is FLUX)
+    assert ("negative_prompt" in sent) == (model is UNET)
+    assert "steps" not in sent  # left to the server
+
+
+@pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
+def test_the_uncached_request_differs_in_the_cache_and_names_the_seed(model: dict[str, Any]) -> None:
+    values = {**DEFAULTS, "deepcache_enabled": True, "deepcache_forecast": "linear", "fbcache_forecast": "linear"}
+    sent = body(values, model)
+    plain = uncached(sent, {"seeds": [7]})
+    resolved = parse(plain)
+    assert (resolved.seed, resolved.deepcache_enabled, resolved.cache_forecast) == (7, False, None)
+    assert resolved.fbcache_enabled is (False if model is FLUX else None)
+    same = {name: value for name, value in sent.items() if "cache" not in name}
+    assert {name: plain[name] for name in same} == same
+
+
+def test_reasons_stand_where_a_cache_does_not_apply() -> None:
+    assert (no_deepcache(UNET), no_fbcache(FLUX)) == (None, None)
+    assert "transformer" in str(no_deepcache(FLUX))
+    assert "UNet" in str(no_fbcache(UNET))
+
+
+@pytest.mark.parametrize(("depth", "branch"), [(0, 3), (1, 1), (2, 1), (3, 0), (11, None)])
+def test_depth_cuts_as_the_contract_says_of_sd15(depth: int, branch: int | None) -> None:
+    assert reuse_cost(UNET, depth)[0] == branch
+
+
+def test_the_strip_tells_computed_from_reused_without_colour() -> None:
+    html = strip.html("CRR C", total=6)
+    assert 'aria-label="4 denoiser calls: 2 computed, 2 reused"' in html
+    assert (html.count(">C<"), html.count(">R<"), html.count("dashed")) == (2, 2, 2)
+    assert "<script" not in strip.html("<script>")
+
+
+@pytest.mark.parametrize(("ground", "ink"), [strip.COMPUTED, strip.REUSED])
+def test_letters_stand_out_from_their_cells(ground: str, ink: str) -> None:
+    """WCAG 2.1, 1.4.3: 4.5 to 1."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, bright = sorted((luminance(ground), luminance(ink)))
+    assert (bright + 0.05) / (dark + 0.05) >= 4.5
+
+
+def _png(pixels: np.ndarray[Any, Any]) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_psnr_is_that_of_scikit_image() -> None:
+    random = np.random.default_rng(0)
+    first, second = (random.integers(0, 256, (8, 12, 3), dtype=np.uint8) for _ in range(2))
+    assert psnr(_png(first), _png(second)) == pytest.approx(peak_signal_noise_ratio(first, second))
+    assert math.isinf(psnr(_png(first), _png(first)))
+
+
+def test_the_difference_is_amplified_and_clipped() -> None:
+    first = np.zeros((1, 2, 3), np.uint8)
+    second = np.array([[[1, 2, 3], [40, 0, 255]]], np.uint8)
+    assert np.asarray(difference(_png(first), _png(second), 8)).tolist() == [[[8, 16, 24], [255, 0, 255]]]
+
+
+def test_errors_are_the_servers_sentence_and_a_remedy() -> None:
+    full = ApiError(429, "queue_full", "The queue is full.", None, "id", retry_after=5)
+    assert explained(full) == "The queue is full. Try again in 5 s."
+    assert "scripts/run" in explained(Unreachable("http://x cannot be reached."))
+
+
+@pytest.mark.parametrize("address", ["localhost:7861", "ftp://a", "http://", "http://a/?b"])
+def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAVESPEED_UI_SERVER", address)
+    with pytest.raises(ValueError, match="is no address"):
+        PageSettings()
