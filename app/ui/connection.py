@@ -35,11 +35,14 @@ class Connection:
             return
         try:
             catalogue = self.server.catalogue()
+            self.models = {row["name"]: row for row in catalogue["models"]}
+            self.default = catalogue["default"]
         except ClientError as error:
             self.error = error
-            return
-        self.models = {row["name"]: row for row in catalogue["models"]}
-        self.default, self.error, self._heard = catalogue["default"], None, time.monotonic()
+        except (KeyError, TypeError):
+            self.error = ClientError(f"What answers at {self.address} is no WaveSpeed server. Set WAVESPEED_UI_SERVER.")
+        else:
+            self.error, self._heard = None, time.monotonic()
 
 
 def of_session(settings: PageSettings) -> Connection:

@@ -16,7 +16,8 @@ STYLE = """<style>
   .stMainBlockContainer { padding-top: 3rem; }
   :focus-visible { outline: 3px solid #0b57d0; outline-offset: 2px; }
   /* Streamlit's grey of small print is too faint to read. */
-  [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] *, [data-testid="stImageCaption"] { color: inherit; }
+  [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * { color: inherit; }
+  [data-testid="stImageCaption"] { color: inherit; }
 </style>"""
 
 
