@@ -128,11 +128,14 @@ def test_history_puts_settings_back(page: Any) -> None:
     assert shown(page) is first
 
 
-def test_a_running_picture_can_be_cancelled(page: Any) -> None:
-    draw(page, model="slow", steps=150, width=64, height=64)
-    assert page.button(key="generate").disabled
-    page.button(key="cancel").click().run()
-    finish(page)
+def test_a_running_picture_can_be_cancelled(opened: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(("-m", "tests.e2e.fake_server"), WAVESPEED_DEVICE="cpu") as server:  # its worker hangs from here on
+        monkeypatch.setenv("WAVESPEED_UI_SERVER", address(server))
+        page = opened()
+        draw(page, model="hangs", width=64, height=64)
+        assert page.button(key="generate").disabled
+        page.button(key="cancel").click().run()
+        finish(page)
     assert page.info[0].value == "Cancelled."
     assert not page.button(key="generate").disabled
 

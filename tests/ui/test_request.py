@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,3 +127,14 @@ def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("WAVESPEED_UI_SERVER", address)
     with pytest.raises(ValueError, match="is no address"):
         PageSettings()
+
+
+def test_the_page_knows_of_the_service_its_client_alone() -> None:
+    """So that its container holds neither the engine nor the models."""
+    imports = [
+        line
+        for path in (Path(__file__).resolve().parents[2] / "app" / "ui").glob("*.py")
+        for line in re.findall(r"^\s*(?:from|import) (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    ours = {name for name in imports if name.partition(".")[0] in ("app", "benchmarks", "cache", "models")}
+    assert {name for name in ours if not name.startswith("app.ui")} == {"app.client"}
