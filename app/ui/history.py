@@ -60,7 +60,7 @@ class Drawn:
             case "deepcache":
                 parts.append(f"DeepCache {cache['interval']}, {cache['depth']}")
             case "first_block":
-                parts.append(f"FBCache {cache['threshold']:g}")
+                parts.append(f"FBCache {self.body['fbcache_threshold']:g}")
             case _:
                 parts.append("uncached")
         return " · ".join(parts)

@@ -50,8 +50,8 @@ def page(server: Server, opened: Callable[[], Any], monkeypatch: pytest.MonkeyPa
 
 
 def finish(page: Any) -> Any:
-    run: Run = page.session_state["run"]
-    assert run.ended.wait(PATIENCE)
+    run: Run | None = page.session_state["run"]
+    assert run is None or run.ended.wait(PATIENCE)  # None: it ended while the page was drawn, which took it over
     page.run()
     assert not page.exception
     return page
