@@ -49,6 +49,8 @@ class DeepCache:
     guidance: `full` runs both halves of a guided batch in reuse calls. `reuse` runs the half with text alone, at half
         the cost, and takes the other from the guidance difference, which is kept and forecast (`cache/guidance.py`).
         It needs a view that knows guided calls; where it cannot act, the report says `full`.
+    correction: whether a computed call also repays what the reused ones before it got wrong (`cache/correction.py`),
+        for a sampler that the view knows; None: with any forecast but `none`.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -60,6 +62,7 @@ class DeepCache:
     forecast: forecasts.Forecast = "damped"
     schedule: schedules.Schedule = "auto"
     guidance: guidances.Guidance = "full"
+    correction: bool | None = None
 
     def __post_init__(self) -> None:
         for setting, least, most in (
@@ -86,6 +89,7 @@ class DeepCache:
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
         """One run of `denoiser`, which must be a UNet's view. Raises IncompatibleDenoiser and AlreadyAttached."""
+        from .correction import Correction, wanted
         from .cost import deepest_branch  # torch, where it is needed
         from .denoiser import UNetDenoiser
 
@@ -94,9 +98,13 @@ class DeepCache:
                 f"DeepCache needs a UNet, and {type(denoiser.root).__name__} is none: use FirstBlockCache for it."
             )
         run = _Run(self, denoiser, deepest_branch(denoiser.branch_costs, self.depth))
-        with denoiser.intercepted(run.handle), run.watching():
+        correction = Correction(denoiser, run.report)
+        corrects = wanted(self.correction, self.forecast) and self.interval > 1
+        handle = correction.around(run.handle) if corrects else run.handle
+        with denoiser.intercepted(handle), run.watching():
             try:
                 yield run.report
+                correction.explain(self.correction is True)
                 run.explain()
             finally:
                 run.passes.clear()
@@ -142,7 +150,7 @@ class _Run:
         self.copies = denoiser.modifies_in_place
         self.report = CacheReport(
             strategy.name,
-            settings={**dataclasses.asdict(strategy), "placement": None, "branch": branch},
+            settings={**dataclasses.asdict(strategy), "correction": False, "placement": None, "branch": branch},
             reuse_cost=0.0 if branch is None else denoiser.branch_costs[branch],
         )
 
@@ -236,8 +244,7 @@ class _Run:
             entry.history.add(time, self.captured[entry.rows // 2 :].clone())
             entry.difference.add(time, guidances.difference(prediction))
         self.passes[slot] = entry
-        held = sum(one.bytes for one in self.passes.values())
-        self.report.cache_bytes = max(self.report.cache_bytes, held)
+        self.report.hold("features", sum(one.bytes for one in self.passes.values()))
         return output
 
     def continued(self, call: Call, slot: _Slot) -> _Pass:

@@ -12,17 +12,26 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from . import cost
 from .patching import Call, Shadow, intercepted, shadowed
+from .sampling import calls_of, responses
 from .schedule import GROWTH, Placement, PlacementRule, warped
 from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
 
 __all__ = ["BranchPass", "Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"]
+
+
+Responses = Callable[[], Sequence[float] | None]
+"""Asked once in a run, after its first call; None where nobody knows the sampler."""
+
+
+def _unknown() -> None:
+    return None
 
 
 class Denoiser:
@@ -33,6 +42,7 @@ class Denoiser:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        self.responses: Responses = _unknown
         self._parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
 
     def argument(self, name: str, call: Call) -> Any:
@@ -50,6 +60,12 @@ class Denoiser:
         """The call's timestep (that of the first batch item). Synchronises if it lies on a GPU."""
         timestep = self.argument("timestep", call)
         return float(timestep.reshape(-1)[0] if isinstance(timestep, Tensor) else timestep)
+
+    def sampled(self, responses: Responses) -> Self:
+        """The same view for a run of a sampler with these responses: by how much each prediction moves its result."""
+        other = copy.copy(self)
+        other.responses = responses
+        return other
 
     def intercepted(self, handle: Callable[[Call], Any]) -> AbstractContextManager[None]:
         """Within the context, calls of the root go through `handle`. Raises AlreadyAttached."""
@@ -324,15 +340,6 @@ class TransformerDenoiser(Denoiser):
         return tuple(map(streams.get, self.streams)) if packed else streams["hidden_states"]
 
 
-def calls_of(scheduler: Any, timestep: float) -> int | None:
-    """How often a diffusers pipeline calls its denoiser in a run that begins at `timestep`.
-
-    None if that is not where the scheduler's timesteps begin: img2img runs a part of them.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    return None if timesteps is None or float(timesteps[0]) != timestep else len(timesteps)
-
-
 def view_of(target: Any) -> Denoiser:
     """The view of a denoiser, of a network, or of the network in a diffusers pipeline.
 
@@ -347,8 +354,8 @@ def view_of(target: Any) -> Denoiser:
         raise IncompatibleDenoiser(
             f"{type(target).__name__} has neither a unet nor a transformer: pass the network itself or a Denoiser."
         )
+    scheduler = getattr(target, "scheduler", None)
     if hasattr(root, "down_blocks") and hasattr(root, "up_blocks"):
-        scheduler = getattr(target, "scheduler", None)
         training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
@@ -358,8 +365,12 @@ def view_of(target: Any) -> Denoiser:
         def guided() -> bool:
             return bool(getattr(target, "do_classifier_free_guidance", False))
 
-        return UNetDenoiser(root, num_train_timesteps=training, rule=None if scheduler is None else rule, guided=guided)
-    return TransformerDenoiser(root)
+        view: Denoiser = UNetDenoiser(
+            root, num_train_timesteps=training, rule=None if scheduler is None else rule, guided=guided
+        )
+    else:
+        view = TransformerDenoiser(root)
+    return view if scheduler is None else view.sampled(lambda: responses(target.scheduler))
 
 
 def attach(target: Any, strategy: CacheStrategy) -> AbstractContextManager[CacheReport]:

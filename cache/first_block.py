@@ -38,6 +38,8 @@ class FirstBlockCache:
         `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`); `probe`
         a line as far as the first block's residual has moved along its own, and the threshold bounds the sum of what
         that residual leaves unexplained.
+    correction: whether a computed call also repays what the reused ones before it got wrong (`cache/correction.py`),
+        for a sampler that the view knows; None: with any forecast but `none`.
     One synchronisation with a GPU a call: the decision is the host's.
     """
 
@@ -46,6 +48,7 @@ class FirstBlockCache:
     threshold: float = 0.05
     max_consecutive: int | None = None
     forecast: forecasts.Forecast = "probe"
+    correction: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
@@ -59,7 +62,8 @@ class FirstBlockCache:
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
         """One run of `denoiser`, a transformer's view. Raises IncompatibleDenoiser and AlreadyAttached."""
-        from .denoiser import TransformerDenoiser  # torch, where it is needed
+        from .correction import Correction, wanted  # torch, where it is needed
+        from .denoiser import TransformerDenoiser
         from .residual import ResidualRun
 
         if not isinstance(denoiser, TransformerDenoiser):
@@ -67,11 +71,14 @@ class FirstBlockCache:
                 f"The first-block cache needs a transformer, and {type(denoiser.root).__name__} is a UNet: "
                 "use DeepCache for it."
             )
-        report = CacheReport(self.name, settings=dataclasses.asdict(self))
+        report = CacheReport(self.name, settings={**dataclasses.asdict(self), "correction": False})
         run = ResidualRun(denoiser, report, self)
-        with denoiser.intercepted(run.handle):
+        correction = Correction(denoiser, report)
+        corrects = wanted(self.correction, self.forecast) and self.threshold > 0
+        with denoiser.intercepted(correction.around(run.handle) if corrects else run.handle):
             try:
                 yield report
+                correction.explain(self.correction is True)
                 report.reuse_cost = run.reuse_cost()
                 report.conclude(partial(self._explain, sum(map(len, denoiser.blocks))))
             finally:

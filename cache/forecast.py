@@ -82,24 +82,28 @@ class History:
             value = _plus(value, difference, weight, in_place=order > 1 or onto is not None)
         return value
 
-    def ahead_of(self, value: Tensor, call: int) -> Tensor:
-        """How many calls beyond its newest value each item's line comes nearest to `value`; shape (items,).
+    def ahead_of(self, value: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        """How many calls beyond its newest value each item's line comes nearest to `value` (items,), and the rest.
 
         The least-squares step along the line: 0 where there is no line yet or none that moves, never back, and at most
-        FASTEST times the calls from the newest value to `call`, where a line that hardly moves would say anything.
+        FASTEST times the calls from the newest value to `call`, where a line that hardly moves would say anything. The
+        rest is `value` less that point of the line.
         """
         from torch import linalg  # here, as this module is read without torch as well
 
+        rest = value - self._terms[0]
         if len(self._terms) < 2:
-            return value.new_zeros(len(value)).float()
+            return value.new_zeros(len(value)).float(), rest
         slope = self._terms[1].flatten(1).float()  # float: in half precision sums overflow
         if self._reach is None:
             self._reach = slope.square().sum(1).reciprocal_().nan_to_num_(0, 0, 0)
-        ahead: Tensor = linalg.vecdot((value - self._terms[0]).flatten(1).float(), slope).mul_(self._reach)
+        ahead: Tensor = linalg.vecdot(rest.flatten(1).float(), slope).mul_(self._reach)
         furthest = [FASTEST * (call - anchors[0]) if anchors else 0.0 for anchors in self._calls]
         if len(set(furthest)) == 1:
-            return ahead.clamp_(0, furthest[0])
-        return ahead.clamp_(ahead.new_zeros(()), ahead.new_tensor(furthest))
+            ahead.clamp_(0, furthest[0])
+        else:
+            ahead.clamp_(ahead.new_zeros(()), ahead.new_tensor(furthest))
+        return ahead, rest.addcmul_(self._terms[1], _of_items(ahead, rest), value=-1)
 
     def along(self, ahead: Tensor, onto: Tensor | None = None) -> Tensor:
         """Each item's line `ahead` (items,) calls beyond its newest value, added to `onto`."""
@@ -107,8 +111,7 @@ class History:
         if len(self._terms) < 2:
             return value
         slope = self._terms[1]
-        weight = ahead.to(slope.dtype).view(-1, *(1,) * (slope.dim() - 1))
-        return _plus(value, slope, weight, in_place=onto is not None)
+        return _plus(value, slope, _of_items(ahead, slope), in_place=onto is not None)
 
     def make_room(self) -> None:
         """Let go of what the next value will not need, so that the old and the new are not held at once."""
@@ -170,6 +173,11 @@ def _by_item(numbers: Sequence[float], like: Tensor) -> float | Tensor:
     if len(set(numbers)) == 1:
         return numbers[0]
     return like.new_tensor(numbers).view(-1, *(1,) * (like.dim() - 1))
+
+
+def _of_items(numbers: Tensor, like: Tensor) -> Tensor:
+    """(items,) → what broadcasts over `like` (items, …)."""
+    return numbers.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
 
 
 def _plus(value: Tensor, difference: Tensor, weight: float | Tensor, *, in_place: bool) -> Tensor:

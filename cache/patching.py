@@ -63,6 +63,11 @@ class Call:
         return (_signature(self.args), _signature(self.kwargs))
 
 
+def rebuilt(output: Any, prediction: torch.Tensor) -> Any:
+    """An answer of the same form as `output`, a tuple or one of diffusers' outputs, around another tensor."""
+    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(prediction)
+
+
 def _signature(value: Any) -> Any:
     match value:
         case torch.Tensor():

@@ -56,9 +56,8 @@ class Reference:
     def judge(self, call: int, probe: Tensor) -> Verdict:
         """Decide for call number `call`, in which the first block added `probe`."""
         history = self._history
-        ahead = history.ahead_of(probe, call) if self._guided else None
-        expected = history.newest if ahead is None else history.along(ahead)
-        ratios: list[float] = (_means(probe - expected) / self._scale).tolist()
+        ahead, rest = history.ahead_of(probe, call) if self._guided else (None, probe - history.newest)
+        ratios: list[float] = _means(rest).div_(self._scale).tolist()
         changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
         rows = []
         for row, change in enumerate(changes):

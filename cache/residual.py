@@ -87,7 +87,7 @@ class ResidualRun:
         report.record("".join("C" if row in turn.rows else "R" for row in range(turn.batch)))
         report.residuals.append(turn.change)
         report.item_residuals.append(tuple(turn.changes))
-        report.cache_bytes = max(report.cache_bytes, sum(entry.bytes for entry in self.passes.values()))
+        report.hold("features", sum(entry.bytes for entry in self.passes.values()))
         return output
 
     def reuse_cost(self) -> float | None:

@@ -59,6 +59,12 @@ class CacheReport:
     item_residuals: list[tuple[float, ...]] = field(default_factory=list)
     _explain: Callable[[CacheReport], None] | None = field(default=None, repr=False, compare=False)
     _noted: int = field(default=0, repr=False, compare=False)  # warnings before it
+    _held: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def newest(self) -> str:
+        """The letter of the last call, or the letters of its batch items where those decide apart."""
+        return "".join(one[-1] for one in self.item_decisions) or self.decisions[-1:]
 
     @property
     def computed(self) -> int:
@@ -133,6 +139,11 @@ class CacheReport:
         """Let `explain` warn of what the finished run, or later a part of its batch, shows."""
         self._explain, self._noted = explain, len(self.warnings)
         explain(self)
+
+    def hold(self, part: str, count: int) -> None:
+        """Note the bytes that a part of the cache keeps from now on."""
+        self._held[part] = count
+        self.cache_bytes = max(self.cache_bytes, sum(self._held.values()))
 
     def warn(self, sentence: str) -> None:
         """Add `sentence` for the user, once."""

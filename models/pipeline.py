@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .passes.preview import Decoder
 
 Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
+REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
 class PipelineModel(ABC):
@@ -46,6 +47,7 @@ class PipelineModel(ABC):
         self._denoiser = denoiser
         self._compiled: compilation.CompiledLayers | None = None
         self._texts = TextCache()
+        self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
 
     @property
     def denoiser(self) -> Denoiser:
@@ -181,6 +183,21 @@ class PipelineModel(ABC):
     def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
         """The denoiser as a strategy sees it in a run that `scheduler` steps."""
         return self._denoiser
+
+    def responses(self, scheduler: Any) -> tuple[float, ...] | None:
+        """Those of a scheduler whose timesteps are set; remembered, as finding them takes a few milliseconds."""
+        import torch
+
+        from cache.sampling import begun, responses
+
+        sigmas = getattr(scheduler, "sigmas", None)
+        schedule = scheduler.timesteps if sigmas is None else torch.cat([scheduler.timesteps.cpu(), sigmas.cpu()])
+        key = (type(scheduler), begun(scheduler), *schedule.tolist())
+        if key not in self._responses:
+            if len(self._responses) == REMEMBERED:
+                self._responses.clear()
+            self._responses[key] = responses(scheduler)
+        return self._responses[key]
 
     def from_pictures(self) -> Any:
         """diffusers' img2img pipeline for this one, made of the same components."""

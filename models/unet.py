@@ -158,7 +158,7 @@ class StableDiffusionModel(PipelineModel):
         return self._unet
 
     def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
-        from cache.denoiser import calls_of
+        from cache.sampling import calls_of
 
         sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
 

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,7 +118,7 @@ class Drawing:
             self.clock("denoise"),
             model.scheduled(pipeline, params, seeds) as scheduler,
             model.accelerated(params) as (attention, compiling),
-            self.strategy.attach(model.view(params, scheduler)) as report,
+            self.strategy.attach(model.view(params, scheduler).sampled(partial(model.responses, scheduler))) as report,
             self._scales(name, steps, scheduler, *grid) as scales,
             previews.watching(model, scheduler, *grid),
         ):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache import AlreadyAttached, CacheStrategy, DeepCache, FirstBlockCache, NoCache, attach
+from cache import AlreadyAttached, CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, attach
 from tests.cache.networks import Family
 
 STEPS = 6  # of `Family.denoise`
@@ -22,19 +22,24 @@ class Stopped(BaseException):
     """Not an Exception, as a cancel need not be one."""
 
 
+def view(family: Family, network: nn.Module) -> Denoiser:
+    """For a run of a sampler whose every call weighs the same."""
+    return family.view(network).sampled(lambda: [1.0] * 100)
+
+
 def deepest_that_always_runs(family: Family, network: nn.Module) -> nn.Module:
     """A layer that reuse calls run as well, near the network's end."""
     return network.conv_norm_out if family.is_unet else network.norm_out  # type: ignore[return-value]
 
 
 def cached(family: Family, network: nn.Module, strategy: CacheStrategy, **settings: object) -> Tensor:
-    with attach(family.view(network), strategy):
+    with attach(view(family, network), strategy):
         return family.denoise(network, **settings)
 
 
 def test_neutral_settings_change_no_bit(family: Family, network: nn.Module, neutral: CacheStrategy) -> None:
     plain = family.denoise(network)
-    with attach(family.view(network), neutral) as report:
+    with attach(view(family, network), neutral) as report:
         result = family.denoise(network)
     assert torch.equal(result, plain)
     assert report.decisions == "C" * STEPS
@@ -43,7 +48,7 @@ def test_neutral_settings_change_no_bit(family: Family, network: nn.Module, neut
 def test_every_call_is_counted_once(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
     calls = []
     handle = network.register_forward_hook(lambda *_: calls.append(1))
-    with attach(family.view(network), strategy) as report:
+    with attach(view(family, network), strategy) as report:
         family.denoise(network)
     handle.remove()
     assert report.computed + report.reused == len(report.decisions) == len(calls) == STEPS
@@ -68,7 +73,7 @@ def test_a_reuse_call_changes_the_result_and_is_cheaper(
         if not list(module.children())
     ]
     ran: dict[str, set[int]] = {"C": set(), "R": set()}
-    with attach(family.view(network), strategy) as report:
+    with attach(view(family, network), strategy) as report:
         for _ in family.steps(network):
             ran[report.decisions[-1]].add(len(layers))
             layers.clear()
@@ -106,7 +111,7 @@ def test_after_an_exception_in_a_call_the_next_run_is_exact(
     layer = deepest_that_always_runs(family, network)
 
     def failing_run() -> None:
-        with attach(family.view(network), strategy):
+        with attach(view(family, network), strategy):
             handle = layer.register_forward_hook(fail)
             try:
                 family.denoise(network)
@@ -130,7 +135,7 @@ def test_an_exception_inside_the_context_costs_only_its_own_run(
     def fail(*_: object) -> None:
         raise Stopped
 
-    with attach(family.view(network), strategy) as report:
+    with attach(view(family, network), strategy) as report:
         handle = layer.register_forward_hook(fail)
         with pytest.raises(Stopped):
             family.denoise(network, seed=3)
@@ -145,7 +150,7 @@ def test_a_cancel_between_steps_leaves_nothing(
     before, expected = snapshot(), cached(family, network, strategy)
 
     def cancelled_run() -> None:
-        with attach(family.view(network), strategy):
+        with attach(view(family, network), strategy):
             for step, _ in enumerate(family.steps(network)):
                 if step == 3:
                     raise Stopped
@@ -158,7 +163,7 @@ def test_a_cancel_between_steps_leaves_nothing(
 
 def test_another_size_follows_cleanly(family: Family, network: nn.Module, strategy: CacheStrategy) -> None:
     expected = cached(family, network, strategy, size=(16, 24))
-    with attach(family.view(network), strategy) as report:
+    with attach(view(family, network), strategy) as report:
         family.denoise(network, size=(16, 16))
         assert torch.equal(family.denoise(network, size=(16, 24)), expected)
     assert report.decisions[STEPS] == "C"
@@ -174,7 +179,7 @@ def test_a_size_that_is_come_back_to_computes_first_and_goes_on_from_its_own_his
     """
 
     def turns(other_seed: int) -> tuple[list[Tensor], str]:
-        with attach(family.view(network), strategy) as report, torch.no_grad():
+        with attach(view(family, network), strategy) as report, torch.no_grad():
             first, other = family.steps(network), family.steps(network, size=(16, 24), seed=other_seed)
             results = []
             for run in (first, other, first):
@@ -193,7 +198,7 @@ def test_the_network_is_restored_exactly(
     family: Family, network: nn.Module, strategy: CacheStrategy, snapshot: Callable[[], object]
 ) -> None:
     before = snapshot()
-    with attach(family.view(network), strategy):
+    with attach(view(family, network), strategy):
         assert snapshot() != before  # the snapshot sees patches
         family.denoise(network)
     assert snapshot() == before
@@ -204,7 +209,7 @@ def test_a_second_attach_is_refused_until_the_first_is_left(
 ) -> None:
     other = DeepCache() if family.is_unet else FirstBlockCache()
     expected = cached(family, network, strategy)
-    with attach(family.view(network), strategy):
+    with attach(view(family, network), strategy):
         for second in (strategy, other, NoCache()):
             with pytest.raises(AlreadyAttached, match="already attached"), attach(network, second):
                 pass
@@ -218,8 +223,8 @@ def test_interleaved_runs_are_exact(family: Family, network: nn.Module, strategy
     twin = copy.deepcopy(network)
     expected = [cached(family, network, strategy, seed=0), cached(family, network, strategy, seed=5)]
     with ExitStack() as stack:
-        stack.enter_context(attach(family.view(network), strategy))
-        stack.enter_context(attach(family.view(twin), strategy))
+        stack.enter_context(attach(view(family, network), strategy))
+        stack.enter_context(attach(view(family, twin), strategy))
         *_, last = zip(family.steps(network, seed=0), family.steps(twin, seed=5), strict=True)
     assert [torch.equal(a, b) for a, b in zip(last, expected, strict=True)] == [True, True]
 
@@ -245,7 +250,7 @@ def live_bytes() -> int:
 def held_after_each_step(family: Family, network: nn.Module, strategy: CacheStrategy) -> tuple[list[int], list[int]]:
     """Bytes alive after each step, and what the report has said until then."""
     alive, said = [], []
-    with attach(family.view(network), strategy) as report:
+    with attach(view(family, network), strategy) as report:
         for latents in family.steps(network):
             alive.append(live_bytes())
             said.append(report.cache_bytes)
@@ -272,7 +277,7 @@ def test_nothing_is_kept_after_an_abort(family: Family, network: nn.Module, stra
     cached(family, network, strategy)
 
     def aborted_run() -> None:
-        with attach(family.view(network), strategy):
+        with attach(view(family, network), strategy):
             for _ in family.steps(network):
                 raise Stopped
 

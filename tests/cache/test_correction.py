@@ -1,0 +1,173 @@
+"""The correction of reused calls: held against plain sampling loops and against finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from torch import Tensor, nn
+
+from cache import CacheReport, Denoiser
+from cache.correction import Correction, lagrange, wanted
+from cache.patching import Call
+from cache.sampling import responses
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers on NumPy 2
+
+CALLS = 12
+LINEAR_STEPS = [
+    DDIMScheduler(clip_sample=False),
+    DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+    EulerDiscreteScheduler(),
+    DPMSolverMultistepScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.0),
+]
+
+
+def sampled(scheduler: Any, predict: Callable[[int, Tensor], Tensor], start: Tensor) -> Tensor:
+    """What `scheduler` makes of the predictions for each of its calls."""
+    scheduler.set_timesteps(CALLS)
+    sample = start
+    for number, timestep in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, timestep)
+        sample = scheduler.step(predict(number, sample), timestep, sample, return_dict=False)[0]
+    return sample
+
+
+class Strategy:
+    """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R."""
+
+    def __init__(self, letters: list[str], truth: Callable[[int], Tensor], scheduler: Any) -> None:
+        self.letters, self.truth = letters, truth
+        self.report = CacheReport("test")
+        self.last = torch.tensor(torch.nan)
+        view = Denoiser(nn.Identity()).sampled(lambda: responses(scheduler))
+        self.handle = Correction(view, self.report).around(self._handle)
+
+    def _handle(self, call: Call) -> tuple[Tensor]:
+        number = len(self.report.decisions)
+        letters = self.letters[number]
+        computes = torch.tensor([letter == "C" for letter in letters]).view(-1, 1, 1, 1)
+        self.last = torch.where(computes, self.truth(number), self.last)
+        self.report.record(letters)
+        return (self.last.clone(),)
+
+    def __call__(self, number: int, sample: Tensor) -> Tensor:
+        return self.handle(Call(lambda: None, (sample,), {}, None))[0]
+
+
+@pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
+def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None:
+    torch.manual_seed(0)
+    start, *predictions = torch.randn(CALLS + 1, 1, 3, 2, 2, dtype=torch.float64)
+    plain = sampled(scheduler, lambda number, _: predictions[number], start)
+    scheduler.set_timesteps(CALLS)
+    found = responses(scheduler)
+    assert found is not None
+    assert scheduler.step_index is None if hasattr(scheduler, "step_index") else True
+    for changed in range(CALLS):
+        moved = sampled(scheduler, lambda number, _, at=changed: predictions[number] + (number == at), start) - plain
+        torch.testing.assert_close(moved, torch.full_like(moved, found[changed]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, object],
+    ids=["draws noise", "calls twice at a timestep", "is no scheduler"],
+)
+def test_where_the_responses_are_not_known_nothing_is_corrected(kind: type) -> None:
+    scheduler = kind()
+    if hasattr(scheduler, "set_timesteps"):
+        scheduler.set_timesteps(4)
+    report = CacheReport("test")
+    correction = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
+
+    def handle(call: Call) -> tuple[Tensor]:
+        report.record("CRCR"[len(report.decisions)])
+        return call.args
+
+    handler = correction.around(handle)
+    answers = [torch.randn(1, 1, 2, 2) for _ in range(4)]
+    assert all(handler(Call(lambda: None, (answer,), {}, None))[0] is answer for answer in answers)
+    correction.explain(asked=False)
+    assert (report.settings, report.warnings) == ({"correction": False}, [])
+    correction.explain(asked=True)
+    assert len(report.warnings) == 1
+
+
+@pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
+def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(scheduler: Any) -> None:
+    """Every gap begins with two computed calls before it and ends with one."""
+    torch.manual_seed(0)
+    start, *terms = torch.randn(4, 2, 3, 2, 2, dtype=torch.float64)
+
+    def truth(number: int) -> Tensor:
+        return terms[0] + number * terms[1] / 5 + number**2 * terms[2] / 50
+
+    exact = sampled(scheduler, lambda number, _: truth(number), start)
+    repeats = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, scheduler)
+    found = sampled(scheduler, repeats, start)
+    assert repeats.report.settings["correction"]
+    assert repeats.report.decisions == "CCRRCRCRRCRC"
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    plain = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, object())
+    assert (sampled(scheduler, plain, start) - exact).abs().max() > 0.01
+
+
+def test_items_that_decide_apart_are_corrected_as_if_they_were_alone() -> None:
+    torch.manual_seed(0)
+    scheduler = EulerDiscreteScheduler()
+    start, *truths = torch.randn(CALLS + 1, 3, 2, 2, 2, dtype=torch.float64)
+    letters = ["CCRCRRCRCRRC", "CRRCRCCRRCRC", "CCCRRRCRCRRR"]
+    together = Strategy(["".join(call) for call in zip(*letters, strict=True)], truths.__getitem__, scheduler)
+    found = sampled(scheduler, together, start)
+    for item, own in enumerate(letters):
+        rows = slice(item, item + 1)
+        alone = Strategy(list(own), lambda number, rows=rows: truths[number][rows], scheduler)
+        torch.testing.assert_close(found[rows], sampled(scheduler, alone, start[rows]), rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_stopped_call_leaves_is_forgotten() -> None:
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    report = CacheReport("test")
+    correction = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
+
+    def handle(call: Call) -> tuple[Tensor]:
+        if len(report.decisions) == 2 and call.args[0].isnan().any():
+            raise KeyboardInterrupt
+        report.record("CRCC"[len(report.decisions)])
+        return call.args
+
+    handler = correction.around(handle)
+    answers = [torch.full((1, 1, 2, 2), float(value)) for value in (1, 2, 3)]
+    handler(Call(lambda: None, (answers[0],), {}, None))
+    handler(Call(lambda: None, (answers[1],), {}, None))
+    with pytest.raises(KeyboardInterrupt):
+        handler(Call(lambda: None, (answers[2] * torch.nan,), {}, None))
+    assert torch.equal(handler(Call(lambda: None, (answers[2],), {}, None))[0], answers[2])
+
+
+def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
+    for nodes in ([7], [7, 3], [7, 3, 2]):
+        for power in range(len(nodes)):
+            weights = lagrange(nodes, 5)
+            assert sum(weight * node**power for weight, node in zip(weights, nodes, strict=True)) == pytest.approx(
+                5**power
+            )
+
+
+def test_left_open_it_belongs_to_every_forecast_but_none() -> None:
+    assert [wanted(None, name) for name in ("none", "linear", "damped", "probe")] == [False, True, True, True]
+    assert [wanted(asked, name) for asked in (False, True) for name in ("none", "probe")] == [False, False, True, True]
