@@ -227,12 +227,12 @@ def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
-    forecast = _given(forecast=request.cache_forecast)
+    both = _given(forecast=request.cache_forecast, correction=request.cache_correction)
     if request.deepcache_enabled:
         chosen = _given(schedule=request.deepcache_schedule, guidance=request.deepcache_guidance)
-        return DeepCache(**request.deepcache, **chosen, **forecast)
+        return DeepCache(**request.deepcache, **chosen, **both)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
-        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **forecast)
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **both)
     return NoCache()
 
 
@@ -262,6 +262,7 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
         idle = sorted(field for field in given & fields if getattr(request, field) != defaults[field])
         if idle and not getattr(request, switch):
             warnings.append(f"{', '.join(idle)} had no effect: {switch} is not true.")
-    if request.cache_forecast is not None and isinstance(_strategy(request, model), NoCache):
-        warnings.append("cache_forecast had no effect: no cache is on.")
+    for field in ("cache_forecast", "cache_correction"):
+        if getattr(request, field) is not None and isinstance(_strategy(request, model), NoCache):
+            warnings.append(f"{field} had no effect: no cache is on.")
     return warnings

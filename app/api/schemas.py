@@ -146,6 +146,12 @@ class GenerateRequest(BaseModel):
         "held; probe, for FBCache, a line as far as the first block has moved along its own; null takes the cache's "
         "measured default.",
     )
+    cache_correction: bool | None = Field(
+        None,
+        description="Whether a computed step also repays what the reused ones before it got wrong, which costs next to "
+        "nothing; for samplers that draw no noise and call the denoiser once a step. null: yes, unless cache_forecast "
+        "is none.",
+    )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
         "auto", description="Attention kernel; auto takes the best that the model and device can run."
