@@ -54,7 +54,7 @@ def overheads(
     with torch.no_grad(), ExitStack() as stack:
         steps: dict[str, Step] = {"bare": stack.enter_context(_bare(view, branch, call))}
         for forecast in forecasts:
-            own = UNetDenoiser(twin(unet))
+            own = UNetDenoiser(twin(unet)).sampled(lambda: [1.0] * 2 * (repeats + WARM_UP))
             stack.enter_context(with_forecast(DeepCache(interval=2, depth=depth), forecast).attach(own))
             steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)
         host = SimpleNamespace(unet=unet, scheduler=scheduler)
@@ -85,7 +85,7 @@ def first_block_overheads(
         steps: dict[str, Step] = {"bare": lambda index: call(view.root, index) if index % 2 else None}
         reports = []
         for forecast in forecasts:
-            own = TransformerDenoiser(twin(transformer))
+            own = TransformerDenoiser(twin(transformer)).sampled(lambda: [1.0] * 2 * (repeats + WARM_UP))
             strategy = with_forecast(FirstBlockCache(), forecast)
             reports.append(stack.enter_context(strategy.attach(own)))
             steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)

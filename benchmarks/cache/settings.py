@@ -19,6 +19,7 @@ from cache import (
     UNetDenoiser,
 )
 from cache.cost import deepest_branch
+from cache.deepcache import DEEPEST
 from cache.forecast import ORDERS, WITHOUT_WITNESS
 
 UNCACHED = "uncached"
@@ -113,7 +114,10 @@ def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
 
 
 def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
-    """Ours as it comes, with guidance reused, and with each forecast evenly placed, as the helper places its calls."""
+    """Ours as it comes, with guidance reused, where reused steps run no layer, and evenly placed with each forecast.
+
+    Evenly is how the published helper places its calls.
+    """
     depths: dict[int, int] = {}  # branch → the first depth that chooses it: equal branches are equal settings
     for depth in grid.depths:
         branch = deepest_branch(costs, depth)
@@ -126,6 +130,9 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
             yield here(OURS, label, ours(strategy), forecast=strategy.forecast, default=True)
             half = dataclasses.replace(strategy, guidance="reuse")
             yield here(f"{OURS}, guidance reused", label, ours(half))
+            if depth == min(depths.values()):
+                bare = dataclasses.replace(strategy, depth=DEEPEST)
+                yield here(f"{OURS}, no layer in reused steps", f"N{interval} d{DEEPEST}", ours(bare))
             for forecast in forecasts(DeepCache, grid):
                 even = with_forecast(strategy, forecast)
                 yield here(f"{OURS}, {forecast}, evenly placed", label, ours(even), forecast=forecast)
