@@ -31,12 +31,12 @@ def test_the_committed_placements_keep_the_budget_and_are_no_loss() -> None:
 
 
 def test_auto_is_nearer_than_uniform_on_tiny_sd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "INTERVALS", (2,))
+    monkeypatch.setattr(command, "INTERVALS", (3,))
     (found,) = command.of_tiny_sd(["euler"], [20], 4, (128, 128))
     gain = found.gain("uniform")
     assert gain is not None
-    assert gain[0] > 1  # 4 dB on others
-    assert found.decisions.count("C") == 10
+    assert gain[0] > 0.5  # 2 dB here
+    assert found.decisions.count("C") == 7
 
 
 @torch.no_grad()
