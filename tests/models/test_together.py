@@ -79,7 +79,8 @@ def test_each_is_what_it_is_alone(family: str, strategy: CacheStrategy, request:
         assert one.reports[0].item_decisions == alone.reports[0].item_decisions
         for mine, its in zip(one.reports[0].residuals, alone.reports[0].residuals, strict=True):
             assert mine == (None if its is None else pytest.approx(its, rel=1e-3))
-        assert one.reports[0].cache_bytes == pytest.approx(alone.reports[0].cache_bytes, rel=1e-3)
+        # A share of the batch's peak: items that decide apart owe a correction at different times.
+        assert one.reports[0].cache_bytes == pytest.approx(alone.reports[0].cache_bytes, rel=0.1)
         assert one.warnings == alone.warnings
     assert [one.batches for one in together] == [[4], [], []]
     assert levels(pixels(together[0].images), pixels(together[1].images)) > 10 * allowed  # the test can fail
