@@ -101,7 +101,7 @@ class Correction:
             self._report.settings["correction"] = self._responses is not None
         if self._responses is None:
             return output
-        prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
+        prediction = output[0].detach()  # of a tuple or of diffusers' output, which can be indexed as one
         entry = self._passes.get(call.pass_name)
         if entry is None or entry.shape != prediction.shape:
             entry = _Pass(prediction.shape, 0 if entry is None else entry.calls)
@@ -153,7 +153,7 @@ class Correction:
         items.owed = None
         items.reused = []
         # The caller may write into what it is given, so that what is kept is not that very tensor.
-        kept = prediction.detach() if answer is not None else prediction.detach().clone()
+        kept = prediction if answer is not None else prediction.clone()
         items.computed = known[:ANCHORS]
         items.anchors = [kept, *items.anchors][:ANCHORS]
         return answer
