@@ -24,6 +24,7 @@ from diffusers import StableDiffusionPipeline
 
 from app.__main__ import cli
 from app.settings import Settings, variable
+from app.ui.settings import PageSettings
 from benchmarks.server import Server, running
 from tests.models.conftest import sd_folder
 
@@ -201,7 +202,8 @@ def options(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_named_anywhere_are_settings(document: Path) -> None:
     named = set(re.findall(r"\b(?:WAVESPEED|LD)_[A-Z_]*[A-Z]\b", document.read_text(encoding="utf-8")))
-    assert named <= {variable(field) for field in Settings.model_fields}
+    of_page = {f"WAVESPEED_UI_{field.upper()}" for field in PageSettings.model_fields}
+    assert named <= {variable(field) for field in Settings.model_fields} | of_page
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def test_after_a_job_that_failed_a_small_one_works(server: Server, model: str, s
 
 def test_a_full_disk_costs_log_lines_and_nothing_else(server: Server) -> None:
     """The system refuses to let the server's files grow, as a full disk does."""
-    ask(server)
+    first = json.loads(ask(server).body)["request_id"]
+    wait_for(lambda: first in server.log, 30, "the log's line")  # which is written beside the answer
     size = len(server.log.encode())
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:

@@ -13,6 +13,7 @@ import pytest
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadedModel, LoadFailed, ModelSpec
 from models.registry import FAMILIES, Registry
+from models.texts import TextCache
 from tests.models.test_generation import PARAMS, ignore, pixels, plain
 
 PUBLISHED = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
@@ -64,7 +65,9 @@ def test_sd21_predicts_velocity_and_deepcache_knows_its_network(loaded: dict[str
     assert len(model.denoiser.branch_costs) == 12
 
 
-def test_sdxl_has_nine_branches_and_reads_two_texts(loaded: dict[str, LoadedModel]) -> None:
+def test_sdxl_has_nine_branches_and_reads_two_texts(
+    loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: Any = loaded["sdxl"]
     assert len(model.denoiser.branch_costs) == 9
     depths = [
@@ -72,6 +75,7 @@ def test_sdxl_has_nine_branches_and_reads_two_texts(loaded: dict[str, LoadedMode
     ]
     assert depths == [2, 2, 10, 10]
     one = model.generate(PARAMS, NoCache(), ignore)
+    monkeypatch.setattr(model, "_texts", TextCache(entries=0))  # what encoders that change have read is not kept
     for encoder in ("text_encoder", "text_encoder_2"):
         whole = getattr(model.pipeline, encoder)
         weight = next(whole.parameters())
@@ -140,7 +144,9 @@ def test_decoding_in_slices_and_tiles_is_the_autoencoders_own(
     whole = pixels(loaded["sd15"].generate(PARAMS, NoCache(), ignore).images)
     assert not np.array_equal(drawn, whole), "tiles of 32 pixels were blended"
     tiled.pipeline.vae.disable_tiling()
-    assert np.array_equal(pixels(tiled.generate(PARAMS, NoCache(), ignore).images), whole), "slices change nothing"
+    sliced = pixels(tiled.generate(PARAMS, NoCache(), ignore).images)
+    # A convolution over one picture may add up in another order than over two.
+    assert np.abs(sliced.astype(int) - whole.astype(int)).max() <= 1, "slices change nothing"
 
 
 def test_the_files_dtype_can_be_overridden(family_folders: dict[str, Path]) -> None:
