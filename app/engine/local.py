@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 
 from app.engine.base import Catalogue, EngineStatus, Job, JobHandle, StepListener
@@ -47,6 +48,7 @@ from app.errors import Cancelled, NotReady, ServiceError
 _log = logging.getLogger(__name__)
 
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
+SILENCE = 1.5  # seconds of starting or loading, after which the log says again what goes on
 _HOPELESS = "No worker can be started; the server's log says why."
 
 
@@ -230,8 +232,12 @@ class LocalEngine:
 
     async def _watch(self, slot: Slot, process: WorkerProcess) -> None:
         """Kill the worker when it hangs; its supervisor sees it die."""
+        said = time.monotonic()
         while (fault := slot.overdue(self._patience)) is None:
             await asyncio.sleep(self._patience.look)
+            if (not slot.up or slot.loading is not None) and time.monotonic() - said >= SILENCE:
+                said = time.monotonic()
+                _log.info("worker device=%s: still %s", slot.device, slot.busy_with)
         slot.fault = fault
         _log.error("worker device=%s pid=%s hangs: %s", slot.device, process.pid, fault)
         await process.kill()

@@ -124,6 +124,13 @@ class Slot:
             return "it did not come up" if waited > patience.load else None
         return "its job finished no step" if self.jobs and waited > patience.stall else None
 
+    @property
+    def busy_with(self) -> str:
+        """What keeps its worker from a job."""
+        if self.loading is None:
+            return "starting"
+        return f"loading {self.loading}: {self.stage}" if self.stage else f"loading {self.loading}"
+
     def status(self) -> DeviceStatus:
         condition = self.condition
         return DeviceStatus(
