@@ -152,7 +152,6 @@ def compare(
 ) -> None:
     """Draw one prompt uncached and under the presets, on a sheet with times, PSNR, hit rates and every decision."""
     from app.compare import compared
-    from app.engine.configured import runner_arguments
     from app.figures import sheet
     from app.images import encode, format_of
 
@@ -170,7 +169,7 @@ def compare(
         "sampler": sampler,
         "scheduler": scheduler,
     }
-    comparison = compared(values, Settings(), runner_arguments(Settings()), repeats)
+    comparison = compared(values, Settings(), repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet.draw(comparison, difference=difference), output_format))
     for sentence in comparison.warnings:
@@ -229,14 +228,12 @@ def calibrate(
 ) -> None:
     """Find where DeepCache's computed steps lie best and keep it beside the model, for `deepcache_schedule: auto`."""
     from app.calibration import calibrated
-    from app.engine.configured import runner_arguments
 
     size = None if width is None and height is None else (width or height or 0, height or width or 0)
     combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
     path = calibrated(
         model,
         Settings(),
-        runner_arguments(Settings()),
         combinations,
         intervals=interval,
         depth=depth,
@@ -264,7 +261,6 @@ def threshold(
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
     from dataclasses import asdict
 
-    from app.engine.configured import runner_arguments
     from app.threshold import found_for
 
     values = {
@@ -278,7 +274,7 @@ def threshold(
         "fbcache_max_consecutive": max_consecutive,
         "cache_forecast": forecast,
     }
-    found = found_for(speedup, values, Settings(), runner_arguments(Settings()), prompt)
+    found = found_for(speedup, values, Settings(), prompt)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from app.errors import ServiceError
 from app.progress import Bar, bar
@@ -18,7 +17,6 @@ FIRST_SEED = 100
 def calibrated(
     name: str,
     settings: Settings,
-    models: dict[str, Any],
     combinations: Sequence[tuple[str, str, int]],
     *,
     intervals: Sequence[int],
@@ -30,10 +28,10 @@ def calibrated(
 ) -> Path:
     """Calibrate each sampler, scheduler and number of steps; returns the file, to which each is added when it is found.
 
-    models: the runner's arguments. seeds: pictures of each prompt. size: pixels, None for the model's own.
+    seeds: pictures of each prompt. size: pixels, None for the model's own.
     Raises ServiceError for a model without a UNet, and what loading and drawing raise.
     """
-    from app.engine.runner import configured_runner
+    from app.engine.configured import runner_here
 
     with bar("starting") as progress:
         from models import placements
@@ -41,7 +39,7 @@ def calibrated(
         from models.calibration import calibrate, generated, rounds
         from models.unet import StableDiffusionModel
 
-        runner = configured_runner(settings.devices[0], **models)
+        runner = runner_here(settings)
         info = runner.catalogue().models.get(name)
         runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
         model = runner.model(name)

@@ -144,7 +144,7 @@ def settings_of(model: ModelInfo) -> dict[str, dict[str, Any]]:
     }
 
 
-def compared(values: Mapping[str, Any], settings: Settings, models: Mapping[str, Any], repeats: int = 1) -> Comparison:
+def compared(values: Mapping[str, Any], settings: Settings, repeats: int = 1) -> Comparison:
     """`values`: of a request, None where it leaves a field out; without a size the model's own is taken.
 
     Each row is warmed up by a few steps; then all are timed in turn, `repeats` times, so that a machine that slows down
@@ -153,9 +153,9 @@ def compared(values: Mapping[str, Any], settings: Settings, models: Mapping[str,
     given = {name: value for name, value in values.items() if value is not None}
     request = parse(given)
     with bar("starting") as progress:
-        from app.engine.runner import configured_runner
+        from app.engine.configured import runner_here
 
-        runner = configured_runner(settings.devices[0], **models)
+        runner = runner_here(settings)
         catalogue = runner.catalogue()
         model = pick_model(request, catalogue)
         width, height = model.native_size

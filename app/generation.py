@@ -17,13 +17,12 @@ def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
     from app.api.outcome import report_of
     from app.api.resolve import Limits, resolve
     from app.api.schemas import parse
-    from app.engine.configured import runner_arguments
-    from app.engine.runner import configured_runner
+    from app.engine.configured import runner_here
     from models.base import Step
 
     request = parse(values)
     with bar("starting") as progress:
-        runner = configured_runner(settings.devices[0], **runner_arguments(settings))
+        runner = runner_here(settings)
         limits = Limits.of(settings)
         job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
         runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))

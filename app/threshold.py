@@ -22,19 +22,18 @@ def found_for(
     speedup: float,
     values: Mapping[str, Any],
     settings: Settings,
-    models: Mapping[str, Any],
     prompts: Sequence[str] | None = None,
 ) -> Found:
     """`values`: of a request, None where it leaves a field out; its pictures are drawn, one of each of `prompts`.
 
     Raises ServiceError and ModelError, which say what to ask instead.
     """
-    from app.engine.runner import configured_runner
+    from app.engine.configured import runner_here
 
     prompts = prompts or threshold.PROMPTS
     request = parse({"prompt": prompts[0]} | {name: value for name, value in values.items() if value is not None})
     with bar("starting") as progress:
-        runner = configured_runner(settings.devices[0], **models)
+        runner = runner_here(settings)
         job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)
         if not isinstance(job.strategy, FirstBlockCache):
             raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")

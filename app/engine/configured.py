@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from app.engine.local import LocalEngine
-from app.engine.runner import configured_runner
+from app.engine.runner import RegistryRunner, configured_runner
 from app.engine.slot import Patience
 from app.engine.worker import RunnerFactory
 from app.settings import Settings
@@ -30,6 +30,11 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
 def runner_factory(settings: Settings) -> RunnerFactory:
     """Raises ModelError, before anything is started."""
     return partial(configured_runner, **runner_arguments(settings))
+
+
+def runner_here(settings: Settings) -> RegistryRunner:
+    """In this process, on the first of the settings' devices: what the commands draw with. Raises ModelError."""
+    return configured_runner(settings.devices[0], **runner_arguments(settings))
 
 
 def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[str] | None = None) -> LocalEngine:

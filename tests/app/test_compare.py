@@ -13,7 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-import app.engine.runner
+import app.engine.configured
 from app.api.schemas import PRESETS
 from app.compare import Comparison, compared, psnr, settings_of
 from app.engine.base import Job, JobResult, StepListener
@@ -41,7 +41,7 @@ class RecordingRunner(RegistryRunner):
 def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RecordingRunner:
     monkeypatch.chdir(tmp_path)
     recording = RecordingRunner()
-    monkeypatch.setattr(app.engine.runner, "configured_runner", lambda device, **options: recording)
+    monkeypatch.setattr(app.engine.configured, "configured_runner", lambda device, **options: recording)
     return recording
 
 
@@ -80,7 +80,7 @@ def test_a_unet_is_compared_under_all_presets_and_a_transformer_under_thresholds
 
 
 def test_every_row_is_warmed_up_and_then_timed_in_turn(runner: RecordingRunner) -> None:
-    comparison = compared({"prompt": "a", "model": "flux", "seed": 3}, Settings(), {}, repeats=2)
+    comparison = compared({"prompt": "a", "model": "flux", "seed": 3}, Settings(), repeats=2)
     strategies = [job.strategy for job in runner.jobs]
     assert strategies[:4] == strategies[4:8] == strategies[8:]
     assert len(set(strategies)) == 4
@@ -91,7 +91,7 @@ def test_every_row_is_warmed_up_and_then_timed_in_turn(runner: RecordingRunner) 
 
 
 def test_a_long_run_is_warmed_up_by_a_short_one(runner: RecordingRunner) -> None:
-    compared({"prompt": "a", "seed": 0}, Settings(), {})
+    compared({"prompt": "a", "seed": 0}, Settings())
     assert [job.params.steps for job in runner.jobs] == [4] * 5 + [20] * 5
 
 
@@ -155,7 +155,7 @@ def test_psnr_is_scikit_image_s() -> None:
 def comparison_of(runner: RecordingRunner, prompt: str, pictures: list[Image.Image]) -> Comparison:
     from dataclasses import replace
 
-    found = compared({"prompt": prompt, "model": "flux", "seed": 0}, Settings(), {})
+    found = compared({"prompt": prompt, "model": "flux", "seed": 0}, Settings())
     rows = tuple(replace(row, picture=picture) for row, picture in zip(found.rows, pictures, strict=True))
     return replace(found, rows=rows)
 
