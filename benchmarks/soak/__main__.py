@@ -21,6 +21,7 @@ from benchmarks.soak.server import SERVE, Held, Server, running
 from benchmarks.soak.wire import exchange, request
 
 GROWTH = 1.05
+ROUNDING = 2  # levels of 255: what a batch's size may change in a picture
 
 
 def main() -> None:
@@ -28,14 +29,15 @@ def main() -> None:
     command = ("-m", options.serve) if options.serve else SERVE
     if options.table:
         sys.exit(_table(command))
-    with running(command) as quiet:
+    # Requests drawn together differ from the same ones alone by rounding (docs/decisions/batching.md): bytes do not.
+    batches: dict[str, str] = {} if options.together else {"LD_MAX_BATCH_SIZE": "1"}
+    with running(command, **batches) as quiet:
         expected = _drawn(quiet)
     print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
     # What is kept of jobs is bounded low, so that it is full when the first measure is taken.
     kept = {"WAVESPEED_RESULT_SECONDS": "20", "WAVESPEED_RESULT_BYTES": str(2**20), "WAVESPEED_JOBS_FOLDER": "jobs"}
-    # Requests drawn together differ from the same ones alone by rounding (docs/decisions/batching.md): bytes do not.
-    with running(command, WAVESPEED_QUEUE_SIZE="8", LD_MAX_BATCH_SIZE="1", **kept) as server:
-        crowd = Crowd(server, expected, rows(), seed=options.seed)
+    with running(command, WAVESPEED_QUEUE_SIZE="8", **batches, **kept) as server:
+        crowd = Crowd(server, expected, rows(), seed=options.seed, levels=ROUNDING if options.together else 0)
         moments = _besiege(server, crowd, options.minutes * 60)
         crowd.end()
         alive = server.process.poll() is None and server.get("/livez").status_code == 200
@@ -48,6 +50,7 @@ def main() -> None:
         "server": options.serve or "app serve",
         "minutes": options.minutes,
         "seed": options.seed,
+        "together": options.together,
         "kills": crowd.kills,
         "answers": dict(sorted(crowd.tally.items())),
         "faults": len(crowd.faults),
@@ -161,6 +164,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="of the siege; the quiet server comes before")
     parser.add_argument("--seed", type=int, default=0, help="of the crowd's choices")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="let requests be drawn together, as is the default; their pictures may then differ by rounding",
+    )
     parser.add_argument("--serve", help="module to run as the server instead of `app serve`")
     parser.add_argument("--table", action="store_true", help="send each bad input once and print the answers instead")
     return parser.parse_args()

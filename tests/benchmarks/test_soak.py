@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks.soak.__main__ import failures
 from benchmarks.soak.clients import Crowd
@@ -19,9 +21,20 @@ from benchmarks.soak.wire import Answer
 WARM = Held(resident=100_000_000, descriptors=20, threads=9)
 
 
-def crowd() -> Crowd:
+def picture(level: int, size: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), (level, 100, 100)).save(file, "png")
+    return file.getvalue()
+
+
+def crowd(levels: int = 0) -> Crowd:
     server: Any = SimpleNamespace(address=("127.0.0.1", 1))
-    return Crowd(server, {"uncached": (b"picture",)}, [], seed=0)
+    return Crowd(server, {"uncached": (picture(100),)}, [], seed=0, levels=levels)
+
+
+def drawn(*pictures: bytes) -> Answer:
+    texts = [base64.b64encode(one).decode() for one in pictures]
+    return answered(200, {"image": texts[0]} if len(texts) == 1 else {"images": texts})
 
 
 def answered(status: int, body: object) -> Answer:
@@ -59,9 +72,10 @@ def test_a_server_that_is_gone_fails() -> None:
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (answered(200, {"image": base64.b64encode(b"picture").decode()}), False),
-        (answered(200, {"image": base64.b64encode(b"another").decode()}), True),
-        (answered(200, {"images": [base64.b64encode(b"picture").decode()] * 2}), True),
+        (drawn(picture(100)), False),
+        (drawn(picture(101)), True),
+        (drawn(picture(100) + b"other bytes"), True),
+        (drawn(picture(100), picture(100)), True),
         (error(429, "queue_full"), False),
         (error(503, "worker_lost"), False),
         (error(500, "internal"), True),
@@ -72,6 +86,13 @@ def test_a_server_that_is_gone_fails() -> None:
 def test_a_good_request_gets_its_picture_or_an_honest_answer(answer: Answer | None, fault: bool) -> None:
     judge = crowd()
     judge.judge("uncached", answer)
+    assert bool(judge.faults) is fault
+
+
+@pytest.mark.parametrize(("answer", "fault"), [(picture(102), False), (picture(103), True), (picture(100, 16), True)])
+def test_drawn_together_a_picture_may_differ_by_rounding(answer: bytes, fault: bool) -> None:
+    judge = crowd(levels=2)
+    judge.judge("uncached", drawn(answer))
     assert bool(judge.faults) is fault
 
 
