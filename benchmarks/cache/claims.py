@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.cache.front import Axis, at_least, in_operations, shortened
 from benchmarks.cache.measure import Bench, Result, difference
-from benchmarks.cache.settings import FEWER, UNCACHED, Setting
+from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
 from benchmarks.claim import Claim
 
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
@@ -39,7 +39,8 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
     What else of ours has the interval is held against fewer steps too, without a demand.
     """
     claims = []
-    at_branch = [one for one in results if one.branch == branch and one.steps == results[0].steps]
+    whole = [one for one in results if one.steps == results[0].steps]
+    at_branch = [one for one in whole if one.branch == branch or one.method == NO_LAYER]
     for interval, wanted in GAINS.items():
         here = [one for one in at_branch if one.interval == interval]
         own = next((one for one in here if one.default), None)
@@ -58,7 +59,7 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
                 text, mean, _ = gain(one, fewer)
                 sentence = (
                     f"{where}: {'the default' if one.default else one.method}, {one.operations_speedup:.2f}× in "
-                    f"operations, over {fewer.steps} steps ({fewer.operations_speedup:.2f}×)"
+                    f"operations, over {fewer.label} steps at that speed"
                 )
                 demand = f", at least {OVER_FEWER:.0f} dB" if one.default else ""
                 claims.append(Claim(sentence + demand, text, mean >= OVER_FEWER if one.default else None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.cache.measure import Result
 from benchmarks.cache.settings import FEWER
@@ -82,7 +82,18 @@ def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result 
     return min(enough, key=measure, default=None)
 
 
-def shortened(results: Iterable[Result], axis: Axis, speedup: float) -> Result | None:
-    """The run of fewer steps that is nearest to `speedup` without being faster: what equal time would buy."""
-    slower = [one for one in results if one.method == FEWER and axis(one) <= speedup]
-    return max(slower, key=axis, default=None)
+def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result | None:
+    """What fewer steps buy at `speedup`: between the nearest runs on either side, picture by picture on a line.
+
+    Its `label` says the steps. The slower run itself where it is as fast or no faster one is known; None without one.
+    """
+    fewer = sorted((one for one in results if one.method == FEWER), key=axis)
+    slower = [one for one in fewer if axis(one) <= speedup]
+    if not slower:
+        return None
+    near, far = slower[-1], next((one for one in fewer if axis(one) > speedup), None)
+    if far is None or axis(near) == speedup:
+        return replace(near, label=str(near.steps))
+    share = (speedup - axis(near)) / (axis(far) - axis(near))
+    between = [a + share * (b - a) for a, b in zip(near.psnr_db, far.psnr_db, strict=True)]
+    return replace(near, label=f"{near.steps} to {far.steps}", psnr_db=between)

@@ -25,6 +25,7 @@ from cache.forecast import ORDERS, WITHOUT_WITNESS
 UNCACHED = "uncached"
 FEWER = "fewer steps"
 OURS = "ours"
+NO_LAYER = f"{OURS}, no layer in reused steps"
 
 Make = Callable[[Any, int], CacheStrategy]  # of the pipeline and the number of steps
 
@@ -132,7 +133,7 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
             yield here(f"{OURS}, guidance reused", label, ours(half))
             if depth == min(depths.values()):
                 bare = dataclasses.replace(strategy, depth=DEEPEST)
-                yield here(f"{OURS}, no layer in reused steps", f"N{interval} d{DEEPEST}", ours(bare))
+                yield here(NO_LAYER, f"N{interval} d{DEEPEST}", ours(bare))
             for forecast in forecasts(DeepCache, grid):
                 even = with_forecast(strategy, forecast)
                 yield here(f"{OURS}, {forecast}, evenly placed", label, ours(even), forecast=forecast)

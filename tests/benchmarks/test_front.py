@@ -55,10 +55,22 @@ def test_matching_points() -> None:
     assert matched is not None
     assert matched.label == "b"
     assert at_least(results, in_time, 3.6) is None
-    fewer = [point("fewer steps", 1.8, 0, "11"), point("fewer steps", 2.2, 0, "9")]
-    equal = shortened([*results, *fewer], in_time, 2.0)
-    assert equal is not None
-    assert equal.label == "11"
+
+
+def test_fewer_steps_at_equal_speed_lie_between_two_runs() -> None:
+    runs = [
+        Result("ours", "", psnr_db=[90.0, 90.0], operations_speedup=2.0),
+        Result("fewer steps", "", steps=9, psnr_db=[20.0, 30.0], operations_speedup=2.2),
+        Result("fewer steps", "", steps=11, psnr_db=[24.0, 50.0], operations_speedup=1.8),
+        Result("fewer steps", "", steps=14, psnr_db=[80.0, 80.0], operations_speedup=1.4),
+    ]
+    found = [shortened(runs, in_operations, speedup) for speedup in (1.3, 1.8, 1.9, 9.0)]
+    assert [one and (one.label, one.psnr_db) for one in found] == [
+        None,
+        ("11", [24.0, 50.0]),
+        ("11 to 9", [pytest.approx(23.0), pytest.approx(45.0)]),
+        ("9", [20.0, 30.0]),
+    ]
 
 
 def test_a_difference_is_paired() -> None:
