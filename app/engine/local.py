@@ -194,7 +194,8 @@ class LocalEngine:
             slot.running = group
             slot.advance()
             slot.settle(self._draining)
-            slot.send(Run(tuple(handle.job for handle in group)))
+            heard = frozenset(handle.job.id for handle in group if handle.on_step is not None)
+            slot.send(Run(tuple(handle.job for handle in group), heard))
 
     def _running(self) -> list[JobHandle]:
         return [handle for slot in self._slots for handle in slot.jobs]
@@ -264,11 +265,12 @@ class LocalEngine:
                 slot.loading = None  # it was told, not seen: no crash of the model
                 slot.fault = "it could not load its models; the server's log says why"
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
-            case Progress(job_id, step):
+            case Progress(steps):
                 slot.advance()
-                running = slot.drawing(job_id)
-                if running is not None and not running.settled and running.on_step is not None:
-                    running.on_step(step)
+                for job_id, step in steps.items():
+                    running = slot.drawing(job_id)
+                    if running is not None and not running.settled and running.on_step is not None:
+                        running.on_step(step)
             case Free(condition):
                 slot.drawn()
                 slot.advance()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,13 @@ FailureKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Draw these jobs, together if they are several; each is reported on by itself."""
+    """Draw these jobs, together if they are several; the end of each is reported by itself.
+
+    `heard`: the ids of those whose every step somebody wants to hear of.
+    """
 
     jobs: tuple[Job, ...]
+    heard: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +106,9 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    job_id: str
-    step: Step
+    """A step is done, and what it was to each job that is heard, by its id. Of others it is told now and then only."""
+
+    steps: Mapping[str, Step]
 
 
 @dataclass(frozen=True, slots=True)

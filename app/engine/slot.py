@@ -27,8 +27,11 @@ class Patience:
 
     @property
     def heartbeat(self) -> float:
-        """Between two signs of life: several fit into `silence`, so that one that is late costs nothing."""
-        return min(self.silence / 6, 5.0)
+        """Between two signs of life, and of progress where steps are not told of one by one.
+
+        Several fit into `silence` and `stall`, so that one that is late costs nothing.
+        """
+        return min(self.silence / 6, self.stall / 6, 5.0)
 
     @property
     def look(self) -> float:
@@ -122,7 +125,8 @@ class Slot:
             return f"loading {self.loading} took too long" if waited > patience.load else None
         if not self.up:
             return "it did not come up" if waited > patience.load else None
-        return "its job finished no step" if self.jobs and waited > patience.stall else None
+        # The last step may be one that was not told of: it was done up to a heartbeat later than what was.
+        return "its job finished no step" if self.jobs and waited > patience.stall + patience.heartbeat else None
 
     @property
     def busy_with(self) -> str:

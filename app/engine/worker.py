@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,7 +96,7 @@ def serve(connection: Connection, factory: RunnerFactory, device: str, plan: Pla
     try:
         runner = _start(line, factory, device, plan)
         if runner is not None:
-            _Shift(line, runner).work()
+            _Shift(line, runner, plan.heartbeat_seconds).work()
     except _ParentGone:
         return
     finally:
@@ -159,14 +160,21 @@ class _Line:
 
 
 class _Shift:
-    """One group of jobs after another; while one is drawn, the pictures of the one before are encoded."""
+    """One group of jobs after another; while one is drawn, the pictures of the one before are encoded.
 
-    def __init__(self, line: _Line, runner: Runner) -> None:
+    quiet: seconds for which steps that nobody wants to hear of go unsaid. Each report wakes the server's process, and
+    on a CPU takes it from the threads that draw: a millisecond a step, see docs/decisions/service-cost.md.
+    """
+
+    def __init__(self, line: _Line, runner: Runner, quiet: float) -> None:
         self._line = line
         self._runner = runner
         self._stopped = False
         self._at_hand: set[str] = set()  # jobs whose end was not reported yet
         self._given_up: set[str] = set()  # of them
+        self._heard: frozenset[str] = frozenset()  # of those that are drawn, see `Run`
+        self._quiet = quiet
+        self._said = 0.0  # when a sign of progress was given last, on the monotonic clock
         self._encoder = ThreadPoolExecutor(1, "encode")
         self._encoding: Future[None] | None = None
 
@@ -174,7 +182,8 @@ class _Shift:
         try:
             while not self._stopped:
                 match self._line.hear():
-                    case Run(jobs):
+                    case Run(jobs, heard):
+                        self._heard = heard
                         self._run(jobs)
                     case order:
                         self._obey(order)
@@ -190,6 +199,7 @@ class _Shift:
                 self._line.say(Loading(model))
                 self._runner.load(model)
                 self._line.say(Loaded(model))
+            self._said = time.monotonic()
             finishes = self._runner.draw(jobs, self._stepped)
         except _ParentGone:
             raise
@@ -221,9 +231,10 @@ class _Shift:
 
     def _stepped(self, steps: Mapping[str, Step]) -> None:
         """Raises GenerationCancelled when nobody waits any more for what is being drawn."""
-        for job_id, step in steps.items():
-            if job_id not in self._given_up:
-                self._line.say(Progress(job_id, step))
+        heard = {job_id: step for job_id, step in steps.items() if job_id in self._heard - self._given_up}
+        if heard or time.monotonic() - self._said >= self._quiet:
+            self._line.say(Progress(heard))
+            self._said = time.monotonic()
         while self._line.pending():
             self._obey(self._line.hear())
         if self._stopped or self._given_up.issuperset(steps):

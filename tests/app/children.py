@@ -17,11 +17,11 @@ from typing import Any
 
 from app.engine import worker
 from app.engine.local import LocalEngine
-from app.engine.messages import Plan
+from app.engine.messages import Plan, Progress
 from app.engine.runner import RegistryRunner
 from app.engine.worker import RunnerFactory
 from cache import CacheStrategy
-from models.base import Generation, GenerationParams, StepHook
+from models.base import Generation, GenerationParams, Step, StepHook
 from tests.app.fakes import FakeModel, FakeRegistry
 from tests.app.test_engine import until
 
@@ -157,6 +157,10 @@ class ThreadChild:
                 lambda: any(isinstance(report, kind) and report.job_id == job_id for report in self.sent),  # type: ignore[attr-defined]
                 PATIENCE,
             )
+
+    def told(self, job_id: str) -> list[Step]:
+        """The steps of that job that it has told of."""
+        return [one.steps[job_id] for one in self.sent if isinstance(one, Progress) and job_id in one.steps]
 
     def _heard(self, report: object) -> None:
         with self._said:

@@ -49,16 +49,12 @@ async def engine(nursery: Nursery) -> AsyncIterator[LocalEngine]:
 async def grouped(nursery: Nursery, engine: LocalEngine, names: Iterable[str], steps: int = 3) -> list[JobHandle]:
     """Jobs that are one group: they wait behind another one, which is done when this returns."""
     first = engine.submit(job("first", steps=1))
-    handles = [engine.submit(job(name, steps=steps)) for name in names]
+    handles = [engine.submit(job(name, steps=steps), lambda step: None) for name in names]
     nursery.gate.open(3)  # text, step and decode of the first one
     await first.result
     await until(lambda: nursery.gate.at == "text")
     nursery.child.sent.clear()
     return handles
-
-
-def told(nursery: Nursery, kind: type, name: str) -> list[Any]:
-    return [report for report in nursery.child.sent if isinstance(report, kind) and report.job_id == name]  # type: ignore[attr-defined]
 
 
 async def test_a_group_is_drawn_once_and_each_job_gets_its_own(nursery: Nursery, engine: LocalEngine) -> None:
@@ -72,9 +68,9 @@ async def test_a_group_is_drawn_once_and_each_job_gets_its_own(nursery: Nursery,
     assert all(map(is_right, handles))
     assert [result.batches for result in results] == [(4,), (), (), (), (1,)]
     for name in "abcd":
-        assert [report.step for report in told(nursery, Progress, name)] == [
-            Step(index, 3, letter) for index, letter in enumerate("CRR")
-        ]
+        assert nursery.child.told(name) == [Step(index, 3, letter) for index, letter in enumerate("CRR")]
+    together = [one for one in nursery.child.sent if isinstance(one, Progress) and "a" in one.steps]
+    assert [set(one.steps) for one in together] == [set("abcd")] * 3, "a step is one report, however many hear of it"
 
 
 async def test_a_cancelled_member_stops_nobody_else(nursery: Nursery, engine: LocalEngine) -> None:
@@ -88,8 +84,9 @@ async def test_a_cancelled_member_stops_nobody_else(nursery: Nursery, engine: Lo
     await handles[2].result
     assert is_right(handles[0])
     assert is_right(handles[2])
-    assert [len(told(nursery, Progress, name)) for name in "abc"] == [3, 2, 3]
-    assert [report.kind for report in told(nursery, Failed, "b")] == ["cancelled"]
+    assert [len(nursery.child.told(name)) for name in "abc"] == [3, 2, 3]
+    failures = [report for report in nursery.child.sent if isinstance(report, Failed)]
+    assert [(report.job_id, report.kind) for report in failures] == [("b", "cancelled")]
     assert (await engine.submit(job("d")).result).images
 
 

@@ -11,7 +11,7 @@ import pytest
 from app import images
 from app.engine.base import JobHandle
 from app.engine.local import LocalEngine
-from app.engine.messages import Done, Failed, Progress
+from app.engine.messages import Done, Failed
 from app.engine.slot import Patience
 from app.engine.states import JobState, WorkerState
 from tests.app.children import PATIENCE, Nursery
@@ -64,7 +64,7 @@ async def engine(nursery: Nursery, encoder: Encoder) -> AsyncIterator[LocalEngin
 
 async def drawn(nursery: Nursery, encoder: Encoder, engine: LocalEngine) -> tuple[JobHandle, JobHandle]:
     """A job whose picture is being encoded, and the next one, whose text is being read."""
-    first, second = engine.submit(job("a", steps=1)), engine.submit(job("b", steps=2))
+    first, second = engine.submit(job("a", steps=1)), engine.submit(job("b", steps=2), lambda step: None)
     nursery.gate.open(3)
     await until(lambda: encoder.waiting == 1 and nursery.gate.at == "text")
     return first, second
@@ -74,7 +74,7 @@ async def test_the_next_job_is_drawn_meanwhile(nursery: Nursery, encoder: Encode
     first, second = await drawn(nursery, encoder, engine)
     assert (first.state, second.state) == (JobState.RUNNING, JobState.RUNNING)
     await nursery.reach("step 1")
-    await until(lambda: any(isinstance(one, Progress) and one.job_id == "b" for one in nursery.child.sent))
+    await until(lambda: bool(nursery.child.told("b")))
     assert not first.settled
     encoder.open()
     await first.result
