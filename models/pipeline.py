@@ -53,6 +53,16 @@ class PipelineModel(ABC):
     def denoiser(self) -> Denoiser:
         return self._denoiser
 
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
+        device: torch.device = self.pipeline._execution_device
+        return device
+
+    @cached_property
+    def _dtype(self) -> str:
+        return str(self._denoiser.root.dtype).removeprefix("torch.")
+
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         from .memory import decode_bytes
 
@@ -119,7 +129,7 @@ class PipelineModel(ABC):
         """A request's text, encoded, and what is to be said to it."""
         from .passes.drawing import Clock
 
-        clock = Clock(self.pipeline._execution_device)
+        clock = Clock(self.device)
         with clock("text"):
             text = written(params)
             conditioning = self._texts.get(key_of(params), partial(self._encode, text))
@@ -154,7 +164,7 @@ class PipelineModel(ABC):
         counts = list(map(len, seeds))
         ends = list(accumulate(counts))
         items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        clock = Clock(self.pipeline._execution_device)
+        clock = Clock(self.device)
         progress.items = items
         flat = tuple(seed for each in seeds for seed in each)
         drawing = Drawing(self, params, flat, joined(shares, counts), strategy, size, clock, progress)
@@ -170,15 +180,14 @@ class PipelineModel(ABC):
 
         Raises AttentionUnavailable and CompilationFailed.
         """
-        dtype = str(self._denoiser.root.dtype).removeprefix("torch.")
         with ExitStack() as stack:
             compiling = compilation.Compilation()
             if params.compiled:
                 if self._compiled is None:
                     self._compiled = compilation.CompiledLayers(self._denoiser, self.compile_backend)
                 compiling = stack.enter_context(self._compiled.attached())
-            device = str(self.pipeline._execution_device)
-            yield stack.enter_context(attention.attending(params.attention, device, dtype)), compiling
+            kernel = stack.enter_context(attention.attending(params.attention, str(self.device), self._dtype))
+            yield kernel, compiling
 
     def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
         """The denoiser as a strategy sees it in a run that `scheduler` steps."""

@@ -41,12 +41,12 @@ class SDXLModel(StableDiffusionModel):
         guided = params.guidance_scale > 1
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=plain(prompt),
-            device=self.pipeline._execution_device,
+            device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
             negative_prompt=plain(negative_prompt),
         )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
-        clips = text.encoders(self.pipeline, params.clip_skip, trained=1, normed=False)
+        clips = text.encoders(self.pipeline, self.device, params.clip_skip, trained=1, normed=False)
         if not text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = text.states(clips, [prompt, negative_prompt])
             negative = negative if guided else None

@@ -16,6 +16,7 @@ from .base import ModelError
 from .prompt import Fragment, plain, weighted
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -82,7 +83,9 @@ class ClipEncoder:
         return getattr(self.model, "text_model", self.model).final_layer_norm(state) if self.normed else state
 
 
-def encoders(pipeline: Any, clip_skip: int | None, *, trained: int = 0, normed: bool = True) -> list[ClipEncoder]:
+def encoders(
+    pipeline: Any, device: torch.device, clip_skip: int | None, *, trained: int = 0, normed: bool = True
+) -> list[ClipEncoder]:
     """The pipeline's CLIP encoders, each at its layer `trained` or, with a `clip_skip` of n, at n - 1 below it.
 
     Raises TooFewLayers.
@@ -90,11 +93,7 @@ def encoders(pipeline: Any, clip_skip: int | None, *, trained: int = 0, normed: 
     layer = trained + (clip_skip or 1) - 1
     pairs = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
     found = [(getattr(pipeline, name, None), getattr(pipeline, model, None)) for name, model in pairs]
-    clips = [
-        ClipEncoder(tokenizer, model, pipeline._execution_device, layer, normed)
-        for tokenizer, model in found
-        if model is not None
-    ]
+    clips = [ClipEncoder(tokenizer, model, device, layer, normed) for tokenizer, model in found if model is not None]
     most = min(clip.model.config.num_hidden_layers for clip in clips) - trained
     if clip_skip is not None and clip_skip > most:
         raise TooFewLayers(f"This model's text encoder has {most} layers to choose from: clip_skip can be 1 to {most}.")

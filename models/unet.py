@@ -172,10 +172,10 @@ class StableDiffusionModel(PipelineModel):
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
         guided = params.guidance_scale > 1
-        clips = text.encoders(self.pipeline, params.clip_skip)
+        clips = text.encoders(self.pipeline, self.device, params.clip_skip)
         if text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = self.pipeline.encode_prompt(
-                plain(prompt), self.pipeline._execution_device, 1, guided, plain(negative_prompt)
+                plain(prompt), self.device, 1, guided, plain(negative_prompt)
             )  # (1, tokens, D) each; None for the negative one without guidance
         else:
             positive, negative = text.states(clips, [prompt, negative_prompt])

@@ -31,7 +31,8 @@ def pixels(drawn: Any) -> np.ndarray:
 
 def states(model: LoadedModel, *prompts: str, clip_skip: int | None = None) -> list[torch.Tensor]:
     with torch.no_grad():
-        return text.states(text.encoders(model.pipeline, clip_skip), [parse(prompt) for prompt in prompts])
+        clips = text.encoders(model.pipeline, model.device, clip_skip)
+        return text.states(clips, [parse(prompt) for prompt in prompts])
 
 
 @pytest.mark.parametrize("prompt", ["", "forest", "a (red) sea"])
@@ -142,7 +143,7 @@ def test_words_behind_the_window_and_weights_change_the_picture_under_a_cache_to
 def test_sdxl_reads_both_encoders_and_the_pooled_text(sdxl: LoadedModel) -> None:
     params = replace(PARAMS, negative_prompt="rain")
     plain = pixels(sdxl.generate(params, NoCache(), ignore))
-    clips = text.encoders(sdxl.pipeline, None, trained=1, normed=False)
+    clips = text.encoders(sdxl.pipeline, sdxl.device, None, trained=1, normed=False)
     expected = sdxl.pipeline.encode_prompt("forest", device="cpu", do_classifier_free_guidance=False)[0]
     with torch.no_grad():
         assert torch.equal(text.states(clips, [parse("forest")])[0], expected)
