@@ -1,4 +1,4 @@
-"""Requests at the same time, with and without batching and DeepCache; and what the service adds to one request.
+"""Requests at the same time, with and without batching and DeepCache.
 
 Each picture is held against what the same request gets alone, from a server that batches nothing. Prints a table and,
 last, one JSON line.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -21,10 +20,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from app import images
 from benchmarks.machine import commit
-from benchmarks.server import Server, running
-from models.base import GenerationParams
+from benchmarks.server import running
 
 WEATHERS = ("clear", "misty", "snowy", "stormy")
 PLACES = ("forest", "mountains", "desert", "sea")
@@ -43,9 +40,8 @@ def picture(answer: dict[str, Any]) -> np.ndarray:
 
 
 class Client:
-    def __init__(self, server: Server) -> None:
-        host, port = server.address
-        self._http = httpx.Client(base_url=f"http://{host}:{port}", timeout=600)
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
         response = self._http.post("/api/generate", json=fields)
@@ -61,8 +57,8 @@ class Client:
 @contextmanager
 def serving(together: int, threads: int) -> Iterator[Client]:
     settings = {"WAVESPEED_DEVICE": "cpu", "WAVESPEED_THREADS": str(threads), "LD_MAX_BATCH_SIZE": str(together)}
-    with running(**settings) as server:
-        client = Client(server)
+    with running(**settings) as server, server.client() as http:
+        client = Client(http)
         client.ask(body(0, 2, cached=False))
         yield client
 
@@ -113,57 +109,15 @@ def tolerance(steps: int, cached: bool, together: int, threads: int) -> int:
     return max(2, 2 * int(np.abs(drawn(list(range(together))) - alone).max()))
 
 
-def overhead(client: Client, requests: int, steps: int, threads: int) -> dict[str, float]:
-    """Milliseconds, medians: of a request, and of the same call of the model and of encoding its picture, here.
-
-    Taken in turns, and the text is another one each time, so that no side profits from a text that was kept.
-    """
-    import torch
-
-    from cache import NoCache
-    from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-    from models.registry import Registry
-
-    torch.set_num_threads(threads)
-    model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get("tiny-sd")
-    pairs: list[tuple[float, float, float]] = []
-    for number in range(requests + 2):
-        fields = body(number, steps, cached=False)
-        params = GenerationParams(
-            prompt=fields["prompt"], steps=steps, guidance_scale=3.0, seeds=(number,), width=512, height=512
-        )
-        service, _ = timed(lambda fields=fields: client.ask(fields))
-        bare, drawn = timed(lambda params=params: model.generate(params, NoCache(), lambda step: None))
-        encoding, _ = timed(lambda image=drawn.images[0]: images.encode(image, "png", {"parameters": "x" * 300}))
-        pairs.append((1000 * service, 1000 * bare, 1000 * encoding))
-    service, bare, encoding = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
-    paired = statistics.median(one - other - third for one, other, third in pairs[2:])
-    return {
-        "request": service,
-        "model": bare,
-        "encoding": encoding,
-        "service": service - bare - encoding,
-        "paired": paired,
-    }
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
 def main(
     clients: Annotated[int, typer.Option(min=1)] = 8,
     requests: Annotated[int, typer.Option(min=1)] = 32,
     together: Annotated[int, typer.Option(min=1, help="LD_MAX_BATCH_SIZE of the batching server.")] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     threads: Annotated[int, typer.Option(min=1)] = 2,
-    alone: Annotated[int, typer.Option(help="Requests to time the service's own part with.")] = 15,
 ) -> None:
     rows: dict[str, dict[str, Any]] = {}
     with serving(1, threads) as one_by_one, serving(together, threads) as batching:
-        cost = overhead(batching, alone, steps, threads)
         for cached in (False, True):
             for name, client in (("one by one", one_by_one), ("together", batching)):
                 rows[f"{name}{', DeepCache' if cached else ''}"] = at_once(client, clients, requests, steps, cached)
@@ -173,7 +127,6 @@ def main(
         rows[f"together{cached}"]["levels_from_alone"] = max(int(np.abs(one - other).max()) for one, other in pairs)
     for name, row in rows.items():
         print(f"{name:24}", {key: round(value, 3) for key, value in row.items()})
-    print("milliseconds", {key: round(value, 1) for key, value in cost.items()})
     speed = {name: row["images_per_second"] for name, row in rows.items()}
     batched = speed["together"] / speed["one by one"]
     caching = speed["one by one, DeepCache"] / speed["one by one"]
@@ -190,8 +143,6 @@ def main(
         "both_over_product": round(both / (batched * caching), 3),
         "levels_allowed": allowed,
         "levels": [rows[f"together{cached}"]["levels_from_alone"] for cached in ("", ", DeepCache")],
-        "service_ms": round(cost["service"], 2),
-        "service_ms_paired": round(cost["paired"], 2),
     }
     print(json.dumps(summary))
 

@@ -1,8 +1,9 @@
-"""What the service adds to one request: `POST /api/generate` beside the bare call of the same model.
+"""What the service adds to one request: `POST /api/generate` beside the bare call of diffusers' own pipeline.
 
 Both are timed in turns in one run, each time of another prompt and seed, the service first in every second pair. Of a
-request's time are subtracted the bare call and the encoding of its picture, both timed in this process, with as many
-threads and with the model warm in both. Prints what is left, and where it lies; last, one JSON line.
+request's time are subtracted the bare call, with the resampling to the request's size, and the encoding of the picture,
+both timed in this process, with as many threads and with the model warm on both sides. Prints what is left, and where
+it lies; last, one JSON line.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import numpy as np
 import typer
+from PIL.Image import Image
 
 from app import images
 from app.engine.base import Job
-from app.engine.report import summarise_passes
 from benchmarks.claim import Claim, table
 from benchmarks.machine import machine
 from benchmarks.server import running
 from cache import NoCache
-from models.base import Generation, GenerationParams
+from models.base import GenerationParams
 
 PROMPTS = tuple(
     f"a {weather} {place} {hour}"
@@ -40,22 +41,22 @@ MOST = 10.0  # milliseconds that the service may add
 WARM_UP = 2  # pairs that do not count
 STAGES = ("text_seconds", "denoise_seconds", "decode_seconds")
 
-Draw = Callable[[GenerationParams], Generation]
+Draw = Callable[[GenerationParams], Image]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One request and the bare call for it, in milliseconds.
 
-    request: from sending it to the last byte of the answer. call: of the model, in this process. encoding: of that
-    picture, here. drawing: what the service adds within the model's own stages (text, denoising, decoding), by the
-    times that both sides tell of them: cores and caches that are shared. same: the two pictures, byte for byte.
+    request: from sending it to the last byte of the answer. call: of the pipeline, in this process. encoding: of that
+    picture, here. stages: what the answer says of text, denoising and decoding. same: the two pictures, byte for byte.
     """
 
     request: float
     call: float
     encoding: float
-    drawing: float
+    stages: float
     same: bool
 
     @property
@@ -66,7 +67,12 @@ class Pair:
     @property
     def around(self) -> float:
         """What it adds before and after drawing: HTTP, checks, queue, pipes, the answer."""
-        return self.added - self.drawing
+        return self.request - self.stages - self.encoding
+
+    @property
+    def drawing(self) -> float:
+        """What it adds while it draws: reports of steps, cores and caches that are shared."""
+        return self.stages - self.call
 
 
 def pairs(client: httpx.Client, draw: Draw, params: Sequence[GenerationParams]) -> list[Pair]:
@@ -78,18 +84,17 @@ def pairs(client: httpx.Client, draw: Draw, params: Sequence[GenerationParams]) 
         else:
             (call, drawn), (request, answer) = timed(lambda one=one: draw(one)), timed(lambda one=one: ask(client, one))
         job = Job(id="bare", model="bare", params=one, strategy=NoCache())  # for what a PNG says of itself
-        text = images.metadata(job, one.seeds[0], summarise_passes(drawn.passes))
-        encoding, _ = timed(lambda drawn=drawn, text=text: images.encode(drawn.images[0], "png", text))
+        text = images.metadata(job, one.seeds[0], {})
+        encoding, _ = timed(lambda drawn=drawn, text=text: images.encode(drawn, "png", text))
         body = json.loads(answer)
         theirs = images.read_picture(body["image"], field="image", max_pixels=one.width * one.height)
-        drawing = sum(body["timings"][stage] - getattr(drawn.timings, stage) for stage in STAGES)
         made.append(
             Pair(
                 request=1000 * request,
                 call=1000 * call,
                 encoding=1000 * encoding,
-                drawing=1000 * drawing,
-                same=np.array_equal(np.asarray(theirs), np.asarray(drawn.images[0])),
+                stages=1000 * sum(body["timings"][stage] for stage in STAGES),
+                same=np.array_equal(np.asarray(theirs), np.asarray(drawn)),
             )
         )
     return made[WARM_UP:]
@@ -103,7 +108,7 @@ def ask(client: httpx.Client, params: GenerationParams) -> bytes:
     return response.content
 
 
-def timed[T](call: Callable[[], T]) -> tuple[float, T]:
+def timed(call: Callable[[], _T]) -> tuple[float, _T]:
     """Seconds, and what it returned."""
     started = time.perf_counter()
     result = call()
@@ -146,7 +151,7 @@ def claims(found: dict[str, Any]) -> list[Claim]:
         ),
         Claim(f"the same pair by pair, at most {MOST:g} ms", spread, paired["p50"] <= MOST),
         Claim("of it around the drawing: HTTP, checks, queue, pipes, the answer", f"{found['around']:.1f} ms"),
-        Claim("of it within text, denoising and decoding: shared cores and caches", f"{found['drawing']:.1f} ms"),
+        Claim("of it while drawing: reports of steps, shared cores and caches", f"{found['drawing']:.1f} ms"),
     ]
 
 
@@ -159,10 +164,27 @@ def main(
     import torch
 
     from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+    from models.limits import fit, render_size
+    from models.loading import quiet
     from models.registry import Registry
 
     torch.set_num_threads(threads)
-    model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
+    model: Any = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
+    model.pipeline.set_progress_bar_config(disable=True)
+
+    def draw(one: GenerationParams) -> Image:
+        width, height = render_size(model.spec, one.width, one.height)
+        with quiet():
+            made = model.pipeline(
+                one.prompt,
+                num_inference_steps=one.steps,
+                guidance_scale=one.guidance_scale,
+                width=width,
+                height=height,
+                generator=torch.Generator("cpu").manual_seed(one.seeds[0]),
+            )
+        return fit(made.images[0], one.width, one.height)
+
     params = [
         GenerationParams(
             prompt=PROMPTS[seed % len(PROMPTS)],
@@ -176,9 +198,9 @@ def main(
     ]
     with (
         running(WAVESPEED_DEVICE="cpu", WAVESPEED_THREADS=str(threads)) as server,
-        httpx.Client(base_url="http://{}:{}".format(*server.address), timeout=600) as client,
+        server.client() as client,
     ):
-        found = figures(pairs(client, lambda one: model.generate(one, NoCache(), lambda step: None), params))
+        found = figures(pairs(client, draw, params))
     print(f"{DEFAULT} {size}×{size}, {steps} steps; {requests} pairs of a request and the bare call, in turns.\n")
     print("\n".join(table(claims(found))))
     print(json.dumps({"benchmark": "cost", **machine("cpu"), "size": size, "steps": steps, **_rounded(found)}))

@@ -26,9 +26,16 @@ class Server:
     address: tuple[str, int]
     folder: Path
 
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self.address)
+
+    def client(self) -> httpx.Client:
+        """One that waits for long answers."""
+        return httpx.Client(base_url=self.url, timeout=600)
+
     def get(self, path: str) -> httpx.Response:
-        host, port = self.address
-        return httpx.get(f"http://{host}:{port}{path}", timeout=30)
+        return httpx.get(f"{self.url}{path}", timeout=30)
 
     def worker(self) -> int | None:
         """The process id of the worker, when it is ready."""

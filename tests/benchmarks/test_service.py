@@ -1,0 +1,69 @@
+"""The two benchmarks of one service, on one with fake models: what they ask for, compare and work out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL.Image import Image
+
+from benchmarks import batching, cost
+from benchmarks.cost import Pair
+from benchmarks.server import Server, running
+from models.base import GenerationParams
+from tests.app.fakes import painted
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(("-m", "tests.e2e.fake_server")) as server:
+        yield server
+
+
+def requests(number: int) -> list[GenerationParams]:
+    return [GenerationParams(prompt="a", width=64, height=64, steps=2, seeds=(seed,)) for seed in range(number)]
+
+
+def test_a_request_is_held_against_the_bare_call_of_the_same(server: Server) -> None:
+    called: list[int] = []
+
+    def draw(params: GenerationParams) -> Image:
+        called.append(params.seeds[0])
+        return painted(params, [100] if params.seeds == (5,) else params.seeds)[0]  # one is wrong
+
+    with server.client() as client:
+        found = cost.pairs(client, draw, requests(7))
+    assert called == list(range(7))
+    assert [pair.same for pair in found] == [True, True, True, False, True]  # the first two warm up
+    assert all(pair.stages == pytest.approx(600) for pair in found), "what the fake says of its stages"
+    assert all(pair.request > 0 and pair.call > 0 and pair.encoding > 0 for pair in found)
+    assert server.get("/api/telemetry").json()["requests_processed"] == 7
+
+
+def test_what_the_service_adds_is_worked_out_pair_by_pair_too() -> None:
+    rows = [(110, 95, 5, 97), (130, 100, 6, 108), (125, 112, 4, 115)]  # adds 10, 24 and 9
+    found = cost.figures([Pair(*row, same=row[0] != 130) for row in rows])
+    assert (found["request_p50"], found["call_p50"], found["encoding_p50"]) == (125, 100, 5)
+    assert found["added_p50"] == 20
+    assert found["paired"] == {"p25": 9.5, "p50": 10, "p75": 17}
+    assert (found["drawing"], found["around"]) == (3, 8)
+    assert (found["same_pictures"], found["pairs"]) == (2, 3)
+    assert [claim.holds for claim in cost.claims(found)] == [False, False, True, None, None]
+
+
+def test_neighbouring_requests_have_other_prompts() -> None:
+    assert len(set(cost.PROMPTS)) == len(cost.PROMPTS) == 64
+    assert all(one != other for one, other in pairwise(cost.PROMPTS))
+
+
+def test_requests_at_once_are_counted_and_their_pictures_kept_apart(server: Server) -> None:
+    with server.client() as http:
+        found = batching.at_once(batching.Client(http), clients=3, requests=6, steps=2, cached=True)
+    assert found["images_per_batch"] == 1  # this server draws each by itself
+    assert found["images_per_second"] > 0
+    for number, picture in enumerate(found["pictures"]):
+        prompt = batching.body(number, 2, cached=True)["prompt"]
+        asked = GenerationParams(prompt=prompt, width=512, height=512, seeds=(number,))
+        assert np.array_equal(picture, np.asarray(painted(asked, asked.seeds)[0]))
