@@ -9,7 +9,8 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -220,6 +221,17 @@ class Nursery:
     def engine(self, **options: Any) -> LocalEngine:
         options = {"stop_seconds": 0.0, "backoff": (0.0, 0.0), **options}
         return LocalEngine(never_called, ["cpu"], make=self.make, **options)
+
+    @asynccontextmanager
+    async def working(self, **options: Any) -> AsyncIterator[LocalEngine]:
+        """The engine, ready; stopped at the end."""
+        engine = self.engine(**options)
+        await engine.start()
+        try:
+            await until(lambda: engine.status().ready)
+            yield engine
+        finally:
+            await engine.stop()
 
 
 def never_called(device: str) -> RegistryRunner:

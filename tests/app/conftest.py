@@ -13,6 +13,7 @@ import pytest
 from app.engine.base import Engine
 from app.main import create_app
 from app.settings import Settings
+from tests.app.children import Nursery
 from tests.app.fakes import FakeEngine
 from tests.conftest import HAS_RAY
 
@@ -46,6 +47,11 @@ def engine(request: pytest.FixtureRequest) -> Any:
     from tests.cluster import RecordingRayEngine
 
     return RecordingRayEngine(cluster)
+
+
+@pytest.fixture
+def nursery() -> Nursery:
+    return Nursery()
 
 
 @pytest.fixture

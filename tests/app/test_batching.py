@@ -31,19 +31,9 @@ INTERLEAVINGS = 200
 
 
 @pytest.fixture
-def nursery() -> Nursery:
-    return Nursery()
-
-
-@pytest.fixture
 async def engine(nursery: Nursery) -> AsyncIterator[LocalEngine]:
-    engine = nursery.engine(max_batch_size=4)
-    await engine.start()
-    await until(lambda: engine.status().ready)
-    try:
+    async with nursery.working(max_batch_size=4) as engine:
         yield engine
-    finally:
-        await engine.stop()
 
 
 async def grouped(nursery: Nursery, engine: LocalEngine, names: Iterable[str], steps: int = 3) -> list[JobHandle]:
@@ -164,37 +154,29 @@ async def test_who_kills_the_worker_alone_as_well_is_answered_and_the_others_are
     assert is_right(handles[1])
 
 
+async def one_who_waits(nursery: Nursery, engine: LocalEngine) -> JobHandle:
+    """For company: four came at once a moment ago."""
+    handles = await grouped(nursery, engine, "abcd", steps=1)
+    nursery.gate.open(100)
+    await asyncio.gather(*(handle.result for handle in handles))
+    alone = engine.submit(job("e", steps=1))
+    assert alone.state is JobState.QUEUED
+    return alone
+
+
 async def test_who_waits_for_company_is_found_or_started(nursery: Nursery) -> None:
-    engine = nursery.engine(max_batch_size=4, batch_timeout=0.4)
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
-        handles = await grouped(nursery, engine, "abcd", steps=1)
-        nursery.gate.open(100)
-        await asyncio.gather(*(handle.result for handle in handles))
-        alone = engine.submit(job("e", steps=1))
-        assert alone.state is JobState.QUEUED  # four came at once a moment ago
+    async with nursery.working(max_batch_size=4, batch_timeout=2) as engine:
+        alone = await one_who_waits(nursery, engine)
         result = await alone.result  # nobody comes: the clock starts it
         assert result.batches == (1,)
         assert (await engine.submit(job("f", steps=1)).result).images
-    finally:
-        await engine.stop()
 
 
 async def test_draining_waits_for_no_company(nursery: Nursery) -> None:
-    engine = nursery.engine(max_batch_size=4, batch_timeout=1000)
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
-        handles = await grouped(nursery, engine, "abcd", steps=1)
-        nursery.gate.open(100)
-        await asyncio.gather(*(handle.result for handle in handles))
-        alone = engine.submit(job("e", steps=1))
-        assert alone.state is JobState.QUEUED
+    async with nursery.working(max_batch_size=4, batch_timeout=1000) as engine:
+        alone = await one_who_waits(nursery, engine)
         await engine.drain(60)
         assert is_right(alone)
-    finally:
-        await engine.stop()
 
 
 async def test_a_model_is_loaded_once_for_its_group(nursery: Nursery, engine: LocalEngine) -> None:

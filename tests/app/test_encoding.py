@@ -46,20 +46,10 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
 
 
 @pytest.fixture
-def nursery() -> Nursery:
-    return Nursery()
-
-
-@pytest.fixture
 async def engine(nursery: Nursery, encoder: Encoder) -> AsyncIterator[LocalEngine]:
-    engine = nursery.engine(max_batch_size=2)
-    await engine.start()
-    await until(lambda: engine.status().ready)
-    try:
+    async with nursery.working(max_batch_size=2) as engine:
         yield engine
-    finally:
         encoder.open()
-        await engine.stop()
 
 
 async def drawn(nursery: Nursery, encoder: Encoder, engine: LocalEngine) -> tuple[JobHandle, JobHandle]:
@@ -151,10 +141,7 @@ async def test_a_worker_lost_while_it_encodes_costs_no_job(
 
 
 async def test_an_encoder_that_hangs_is_a_job_that_stalls(nursery: Nursery, encoder: Encoder) -> None:
-    engine = nursery.engine(patience=Patience(stall=0.2))
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
+    async with nursery.working(patience=Patience(stall=0.2)) as engine:
         handle = engine.submit(job("a", steps=1))
         nursery.gate.open(3)
         await until(lambda: len(nursery.children) == 2 and nursery.gate.at == "text")
@@ -162,8 +149,6 @@ async def test_an_encoder_that_hangs_is_a_job_that_stalls(nursery: Nursery, enco
         encoder.open()
         nursery.gate.open(100)
         await handle.result
-    finally:
-        await engine.stop()
 
 
 async def test_an_end_before_the_drawing_is_over_is_nonsense(

@@ -85,7 +85,9 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
 def test_what_was_accepted_is_finished_and_nothing_else_taken(tmp_path: Path) -> None:
     with serving(tmp_path) as server, ThreadPoolExecutor(4) as pool:
         worker = server.client.get("/api/telemetry").json()["devices"][0]["pid"]
-        asked: list[Future[httpx.Response]] = [pool.submit(server.ask, model="slow", steps=30) for _ in range(4)]
+        asked: list[Future[httpx.Response]] = [pool.submit(server.ask, model="slow", steps=100)]
+        wait_for(lambda: server.running() == (1, 0))  # two seconds, which the others come in
+        asked += [pool.submit(server.ask) for _ in range(3)]
         wait_for(lambda: server.running() == (1, 3))
         server.end()
         not_ready = wait_for(lambda: (answer := server.client.get("/readyz")).status_code == 503 and answer)

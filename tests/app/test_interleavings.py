@@ -23,19 +23,9 @@ INTERLEAVINGS = 1000
 
 
 @pytest.fixture
-def nursery() -> Nursery:
-    return Nursery()
-
-
-@pytest.fixture
 async def engine(nursery: Nursery) -> AsyncIterator[LocalEngine]:
-    engine = nursery.engine()
-    await engine.start()
-    await until(lambda: engine.status().ready)
-    try:
+    async with nursery.working() as engine:
         yield engine
-    finally:
-        await engine.stop()
 
 
 def is_right(handle: JobHandle) -> bool:
@@ -161,9 +151,7 @@ async def test_a_deadline_is_kept_wherever_the_job_is(nursery: Nursery, engine: 
 
 
 async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: Nursery) -> None:
-    engine = nursery.engine(quarantine_seconds=0.2)
-    await engine.start()
-    try:
+    async with nursery.working(quarantine_seconds=1.0) as engine:
         handle, waiting = engine.submit(job("a", "slow")), engine.submit(job("b", "slow"))
         for worker in (1, 2):
             await until(lambda worker=worker: len(nursery.children) == worker and nursery.gate.at == "load")
@@ -180,36 +168,25 @@ async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: 
         assert (await engine.submit(job("d")).result).images  # other models are served
         await until(lambda: not engine.status().quarantined)
         assert (await engine.submit(job("e", "slow")).result).images
-    finally:
-        await engine.stop()
 
 
 async def test_a_load_is_given_its_own_time(nursery: Nursery) -> None:
     """Neither steps nor readiness can be asked of a worker that loads; signs of life can, and it gives them."""
-    engine = nursery.engine(patience=Patience(silence=0.5, stall=0.5, load=60))
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
+    async with nursery.working(patience=Patience(silence=1.0, stall=1.0, load=60)) as engine:
         handle = engine.submit(job("a", "slow"))
         await nursery.reach("load")
-        await until(lambda: sum(isinstance(report, Alive) for report in nursery.child.sent) >= 18)  # 6 in 0.5 s: 1.5 s
+        await until(lambda: sum(isinstance(report, Alive) for report in nursery.child.sent) >= 9)  # 6 a second: 1.5 s
         nursery.gate.open(100)
         assert (await handle.result).images
         assert len(nursery.children) == 1
-    finally:
-        await engine.stop()
 
 
 async def test_a_load_that_does_not_end_is_given_up(nursery: Nursery) -> None:
-    engine = nursery.engine(patience=Patience(load=0.1))
-    await engine.start()
-    try:
+    async with nursery.working(patience=Patience(load=0.1)) as engine:
         handle = engine.submit(job("a", "slow"))
         with pytest.raises(ModelUnavailable, match="loading slow took too long"):
             await handle.result
         assert handle.attempts == 2
-    finally:
-        await engine.stop()
 
 
 @pytest.mark.parametrize("words", [b"garbage", pickle.dumps("a picture"), pickle.dumps(Loaded)])

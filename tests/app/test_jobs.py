@@ -30,11 +30,6 @@ REQUESTS = "wavespeed_requests_total{"
 BODY = {"prompt": "a", "width": 64, "height": 64, "seed": 1, "steps": 3}
 
 
-@pytest.fixture
-def nursery() -> Nursery:
-    return Nursery()
-
-
 @asynccontextmanager
 async def served(nursery: Nursery, *, queue_size: int = 64, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an app whose worker waits at `nursery.gate`."""

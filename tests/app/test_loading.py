@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import app.__main__ as command_line
+from app import progress
 from tests.app.test_engine import job, running
 
 
@@ -40,6 +41,7 @@ def test_a_wrong_configuration_ends_the_start_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 3600.0)  # what a slow import would be told in is not counted
     monkeypatch.chdir(tmp_path)
     Path("models.toml").write_text('[[models]]\nname = "a"\nfamly = "sd15"\n')
     monkeypatch.setenv(variable, value)

@@ -275,7 +275,8 @@ async def test_overload_is_refused_and_its_queue_stays_bounded() -> None:
     assert by_command["figures"]["statuses"].keys() == {"200"}
     assert by_command["held"]["workers_mb"] > 10
     waits = [one.answer.queue for one in run.samples if one.answer.queue is not None]
-    assert max(waits) <= places * held["service_longest"] + 0.02  # a place is served at a time; rounded, and dispatched
+    # A place is served at a time; one service more than there are places is room for what dispatching takes.
+    assert max(waits) <= (places + 1) * held["service_longest"]
 
 
 async def test_no_answer_is_counted_as_none() -> None:

@@ -17,7 +17,7 @@ from app.api.schemas import GenerateRequest
 from app.client import Client
 from app.main import create_app
 from app.settings import Settings
-from benchmarks.server import Server
+from benchmarks.server import Server, wait_for
 from tests.app.fakes import FakeEngine
 from tests.clients.test_client import address_of
 
@@ -62,10 +62,16 @@ def _commands(block: str) -> list[list[str]]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("block", in_documents("bash"), ids=lambda text: text.strip().splitlines()[0][:60])
 def test_the_command_does_what_is_said(server: Server, block: str) -> None:
-    """In the server's folder, where the log is. Where the block makes no job, $ID is one that takes long."""
+    """In the server's folder, where the log is. Where the block makes no job, $ID is one that takes long.
+
+    The log has a line of a request, whichever blocks came before.
+    """
     environment = {**os.environ, "KEY": "none"}
     lasting = "$ID" in block and "ID=" not in block
     with Client(address_of(server)) as client:
+        if "server.log" in block:
+            client.generate("a")
+            wait_for(lambda: "cache strategy=" in server.log, 30, "the log's line")
         if lasting:
             environment["ID"] = client.submit("a", model="slow", steps=150, num_images=10).id
         script = PROLOGUE + block.replace(ADDRESS, address_of(server))

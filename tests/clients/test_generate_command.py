@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import app.__main__ as command_line
 import app.generation
+from app import progress
 from app.client import Client, Event, Job
 from app.progress import Bar
 from benchmarks.server import Server, wait_for
@@ -42,6 +43,7 @@ def test_json_is_all_that_stands_on_stdout(server: Server, tmp_path: Path) -> No
 def test_what_the_server_refuses_is_one_line(
     locked: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 3600.0)  # what a slow answer would be told in is not counted
     for values, words in ((["--key", "wrong"], "keys"), (["--key", KEY, "--width", "513"], "multiple of 8")):
         arguments = ["app", "generate", "a", "--server", address_of(locked), *values]
         monkeypatch.setattr("sys.argv", arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,11 +98,19 @@ def test_a_stream_s_failure_is_the_client_s_exception(client: openai.OpenAI) -> 
 
 
 def test_a_stream_that_is_left_frees_the_worker(server: Server, client: openai.OpenAI) -> None:
+    def cancelled() -> float:
+        found = re.search(r'^wavespeed_requests_total{model="slow",outcome="cancelled"} (.+)$', metrics(), re.MULTILINE)
+        return 0.0 if found is None else float(found[1])
+
+    def metrics() -> str:
+        return server.get("/metrics").text
+
+    before = cancelled()
     stream = client.images.generate(model="slow", prompt="a", n=10, stream=True, extra_body={"steps": 150})
     wait_for(lambda: server.get("/api/telemetry").json()["running_count"] == 1, 60, "a running job")
     stream.close()
     wait_for(server.idle, 60, "an idle server")
-    assert 'outcome="cancelled"' in server.get("/metrics").text
+    wait_for(lambda: cancelled() == before + 1, 60, "its count")
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:

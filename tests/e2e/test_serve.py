@@ -167,10 +167,13 @@ def test_log_telemetry_and_metrics_say_the_same(server: Server) -> None:
     telemetry = server.client.get("/api/telemetry").json()
     metrics = server.client.get("/metrics").text
 
-    mine = [line for line in server.lines() if f"request={answer['request_id']} " in line]
-    steps = [match[1] for line in mine if (match := re.search(r"step=\d+/20 decision=(\w)", line))]
+    def mine() -> list[str]:
+        return [line for line in server.lines() if f"request={answer['request_id']} " in line]
+
+    # A thread writes the log: a line may come after the answer. The summary is a request's last one.
+    summaries = wait_for(lambda: [line for line in mine() if "hit_rate=" in line], server.process)
+    steps = [match[1] for line in mine() if (match := re.search(r"step=\d+/20 decision=(\w)", line))]
     assert "".join(steps) == answer["cache"]["decisions"]
-    summaries = [line for line in mine if "hit_rate=" in line]
     assert len(summaries) == 1
     assert re.search(r"cache strategy=deepcache .*computed=7 reused=13 hit_rate=0\.65", summaries[0])
 

@@ -105,9 +105,13 @@ def test_a_requests_span_has_the_jobs_id_and_what_the_cache_did(server: Server, 
         "hit_rate": cache["hit_rate"],
         "interval": 3,
     }
+
     # The log tells of the same request, and leads to its trace.
-    lines = map(json.loads, server.log.splitlines())
-    [line] = [line for line in lines if line["request_id"] == answer["request_id"] and "hit_rate" in line]
+    def told_in_log() -> list[dict[str, Any]]:
+        lines = map(json.loads, server.log.rpartition("\n")[0].splitlines())
+        return [line for line in lines if line["request_id"] == answer["request_id"] and "hit_rate" in line]
+
+    [line] = wait_for(told_in_log, 30, "the log's line")  # type: ignore[misc]  # a thread writes it
     assert (line["trace_id"], line["reused"]) == (span.trace_id.hex(), 13)
     assert re.match(r"cache strategy=deepcache .*hit_rate=0\.65", line["message"])
 
