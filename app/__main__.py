@@ -36,6 +36,11 @@ def main() -> None:
         sys.exit(1)
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are set: an option left out is left to the defaults of the settings or of the request."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 @cli.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
@@ -47,8 +52,7 @@ def serve(
     from app.main import create_app
     from app.server import serve_until_told
 
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    settings = Settings(**given)  # type: ignore[arg-type]  # checked by pydantic
+    settings = Settings(**_given(host=host, port=port))
     factory = runner_factory(settings)
     with logging_to(settings.log_folder, settings.log_level, settings.log_format) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
@@ -90,30 +94,29 @@ def generate(
     from app.generation import lora as lora_of
     from app.images import format_of
 
-    values: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "model": model,
-        "flux_enabled": flux,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "num_images": num_images,
-        "sampler": sampler,
-        "scheduler": scheduler,
-        "deepcache_enabled": deepcache or preset is not None,
-        "deepcache_preset": preset,
-        "deepcache_interval": interval,
-        "deepcache_depth": depth,
-        "fbcache_enabled": fbcache,
-        "fbcache_threshold": threshold,
-        "loras": [lora_of(text) for text in lora or ()],
-        "clip_skip": clip_skip,
-        "output_format": format_of(output),
-    }
-    given = {name: value for name, value in values.items() if value is not None}
+    given = _given(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        model=model,
+        flux_enabled=flux,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        num_images=num_images,
+        sampler=sampler,
+        scheduler=scheduler,
+        deepcache_enabled=deepcache or preset is not None,
+        deepcache_preset=preset,
+        deepcache_interval=interval,
+        deepcache_depth=depth,
+        fbcache_enabled=fbcache,
+        fbcache_threshold=threshold,
+        loras=[lora_of(text) for text in lora or ()],
+        clip_skip=clip_skip,
+        output_format=format_of(output),
+    )
     drawn = drawn_here(given, Settings()) if server is None else drawn_there(given, server, key)
     paths, report = written(drawn, output), drawn.report
     if as_json:
@@ -156,20 +159,20 @@ def compare(
     from app.images import encode, format_of
 
     output_format = format_of(output)
-    values = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "model": model,
-        "flux_enabled": flux,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "sampler": sampler,
-        "scheduler": scheduler,
-    }
-    comparison = compared(values, Settings(), repeats)
+    given = _given(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        model=model,
+        flux_enabled=flux,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        sampler=sampler,
+        scheduler=scheduler,
+    )
+    comparison = compared(given, Settings(), repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet.draw(comparison, difference=difference), output_format))
     for sentence in comparison.warnings:
@@ -263,18 +266,18 @@ def threshold(
 
     from app.threshold import found_for
 
-    values = {
-        "model": model,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "seed": seed,
-        "fbcache_enabled": True,
-        "fbcache_max_consecutive": max_consecutive,
-        "cache_forecast": forecast,
-    }
-    found = found_for(speedup, values, Settings(), prompt)
+    given = _given(
+        model=model,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        fbcache_enabled=True,
+        fbcache_max_consecutive=max_consecutive,
+        cache_forecast=forecast,
+    )
+    found = found_for(speedup, given, Settings(), prompt)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 

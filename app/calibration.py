@@ -41,7 +41,7 @@ def calibrated(
 
         runner = runner_here(settings)
         info = runner.catalogue().models.get(name)
-        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
+        runner.watch_loading(progress.loading)
         model = runner.model(name)
         if not isinstance(model, StableDiffusionModel) or info is None:
             raise ServiceError(f"{name} has no UNet: DeepCache, and so its calibration, is for UNet models.")

@@ -144,13 +144,12 @@ def settings_of(model: ModelInfo) -> dict[str, dict[str, Any]]:
     }
 
 
-def compared(values: Mapping[str, Any], settings: Settings, repeats: int = 1) -> Comparison:
-    """`values`: of a request, None where it leaves a field out; without a size the model's own is taken.
+def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Comparison:
+    """`given`: the fields of a request; without a size the model's own is taken.
 
     Each row is warmed up by a few steps; then all are timed in turn, `repeats` times, so that a machine that slows down
     slows all of them. Raises ServiceError and ModelError, which say what to ask instead.
     """
-    given = {name: value for name, value in values.items() if value is not None}
     request = parse(given)
     with bar("starting") as progress:
         from app.engine.configured import runner_here
@@ -159,13 +158,13 @@ def compared(values: Mapping[str, Any], settings: Settings, repeats: int = 1) ->
         catalogue = runner.catalogue()
         model = pick_model(request, catalogue)
         width, height = model.native_size
-        given = {"width": width, "height": height, **given}
+        sized = {"width": width, "height": height, **given}
         added = settings_of(model)
         jobs = {
-            name: resolve(parse({**given, **fields}), catalogue, Limits.of(settings), "command-line", "png")
+            name: resolve(parse({**sized, **fields}), catalogue, Limits.of(settings), "command-line", "png")
             for name, fields in added.items()
         }
-        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
+        runner.watch_loading(progress.loading)
         runner.load(model.name)
 
         def on_step(step: Step) -> None:

@@ -25,7 +25,7 @@ def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
         runner = runner_here(settings)
         limits = Limits.of(settings)
         job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
-        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
+        runner.watch_loading(progress.loading)
         runner.load(job.model)
         progress.show(job.model)
 

@@ -46,6 +46,10 @@ class Bar:
         if note is not None:
             self._progress.update(self._task, note=note)
 
+    def loading(self, model: str, stage: str) -> None:
+        """What a runner tells of the parts that it loads."""
+        self.show(f"loading {model}: {stage}")
+
     def advance(self, note: str | None = None) -> None:
         self.show(completed=self.task.completed + 1, note=note)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from app.api.resolve import Limits, resolve
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 def found_for(
     speedup: float,
-    values: Mapping[str, Any],
+    given: dict[str, Any],
     settings: Settings,
     prompts: Sequence[str] | None = None,
 ) -> Found:
-    """`values`: of a request, None where it leaves a field out; its pictures are drawn, one of each of `prompts`.
+    """`given`: the fields of a request but its prompt; one picture of each of `prompts` is drawn.
 
     Raises ServiceError and ModelError, which say what to ask instead.
     """
     from app.engine.configured import runner_here
 
     prompts = prompts or threshold.PROMPTS
-    request = parse({"prompt": prompts[0]} | {name: value for name, value in values.items() if value is not None})
+    request = parse({"prompt": prompts[0], **given})
     with bar("starting") as progress:
         runner = runner_here(settings)
         job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)
         if not isinstance(job.strategy, FirstBlockCache):
             raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
-        runner.watch_loading(lambda model, stage: progress.show(f"loading {model}: {stage}"))
+        runner.watch_loading(progress.loading)
         model = runner.model(job.model)
         progress.show(job.model, total=job.params.steps * len(prompts), completed=0)
 

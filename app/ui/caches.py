@@ -6,20 +6,21 @@ import streamlit as st
 
 from app.ui.request import PRESET_NAMES, PRESETS, Model, no_deepcache, no_fbcache, reuse_cost
 
-FORECASTS = ["none", "linear", "quadratic", "damped"]
 _BEST = "best measured"
 _SCHEDULES = {
     "auto": "auto: where it helps most",
     "uniform": "uniform: every N-th step",
 }
 _GUIDANCE = {"full": "full: both halves", "reuse": "reuse: the prompt's half alone"}
+_GUIDANCE_HELP = "What a reused step runs of a guided batch. reuse forecasts the guidance, at half the cost."
 _FORECASTS = {
     "none": "none: as it was",
     "linear": "linear: on a line",
     "quadratic": "quadratic: on a parabola",
     "damped": "damped: on a line, as far as it held",
-    "probe": "probe: as far as the first block moved",
 }
+_PROBE = {"probe": "probe: as far as the first block moved"}  # DeepCache has no first block
+_FORECAST_HELP = "How a reused step predicts what it skips."
 
 
 def _take_preset(name: str) -> None:
@@ -67,25 +68,11 @@ def deepcache(model: Model) -> None:
             help="Reuse within this part of the noise schedule alone: 0 is pure noise, 1000 the finished picture.",
         )
         schedule, guidance = st.columns(2)
-        schedule.selectbox(
-            "Schedule",
-            list(_SCHEDULES),
-            format_func=_SCHEDULES.__getitem__,
-            key="deepcache_schedule",
-            placeholder=_BEST,
-            disabled=off,
-            help="Where the computed steps lie.",
-        )
-        guidance.selectbox(
-            "Guidance in reused steps",
-            list(_GUIDANCE),
-            format_func=_GUIDANCE.__getitem__,
-            key="deepcache_guidance",
-            placeholder=_BEST,
-            disabled=off,
-            help="What a reused step runs of a guided batch. reuse forecasts the guidance, at half the cost.",
-        )
-        _forecast("deepcache_forecast", FORECASTS, disabled=off)
+        with schedule:
+            _choice("Schedule", _SCHEDULES, "deepcache_schedule", "Where the computed steps lie.", disabled=off)
+        with guidance:
+            _choice("Guidance in reused steps", _GUIDANCE, "deepcache_guidance", _GUIDANCE_HELP, disabled=off)
+        _choice("Forecast", _FORECASTS, "deepcache_forecast", _FORECAST_HELP, disabled=off)
 
 
 def first_block(model: Model) -> None:
@@ -112,18 +99,19 @@ def first_block(model: Model) -> None:
             placeholder="no cap",
             disabled=off,
         )
-        _forecast("fbcache_forecast", [*FORECASTS, "probe"], disabled=off)
+        _choice("Forecast", _FORECASTS | _PROBE, "fbcache_forecast", _FORECAST_HELP, disabled=off)
 
 
-def _forecast(key: str, forecasts: list[str], *, disabled: bool) -> None:
+def _choice(label: str, choices: dict[str, str], key: str, hint: str, *, disabled: bool) -> None:
+    """One of `choices`, which are shown by their descriptions; none of them is the best measured one."""
     st.selectbox(
-        "Forecast",
-        forecasts,
-        format_func=_FORECASTS.__getitem__,
+        label,
+        list(choices),
+        format_func=choices.__getitem__,
         key=key,
         placeholder=_BEST,
         disabled=disabled,
-        help="How a reused step predicts what it skips.",
+        help=hint,
     )
 
 
