@@ -21,11 +21,6 @@ STEPS = 40
 BODY = {"prompt": "a", "width": 64, "height": 64, "steps": STEPS}
 
 
-@pytest.fixture
-def nursery() -> Nursery:
-    return Nursery()
-
-
 async def test_a_request_that_waits_for_its_picture_has_no_step_told(nursery: Nursery) -> None:
     engine = nursery.engine()
     began = time.monotonic()
@@ -34,6 +29,7 @@ async def test_a_request_that_waits_for_its_picture_has_no_step_told(nursery: Nu
         nursery.gate.open(1000)
         answer = (await client.post("/api/generate", json=BODY)).json()
         assert answer["cache"]["computed"] == STEPS
+        nursery.child.wait_sent(Done, answer["request_id"])  # it is noted after it was sent
         reports = [report for report in nursery.child.sent if not isinstance(report, Alive)]
     signs = [report for report in reports if isinstance(report, Progress)]
     assert all(not sign.steps for sign in signs)
@@ -52,10 +48,7 @@ async def test_a_job_whose_steps_can_be_watched_has_each_told(nursery: Nursery) 
 
 
 async def test_of_a_group_those_who_listen_are_told(nursery: Nursery) -> None:
-    engine = nursery.engine(max_batch_size=4)
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
+    async with nursery.working(max_batch_size=4) as engine:
         first = engine.submit(job("first", steps=1))
         heard: list[Any] = []
         silent, listening = engine.submit(job("a")), engine.submit(job("b"), heard.append)
@@ -65,17 +58,12 @@ async def test_of_a_group_those_who_listen_are_told(nursery: Nursery) -> None:
         assert nursery.child.told("a") == []
         assert nursery.child.told("b") == heard
         assert len(heard) == 3
-    finally:
-        await engine.stop()
 
 
 async def test_progress_that_nobody_hears_is_still_signed_now_and_then(nursery: Nursery) -> None:
     """Else a long job would look like one that stalls."""
     patience = Patience(silence=3.0, stall=600)
-    engine = nursery.engine(patience=patience)
-    await engine.start()
-    try:
-        await until(lambda: engine.status().ready)
+    async with nursery.working(patience=patience) as engine:
         handle = engine.submit(job("a", steps=2))
         await nursery.reach("step 0")
         beats = sum(isinstance(report, Alive) for report in nursery.child.sent)
@@ -86,8 +74,6 @@ async def test_progress_that_nobody_hears_is_still_signed_now_and_then(nursery: 
         nursery.gate.open(1000)
         assert (await handle.result).images == fake_runner("cpu").run(handle.job, lambda step: None).images
         assert device(engine).restarts == 0
-    finally:
-        await engine.stop()
 
 
 def test_a_step_may_take_as_long_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
