@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .forecast import Forecast
-from .patching import Call, rebuilt
+from .patching import Call, answer_of
 from .strategy import CacheReport
 
 LIGHTEST = 50.0  # a call repays others that weigh up to so many times as much
@@ -121,7 +121,7 @@ class Correction:
             elif (repaid := self._computed(items, number, own)) is not None:
                 answer = repaid if items.rows is None else answer.index_copy(0, items.rows, repaid)
         self._report.hold("correction", sum(items.bytes for one in self._passes.values() for items in one.items))
-        return output if answer is prediction else rebuilt(output, answer)
+        return output if answer is prediction else answer_of(type(output), answer)
 
     def _reused(self, items: _Items, number: int, prediction: Tensor) -> None:
         assert self._responses is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,7 +123,7 @@ class _Pass:
     rows: int | None  # of a guided batch whose reuse calls run the second half alone; None for any other
     history: forecasts.History  # of the branch's state (batch, channels, height, width), or of the prediction
     difference: forecasts.History  # of the guided predictions, with text less without; empty for any other batch
-    rebuild: Callable[[Tensor], Any]  # gives a prediction the form of the caller's answer
+    form: type = tuple  # of the network's answers
     computed: int = -1  # the last call that computed, counted in this pass and size from 0
     now: int = -1  # the last call
 
@@ -227,7 +227,7 @@ class _Run:
             return output
         entry.now += 1
         entry.computed = entry.now
-        entry.rebuild = _rebuilder(output)
+        entry.form = type(output)
         prediction = output[0]  # of a tuple or of diffusers' output, which can be indexed as one
         if self.branch is None:
             # Callers may change a prediction in place, so that it is kept, and handed out again, as a copy.
@@ -255,7 +255,7 @@ class _Run:
             entry.difference.make_room()
             return entry
         state, difference = (forecasts.History(self.strategy.forecast) for _ in range(2))
-        return _Pass(self.guided_rows(call), state, difference, _rebuilder(()))
+        return _Pass(self.guided_rows(call), state, difference)
 
     def guided_rows(self, call: Call) -> int | None:
         """The rows of a guided batch whose unconditional half reuse calls are to spare."""
@@ -268,16 +268,19 @@ class _Run:
         return rows
 
     def reuse(self, call: Call, entry: _Pass) -> Any:
+        from .patching import answer_of  # torch, where it is needed
+
         entry.now += 1
         kept = entry.history.at(self.calls[call.pass_name])
         if kept is entry.history.newest and (self.branch_pass is None or self.copies):
             kept = kept.clone()
         if self.branch_pass is None:
-            return entry.rebuild(kept)
+            return answer_of(entry.form, kept)
         if entry.rows is None:
             return self.branch_pass.run(call, kept)
         with_text = self.branch_pass.run(guidances.conditional(call, entry.rows), kept)[0]
-        return entry.rebuild(guidances.both(with_text, entry.difference.at(self.calls[call.pass_name])))
+        difference = entry.difference.at(self.calls[call.pass_name])
+        return answer_of(entry.form, guidances.both(with_text, difference))
 
     def explain(self) -> None:
         """Warn of whatever kept the cache from acting as asked."""
@@ -302,10 +305,3 @@ class _Run:
             report.warn(
                 f"DeepCache's interval {interval} exceeds the run's {calls} calls: only the first one computed."
             )
-
-
-def _rebuilder(output: Any) -> Callable[[Tensor], Any]:
-    """Makes an answer of the same form around another tensor; holds on to no tensor of `output`."""
-    if isinstance(output, tuple):
-        return lambda prediction: (prediction,)
-    return type(output)

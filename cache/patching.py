@@ -63,9 +63,9 @@ class Call:
         return (_signature(self.args), _signature(self.kwargs))
 
 
-def rebuilt(output: Any, prediction: torch.Tensor) -> Any:
-    """An answer of the same form as `output`, a tuple or one of diffusers' outputs, around another tensor."""
-    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(prediction)
+def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
+    """A denoiser's answer of this form, a tuple or one of diffusers' outputs."""
+    return (prediction,) if issubclass(form, tuple) else form(prediction)
 
 
 def _signature(value: Any) -> Any:
