@@ -51,28 +51,28 @@ def read(path: Path) -> Report:
         data = path.read_bytes()
     except OSError as error:
         raise ServiceError(f"{path}: {error.strerror}.") from None
-    answer = _of_picture(path, data)
-    if answer is None:
-        try:
-            answer = json.loads(data)
-        except ValueError:  # no JSON, or not even text
-            raise ServiceError(f"{path} is neither JSON nor a picture. {_REMEDY}") from None
+    text = _of_picture(path, data)
+    try:
+        answer = json.loads(data if text is None else text)
+    except (ValueError, RecursionError):  # no JSON, not even text, or nested without end
+        wrong = "is neither JSON nor a picture" if text is None else "carries a text that is no report"
+        raise ServiceError(f"{path} {wrong}. {_REMEDY}") from None
     return _report(path, answer)
 
 
-def _of_picture(path: Path, data: bytes) -> Any:
+def _of_picture(path: Path, data: bytes) -> str | None:
     """The JSON in a PNG; None for what is no picture."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as picture:
             picture.load()  # text may stand behind the pixels
-            text = getattr(picture, "text", {}).get("wavespeed")
+            text: str | None = getattr(picture, "text", {}).get("wavespeed")
     except UnidentifiedImageError:
         return None
     except (OSError, ValueError, SyntaxError) as error:
         raise ServiceError(f"{path} is a damaged picture ({error}).") from None
     if text is None:
         raise ServiceError(f"{path} carries no report: JPEG, WebP and pictures that others saved have none. {_REMEDY}")
-    return json.loads(text)
+    return text
 
 
 def _report(path: Path, answer: Any) -> Report:
@@ -91,13 +91,14 @@ def _report(path: Path, answer: Any) -> Report:
 
 
 def _words(whole: dict[str, Any]) -> dict[str, str]:
-    seeds = whole.get("seeds") or [whole.get("seed")]
+    seeds = whole.get("seeds")
+    seed = seeds[0] if isinstance(seeds, list) and seeds else whole.get("seed")
     about = [str(whole["model"])] if "model" in whole else []
     if "width" in whole and "height" in whole:
         about.append(f"{whole['width']}x{whole['height']}")
     if "steps" in whole:
         about.append(f"{whole['steps']} steps")
-    if seeds[0] is not None:
-        about.append(f"seed {seeds[0]}")
+    if seed is not None:
+        about.append(f"seed {seed}")
     prompt = whole.get("prompt")
     return {"title": f"“{prompt}”" if prompt else "What the cache did", "about": ", ".join(about)}

@@ -136,6 +136,17 @@ def test_what_the_plot_says_of_its_source(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("seeds", [5, "x", {"a": 1}, [], None])
+def test_seeds_that_are_none_are_not_told(tmp_path: Path, seeds: object) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"seeds": seeds, "cache": CACHE}))
+    assert read(tmp_path / "x.json").about == ""
+
+
+def with_text(words: str) -> bytes:
+    """A PNG in which another program has written where our report stands."""
+    return encode(Image.new("RGB", (8, 8)), "png", {"wavespeed": words})
+
+
 def jpeg() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
@@ -157,6 +168,8 @@ def jpeg() -> bytes:
         (encode(Image.new("RGB", (8, 8)), "png"), "carries no report"),
         (jpeg(), "carries no report"),
         (png(CACHE)[:60], "damaged picture"),
+        (with_text("no JSON"), "carries a text that is no report"),
+        (b"[" * 100_000, "neither JSON nor a picture"),
     ],
 )
 def test_a_file_without_a_report_is_refused_with_the_reason(tmp_path: Path, content: bytes | None, words: str) -> None:
