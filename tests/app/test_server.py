@@ -20,6 +20,7 @@ from app.engine.local import LocalEngine
 from app.log import logging_to
 from app.main import create_app
 from app.settings import Settings
+from tests.app.children import Nursery
 from tests.app.conftest import client_of
 from tests.app.fakes import fake_runner
 from tests.app.test_engine import LONG, until
@@ -78,17 +79,18 @@ async def test_a_failing_model_is_a_500_whose_cause_stays_in_the_log(tmp_path: P
     assert any("secret detail" in line and identity in line for line in path.read_text().splitlines())
 
 
-async def test_a_full_queue_turns_the_next_one_away() -> None:
-    engine = local_engine(queue_size=1)
+async def test_a_full_queue_turns_the_next_one_away(nursery: Nursery) -> None:
+    engine = nursery.engine(queue_size=1)
     async with client_of(engine) as client:
         await until(lambda: engine.status().ready)
-        requests = [asyncio.create_task(post(client, model="slow", steps=30)) for _ in range(2)]
+        requests = [asyncio.create_task(post(client)) for _ in range(2)]
         await until(lambda: engine.status().running == 1 and engine.status().pending == 1)
         refused = await post(client)
         assert (await client.get("/api/telemetry")).json()["pending_count"] == 1
         assert samples((await client.get("/metrics")).text)["wavespeed_queue_depth", frozenset()] == 1
         assert (refused.status_code, refused.json()["error"]["type"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) > 0
+        nursery.gate.open(100)
         assert [response.status_code for response in await asyncio.gather(*requests)] == [200, 200]
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import resource
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -53,15 +52,22 @@ def test_afterwards_all_is_well(server: Server) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(server: Server) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        running_one = pool.submit(ask, server, model="slow", steps=60)
-        wait_for(lambda: server.get("/api/telemetry").json()["running_count"] == 1, 60, "a running job")
-        waiting = pool.submit(ask, server, model="flux")
-        wait_for(lambda: server.get("/api/telemetry").json()["pending_count"] == 1, 60, "a waiting job")
-        refused = ask(server)
-        assert (refused.status, refused.type) == (429, "queue_full")
-        assert int(refused.headers["retry-after"]) > 0
-        assert (running_one.result().status, waiting.result().status) == (200, 200)
+    def job(**body: object) -> str:
+        answer = exchange(server.address, [request(json.dumps({**GOOD, **body}), path="/api/jobs")])
+        assert answer is not None
+        return str(json.loads(answer.body)["id"])
+
+    wait_for(server.idle, 60, "an idle server")
+    jobs = [job(model="slow", steps=150, num_images=10)]  # half a minute, unless it is cancelled
+    wait_for(lambda: server.get("/api/telemetry").json()["running_count"] == 1, 60, "a running job")
+    jobs.append(job())
+    refused = ask(server)
+    assert (refused.status, refused.type) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) > 0
+    for identity in reversed(jobs):
+        exchange(server.address, [request(b"", method="DELETE", path=f"/api/jobs/{identity}")])
+    wait_for(server.idle, 60, "an idle server")
+    assert ask(server).status == 200
 
 
 @pytest.mark.parametrize(("model", "status", "kind"), [("hungry", 503, "out_of_memory"), ("dies", 503, "worker_lost")])
