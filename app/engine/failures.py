@@ -78,7 +78,10 @@ def queue_full(size: int) -> QueueFull:
 
 def deadline_passed(handle: JobHandle) -> DeadlineExceeded:
     where = "waited" if handle.state is JobState.QUEUED else "ran"
-    return DeadlineExceeded(f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline.")
+    return DeadlineExceeded(
+        f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline. Ask for "
+        "less, or allow more in deadline_seconds."
+    )
 
 
 def models_unknown() -> NotReady:
