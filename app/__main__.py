@@ -41,6 +41,14 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _fields(context: typer.Context, **others: Any) -> dict[str, Any]:
+    """Of a request: a command's options that have the names of its fields, and `others`; None leaves one out."""
+    from app.api.schemas import GenerateRequest
+
+    options = {name: value for name, value in context.params.items() if name in GenerateRequest.model_fields}
+    return _given(**options | others)
+
+
 @cli.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
@@ -62,6 +70,7 @@ def serve(
 
 @cli.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; several get -0, -1, …")] = Path(
         "image.png"
@@ -94,19 +103,9 @@ def generate(
     from app.generation import lora as lora_of
     from app.images import format_of
 
-    given = _given(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        model=model,
+    given = _fields(
+        context,
         flux_enabled=flux,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        num_images=num_images,
-        sampler=sampler,
-        scheduler=scheduler,
         deepcache_enabled=deepcache or preset is not None,
         deepcache_preset=preset,
         deepcache_interval=interval,
@@ -114,7 +113,6 @@ def generate(
         fbcache_enabled=fbcache,
         fbcache_threshold=threshold,
         loras=[lora_of(text) for text in lora or ()],
-        clip_skip=clip_skip,
         output_format=format_of(output),
     )
     drawn = drawn_here(given, Settings()) if server is None else drawn_there(given, server, key)
@@ -135,6 +133,7 @@ def generate(
 
 @cli.command()
 def compare(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The sheet: .png, .jpg or .webp.")] = Path(
         "comparison.png"
@@ -159,20 +158,7 @@ def compare(
     from app.images import encode, format_of
 
     output_format = format_of(output)
-    given = _given(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        model=model,
-        flux_enabled=flux,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        sampler=sampler,
-        scheduler=scheduler,
-    )
-    comparison = compared(given, Settings(), repeats)
+    comparison = compared(_fields(context, flux_enabled=flux), Settings(), repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet.draw(comparison, difference=difference), output_format))
     for sentence in comparison.warnings:
@@ -250,6 +236,7 @@ def calibrate(
 
 @cli.command()
 def threshold(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A transformer model's name, as `models` lists it.")],
     speedup: Annotated[float, typer.Option(min=1.01, help="Wished speed-up of the denoising, by operations.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
@@ -266,16 +253,8 @@ def threshold(
 
     from app.threshold import found_for
 
-    given = _given(
-        model=model,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        fbcache_enabled=True,
-        fbcache_max_consecutive=max_consecutive,
-        cache_forecast=forecast,
+    given = _fields(
+        context, prompt=None, fbcache_enabled=True, fbcache_max_consecutive=max_consecutive, cache_forecast=forecast
     )
     found = found_for(speedup, given, Settings(), prompt)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))

@@ -9,8 +9,8 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
@@ -24,7 +24,7 @@ from app.engine.worker import RunnerFactory
 from cache import CacheStrategy
 from models.base import Generation, GenerationParams, Step, StepHook
 from tests.app.fakes import FakeModel, FakeRegistry
-from tests.app.test_engine import until
+from tests.app.test_engine import started, until
 
 PATIENCE = 30.0  # seconds; only keeps a broken test from hanging
 _pids = itertools.count(10**7)  # no process has such a number
@@ -222,16 +222,8 @@ class Nursery:
         options = {"stop_seconds": 0.0, "backoff": (0.0, 0.0), **options}
         return LocalEngine(never_called, ["cpu"], make=self.make, **options)
 
-    @asynccontextmanager
-    async def working(self, **options: Any) -> AsyncIterator[LocalEngine]:
-        """The engine, ready; stopped at the end."""
-        engine = self.engine(**options)
-        await engine.start()
-        try:
-            await until(lambda: engine.status().ready)
-            yield engine
-        finally:
-            await engine.stop()
+    def working(self, **options: Any) -> AbstractAsyncContextManager[LocalEngine]:
+        return started(self.engine(**options))
 
 
 def never_called(device: str) -> RegistryRunner:

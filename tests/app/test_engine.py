@@ -9,7 +9,7 @@ import signal
 import sys
 import zlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import psutil
@@ -52,14 +52,18 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def running(**options: object) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(fake_runner, ["cpu"], backoff=(0.01, 0.1), **options)  # type: ignore[arg-type]
+async def started(engine: LocalEngine) -> AsyncIterator[LocalEngine]:
+    """Ready; stopped at the end."""
     await engine.start()
     try:
         await until(lambda: engine.status().ready)
         yield engine
     finally:
         await engine.stop()
+
+
+def running(**options: object) -> AbstractAsyncContextManager[LocalEngine]:
+    return started(LocalEngine(fake_runner, ["cpu"], backoff=(0.01, 0.1), **options))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

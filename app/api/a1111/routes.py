@@ -43,12 +43,17 @@ def schemas() -> dict[str, dict[str, Any]]:
     return {"Txt2ImgRequest": payload_schema(img2img=False), "Img2ImgRequest": payload_schema(img2img=True)}
 
 
+_DRAWING: dict[str, Any] = {
+    "response_model": Drawn,
+    "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
+}
+
+
 @router.post(
     "/txt2img",
     summary="Draw pictures, as AUTOMATIC1111 does",
-    response_model=Drawn,
-    responses=errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
     openapi_extra=_body_of("Txt2ImgRequest"),
+    **_DRAWING,
 )
 async def txt2img(request: Request) -> Response:
     """The fields of POST /api/generate can stand beside AUTOMATIC1111's, in override_settings, or in
@@ -60,9 +65,8 @@ async def txt2img(request: Request) -> Response:
 @router.post(
     "/img2img",
     summary="Draw a picture over, as AUTOMATIC1111 does",
-    response_model=Drawn,
-    responses=errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
     openapi_extra=_body_of("Img2ImgRequest"),
+    **_DRAWING,
 )
 async def img2img(request: Request) -> Response:
     """As txt2img, from one picture. There is no inpainting."""
