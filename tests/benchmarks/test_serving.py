@@ -7,7 +7,7 @@ import json
 import math
 import random
 import selectors
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.serving.mix import Request as Asked
 from benchmarks.serving.service import spacing
 from benchmarks.serving.target import Load, Run, Target, reaching
 from benchmarks.serving.watch import Look
+from tests.benchmarks.lindley import lindley
 
 ONE = Asked("one", {"prompt": "a"})
 
@@ -75,16 +76,6 @@ class OneWorker:
             await asyncio.sleep(next(self.seconds))
         self.here -= 1
         return Answer(200, 1)
-
-
-def lindley(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
-    """Latencies before one worker: W' = max(0, W + S − A) (Lindley 1952)."""
-    wait, found = 0.0, []
-    for number, service in enumerate(services):
-        if number:
-            wait = max(0.0, wait + services[number - 1] - (arrivals[number] - arrivals[number - 1]))
-        found.append(wait + service)
-    return found
 
 
 @pytest.mark.parametrize("count", [1, 2, 19, 20, 21, 100])

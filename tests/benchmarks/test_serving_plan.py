@@ -13,16 +13,7 @@ from benchmarks.serving import page, plan
 from benchmarks.serving.queueing import allen_cunneen, erlang_c, pollaczek_khinchine
 from benchmarks.serving.service import Occupied, ServiceTimes
 from benchmarks.serving.simulation import Machine, Outcome, poisson_kinds, simulate
-
-
-def lindley(arrivals: Sequence[float], services: Sequence[float]) -> list[float]:
-    """Latencies before one worker: W' = max(0, W + S − A) (Lindley 1952)."""
-    wait, found = 0.0, []
-    for number, service in enumerate(services):
-        if number:
-            wait = max(0.0, wait + services[number - 1] - (arrivals[number] - arrivals[number - 1]))
-        found.append(wait + service)
-    return found
+from tests.benchmarks.lindley import lindley
 
 
 def test_pollaczek_khinchine_at_its_textbook_cases() -> None:

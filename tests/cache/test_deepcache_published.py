@@ -11,7 +11,8 @@ from DeepCache import DeepCacheSDHelper
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from cache import DeepCache, UNetDenoiser
+from cache import DeepCache
+from tests.cache.cut import Cut
 from tests.cache.networks import FAMILIES, Family, denoise_unet
 
 STEPS = 5
@@ -19,16 +20,6 @@ STEPS = 5
 BY_NAME = {family.name: family for family in FAMILIES if family.is_unet and family.name != "unconditional"}
 BRANCHES = [(name, branch) for name in BY_NAME for branch in range(9 if name == "sdxl" else 12)]
 NETWORKS: dict[str, nn.Module] = {}
-
-
-class Cut(UNetDenoiser):
-    """A view whose costs let depth 0 choose one given branch."""
-
-    branch = 0
-
-    @property
-    def branch_costs(self) -> tuple[float, ...]:
-        return tuple(0.4 if branch <= self.branch else 0.9 for branch in range(self.branches))
 
 
 def network_of(family: Family) -> nn.Module:
@@ -53,9 +44,7 @@ def published(network: nn.Module, branch: int, interval: int) -> list[Tensor]:
 
 
 def ours(network: nn.Module, branch: int, strategy: DeepCache) -> tuple[list[Tensor], Any]:
-    view = Cut(network)
-    view.branch = branch
-    with strategy.attach(view) as report:
+    with strategy.attach(Cut(network, branch)) as report:
         return list(denoise_unet(network, steps=STEPS)), report
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from cache import DeepCache, IncompatibleDenoiser, UNetDenoiser, attach
 from cache.cost import deepest_branch
+from tests.cache.cut import Cut
 
 TEXT = {"cross_attention_dim": 16, "attention_head_dim": 4, "norm_num_groups": 4}
 PLAIN = {"attention_head_dim": 4, "norm_num_groups": 4}
@@ -81,16 +82,6 @@ STRUCTURES: dict[str, tuple[type[nn.Module], dict[str, Any], int]] = {
         4,
     ),
 }
-
-
-class Cut(UNetDenoiser):
-    """A view whose costs let depth 0 choose one given branch."""
-
-    branch = 0
-
-    @property
-    def branch_costs(self) -> tuple[float, ...]:
-        return tuple(0.4 if branch <= self.branch else 0.9 for branch in range(self.branches))
 
 
 @pytest.fixture(autouse=True)

@@ -13,21 +13,10 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, view_of
+from tests.cache.cut import Cut
 from tests.cache.networks import conditioning, denoise_unet, tiny_flux, tiny_sd, tiny_sdxl, tiny_unconditional
 
 ALL = [tiny_sd, tiny_sdxl, tiny_unconditional]
-
-
-class Cut(UNetDenoiser):
-    """A view whose costs let depth 0 choose one given branch; None lets no branch be cheap enough."""
-
-    def __init__(self, root: nn.Module, branch: int | None) -> None:
-        super().__init__(root)
-        self.branch = -1 if branch is None else branch
-
-    @property
-    def branch_costs(self) -> tuple[float, ...]:
-        return tuple(0.4 if branch <= self.branch else 0.9 for branch in range(self.branches))
 
 
 @pytest.fixture(autouse=True)

@@ -178,11 +178,9 @@ def save_sdxl(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def terminal_snr_scheduler() -> DDIMScheduler:
     """v-prediction on a schedule given by `trained_betas`, trailing timesteps: what tiny-sd is saved with."""
-    torch.manual_seed(0)
-    scheduler = DDIMScheduler(
+    return DDIMScheduler(
         trained_betas=terminal_snr_betas(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
@@ -190,7 +188,13 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return save_sd(tmp_path_factory.mktemp("models") / "sd", {"attention_head_dim": 4}, {}, scheduler)
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "sd"
+    return save_sd(folder, {"attention_head_dim": 4}, {}, terminal_snr_scheduler())
 
 
 @pytest.fixture(scope="session")

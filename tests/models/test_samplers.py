@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchH
 from models import samplers
 from models.base import UnsupportedSampler
 from models.loading import quiet
-from tests.models.conftest import terminal_snr_betas
+from tests.models.conftest import terminal_snr_betas, terminal_snr_scheduler
 
 PAIRS = [(name, scheduler) for name, sampler in samplers.DIFFUSION.items() for scheduler in sampler.schedulers]
 SPREAD = 0.7  # standard deviation of the Gaussian data
@@ -25,14 +25,7 @@ LOG_SIGMAS = np.log((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD) / 2
 
 @pytest.fixture(scope="module")
 def saved() -> DDIMScheduler:
-    return DDIMScheduler(
-        trained_betas=terminal_snr_betas(),
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    return terminal_snr_scheduler()
 
 
 def velocity(sample: torch.Tensor, timestep: float) -> torch.Tensor:
