@@ -1,11 +1,25 @@
-"""What a time was measured on: without it no time is worth showing."""
+"""The machine: what a time was measured on, without which no time is worth showing, and how its cores are shared."""
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+SPINS = "10000"
+
+
+def share_cores() -> None:
+    """Let this process's idle threads give up their cores soon. To be called before torch is imported.
+
+    At the end of each parallel loop, thousands in a picture, GNU's OpenMP, which torch computes with on Linux, lets the
+    threads that are done spin for the last one, 300 000 rounds. Where another program wants the cores the last one
+    waits for them (docs/decisions/spinning-threads.md). What the operator says in OpenMP's own variables stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def processor() -> str:

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from app.machine import share_cores
+
+share_cores()
+
 HAS_RAY = find_spec("ray") is not None
 
 

@@ -26,6 +26,7 @@ from app.engine.memory import draw, draw_together, lighten
 from app.engine.messages import Condition
 from app.engine.report import summarise_passes
 from app.engine.worker import Finish
+from app.machine import share_cores
 from app.settings import available_cores
 from models.base import Generation, LoadedModel, ModelError
 from models.models_file import Configuration, embedded
@@ -131,6 +132,7 @@ def configured_runner(
     `device` may be `auto`; 0 threads: the cores available. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has.
     """
+    share_cores()
     import torch
 
     from models.registry import Registry
