@@ -145,13 +145,14 @@ def claims(found: dict[str, Any]) -> list[Claim]:
     return [
         Claim("both draw the same picture, byte for byte", f"{same} of {number}", same == number),
         Claim(
-            f"p50 of the request less p50 of the call and of encoding, at most {MOST:g} ms",
-            f"{found['added_p50']:.1f} ms: {of}",
-            found["added_p50"] <= MOST,
+            f"added, p50 of the pairs' request less call less encoding, at most {MOST:g} ms",
+            spread,
+            paired["p50"] <= MOST,
         ),
-        Claim(f"the same pair by pair, at most {MOST:g} ms", spread, paired["p50"] <= MOST),
         Claim("of it around the drawing: HTTP, checks, queue, pipes, the answer", f"{found['around']:.1f} ms"),
         Claim("of it while drawing: reports of steps, shared cores and caches", f"{found['drawing']:.1f} ms"),
+        # No verdict: on a machine that others use too, the three medians are of different moments.
+        Claim("p50 of all requests less those of all calls and encodings", f"{found['added_p50']:.1f} ms: {of}"),
     ]
 
 

@@ -50,7 +50,9 @@ def test_what_the_service_adds_is_worked_out_pair_by_pair_too() -> None:
     assert found["paired"] == {"p25": 9.5, "p50": 10, "p75": 17}
     assert (found["drawing"], found["around"]) == (3, 8)
     assert (found["same_pictures"], found["pairs"]) == (2, 3)
-    assert [claim.holds for claim in cost.claims(found)] == [False, False, True, None, None]
+    assert [claim.holds for claim in cost.claims(found)] == [False, True, None, None, None]
+    found["paired"]["p50"] = 10.1
+    assert not cost.claims(found)[1].holds
 
 
 def test_neighbouring_requests_have_other_prompts() -> None:
