@@ -8,12 +8,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from app.machine import share_cores
 
 share_cores()
 
 HAS_RAY = find_spec("ray") is not None
+
+# The same examples in every run, and as long for each as a busy machine takes: Hypothesis's own limit is 0.2 seconds.
+settings.register_profile("wavespeed", deadline=None, derandomize=True, database=None)
+settings.load_profile("wavespeed")
 
 
 @pytest.fixture(scope="session")

@@ -262,7 +262,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.dictionaries(
         st.sampled_from([*GenerateRequest.model_fields, "cfg_scale", "residual_diff_threshold"])

@@ -249,8 +249,6 @@ def test_every_call_is_refused_or_done_and_every_accepted_job_ends_once() -> Non
         settings=settings(
             max_examples=40,
             stateful_step_count=30,
-            deadline=None,
-            database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
