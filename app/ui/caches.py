@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import streamlit as st
 
 from app.ui.request import PRESET_NAMES, PRESETS, Model, no_deepcache, no_fbcache, reuse_cost
@@ -21,6 +24,8 @@ _FORECASTS = {
 }
 _PROBE = {"probe": "probe: as far as the first block moved"}  # DeepCache has no first block
 _FORECAST_HELP = "How a reused step predicts what it skips."
+_CORRECTIONS = {True: "on: it repays what reused steps got wrong", False: "off: as the network said"}
+_CORRECTION_HELP = "What the sampler is told at a computed step."
 
 
 def _take_preset(name: str) -> None:
@@ -73,6 +78,7 @@ def deepcache(model: Model) -> None:
         with guidance:
             _choice("Guidance in reused steps", _GUIDANCE, "deepcache_guidance", _GUIDANCE_HELP, disabled=off)
         _choice("Forecast", _FORECASTS, "deepcache_forecast", _FORECAST_HELP, disabled=off)
+        _choice("Correction", _CORRECTIONS, "deepcache_correction", _CORRECTION_HELP, disabled=off)
 
 
 def first_block(model: Model) -> None:
@@ -100,9 +106,10 @@ def first_block(model: Model) -> None:
             disabled=off,
         )
         _choice("Forecast", _FORECASTS | _PROBE, "fbcache_forecast", _FORECAST_HELP, disabled=off)
+        _choice("Correction", _CORRECTIONS, "fbcache_correction", _CORRECTION_HELP, disabled=off)
 
 
-def _choice(label: str, choices: dict[str, str], key: str, hint: str, *, disabled: bool) -> None:
+def _choice(label: str, choices: Mapping[Any, str], key: str, hint: str, *, disabled: bool) -> None:
     """One of `choices`, which are shown by their descriptions; none of them is the best measured one."""
     st.selectbox(
         label,
