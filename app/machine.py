@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-SPINS = "10000"
+SPINS = "30000"
 
 
 def share_cores() -> None:

@@ -23,6 +23,7 @@ from PIL.Image import Image
 
 from app import images
 from app.engine.base import Job
+from app.machine import share_cores
 from benchmarks.claim import Claim, table
 from benchmarks.machine import machine
 from benchmarks.server import running
@@ -162,6 +163,7 @@ def main(
     size: Annotated[int, typer.Option(min=64, help="Pixels a side; tiny-sd draws at 128 and resamples.")] = 512,
     threads: Annotated[int, typer.Option(min=1, help="Of the model, in the service and here.")] = 1,
 ) -> None:
+    share_cores()  # as the service's worker does
     import torch
 
     from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS

@@ -13,7 +13,7 @@ SHOWN = {"OMP_DISPLAY_ENV": "VERBOSE"}  # GNU's OpenMP says at its start what it
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux alone")
 @pytest.mark.parametrize(
-    ("settings", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+    ("settings", "spins"), [({}, "30000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
 )
 def test_idle_threads_of_a_drawing_process_spin_as_long_as_wanted(settings: dict[str, str], spins: str) -> None:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
