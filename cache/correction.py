@@ -6,7 +6,8 @@ answer is changed by what the sampler, frozen from here on, would have made of t
 
     ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
 
-with ε̂[k] what was answered at k, p the polynomial through ε[j] and the computed predictions before it (two, at most),
+with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
+(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls),
 and r[k] the response of the final latent to a unit of prediction at call k, which for a deterministic first-order
 sampler is its step in σ. It is the corrector of a predictor-corrector solver (UniPC, Zhao et al. 2023,
 arXiv:2302.04867, section 3.2), as that one without another evaluation.
@@ -31,6 +32,7 @@ from .strategy import CacheReport
 
 LIGHTEST = 50.0  # a call repays others that weigh up to so many times as much
 ANCHORS = 2  # computed predictions that are kept; with the new one, a parabola
+PACE = 0.7  # of the coordinate, by measurement: docs/decisions/correction.md
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class _Items:
     @property
     def bytes(self) -> int:
         held = self.anchors if self.owed is None else [*self.anchors, self.owed]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(tensor.nbytes for tensor in held)
 
 
 @dataclass(slots=True)
@@ -111,7 +113,8 @@ class Correction:
         if number >= len(self._responses):
             return output
         letters = self._report.newest
-        entry.items = [part for items in entry.items for part in _parts(items, letters)]
+        if len(letters) > 1:
+            entry.items = [part for items in entry.items for part in _parts(items, letters)]
         answer = prediction
         for items in entry.items:
             reuses = letters[0 if items.rows is None else int(items.rows[0])] == "R"
@@ -126,8 +129,9 @@ class Correction:
     def _reused(self, items: _Items, number: int, prediction: Tensor) -> None:
         assert self._responses is not None
         if items.owed is None:
-            items.owed = torch.zeros_like(prediction, dtype=torch.promote_types(prediction.dtype, torch.float32))
-        items.owed.add_(prediction, alpha=self._responses[number])
+            items.owed = self._responses[number] * prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        else:
+            items.owed.add_(prediction, alpha=self._responses[number])
         items.reused.append(number)
 
     def _can_repay(self, reused: Sequence[int], number: int) -> bool:
@@ -143,7 +147,8 @@ class Correction:
         answer: Tensor | None = None
         if items.owed is not None and items.computed and self._can_repay(items.reused, number):
             owed = items.owed.neg_()
-            shares = [lagrange(known, call) for call in items.reused]
+            places = [_place(call) for call in known]
+            shares = [lagrange(places, _place(call)) for call in items.reused]
             for node, anchor in enumerate(anchors):
                 weight = sum(
                     self._responses[call] * share[node] for call, share in zip(items.reused, shares, strict=True)
@@ -161,7 +166,7 @@ class Correction:
 
 def _parts(items: _Items, letters: str) -> list[_Items]:
     """The items, apart where some compute and others reuse."""
-    if len(letters) == 1 or (len(set(letters)) == 1 and items.rows is None):
+    if len(set(letters)) == 1 and items.rows is None:
         return [items]
     rows = list(range(len(letters))) if items.rows is None else items.rows.tolist()
     if len({letters[row] for row in rows}) == 1:
@@ -181,6 +186,11 @@ def _parts(items: _Items, letters: str) -> list[_Items]:
     return parts
 
 
-def lagrange(nodes: Sequence[int], at: int) -> list[float]:
+def _place(call: int) -> float:
+    """The polynomial's coordinate of a call, counted from 0 in its pass."""
+    return (1.0 + call) ** PACE
+
+
+def lagrange(nodes: Sequence[float], at: float) -> list[float]:
     """The weights of values at `nodes` in the polynomial through them, at `at`."""
     return [math.prod((at - other) / (node - other) for other in nodes if other != node) for node in nodes]
