@@ -43,13 +43,14 @@ class Denoiser:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.responses: Responses = _unknown
-        self._parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
+        parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
+        self._positions = {name: position for position, name in enumerate(parameters)}
 
     def argument(self, name: str, call: Call) -> Any:
         """What `call` passes for the root's parameter `name`, by keyword or position; None if it does not."""
         if name in call.kwargs:
             return call.kwargs[name]
-        position = self._parameters.index(name) if name in self._parameters else len(call.args)
+        position = self._positions.get(name, len(call.args))
         return call.args[position] if position < len(call.args) else None
 
     def injected(self, call: Call) -> str | None:
@@ -308,8 +309,11 @@ class TransformerDenoiser(Denoiser):
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The streams that a block is called with."""
-        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(kwargs)
-        return {name: named[name] for name in _STREAM_ORDER if isinstance(named.get(name), Tensor)}
+        passed = {
+            name: args[position] if position < len(args) else kwargs.get(name)
+            for position, name in enumerate(_STREAM_ORDER)
+        }
+        return {name: value for name, value in passed.items() if isinstance(value, Tensor)}
 
     def arguments(
         self, streams: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -50,15 +50,17 @@ class History:
 
     items: 1 for a tensor that is always computed as a whole; else the size of its first dimension, whose items may be
         computed at calls of their own.
+    witness: whether `ahead_of` will be asked.
     """
 
-    def __init__(self, forecast: Forecast, items: int = 1) -> None:
+    def __init__(self, forecast: Forecast, items: int = 1, *, witness: bool = False) -> None:
         self._order = ORDERS[forecast]
         self._calls: list[list[int]] = [[] for _ in range(items)]  # of each item, newest first
         self._terms: list[Tensor] = []  # f[a], f[a, b], f[a, b, c]; an item with fewer values has zeros
         self._is_damped = forecast == "damped"
         self._trust: Tensor | None = None  # what of the slope is taken, for each entry of the first dimension
-        self._reach: Tensor | None = None  # 1 / ⟨slope, slope⟩ of each item, made when it is asked for
+        self._is_witness = witness
+        self._square: Tensor | None = None  # of a witness: ⟨slope, slope⟩ of each item
 
     @property
     def newest(self) -> Tensor:
@@ -68,8 +70,8 @@ class History:
     @property
     def bytes(self) -> int:
         """What is held, to the last number."""
-        held = [*self._terms, self._trust, self._reach]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        held = [*self._terms, self._trust, self._square]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def at(self, call: int, onto: Tensor | None = None) -> Tensor:
         """The forecast for `call`, added to `onto`. With one value known and no `onto`, that tensor itself."""
@@ -82,36 +84,31 @@ class History:
             value = _plus(value, difference, weight, in_place=order > 1 or onto is not None)
         return value
 
-    def ahead_of(self, value: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        """How many calls beyond its newest value each item's line comes nearest to `value` (items,), and the rest.
+    def ahead_of(self, value: Tensor, call: int) -> tuple[list[float], Tensor]:
+        """How many calls beyond its newest value each item's line comes nearest to `value`, and the rest.
 
         The least-squares step along the line: 0 where there is no line yet or none that moves, never back, and at most
         FASTEST times the calls from the newest value to `call`, where a line that hardly moves would say anything. The
-        rest is `value` less that point of the line.
+        rest is `value` less that point of the line. Synchronises with a GPU.
         """
-        from torch import linalg  # here, as this module is read without torch as well
-
         rest = value - self._terms[0]
-        if len(self._terms) < 2:
-            return value.new_zeros(len(value)).float(), rest
-        slope = self._terms[1].flatten(1).float()  # float: in half precision sums overflow
-        if self._reach is None:
-            self._reach = slope.square().sum(1).reciprocal_().nan_to_num_(0, 0, 0)
-        ahead: Tensor = linalg.vecdot(rest.flatten(1).float(), slope).mul_(self._reach)
-        furthest = [FASTEST * (call - anchors[0]) if anchors else 0.0 for anchors in self._calls]
-        if len(set(furthest)) == 1:
-            ahead.clamp_(0, furthest[0])
-        else:
-            ahead.clamp_(ahead.new_zeros(()), ahead.new_tensor(furthest))
-        return ahead, rest.addcmul_(self._terms[1], _of_items(ahead, rest), value=-1)
+        if self._square is None:
+            return [0.0] * len(self._calls), rest
+        slope = self._terms[1]
+        ahead = []
+        products = zip(_products(rest, slope).tolist(), self._square.tolist(), self._calls, strict=True)
+        for product, square, anchors in products:
+            moves = anchors and square > 0 and product > 0  # false for NaN
+            ahead.append(min(product / square, FASTEST * (call - anchors[0])) if moves else 0.0)
+        return ahead, _plus(rest, slope, _by_item([-step for step in ahead], rest), in_place=True)
 
-    def along(self, ahead: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Each item's line `ahead` (items,) calls beyond its newest value, added to `onto`."""
+    def along(self, ahead: Sequence[float], onto: Tensor | None = None) -> Tensor:
+        """Each item's line `ahead` calls beyond its newest value, added to `onto`."""
         value = self._terms[0] if onto is None else self._terms[0] + onto
         if len(self._terms) < 2:
             return value
         slope = self._terms[1]
-        return _plus(value, slope, _of_items(ahead, slope), in_place=onto is not None)
+        return _plus(value, slope, _by_item(ahead, slope), in_place=onto is not None)
 
     def make_room(self) -> None:
         """Let go of what the next value will not need, so that the old and the new are not held at once."""
@@ -122,7 +119,6 @@ class History:
 
         The first value is that of all.
         """
-        self._reach = None
         items = range(len(self._calls)) if rows is None else rows
         known = [self._calls[item] for item in items]
         new = [value]
@@ -143,6 +139,8 @@ class History:
                 self._terms[order][rows] = part
         for item in items:
             self._calls[item] = [call, *self._calls[item]][: self._order + 1]
+        if self._is_witness and len(self._terms) > 1:
+            self._square = _products(self._terms[1], self._terms[1])
 
     def _judge(self, slope: Tensor, rows: Sequence[int] | None) -> None:
         """Set how far to trust `slope`, by how far the one before it held."""
@@ -162,10 +160,11 @@ class History:
 
     def forget(self, item: int) -> None:
         """Start the item anew: its values are not to be forecast from, being no numbers for instance."""
-        self._reach = None
         self._calls[item] = []
         for term in self._terms:
             term[item].zero_()
+        if self._square is not None:
+            self._square[item] = 0
 
 
 def _by_item(numbers: Sequence[float], like: Tensor) -> float | Tensor:
@@ -175,9 +174,9 @@ def _by_item(numbers: Sequence[float], like: Tensor) -> float | Tensor:
     return like.new_tensor(numbers).view(-1, *(1,) * (like.dim() - 1))
 
 
-def _of_items(numbers: Tensor, like: Tensor) -> Tensor:
-    """(items,) → what broadcasts over `like` (items, …)."""
-    return numbers.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of each item of (items, …), in float at least: in half precision sums overflow."""
+    return (one.float() * other.float()).flatten(1).sum(1)
 
 
 def _plus(value: Tensor, difference: Tensor, weight: float | Tensor, *, in_place: bool) -> Tensor:

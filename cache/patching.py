@@ -60,7 +60,7 @@ class Call:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Shapes, dtypes and devices of all tensors, and the flags. Calls of unequal signature share nothing."""
-        return (_signature(self.args), _signature(self.kwargs))
+        return (_signature(self.args), tuple(self.kwargs), _signature(self.kwargs.values()))
 
 
 def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
@@ -68,16 +68,17 @@ def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
     return (prediction,) if issubclass(form, tuple) else form(prediction)
 
 
-def _signature(value: Any) -> Any:
-    match value:
-        case torch.Tensor():
-            return (value.shape, value.dtype, value.device)
-        case bool():
-            return value
-        case tuple() | list():
-            return tuple(_signature(item) for item in value)
-        case Mapping():
-            return tuple((key, _signature(item)) for key, item in value.items())
+def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple([(v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else _flags(v) for v in values])
+
+
+def _flags(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, tuple | list):
+        return _signature(value)
+    if isinstance(value, Mapping):
+        return (tuple(value), _signature(value.values()))
     return None
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,15 +23,14 @@ if TYPE_CHECKING:
     from .first_block import FirstBlockCache
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """rows: the items that compute. changes: what was held against the threshold, of each item; not finite where there
-    was nothing to compare with. ahead: for the forecast `probe`, how many calls each item has moved on (items,).
+    was nothing to compare with. ahead: for the forecast `probe`, how many calls each item has moved on.
     """
 
     rows: list[int]
     changes: list[float]
-    ahead: Tensor | None
+    ahead: list[float] | None
 
 
 class Reference:
@@ -42,22 +40,22 @@ class Reference:
         self._threshold = settings.threshold
         self._cap = math.inf if settings.max_consecutive is None else settings.max_consecutive
         self._guided = settings.forecast == "probe"
-        items = len(probe)
-        self._history = History("linear" if self._guided else "none", items)
+        items = probe.shape[0]
+        self._history = History("linear" if self._guided else "none", items, witness=self._guided)
         self._history.add(0, probe)
-        self._scale = _means(probe)  # mean |residual| of each item
+        self._scale = _means(probe.abs())  # mean |residual| of each item
         self._streak = [0] * items  # reused calls in a row
         self._spent = [0.0] * items  # with `probe`: what the reused calls since the last computed one left of it
 
     @property
     def bytes(self) -> int:
-        return self._history.bytes + self._scale.numel() * self._scale.element_size()
+        return self._history.bytes + self._scale.nbytes
 
     def judge(self, call: int, probe: Tensor) -> Verdict:
         """Decide for call number `call`, in which the first block added `probe`."""
         history = self._history
         ahead, rest = history.ahead_of(probe, call) if self._guided else (None, probe - history.newest)
-        ratios: list[float] = _means(rest).div_(self._scale).tolist()
+        ratios: list[float] = _means(rest.abs_()).div_(self._scale).tolist()
         changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
         rows = []
         for row, change in enumerate(changes):
@@ -74,15 +72,13 @@ class Reference:
         """Take `probe` for the reference of the items `rows`, or of all."""
         if rows is None:
             self._history.add(call, probe)
-            self._scale = _means(probe)
+            self._scale = _means(probe.abs())
         else:
             kept = list(rows)
             self._history.add(call, probe[kept], kept)
-            self._scale[kept] = _means(probe[kept])
+            self._scale[kept] = _means(probe[kept].abs_())
 
 
-def _means(residual: Tensor) -> Tensor:
-    """Mean of the absolute values of each item, taken item by item: a mean over a batch rounds otherwise."""
-    if len(residual) == 1:
-        return residual.abs().mean().view(1)
-    return torch.stack([item.abs().mean() for item in residual])
+def _means(sizes: Tensor) -> Tensor:
+    """Mean of each item, taken item by item: a mean over a batch rounds otherwise."""
+    return sizes.mean().view(1) if sizes.shape[0] == 1 else torch.stack([item.mean() for item in sizes])

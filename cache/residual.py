@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .cost import first_block_cost, on_meta
 from .denoiser import TransformerDenoiser
 from .forecast import History
-from .patching import Call, shadowed
+from .patching import Call, Shadow, shadowed
 from .reference import Reference
 from .strategy import CacheReport, IncompatibleDenoiser
 
@@ -56,6 +56,10 @@ class ResidualRun:
         self.settings = strategy
         self.blocks = denoiser.blocks
         self.passes: dict[str | None, _Pass] = {}
+        self.turn: _Turn | None = None  # the call in progress
+        self.stand_ins: list[Shadow] = [
+            (denoiser.root, name, [partial(self.through, index)]) for index, name in enumerate(denoiser.block_lists)
+        ]
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
         # Whether blocks write into their inputs, so that what is subtracted later must be copied; None until seen.
         self.in_place: bool | None = None
@@ -74,21 +78,26 @@ class ResidualRun:
             return output
         if self.arguments is None:
             self.arguments = on_meta(call)
-        turn = _Turn(self, call)
-        stand_ins = [
-            (denoiser.root, name, [partial(turn.through, index)]) for index, name in enumerate(denoiser.block_lists)
-        ]
+        self.turn = turn = _Turn(self, call)
         try:
-            with shadowed(stand_ins):
+            with shadowed(self.stand_ins):
                 output = call.run()
         except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
             self.passes.clear()
             raise
-        report.record("".join("C" if row in turn.rows else "R" for row in range(turn.batch)))
+        finally:
+            self.turn = None
+        report.record("".join(["C" if row in turn.rows else "R" for row in range(turn.batch)]))
         report.residuals.append(turn.change)
         report.item_residuals.append(tuple(turn.changes))
-        report.hold("features", sum(entry.bytes for entry in self.passes.values()))
+        if turn.rows:
+            report.hold("features", sum(entry.bytes for entry in self.passes.values()))
         return output
+
+    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What the root gets for running its list of blocks `index`."""
+        assert self.turn is not None, "a stand-in is in the root only while a call runs"
+        return self.turn.through(index, args, kwargs)
 
     def reuse_cost(self) -> float | None:
         """Share of a full call's operations that a reuse call needs; None where nothing was reused or counted."""
@@ -115,8 +124,8 @@ class _Turn:
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
 
-    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What the root gets for running its list of blocks `index`."""
+    def through(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The stand-in for the list of blocks `index`."""
         run, denoiser = self.run, self.run.denoiser
         blocks = run.blocks[index]
         if index == 0:
@@ -141,21 +150,25 @@ class _Turn:
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""
         run, denoiser = self.run, self.run.denoiser
-        image = denoiser.inputs(args, kwargs)[IMAGE]
+        taken = denoiser.inputs(args, kwargs)
+        image = taken[IMAGE]
         before = image if run.in_place is False else image.clone()
         result = run.blocks[0][0](*args, **kwargs)
         self.packed = isinstance(result, tuple)
         self.live = denoiser.results(result)
-        denoiser.check_order(denoiser.inputs(args, kwargs), self.live)
+        entry = run.passes.get(self.call.pass_name)
+        if entry is not None and entry.signature != self.call.signature:
+            del run.passes[self.call.pass_name]
+            entry = None
+        if entry is None:
+            denoiser.check_order(taken, self.live)
         self.head = self.live
         if run.in_place is not False:
             self.head = {name: stream.clone() for name, stream in self.live.items()}
             run.in_place = run.in_place or not torch.equal(before, image) or None
         self.probe = (self.head[IMAGE] - before).detach()
-        self.batch = len(self.probe)
-        entry = run.passes.get(self.call.pass_name)
-        if entry is None or entry.signature != self.call.signature:
-            run.passes.pop(self.call.pass_name, None)
+        self.batch = self.probe.shape[0]
+        if entry is None:
             self.rows = list(range(self.batch))
             return self.live
         entry.now += 1
@@ -163,20 +176,17 @@ class _Turn:
         if len(self.rows) == self.batch:
             return self.live
 
-        def reached(tail: History, stream: Tensor) -> Tensor:
-            return tail.at(entry.now, stream) if ahead is None else tail.along(ahead, stream)
-
+        streams = dict(self.head)
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
-        streams = {
-            name: reached(entry.tails[name], stream) if name in entry.tails else stream
-            for name, stream in self.head.items()
-        }
+        for name, tail in entry.tails.items():
+            stream = streams[name]
+            streams[name] = tail.at(entry.now, stream) if ahead is None else tail.along(ahead, stream)
         if self.rows:
             rows = self.index_of_rows()
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
         return streams
 
-    def decide(self, entry: _Pass) -> Tensor | None:
+    def decide(self, entry: _Pass) -> list[float] | None:
         """Set which items compute. Returns how far the others have moved on, where the forecast asks for it."""
         verdict = entry.reference.judge(entry.now, self.probe)
         self.rows, self.changes = verdict.rows, verdict.changes
