@@ -62,6 +62,16 @@ GEOMETRIES = (
     Geometry("SDXL 1024×1024", "unet", SDXL, 1024, 1024, 20, 77),
     Geometry("Flux 832×1216", "transformer", FLUX, 832, 1216, 28, 512),
 )
+FLUX_BLOCK = Geometry(
+    "Flux's first block, 256×256",
+    "transformer",
+    {**FLUX, "num_layers": 1, "num_single_layers": 1},  # the second block is there to be skipped
+    256,
+    256,
+    28,
+    128,
+)
+"""What a first-block cache runs of Flux in a reused call, small enough for a CPU."""
 TINY = (
     Geometry(
         "tiny UNet",
@@ -172,12 +182,14 @@ class TransformerHost(Host):
             "guidance": torch.full((1,), 3.5, device=device),
         }
 
-    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
+    def arguments(self, latents: Tensor, timestep: Tensor) -> dict[str, Any]:
+        """What the network is called with, by name."""
         when = timestep.to(latents.dtype).to(latents.device).expand(1) / 1000
+        return {"hidden_states": latents, "timestep": when, **self.conditioning, "return_dict": False}
+
+    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         with self.transformer.cache_context("cond"):
-            velocity: Tensor = self.transformer(
-                hidden_states=latents, timestep=when, **self.conditioning, return_dict=False
-            )[0]
+            velocity: Tensor = self.transformer(**self.arguments(latents, timestep))[0]
         return velocity
 
 

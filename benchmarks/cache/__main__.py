@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from benchmarks.cache.presets import counted
 from benchmarks.cache.settings import Grid, Setting, full, presets
 from benchmarks.cache.store import Store, fingerprint
 from benchmarks.claim import Claim
+from benchmarks.geometry import FLUX_BLOCK, TransformerHost
 from benchmarks.machine import ROOT, machine
 from cache import DeepCache, FirstBlockCache
 from cache.cost import deepest_branch
@@ -34,6 +36,7 @@ from models.registry import Registry
 QUICK_PICTURES, FULL_PICTURES = 8, 32
 BATCH = 4  # pictures denoised together where quality is measured and the cache's decisions allow it
 OVERHEAD_REPEATS = 40
+WIDE_REPEATS = 8  # of a step that takes a second or more
 FORECAST_REPEATS = 20
 
 
@@ -153,7 +156,12 @@ def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> 
     pipeline = bench.model.pipeline
     if not costs:
         forecasts = dict.fromkeys((FirstBlockCache().forecast, "none"))
-        return [first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS)]
+        wide = TransformerHost(FLUX_BLOCK, str(pipeline.device), torch.float32)
+        arguments = wide.arguments(wide.inputs["latents"], torch.tensor(500.0))
+        return [
+            first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS),
+            first_block_overheads(wide.transformer, arguments, forecasts, WIDE_REPEATS, FLUX_BLOCK.name),
+        ]
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scale = pipeline.vae_scale_factor
     size = (bench.params.height // scale, bench.params.width // scale)

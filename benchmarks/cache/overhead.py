@@ -66,9 +66,16 @@ def overheads(
 
 
 def first_block_overheads(
-    transformer: nn.Module, arguments: Mapping[str, Any], forecasts: Iterable[str], repeats: int
+    transformer: nn.Module,
+    arguments: Mapping[str, Any],
+    forecasts: Iterable[str],
+    repeats: int,
+    layers: str = "the first block",
 ) -> dict[str, Any]:
-    """The same for the first-block cache beside diffusers' hook. `arguments`: of one call of `transformer`, by name."""
+    """The same for the first-block cache beside diffusers' hook.
+
+    arguments: of one call of `transformer`, by name. layers: what the row calls the layers that run.
+    """
     view = TransformerDenoiser(twin(transformer))
     generator = torch.Generator().manual_seed(0)
     like = arguments["hidden_states"]
@@ -102,7 +109,7 @@ def first_block_overheads(
     expected = "CR" * (repeats + WARM_UP)
     if any(report.decisions != expected for report in reports):
         raise RuntimeError("the calls did not compute and reuse in turn, so that what was timed is no reuse step")
-    return _row("the first block", seconds)
+    return _row(layers, seconds)
 
 
 def _row(layers: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:

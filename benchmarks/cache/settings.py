@@ -70,10 +70,10 @@ class Grid:
 
     intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
     depths: Sequence[int] = (0, 1, 2, 3, 4)
-    thresholds: Sequence[float] = (0.02, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+    thresholds: Sequence[float] = (0.026, 0.027, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
     forecasts: Sequence[str] = tuple(ORDERS)
     fewer: Sequence[float] = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
-    cached_fewer: Sequence[float] = (0.8, 0.65, 0.5)
+    cached_fewer: Sequence[float] = (0.8, 0.6, 0.5, 0.4, 0.3)
 
 
 def ours(strategy: CacheStrategy) -> Make:
@@ -107,7 +107,7 @@ def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
     if isinstance(denoiser, UNetDenoiser):
         settings = _unet(denoiser.branch_costs, grid, steps)
     elif isinstance(denoiser, TransformerDenoiser):
-        settings = _transformer(sum(map(len, denoiser.blocks)), grid)
+        settings = _transformer(sum(map(len, denoiser.blocks)), grid, steps)
     else:
         raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
     shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in shares(steps, grid.fewer)]
@@ -143,17 +143,19 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
             yield here("DeepCache 0.1.1", f"N{interval} b{branch}", published)
 
 
-def _transformer(blocks: int, grid: Grid) -> Iterator[Setting]:
+def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
+    """Ours with each forecast, the default also in shortened runs, beside the published ones."""
     from diffusers import FirstBlockCacheConfig
 
     for threshold in grid.thresholds:
         for forecast in forecasts(FirstBlockCache, grid):
             strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
             method = f"{OURS}, {forecast}"
+            here = partial(Setting, make=ours(strategy), threshold=threshold, forecast=forecast)
             default = strategy == FirstBlockCache(threshold=threshold)
-            yield Setting(
-                method, f"{threshold}", ours(strategy), threshold=threshold, forecast=forecast, default=default
-            )
+            yield here(method, f"{threshold}", default=default)
+            for count in shares(steps, grid.cached_fewer) if default else ():
+                yield here(f"{method}, fewer steps", f"{count} {threshold}", steps=count)
         hook = partial(_hook, config=FirstBlockCacheConfig(threshold=threshold))
         yield Setting("diffusers FirstBlockCache", f"{threshold}", hook, threshold=threshold, alone=True)
     yield from _taylorseer(grid.intervals)

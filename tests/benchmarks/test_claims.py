@@ -55,6 +55,19 @@ def test_only_the_default_forecast_is_held_to_beating_the_peers() -> None:
     assert held[0].measured.endswith("b against strong")
 
 
+def test_a_shortened_run_of_ours_counts_by_operations_and_not_by_hit_rate() -> None:
+    results = [
+        result("uncached", 96, 1.0, steps=28),
+        result("ours, linear", 40, 2.0, forecast="linear", hit_rate=0.6, steps=28),
+        result("ours, linear, fewer steps", 45, 3.0, forecast="linear", hit_rate=0.7, steps=20),
+        result("ours, linear, fewer steps", 30, 2.6, forecast="linear", hit_rate=0.7, steps=20),  # beaten by the above
+        result("peer", 42, 2.5, hit_rate=0.6, steps=28),
+    ]
+    by_hit_rate, by_operations = of_thresholds(results, "linear")
+    assert by_hit_rate.measured.startswith("0 of 1 points (0 without a counterpart); the worst -2.0 dB")
+    assert by_operations.measured.startswith("1 of 1 points (0 without a counterpart); the worst +3.0 dB")
+
+
 def test_the_overhead_must_be_small_and_below_the_helpers() -> None:
     rows = [
         {"layers": f"branch {branch}", "excess": {"ours, linear": own, "ours, none": 0.0, "DeepCache 0.1.1": published}}

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cache.measure import Bench, Operations, Result, grouped, pairs
 from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache, twin
 from benchmarks.cache.settings import Grid, Setting, full, ours
-from cache import DeepCache, FirstBlockCache, NoCache, UNetDenoiser
+from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from models.base import GenerationParams
+from tests.cache.networks import tiny_flux
 
 STEPS = 6
 
@@ -146,3 +147,12 @@ def test_equal_settings_are_measured_once(sd: Any) -> None:
     assert len(set(names)) == len(names)
     assert {setting.branch for setting in settings if setting.interval} == {3, 1, 0}
     assert [setting.steps for setting in settings if setting.method == "fewer steps"] == [10]
+
+
+def test_a_transformers_shortened_runs_are_those_of_the_default() -> None:
+    grid = Grid(intervals=(3,), thresholds=(0.1,), forecasts=("probe", "none"), cached_fewer=(0.5, 0.25))
+    settings = full(TransformerDenoiser(tiny_flux()), 20, grid)
+    short = [(one.steps, one.name) for one in settings if one.method == "ours, probe, fewer steps"]
+    assert short == [(10, "ours, probe, fewer steps 10 0.1"), (5, "ours, probe, fewer steps 5 0.1")]
+    assert not any(one.default for one in settings if one.steps)
+    assert [one.name for one in settings if one.ours and not one.steps] == ["ours, probe 0.1", "ours, none 0.1"]
