@@ -40,7 +40,7 @@ class FirstBlockCache:
         that residual leaves unexplained.
     correction: whether a computed call also repays what the reused ones before it got wrong (`cache/correction.py`),
         for a sampler that the view knows; None: with any forecast but `none`.
-    One synchronisation with a GPU a call: the decision is the host's.
+    The decision is the host's: a call waits for a GPU once, with `probe` twice.
     """
 
     name: ClassVar[str] = "first_block"
