@@ -188,7 +188,7 @@ def _parts(items: _Items, letters: str) -> list[_Items]:
 
 def _place(call: int) -> float:
     """The polynomial's coordinate of a call, counted from 0 in its pass."""
-    return (1.0 + call) ** PACE
+    return math.pow(1 + call, PACE)
 
 
 def lagrange(nodes: Sequence[float], at: float) -> list[float]:
