@@ -57,6 +57,7 @@ class _Pass:
 
     shape: torch.Size
     calls: int  # so far, at all sizes
+    began: int  # the first call at this size
     items: list[_Items] = field(default_factory=lambda: [_Items(None)])
 
 
@@ -106,7 +107,8 @@ class Correction:
         prediction = output[0].detach()  # of a tuple or of diffusers' output, which can be indexed as one
         entry = self._passes.get(call.pass_name)
         if entry is None or entry.shape != prediction.shape:
-            entry = _Pass(prediction.shape, 0 if entry is None else entry.calls)
+            began = 0 if entry is None else entry.calls
+            entry = _Pass(prediction.shape, began, began)
             self._passes[call.pass_name] = entry
         number = entry.calls
         entry.calls += 1
@@ -121,7 +123,7 @@ class Correction:
             own = prediction if items.rows is None else prediction[items.rows]
             if reuses:
                 self._reused(items, number, own)
-            elif (repaid := self._computed(items, number, own)) is not None:
+            elif (repaid := self._computed(items, number, entry.began, own)) is not None:
                 answer = repaid if items.rows is None else answer.index_copy(0, items.rows, repaid)
         self._report.hold("correction", sum(items.bytes for one in self._passes.values() for items in one.items))
         return output if answer is prediction else answer_of(type(output), answer)
@@ -140,15 +142,15 @@ class Correction:
         own = self._responses[number]
         return all(0 < self._responses[call] * own <= LIGHTEST * own**2 for call in reused)
 
-    def _computed(self, items: _Items, number: int, prediction: Tensor) -> Tensor | None:
+    def _computed(self, items: _Items, number: int, began: int, prediction: Tensor) -> Tensor | None:
         """Keep `prediction`; return what is to be answered in its place, if anything is owed."""
         assert self._responses is not None
         known, anchors = [number, *items.computed], [prediction, *items.anchors]
         answer: Tensor | None = None
         if items.owed is not None and items.computed and self._can_repay(items.reused, number):
             owed = items.owed.neg_()
-            places = [_place(call) for call in known]
-            shares = [lagrange(places, _place(call)) for call in items.reused]
+            places = [_place(call - began) for call in known]
+            shares = [lagrange(places, _place(call - began)) for call in items.reused]
             for node, anchor in enumerate(anchors):
                 weight = sum(
                     self._responses[call] * share[node] for call, share in zip(items.reused, shares, strict=True)
@@ -187,7 +189,7 @@ def _parts(items: _Items, letters: str) -> list[_Items]:
 
 
 def _place(call: int) -> float:
-    """The polynomial's coordinate of a call, counted from 0 in its pass."""
+    """The polynomial's coordinate of a call, counted from the first of its pass at its size."""
     return math.pow(1 + call, PACE)
 
 
