@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from app.machine import processor, versions
 from app.progress import bar
 from app.settings import Settings, available_cores
 from models.base import Step
+from models.nearness import psnr
 
 if TYPE_CHECKING:
     from app.engine.runner import RegistryRunner
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once
 _ORDER = ("max_quality", "balanced", "max_speed", "partial")
-_PEAK = 255.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,18 +207,17 @@ def _rows(added: Mapping[str, Mapping[str, Any]], results: Mapping[str, list[Job
             cache=results[name][0].cache,
             seconds=seconds[name],
             speedup=seconds["uncached"] / seconds[name],
-            psnr_db=psnr(pictures["uncached"], pictures[name]),
+            psnr_db=_likeness(pictures["uncached"], pictures[name]),
             reference=name == "uncached",
         )
         for name, fields in added.items()
     )
 
 
-def psnr(reference: Image.Image, picture: Image.Image) -> float | None:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; None for equal ones, where it has no end."""
-    difference = np.asarray(reference, float) - np.asarray(picture, float)
-    mean = float((difference**2).mean())
-    return None if mean == 0 else 10 * math.log10(_PEAK**2 / mean)
+def _likeness(reference: Image.Image, picture: Image.Image) -> float | None:
+    """PSNR in dB of two pictures of one size; None for equal ones, where it has no end."""
+    one, other = np.asarray(reference), np.asarray(picture)
+    return None if np.array_equal(one, other) else psnr(one, other)
 
 
 def _machine(runner: RegistryRunner, threads: int) -> dict[str, Any]:

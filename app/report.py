@@ -38,6 +38,8 @@ class Report(BaseModel):
         """What was asked of the cache and what came of it, in one line."""
         extra = {"threshold": self.threshold, **(self.model_extra or {})}
         asked = [f"{name} {extra[name]}" for name in _TOLD if extra.get(name) is not None]
+        if extra.get("correction"):
+            asked.append("corrected")
         found = [f"{self.computed} computed", f"{self.reused} reused", f"hit rate {self.hit_rate:.2f}"]
         if self.predicted_speedup is not None:
             found.append(f"{self.predicted_speedup:.2f} times as fast by operations")

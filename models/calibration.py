@@ -24,6 +24,7 @@ from cache.placement import Recorder, Search
 from cache.schedule import GROWTH, budget, warped
 
 from .base import GenerationParams, LoadedModel
+from .nearness import psnr
 from .placements import Calibrated
 
 POWERS = (1.0, 1.5)  # of a call's weight: 1 gives the next latent's error; above it early errors count for less
@@ -137,9 +138,3 @@ def sensitivities(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
         scale = {"epsilon": math.cos(phases[call]), "sample": math.sin(phases[call])}.get(kind, 1.0)
         found.append(turn / scale / list(timesteps).count(timestep))
     return found
-
-
-def psnr(reference: ArrayLike, picture: ArrayLike) -> float:
-    """In dB, of 8-bit pictures; equal ones count as one level off in one sample, so that a mean is finite."""
-    difference = np.asarray(reference, float) - np.asarray(picture, float)
-    return 10 * math.log10(255**2 * difference.size / max(float((difference**2).sum()), 1.0))

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.cache.front import Axis, at_least, in_operations, pareto, shortened
+from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
 from benchmarks.claim import Claim
@@ -102,7 +102,7 @@ def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:
                 if method == FEWER and unit == "hit rate":
                     continue  # its calls are all whole ones
                 alike = [one for one in ours if axis is in_operations or one.steps == results[0].steps]
-                front = pareto(alike, axis)
+                front = our_front(alike, axis)
                 couples = [(one, at_least(front, axis, axis(one))) for one in points if axis(one) > neutral]
                 claim = _against(f"{named}: nearer than {method} at no lower {unit}", couples)
                 claims.append(claim if forecast == default else dataclasses.replace(claim, holds=None))

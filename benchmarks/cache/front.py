@@ -46,6 +46,11 @@ def height(front: Sequence[Result], axis: Axis, speedup: float) -> float | None:
     return None
 
 
+def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
+    """The front of ours in which the cache acted: a shortened run in which it never did is fewer steps."""
+    return pareto((one for one in results if one.ours and one.hit_rate > 0), axis)
+
+
 @dataclass(frozen=True, slots=True)
 class Above:
     """A peer's point that our front does not cover: `by` dB above it, or None where our front has ended."""
@@ -61,7 +66,7 @@ def above(results: Sequence[Result], axis: Axis) -> list[Above]:
     A point beyond the fast end counts whatever its quality; one beyond the slow end only if it is nearer to the
     uncached pictures than all of ours.
     """
-    front = pareto((one for one in results if one.ours), axis)
+    front = our_front(results, axis)
     found = []
     for peer in results:
         if peer.ours or not peer.acts:

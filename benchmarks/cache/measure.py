@@ -17,10 +17,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from benchmarks.cache.judge import agreement
 from benchmarks.cache.peers import slot_of
-from benchmarks.cache.quality import interval, psnr, ssim
+from benchmarks.cache.quality import interval, ssim
 from benchmarks.cache.settings import Setting, uncached
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
+from models.nearness import psnr
 
 PROMPTS = (
     "a misty forest at twilight",

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cache.front import AXES, Axis, pareto
+from benchmarks.cache.front import AXES, Axis, our_front
 from benchmarks.cache.measure import Result
 from benchmarks.cache.quality import interval
 
@@ -38,7 +38,7 @@ def _panel(panel: Axes, results: Sequence[Result], axis: Axis) -> None:
     methods = list(dict.fromkeys(one.method for one in results))
     ours = [name for name in methods if name.startswith("ours")]
     peers = [name for name in methods if name not in ours]
-    front = pareto((one for one in results if one.ours), axis)
+    front = our_front(results, axis)
     panel.plot(
         [axis(one) for one in front],
         [one.mean_psnr for one in front],

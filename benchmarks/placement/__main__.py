@@ -25,7 +25,6 @@ from rich.table import Table
 
 from benchmarks.cache.measure import grouped, pairs
 from benchmarks.cache.quality import interval as confidence
-from benchmarks.cache.quality import psnr
 from benchmarks.machine import ROOT, machine
 from benchmarks.placement import pixel
 from cache import CacheStrategy, DeepCache, NoCache, UNetDenoiser
@@ -34,6 +33,7 @@ from cache.schedule import Placement
 from models.base import GenerationParams
 from models.calibration import calibrate
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from models.nearness import psnr
 from models.placements import place
 from models.registry import Registry
 

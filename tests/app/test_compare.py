@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
-from skimage.metrics import peak_signal_noise_ratio
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
 import app.engine.configured
 from app.api.schemas import PRESETS
-from app.compare import Comparison, compared, psnr, settings_of
+from app.compare import Comparison, compared, settings_of
 from app.engine.base import Job, JobResult, StepListener
 from app.engine.runner import RegistryRunner
 from app.figures import canvas, sheet
@@ -141,15 +139,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
         command_line.main()
     assert caught.value.code == 1
     assert words in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_psnr_is_scikit_image_s() -> None:
-    generator = np.random.default_rng(0)
-    one, other = (generator.integers(0, 256, (16, 24, 3), np.uint8) for _ in range(2))
-    found = psnr(Image.fromarray(one), Image.fromarray(other))
-    assert found is not None
-    assert math.isclose(found, peak_signal_noise_ratio(one, other), rel_tol=1e-12)
-    assert psnr(Image.fromarray(one), Image.fromarray(one)) is None
 
 
 def comparison_of(runner: RecordingRunner, prompt: str, pictures: list[Image.Image]) -> Comparison:

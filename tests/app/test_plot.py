@@ -134,6 +134,8 @@ def test_what_the_plot_says_of_its_source(tmp_path: Path) -> None:
         "tiny, 512x512, 20 steps, seed 4. deepcache: interval 2, depth 2, forecast damped, 3 computed, 3 reused, "
         "hit rate 0.50, 1.60 times as fast by operations"
     )
+    assert ", forecast damped, corrected, 3 computed" in Report.model_validate(CACHE | {"correction": True}).summary
+    assert "correct" not in Report.model_validate(CACHE | {"correction": False}).summary
 
 
 @pytest.mark.parametrize("seeds", [5, "x", {"a": 1}, [], None])

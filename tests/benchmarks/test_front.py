@@ -10,9 +10,9 @@ from benchmarks.cache.front import above, at_least, height, in_operations, in_ti
 from benchmarks.cache.measure import Result, difference
 
 
-def point(method: str, speedup: float, psnr: float, label: str = "") -> Result:
+def point(method: str, speedup: float, psnr: float, label: str = "", hit_rate: float = 0.5) -> Result:
     return Result(method, label, psnr_db=[psnr, psnr], seconds=[1.0], uncached_seconds=[speedup],
-                  operations_speedup=speedup)  # fmt: skip
+                  operations_speedup=speedup, hit_rate=hit_rate)  # fmt: skip
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
@@ -47,6 +47,12 @@ def test_peers_above_the_front_are_told_with_their_distance() -> None:
     ]
     found = {one.peer.method: one.by for one in above(results, in_operations)}
     assert found == {"above": pytest.approx(1.0), "slow and good": None, "fast": None}
+
+
+def test_a_run_in_which_the_cache_never_acted_is_no_point_of_ours() -> None:
+    fewer = point("fewer steps", 2.5, 36)
+    results = [point("ours", 2, 40), point("ours", 3, 30), fewer, point("ours, fewer steps", 2.5, 37, hit_rate=0)]
+    assert [one.peer for one in above(results, in_operations)] == [fewer]
 
 
 def test_matching_points() -> None:

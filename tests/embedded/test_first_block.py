@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.cache.quality import psnr
 from cache import CacheStrategy, FirstBlockCache, NoCache
 from models.base import GenerationParams, LoadedModel, ModelError
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from models.nearness import psnr
 from models.registry import Registry
 from models.threshold import find
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from diffusers import DDIMScheduler
 
 from cache import CacheStrategy, DeepCache
 from models.base import GenerationParams, LoadedModel
-from models.calibration import calibrate, chosen, generated, psnr, rounds, sensitivities
+from models.calibration import calibrate, chosen, generated, rounds, sensitivities
+from models.nearness import psnr
 
 UNIFORM, OTHER, THIRD = (0, 3), (0, 1), (0, 2)
 
@@ -85,9 +85,3 @@ def test_the_best_of_the_drawn_placements_is_kept(sd: LoadedModel) -> None:
             for s in (one.computed, tuple(range(0, 8, one.interval)))
         )
         assert float(np.mean(own) - np.mean(even)) == pytest.approx(one.gain_db, abs=0.01)
-
-
-def test_psnr_of_pictures() -> None:
-    black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
-    assert psnr(black, grey) == pytest.approx(20 * math.log10(5))
-    assert math.isfinite(psnr(black, black))
