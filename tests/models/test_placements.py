@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cache import DeepCache
 from cache.schedule import GROWTH, Placement, warped
 from models.base import GenerationParams, LoadFailed, ModelSpec, Step
+from models.embedded import DEFAULT, SPECS
 from models.placements import Calibrated, place, read, stretched, write
 from models.unet import SD
 
@@ -109,3 +110,16 @@ def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path:
         report = model.generate(replace(params, sampler=sampler), DeepCache(3, 3), ignore).reports[0]
         assert report.decisions == letters
         assert report.settings["placement"] == f"calibrated: {sampler or 'ddim'}, normal, 6 steps"
+
+
+def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "caching.md").read_text(encoding="utf-8")
+    known = read(next(spec for spec in SPECS if spec.name == DEFAULT))
+    for interval in (2, 3, 5):
+        places = place(known, "ddim", "normal", 20, interval, 0)
+        assert places.source == "calibrated: ddim, normal, 20 steps"
+        uniform, auto = (
+            " ".join("C" if call in computed else "·" for call in range(20))
+            for computed in (range(0, 20, interval), places.computed)
+        )
+        assert f"N = {interval}, uniform    {uniform}\n           auto       {auto}\n" in page
