@@ -32,7 +32,10 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
     monkeypatch.setattr(command, "DEFAULT", sd_spec.name)
     monkeypatch.setattr(command, "DEFAULT_FLUX", flux_spec.name)
     monkeypatch.setattr(command, "OVERHEAD_REPEATS", 2)
+    monkeypatch.setattr(command, "WIDE_REPEATS", 2)
     monkeypatch.setattr(command, "FORECAST_REPEATS", 2)
+    tiny = next(geometry for geometry in TINY if geometry.kind == "transformer")
+    monkeypatch.setattr(command, "FLUX_BLOCK", tiny)  # minutes at Flux's width
     monkeypatch.setattr(command, "counted", list)  # seconds for SDXL; tests/cache/test_cost.py has it
     return [spec.name for spec in specs]
 
