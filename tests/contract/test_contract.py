@@ -6,7 +6,7 @@ import copy
 import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -229,15 +229,18 @@ def test_interleaved_runs_are_exact(family: Family, network: nn.Module, strategy
     assert [torch.equal(a, b) for a, b in zip(last, expected, strict=True)] == [True, True]
 
 
-@contextmanager
-def counted_from_here() -> Iterator[None]:
-    """Within the context `live_bytes` sees what was made in it; all older objects are set aside, which saves time."""
+def count_from_here() -> None:
+    """From now on `live_bytes` sees what is made; all older objects are set aside, which saves time."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_set_aside() -> Iterator[None]:
+    """Those of other modules once for all of these tests, which then need not go through them."""
+    count_from_here()
+    yield
+    gc.unfreeze()
 
 
 def live_bytes() -> int:
@@ -263,11 +266,11 @@ def test_cache_bytes_are_what_is_kept_and_it_is_gone_after_the_run(
 ) -> None:
     """Every storage alive between two calls is counted, with the cache and without; the difference is what it keeps."""
     cached(family, network, strategy)  # whatever is counted once, is
-    with counted_from_here():
-        plain, _ = held_after_each_step(family, network, NoCache())
-        assert live_bytes() == 0
-        alive, said = held_after_each_step(family, network, strategy)
-        assert live_bytes() == 0
+    count_from_here()
+    plain, _ = held_after_each_step(family, network, NoCache())
+    assert live_bytes() == 0
+    alive, said = held_after_each_step(family, network, strategy)
+    assert live_bytes() == 0
     kept = [with_cache - without for with_cache, without in zip(alive, plain, strict=True)]
     assert said == [max(kept[: step + 1]) for step in range(STEPS)]
     assert (said[-1] > 0) == (not isinstance(strategy, NoCache))
@@ -281,7 +284,7 @@ def test_nothing_is_kept_after_an_abort(family: Family, network: nn.Module, stra
             for _ in family.steps(network):
                 raise Stopped
 
-    with counted_from_here():
-        with pytest.raises(Stopped):
-            aborted_run()
-        assert live_bytes() == 0
+    count_from_here()
+    with pytest.raises(Stopped):
+        aborted_run()
+    assert live_bytes() == 0
