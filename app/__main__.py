@@ -43,7 +43,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _fields(context: typer.Context, **others: Any) -> dict[str, Any]:
     """Of a request: a command's options that have the names of its fields, and `others`; None leaves one out."""
-    from app.api.schemas import GenerateRequest
+    from app.http.schemas import GenerateRequest
 
     options = {name: value for name, value in context.params.items() if name in GenerateRequest.model_fields}
     return _given(**options | others)
@@ -55,10 +55,11 @@ def serve(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
-    from app.engine.configured import local_engine, runner_factory
+    from app.engine.runner import runner_factory
+    from app.engine.supervisor import local_engine
+    from app.http.app import create_app
+    from app.http.server import serve_until_told
     from app.log import logging_to
-    from app.main import create_app
-    from app.server import serve_until_told
 
     settings = Settings(**_given(host=host, port=port))
     factory = runner_factory(settings)
@@ -99,8 +100,8 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
     """Draw pictures in this process, with the checks and the code of the server, or by a server."""
-    from app.generation import drawn_here, drawn_there, written
-    from app.generation import lora as lora_of
+    from app.cli.generate import drawn_here, drawn_there, written
+    from app.cli.generate import lora as lora_of
     from app.images import format_of
 
     given = _fields(
@@ -153,14 +154,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Draw one prompt uncached and under the presets, on a sheet with times, PSNR, hit rates and every decision."""
-    from app.compare import compared
-    from app.figures import sheet
+    from app.cli.compare import compared, sheet
     from app.images import encode, format_of
 
     output_format = format_of(output)
     comparison = compared(_fields(context, flux_enabled=flux), Settings(), repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(encode(sheet.draw(comparison, difference=difference), output_format))
+    output.write_bytes(encode(sheet(comparison, difference=difference), output_format))
     for sentence in comparison.warnings:
         print(f"note: {sentence}", file=sys.stderr)
     if as_json:
@@ -178,11 +178,10 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .jpg or .webp.")] = Path("plot.png"),
 ) -> None:
     """Plot what the cache did in one request: each call's decision, and what it was decided by."""
-    from app import report
-    from app.figures import timeline
+    from app.cli.plot import read, timeline
     from app.images import encode, format_of
 
-    picture = encode(timeline.draw(report.read(source)), format_of(output))
+    picture = encode(timeline(read(source)), format_of(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(picture)
     print(output)
@@ -193,8 +192,8 @@ def models() -> None:
     """List the models as GET /api/models does, as JSON."""
     from dataclasses import asdict
 
-    from app.engine.configured import runner_factory
-    from app.progress import bar
+    from app.cli import bar
+    from app.engine.runner import runner_factory
 
     with bar("reading the models"):
         catalogue = runner_factory(Settings())("cpu").catalogue()
@@ -216,7 +215,7 @@ def calibrate(
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
 ) -> None:
     """Find where DeepCache's computed steps lie best and keep it beside the model, for `deepcache_schedule: auto`."""
-    from app.calibration import calibrated
+    from app.cli.calibrate import calibrated
 
     size = None if width is None and height is None else (width or height or 0, height or width or 0)
     combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
@@ -251,7 +250,7 @@ def threshold(
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
     from dataclasses import asdict
 
-    from app.threshold import found_for
+    from app.cli.calibrate import found_for
 
     given = _fields(
         context, prompt=None, fbcache_enabled=True, fbcache_max_consecutive=max_consecutive, cache_forecast=forecast
@@ -265,7 +264,7 @@ def bench(context: typer.Context) -> None:
     """Run the cache benchmark of a source checkout; further arguments are its own."""
     if find_spec("benchmarks") is None or find_spec("benchmarks.cache") is None:
         raise ServiceError("The benchmarks come with the source checkout only; run this in its folder.")
-    from app.progress import bar
+    from app.cli import bar
 
     with bar("starting"):
         from diffusers import FluxPipeline, StableDiffusionPipeline  # noqa: F401  # the seconds before its first word

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from app import __version__
-from app.engine.base import Job, OutputFormat
+from app.engine.types import Job, OutputFormat
 from app.errors import Invalid, PictureTooLarge, ServiceError
 
 _ENDINGS: Mapping[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from app.engine.base import Catalogue, EngineStatus, ModelInfo
-from app.engine.states import WorkerState
+from app.engine.types import Catalogue, EngineStatus, ModelInfo, WorkerState
 from app.errors import ServiceError
 
 RECENT = 100  # requests that the recent hit rate looks back on

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
-from app.engine.base import JobHandle
+from app.engine.types import JobHandle
 from app.errors import Cancelled
 
 if TYPE_CHECKING:

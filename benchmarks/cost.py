@@ -22,7 +22,7 @@ import typer
 from PIL.Image import Image
 
 from app import images
-from app.engine.base import Job
+from app.engine.types import Job
 from app.machine import share_cores
 from benchmarks.claim import Claim, table
 from benchmarks.machine import machine

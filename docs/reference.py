@@ -15,14 +15,14 @@ MODULES = (
     "cache",
     "models",
     "!models.embedded.recipe",  # a training script
-    "app.main",
+    "app.http.app",
     "app.settings",
     "app.errors",
-    "app.api.schemas",
-    "app.engine.base",
-    "app.engine.configured",
+    "app.http.schemas",
+    "app.engine.types",
+    "app.engine.runner",
     "app.client",
-    "app.report",
+    "app.cli.plot",
 )
 OUTPUT = Path(__file__).resolve().parents[1] / "build" / "reference"
 

@@ -17,9 +17,9 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from app.cluster import Scale, application
-from app.engine.base import Job, JobHandle, StepListener
-from app.engine.ray import RayEngine
+from app.engine.types import Job, JobHandle, StepListener
+from app.ray.application import Scale, application
+from app.ray.engine import RayEngine
 from app.settings import Settings
 from benchmarks.soak.hostile import BODY_LIMIT, BODY_SECONDS
 from tests.app.fakes import fake_runner

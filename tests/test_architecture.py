@@ -54,7 +54,7 @@ ALL_MODULES = sorted(path for package in (*OUR_PACKAGES, "tests") for path in mo
         ("import models.base as b, json", {"models", "json"}),
         ("from cache.cost import branch_costs", {"cache"}),
         ("from . import cost\nfrom .cost import x", set()),
-        ("if TYPE_CHECKING:\n    from app.main import create_app", {"app"}),
+        ("if TYPE_CHECKING:\n    from app.http.app import create_app", {"app"}),
         ("def f():\n    import diffusers.models", {"diffusers"}),
         ("importlib.import_module('app.engine')", {"app"}),
         ("import_module('.engine', __name__)", set()),
@@ -93,7 +93,7 @@ def test_modules_are_named_after_what_they_hold() -> None:
 def test_the_http_process_needs_neither_torch_nor_diffusers() -> None:
     """A refusal costs milliseconds, and the server is up before the models are."""
     check = (
-        "import sys, app.main, app.__main__, app.engine.local, app.engine.runner\n"
+        "import sys, app.http.app, app.__main__, app.engine.supervisor, app.engine.runner\n"
         "print(*sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.api.schemas import EXAMPLE, PRESETS, GenerateRequest, parse
 from app.errors import Invalid
+from app.http.schemas import EXAMPLE, PRESETS, GenerateRequest, parse
 from app.metrics import Metrics
 from app.settings import Settings, variable
 from cache.schedule import Uniform, Window
@@ -122,7 +122,7 @@ def test_every_metric_is_named() -> None:
 
 
 def empty_exposition() -> str:
-    from app.engine.base import EngineStatus
+    from app.engine.types import EngineStatus
 
     status = EngineStatus(pending=0, running=0, devices=())
     return Metrics(lambda: status, lambda: None).exposition().decode()

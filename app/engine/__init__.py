@@ -1,1 +1,1 @@
-"""Where jobs run."""
+"""Where jobs are drawn: the queue, the worker processes and what they say."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from app.engine.base import Job, StepsListener
+from app.engine.types import Job, StepsListener
 from cache import CacheStrategy
 from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Step, StepHook
 

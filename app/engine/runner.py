@@ -6,13 +6,17 @@ Importing this needs no torch; `configured_runner` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import psutil
 
 from app import images
-from app.engine.base import (
+from app.engine.memory import draw, draw_together, lighten
+from app.engine.pipe import Condition
+from app.engine.report import summarise_passes
+from app.engine.types import (
     Branch,
     Catalogue,
     DeviceMemory,
@@ -22,14 +26,11 @@ from app.engine.base import (
     StepListener,
     StepsListener,
 )
-from app.engine.memory import draw, draw_together, lighten
-from app.engine.messages import Condition
-from app.engine.report import summarise_passes
-from app.engine.worker import Finish
+from app.engine.worker import Finish, RunnerFactory
 from app.machine import share_cores
-from app.settings import available_cores
-from models.base import Generation, LoadedModel, ModelError
-from models.models_file import Configuration, embedded
+from app.settings import Settings, available_cores
+from models.base import Generation, LoadedModel, ModelError, UnknownModel
+from models.models_file import Configuration, embedded, read
 
 
 class Models(Protocol):
@@ -187,3 +188,24 @@ def _memory(device: str) -> DeviceMemory:
         reserved=torch.cuda.memory_reserved(device),
         peak=torch.cuda.max_memory_allocated(device),
     )
+
+
+def runner_arguments(settings: Settings) -> dict[str, Any]:
+    """Of `configured_runner`. Raises ModelError, before anything is started."""
+    configuration = read(settings.models_file)
+    if settings.model is not None:
+        names = [spec.name for spec in configuration.specs]
+        if settings.model not in names:
+            raise UnknownModel(f"WAVESPEED_MODEL is {settings.model!r}; there is no such model but {', '.join(names)}.")
+        configuration = replace(configuration, default=settings.model)
+    return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
+
+
+def runner_factory(settings: Settings) -> RunnerFactory:
+    """Raises ModelError, before anything is started."""
+    return partial(configured_runner, **runner_arguments(settings))
+
+
+def runner_here(settings: Settings) -> RegistryRunner:
+    """In this process, on the first of the settings' devices: what the commands draw with. Raises ModelError."""
+    return configured_runner(settings.devices[0], **runner_arguments(settings))

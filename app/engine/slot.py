@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from app.engine.base import DeviceMemory, DeviceStatus, JobHandle
-from app.engine.messages import Condition, Order
-from app.engine.process import WorkerProcess
-from app.engine.states import WORKER_MOVES, IllegalTransition, WorkerState, moved
+from app.engine.pipe import Condition, Order, WorkerProcess
+from app.engine.types import WORKER_MOVES, DeviceMemory, DeviceStatus, IllegalTransition, JobHandle, WorkerState, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

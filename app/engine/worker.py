@@ -16,11 +16,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
-from app.engine.base import Catalogue, Job, JobResult, StepsListener
 from app.engine.memory import is_exhaustion
-from app.engine.messages import (
+from app.engine.pipe import (
+    PROCESSES,
     Alive,
     Cancel,
+    Child,
     Condition,
     Done,
     Failed,
@@ -38,6 +39,7 @@ from app.engine.messages import (
     StartFailed,
     Stop,
 )
+from app.engine.types import Catalogue, Job, JobResult, StepsListener
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
@@ -71,6 +73,18 @@ class Runner(Protocol):
 
 RunnerFactory = Callable[[str], Runner]
 """Device name → runner. Pickled by reference into the worker process, so a module's function or a partial of one."""
+
+
+class Spawn(Protocol):
+    """Makes the process that serves the other end of `connection`; it is not started yet."""
+
+    def __call__(self, connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> Child: ...
+
+
+def spawn(connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> Child:
+    return PROCESSES.Process(
+        target=main, args=(connection, factory, device, plan), name=f"worker {device}", daemon=True
+    )
 
 
 class _ParentGone(Exception):

@@ -1,1 +1,1 @@
-"""Jobs that outlive the request that brought them: their records, results and events."""
+"""Every request is a job: submitted, run, ended once, kept for as long as was promised."""

@@ -1,6 +1,6 @@
 """From measured service times to a fleet: the workers that a rate and an objective take, and what an image costs.
 
-A fleet is machines of some workers each, every machine with a queue of its own (`app.engine.local`). A balancer that
+A fleet is machines of some workers each, every machine with a queue of its own (`app.engine.supervisor`). A balancer that
 knows nothing of queues splits Poisson arrivals into Poisson arrivals, so one simulated machine speaks for all.
 """
 

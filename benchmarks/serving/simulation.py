@@ -1,7 +1,7 @@
 """A machine's queue and workers, simulated event by event, under the rules of the service's own engine.
 
 One queue, oldest first, bounded; what goes into a batch, and whether a free worker waits for more, is asked of
-`app.engine.grouping` itself. A request is for one image.
+`app.engine.queue` itself. A request is for one image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from app.engine.grouping import Grouping
+from app.engine.queue import Grouping
 from benchmarks.serving.service import ServiceTimes
 
 
@@ -100,7 +100,7 @@ class _Simulation:
         self.grouping.arrived(one, self.waiting, self._running())  # type: ignore[arg-type]
 
     def _dispatch(self) -> None:
-        """As `app.engine.local` does."""
+        """As `app.engine.supervisor` does."""
         self.later = math.inf
         free = self.machine.workers - len(self.ends)
         while free and self.waiting:

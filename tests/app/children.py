@@ -17,9 +17,9 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from app.engine import worker
-from app.engine.local import LocalEngine
-from app.engine.messages import Plan, Progress
+from app.engine.pipe import Plan, Progress
 from app.engine.runner import RegistryRunner
+from app.engine.supervisor import LocalEngine
 from app.engine.worker import RunnerFactory
 from cache import CacheStrategy
 from models.base import Generation, GenerationParams, Step, StepHook

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.engine.base import Engine
-from app.main import create_app
+from app.engine.types import Engine
+from app.http.app import create_app
 from app.settings import Settings
 from tests.app.children import Nursery
 from tests.app.fakes import FakeEngine

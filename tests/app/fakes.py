@@ -16,7 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from app.engine.base import (
+from app.engine.runner import RegistryRunner
+from app.engine.types import (
     Catalogue,
     DeviceMemory,
     DeviceStatus,
@@ -25,9 +26,8 @@ from app.engine.base import (
     JobHandle,
     JobResult,
     StepListener,
+    WorkerState,
 )
-from app.engine.runner import RegistryRunner
-from app.engine.states import WorkerState
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
 from models.attention import KERNELS, unavailable

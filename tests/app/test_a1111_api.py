@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from starlette.requests import Request
 
-from app.api.a1111.names import SAMPLERS, SCHEDULERS, pair
-from app.api.desk import Desk, Waiting
-from app.engine.base import JobHandle
+from app.engine.types import JobHandle
 from app.errors import Invalid
+from app.http.desk import Desk, Waiting
+from app.infotext import SAMPLERS, SCHEDULERS, pair
 from models.samplers import DIFFUSION, choices
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api.resolve import Limits, resolve
-from app.api.schemas import GenerateRequest, parse
 from app.errors import ServiceError
+from app.http.resolve import Limits, resolve
+from app.http.schemas import GenerateRequest, parse
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine, fake_catalogue
 

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from app.engine import memory
-from app.engine.base import JobHandle
-from app.engine.local import LocalEngine
-from app.engine.messages import Failed, Progress
+from app.engine.pipe import Failed, Progress
 from app.engine.runner import RegistryRunner
-from app.engine.states import JobState, WorkerState
+from app.engine.supervisor import LocalEngine
+from app.engine.types import JobHandle, JobState, WorkerState
 from app.errors import DeadlineExceeded, WorkerLost
 from cache import CacheStrategy
 from models.base import Generation, GenerationCancelled, GenerationParams, Step, StepHook, StepsHook

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-from app.engine import configured
+from app.engine import runner
 from cache import DeepCache
 from models.base import GenerationParams, ModelSpec
 from models.models_file import Configuration
@@ -27,7 +27,7 @@ def spec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd_spec: ModelSpec, fl
     shutil.copytree(sd_spec.source, tmp_path / "mine")
     spec = replace(sd_spec, source=tmp_path / "mine", render_sizes=((64, 64),))
     configuration = Configuration((spec, flux_spec), spec.name, flux_spec.name)
-    monkeypatch.setattr(configured, "runner_arguments", lambda settings: {"configuration": configuration, "threads": 1})
+    monkeypatch.setattr(runner, "runner_arguments", lambda settings: {"configuration": configuration, "threads": 1})
     return spec
 
 

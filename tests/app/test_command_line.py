@@ -10,14 +10,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-import app.engine.configured
+import app.engine.runner
 from tests.app.fakes import fake_runner
 
 
 @pytest.fixture
 def _fake_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app.engine.configured, "configured_runner", lambda device, **options: fake_runner(device))
+    monkeypatch.setattr(app.engine.runner, "configured_runner", lambda device, **options: fake_runner(device))
 
 
 @pytest.mark.usefixtures("_fake_models")

@@ -11,12 +11,12 @@ from PIL import Image, ImageColor
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-import app.engine.configured
-from app.api.schemas import PRESETS
-from app.compare import Comparison, compared, settings_of
-from app.engine.base import Job, JobResult, StepListener
+import app.engine.runner
+from app.cli import canvas
+from app.cli.compare import Comparison, compared, settings_of, sheet
 from app.engine.runner import RegistryRunner
-from app.figures import canvas, sheet
+from app.engine.types import Job, JobResult, StepListener
+from app.http.schemas import PRESETS
 from app.settings import Settings
 from tests.app.fakes import FakeRegistry, fake_catalogue
 
@@ -39,7 +39,7 @@ class RecordingRunner(RegistryRunner):
 def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RecordingRunner:
     monkeypatch.chdir(tmp_path)
     recording = RecordingRunner()
-    monkeypatch.setattr(app.engine.configured, "configured_runner", lambda device, **options: recording)
+    monkeypatch.setattr(app.engine.runner, "configured_runner", lambda device, **options: recording)
     return recording
 
 
@@ -152,8 +152,8 @@ def comparison_of(runner: RecordingRunner, prompt: str, pictures: list[Image.Ima
 def test_differences_are_made_brighter_alike(runner: RecordingRunner) -> None:
     """Grey 100 beside 100, 101, 103 and 110: the largest times 16 is still a colour, times 32 no longer."""
     pictures = [Image.new("RGB", (340, 200), (level,) * 3) for level in (100, 101, 103, 110)]
-    image = sheet.draw(comparison_of(runner, "a", pictures), difference=True)
-    plain = sheet.draw(comparison_of(runner, "a", pictures))
+    image = sheet(comparison_of(runner, "a", pictures), difference=True)
+    plain = sheet(comparison_of(runner, "a", pictures))
     assert image.width == plain.width
     below = image.crop((0, plain.height - 60, image.width, image.height))
     shown = {colour for _, colour in below.getcolors(1 << 24) or [] if len(set(colour)) == 1}  # type: ignore[misc,arg-type]
@@ -165,7 +165,7 @@ def test_differences_are_made_brighter_alike(runner: RecordingRunner) -> None:
 )
 def test_any_prompt_fits_on_a_sheet(runner: RecordingRunner, prompt: str) -> None:
     pictures = [Image.new("RGB", (512, 512))] * 4
-    image, short = (sheet.draw(comparison_of(runner, words, pictures)) for words in (prompt, "a"))
+    image, short = (sheet(comparison_of(runner, words, pictures)) for words in (prompt, "a"))
     assert image.width == short.width
     assert image.height - short.height in (0, 40)  # one more line at most
 

@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from app import images
-from app.engine.base import JobHandle
-from app.engine.local import LocalEngine
-from app.engine.messages import Done, Failed
+from app.engine.pipe import Done, Failed
 from app.engine.slot import Patience
-from app.engine.states import JobState, WorkerState
+from app.engine.supervisor import LocalEngine
+from app.engine.types import JobHandle, JobState, WorkerState
 from tests.app.children import PATIENCE, Nursery
 from tests.app.test_engine import device, job, until
 from tests.app.test_interleavings import is_right

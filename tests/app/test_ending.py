@@ -22,10 +22,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds; only keeps a broken server from hanging the suite
 SCRIPT = """
-from app.engine.local import LocalEngine
+from app.engine.supervisor import LocalEngine
 from app.log import logging_to
-from app.main import create_app
-from app.server import serve_until_told
+from app.http.app import create_app
+from app.http.server import serve_until_told
 from app.settings import Settings
 from tests.app.fakes import fake_runner
 

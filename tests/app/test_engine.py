@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from app.engine.base import DeviceStatus, Job
-from app.engine.local import START_FAILURES, LocalEngine
-from app.engine.states import JobState, WorkerState
+from app.engine.supervisor import START_FAILURES, LocalEngine
+from app.engine.types import DeviceStatus, Job, JobState, WorkerState
 from app.errors import (
     Cancelled,
     GenerationFailed,
@@ -293,7 +292,7 @@ async def test_a_worker_ends_with_its_parent() -> None:
     """A parent that is killed has no chance to stop its worker, even one that hangs in a step."""
     script = """
 import asyncio
-from app.engine.local import LocalEngine
+from app.engine.supervisor import LocalEngine
 from tests.app.fakes import fake_runner
 from tests.app.test_engine import job
 async def main():

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.api.accept import accepted_image
-from app.api.schemas import EXAMPLE
-from app.engine.base import Job
+from app.engine.types import Job
+from app.http.render import accepted_image
+from app.http.schemas import EXAMPLE
 from cache import DeepCache, FirstBlockCache, NoCache
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine

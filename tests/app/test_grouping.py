@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from app.engine.base import Job, JobHandle
-from app.engine.grouping import QUIET, Grouping, kind_of
+from app.engine.queue import QUIET, Grouping, kind_of
+from app.engine.types import Job, JobHandle
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale
 

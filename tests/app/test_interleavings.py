@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from app.engine.base import JobHandle
-from app.engine.local import LocalEngine
-from app.engine.messages import Alive, Done, Loaded
+from app.engine.pipe import Alive, Done, Loaded
 from app.engine.slot import Patience
-from app.engine.states import JobState, WorkerState
+from app.engine.supervisor import LocalEngine
+from app.engine.types import JobHandle, JobState, WorkerState
 from app.errors import Cancelled, DeadlineExceeded, ModelUnavailable, NotReady, WorkerLost
 from tests.app.children import Nursery
 from tests.app.fakes import fake_runner

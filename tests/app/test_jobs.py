@@ -16,10 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from app.engine.base import JobHandle
-from app.jobs.events import EventLog
-from app.jobs.results import Results
-from app.jobs.store import FILE_NAME, JobStore
+from app.engine.types import JobHandle
+from app.jobs.record import EventLog
+from app.jobs.store import FILE_NAME, JobStore, Results
 from models.base import Step
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
@@ -365,7 +364,7 @@ async def test_a_disk_that_fails_refuses_the_job_and_the_server_goes_on(
         good = (await asked(client)).json()["id"]
         assert (await ended(client, good))["state"] == "done"
         with monkeypatch.context() as patch:
-            patch.setattr("app.jobs.results._write", raise_full)
+            patch.setattr("app.jobs.store._write", raise_full)
             unlucky = await ended(client, (await asked(client)).json()["id"])
         assert (unlucky["state"], unlucky["error"]["type"]) == ("failed", "storage_failed")
 

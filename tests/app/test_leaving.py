@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from app.engine.states import WorkerState
+from app.engine.types import WorkerState
 from tests.app.children import Nursery
 from tests.app.test_engine import device, until
 from tests.app.test_server import listening, post

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import app.__main__ as command_line
-from app import progress
+from app import cli as progress
 from tests.app.test_engine import job, running
 
 
 async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "app.engine.local"):
+    with caplog.at_level(logging.INFO, "app.engine.supervisor"):
         async with running() as engine:
             await engine.submit(job("one", model="flux")).result
     said = [record.getMessage() for record in caplog.records]

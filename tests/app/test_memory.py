@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from app.engine import memory
-from app.engine.base import Job
 from app.engine.runner import RegistryRunner
+from app.engine.types import Job
 from cache import CacheStrategy, NoCache
 from models.base import Generation, GenerationParams, StepHook
 from tests.app.conftest import client_of

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from app.main import create_app
+from app.http.app import create_app
 from app.settings import Settings
 from tests.app.fakes import FakeEngine
 

@@ -11,10 +11,10 @@ from typing import get_args
 import pytest
 
 import app.errors
-from app.api.schemas import parse
-from app.engine.states import WORKER_MOVES, WorkerState
+from app.engine.types import WORKER_MOVES, WorkerState
 from app.errors import ServiceError
-from app.jobs.events import EventName
+from app.http.schemas import parse
+from app.jobs.record import EventName
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

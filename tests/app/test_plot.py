@@ -14,11 +14,11 @@ from PIL import Image, ImageColor
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-from app.engine.base import Job
+from app.cli import canvas
+from app.cli.plot import Report, read, timeline
+from app.engine.types import Job
 from app.errors import ServiceError
-from app.figures import canvas, timeline
 from app.images import encode, metadata
-from app.report import Report, read
 from cache import DeepCache
 from models.base import GenerationParams
 
@@ -89,7 +89,7 @@ def test_whatever_the_service_wrote_can_be_plotted(tmp_path: Path, content: byte
 
 
 def test_a_call_is_as_high_as_its_share_of_a_full_one() -> None:
-    image = timeline.draw(Report.model_validate(CACHE))
+    image = timeline(Report.model_validate(CACHE))
     high = {
         letter: len(heights(column, COLOURS[letter]))
         for letter, column in zip("CR", columns(image, 6)[:2], strict=True)
@@ -99,7 +99,7 @@ def test_a_call_is_as_high_as_its_share_of_a_full_one() -> None:
 
 
 def test_residuals_stand_above_the_threshold_or_below_it() -> None:
-    image = timeline.draw(Report.model_validate(FIRST_BLOCK))
+    image = timeline(Report.model_validate(FIRST_BLOCK))
     found = columns(image, 6)
     line = int(heights(np.asarray(image), THRESHOLD_LINE)[0])
     tops = []
@@ -116,13 +116,13 @@ def test_residuals_stand_above_the_threshold_or_below_it() -> None:
 @pytest.mark.parametrize("residuals", [[None], [0.0], [1e-12], [1e30]])
 def test_extremes_are_drawn(threshold: float, residuals: list[float | None]) -> None:
     report = FIRST_BLOCK | {"threshold": threshold, "residuals": residuals, "decisions": "C"}
-    image = timeline.draw(Report.model_validate(report))
+    image = timeline(Report.model_validate(report))
     assert len(heights(np.asarray(image), THRESHOLD_LINE)) > 0
 
 
 def test_a_long_run_of_many_batches_is_drawn() -> None:
     report = CACHE | {"decisions": " ".join(["CRR" * 100] * 10)}
-    image = timeline.draw(Report.model_validate(report))
+    image = timeline(Report.model_validate(report))
     assert len(heights(np.asarray(image), COLOURS["C"])) > 0
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app import progress
+from app import cli as progress
 
 
 def test_without_a_terminal_the_state_is_told_line_by_line_and_at_the_end(

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.engine.base import Job
-from app.engine.states import JobState
+from app.engine.types import Job, JobState
 from app.errors import Cancelled, DeadlineExceeded, NotReady, QueueFull
 from cache import DeepCache, NoCache
 from models.base import GenerationParams, Step
@@ -70,7 +69,7 @@ async def test_a_cancel_touches_its_job_alone(engine: Any) -> None:
 
 
 async def test_the_bound_counts_what_waits_beside_one_job_a_replica(cluster: Any) -> None:
-    from app.engine.ray import RayEngine
+    from app.ray.engine import RayEngine
     from tests.cluster import APP, REPLICAS
 
     engine = RayEngine(cluster.workers, APP, queue_size=2)
@@ -92,7 +91,7 @@ async def test_the_bound_counts_what_waits_beside_one_job_a_replica(cluster: Any
 
 async def test_all_can_be_handed_over_at_once(cluster: Any) -> None:
     """As for an autoscaler: Serve holds those that wait."""
-    from app.engine.ray import RayEngine
+    from app.ray.engine import RayEngine
     from tests.cluster import APP
 
     engine = RayEngine(cluster.workers, APP, at_once=True)
@@ -124,7 +123,7 @@ async def test_what_cannot_be_told_of_a_job_is_nobody_else_s_loss(engine: Any) -
 def test_the_configuration_is_one_that_serve_and_the_application_know() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from app import cluster
+    from app.ray import application as cluster
 
     written = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text(encoding="utf-8"))
     (application,) = ServeDeploySchema.model_validate(written).applications
@@ -144,14 +143,14 @@ def test_the_configuration_is_one_that_serve_and_the_application_know() -> None:
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments: dict[str, Any], words: str) -> None:
-    from app.cluster import build
+    from app.ray.application import build
 
     with pytest.raises(ValueError, match=words):
         build(arguments)
 
 
 def test_devices_are_ray_s_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    from app.cluster import build
+    from app.ray.application import build
 
     monkeypatch.setenv("WAVESPEED_DEVICES", "cuda:0,cuda:1")
     with pytest.raises(ValueError, match="leave WAVESPEED_DEVICES unset"):

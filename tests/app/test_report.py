@@ -82,12 +82,12 @@ def test_a_device_that_is_gone_is_no_longer_shown() -> None:
 def test_the_http_process_loads_nothing_heavy() -> None:
     heavy = ("torch", "diffusers", "transformers", "numpy")
     script = (
-        "import sys, app.main, app.engine.local, app.log\n"
+        "import sys, app.http.app, app.engine.supervisor, app.log\n"
         "from app.settings import Settings\n"
         "from functools import partial\n"
         "from app.engine.runner import configured_runner\n"
-        "engine = app.engine.local.LocalEngine(partial(configured_runner, threads=1), ['cpu'])\n"
-        "app.main.create_app(Settings(_env_file=None), engine).openapi()\n"
+        "engine = app.engine.supervisor.LocalEngine(partial(configured_runner, threads=1), ['cpu'])\n"
+        "app.http.app.create_app(Settings(_env_file=None), engine).openapi()\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -16,9 +16,9 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.engine.local import LocalEngine
+from app.engine.supervisor import LocalEngine
+from app.http.app import create_app
 from app.log import logging_to
-from app.main import create_app
 from app.settings import Settings
 from tests.app.children import Nursery
 from tests.app.conftest import client_of

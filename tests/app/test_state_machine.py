@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from PIL import Image
 
-from app.engine.states import JOB_MOVES, JobState
+from app.engine.types import JOB_MOVES, JobState
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
 from tests.app.test_engine import until

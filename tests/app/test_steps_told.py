@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.engine import slot
-from app.engine.messages import Alive, Done, Progress
+from app.engine.pipe import Alive, Done, Progress
 from app.engine.slot import Patience, Slot
 from tests.app.children import Nursery
 from tests.app.conftest import client_of

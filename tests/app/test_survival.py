@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from app.api.resolve import Limits, resolve
-from app.api.schemas import parse
-from app.engine.local import LocalEngine
 from app.engine.slot import Patience
+from app.engine.supervisor import LocalEngine
 from app.errors import GenerationFailed, WorkerLost
+from app.http.resolve import Limits, resolve
+from app.http.schemas import parse
 from tests.app.conftest import client_of
 from tests.app.fakes import fake_runner
 from tests.app.test_engine import device, job, pid, running, until

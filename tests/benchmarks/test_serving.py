@@ -199,7 +199,7 @@ def test_kinds_come_as_often_as_they_should_and_each_asks_for_something_else() -
 
 
 def test_every_kind_is_a_request_that_the_service_takes() -> None:
-    from app.api.schemas import parse
+    from app.http.schemas import parse
 
     for caches in (False, True):
         for kind in with_caches(with_fields(MIXED, steps=8), caches):

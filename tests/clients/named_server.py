@@ -7,11 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from app.engine.local import LocalEngine
 from app.engine.runner import RegistryRunner
+from app.engine.supervisor import LocalEngine
+from app.http.app import create_app
+from app.http.server import serve_until_told
 from app.log import logging_to
-from app.main import create_app
-from app.server import serve_until_told
 from app.settings import Settings
 from cache import CacheStrategy
 from models.base import Generation, GenerationParams, Step, StepHook

@@ -12,9 +12,8 @@ import httpx2
 import pytest
 from PIL import Image
 
-from app.api.schemas import GenerateRequest, Lora
-from app.client import TRIES, ApiError, Client, Unreachable
-from app.fields import Fields, LoraField
+from app.client import TRIES, ApiError, Client, Fields, LoraField, Unreachable
+from app.http.schemas import GenerateRequest, Lora
 from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 

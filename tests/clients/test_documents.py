@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from app.api.schemas import GenerateRequest
 from app.client import Client
-from app.main import create_app
+from app.http.app import create_app
+from app.http.schemas import GenerateRequest
 from app.settings import Settings
 from benchmarks.server import Server, wait_for
 from tests.app.fakes import FakeEngine

@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-import app.generation
-from app import progress
+import app.cli.generate
+from app import cli as progress
+from app.cli import Bar
 from app.client import Client, Event, Job
-from app.progress import Bar
 from benchmarks.server import Server, wait_for
 from tests.clients.conftest import KEY
 from tests.clients.test_client import address_of
@@ -63,7 +63,7 @@ def test_interrupted_it_gives_the_job_up(server: Server, monkeypatch: pytest.Mon
         if event.name == "progress":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(app.generation, "_tell", interrupted)
+    monkeypatch.setattr(app.cli.generate, "_tell", interrupted)
     arguments = ["a", "-o", str(tmp_path / "x.png"), "--model", "slow", "--steps", "150", "--num-images", "10"]
     result = CliRunner().invoke(command_line.cli, ["generate", *arguments, "--server", address_of(server)])
     assert result.exit_code != 0

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from app.engine.base import Catalogue, Job, JobResult
 from app.engine.runner import RegistryRunner
+from app.engine.types import Catalogue, Job, JobResult
 from app.errors import Invalid
 from models.base import LoadedModel, ModelError, ModelSpec
 from models.embedded import SPECS

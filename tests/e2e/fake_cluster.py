@@ -6,7 +6,7 @@ from typing import Any
 
 from ray import serve
 
-from app.cluster import Scale, application
+from app.ray.application import Scale, application
 from app.settings import Settings
 from tests.app.fakes import fake_runner
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from app.engine.local import LocalEngine
+from app.engine.supervisor import LocalEngine
+from app.http.app import create_app
+from app.http.server import serve_until_told
 from app.log import logging_to
-from app.main import create_app
-from app.server import serve_until_told
 from app.settings import Settings
 from tests.app.fakes import fake_runner
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from app.api.schemas import PRESETS as API_PRESETS
-from app.api.schemas import parse
 from app.client import ApiError, Unreachable
+from app.http.schemas import PRESETS as API_PRESETS
+from app.http.schemas import parse
 from app.ui import strip
 from app.ui.difference import difference, psnr
 from app.ui.refusal import explained

@@ -1,0 +1,454 @@
+"""The engine of one machine: a bounded queue and one supervised worker process a device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from app.engine.pipe import (
+    Alive,
+    Cancel,
+    Done,
+    Failed,
+    Free,
+    Garbled,
+    Known,
+    Loaded,
+    Loading,
+    Plan,
+    Progress,
+    Ready,
+    Report,
+    Run,
+    StartFailed,
+    WorkerProcess,
+)
+from app.engine.queue import Grouping, JobQueue, kind_of
+from app.engine.slot import Patience, Slot, death
+from app.engine.types import (
+    ATTEMPTS,
+    RETRY_SECONDS,
+    Catalogue,
+    EngineStatus,
+    IllegalTransition,
+    Job,
+    JobHandle,
+    JobState,
+    StepListener,
+    WorkerState,
+    deadline_passed,
+    leaving,
+    models_unknown,
+    queue_full,
+    worker_lost,
+)
+from app.engine.worker import RunnerFactory, Spawn, spawn
+from app.errors import (
+    Cancelled,
+    GenerationFailed,
+    Incompatible,
+    Invalid,
+    ModelNotFound,
+    ModelUnavailable,
+    NotReady,
+    OutOfMemory,
+    ServiceError,
+)
+from app.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
+SILENCE = 1.5  # seconds of starting or loading, after which the log says again what goes on
+_HOPELESS = "No worker can be started; the server's log says why."
+
+
+CRASHES = 2  # in a row; one alone may be a stranger's doing, such as a process killed by hand
+
+
+class Quarantine:
+    """`seconds` later a model may be tried again: memory that was short may be there by then."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._crashes: dict[str, int] = {}
+        self._held: dict[str, tuple[str, float]] = {}
+
+    def crashed(self, model: str, reason: str) -> bool:
+        """A worker was lost while it loaded `model`; `reason` is a sentence for everyone. True: now it is held."""
+        self._crashes[model] = self._crashes.get(model, 0) + 1
+        if self._crashes[model] < CRASHES:
+            return False
+        self._held[model] = reason, time.monotonic() + self._seconds
+        self._crashes[model] = CRASHES - 1  # when it is tried again, one crash suffices
+        return True
+
+    def loaded(self, model: str) -> None:
+        self._crashes.pop(model, None)
+        self._held.pop(model, None)
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Model → why it is held."""
+        now = time.monotonic()
+        self._held = {model: held for model, held in self._held.items() if held[1] > now}
+        return {model: reason for model, (reason, _) in self._held.items()}
+
+    def retry_after(self, model: str) -> int:
+        """Whole seconds until it may be tried again; at least one."""
+        _, until = self._held.get(model, ("", 0.0))
+        return max(1, round(until - time.monotonic()))
+
+
+class LocalEngine:
+    """See `Engine`.
+
+    backoff: the first and the longest pause before a lost worker is replaced, in seconds.
+    max_batch_size: images of different jobs that are denoised together at most; 1 runs each job by itself.
+    batch_timeout: seconds that a free worker waits at most for such jobs, see `Grouping`.
+    """
+
+    def __init__(
+        self,
+        factory: RunnerFactory,
+        devices: Sequence[str] = ("auto",),
+        *,
+        queue_size: int = 64,
+        stop_seconds: float = 10.0,
+        backoff: tuple[float, float] = (0.1, 30.0),
+        patience: Patience | None = None,
+        quarantine_seconds: float = 600.0,
+        max_batch_size: int = 1,
+        batch_timeout: float = 0.0,
+        make: Spawn = spawn,
+    ) -> None:
+        self._factory = factory
+        self._slots = [Slot(device) for device in devices]
+        self._queue = JobQueue()
+        self._queue_size = queue_size
+        self._groups = max_batch_size > 1
+        self._grouping = Grouping(max_batch_size, batch_timeout)
+        self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
+        self._stop_seconds = stop_seconds
+        self._backoff = backoff
+        self._patience = patience or Patience()
+        self._quarantine = Quarantine(quarantine_seconds)
+        self._make = make
+        self._catalogue: Catalogue | None = None
+        self._supervisors: list[asyncio.Task[None]] = []
+        self._draining = False
+        self._stopping = False
+
+    async def start(self) -> None:
+        self._draining = self._stopping = False
+        self._supervisors = [asyncio.create_task(self._supervise(slot)) for slot in self._slots]
+
+    async def drain(self, seconds: float) -> None:
+        if self._draining and seconds == 0:
+            self._stop_seconds = 0.0  # somebody is in a hurry
+        self._draining = True
+        for slot in self._slots:
+            slot.settle(draining=True)
+        self._dispatch()  # a group that waited for company
+        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
+            await asyncio.wait(pending, timeout=seconds)
+        self._answer_all()
+
+    async def stop(self) -> None:
+        self._draining = self._stopping = True
+        self._answer_all()
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+
+    def catalogue(self) -> Catalogue:
+        if self._catalogue is None:
+            raise models_unknown()
+        return self._catalogue
+
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        if self._draining:
+            raise leaving()
+        if self.hopeless:
+            raise NotReady(_HOPELESS, retry_after=RETRY_SECONDS)
+        if job.model in self._quarantine.reasons:
+            raise model_held(job.model, self._quarantine)
+        if len(self._queue) >= self._queue_size and not promised:
+            raise queue_full(self._queue_size)
+        handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
+        if job.deadline_seconds is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(job.deadline_seconds, self._expire, handle)
+            handle.result.add_done_callback(lambda _: timer.cancel())
+        self._queue.put(handle)
+        self._grouping.arrived(handle, tuple(self._queue), self._running())
+        self._dispatch()
+        return handle
+
+    def cancel(self, job_id: str) -> bool:
+        for handle in self._unsettled():
+            if handle.job.id == job_id:
+                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
+                return True
+        return False
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            pending=len(self._queue),
+            running=len(self._running()),
+            devices=tuple(slot.status() for slot in self._slots),
+            capacity=self._queue_size,
+            draining=self._draining,
+            quarantined=dict(self._quarantine.reasons),
+        )
+
+    def _unsettled(self) -> list[JobHandle]:
+        return [*(handle for handle in self._running() if not handle.settled), *self._queue]
+
+    def _answer_all(self) -> None:
+        for handle in self._unsettled():
+            self._give_up(handle, leaving())
+
+    def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
+        """Answer now; the worker is told, and takes the next job when it has reached its next step."""
+        if not self._queue.remove(handle):
+            for slot in self._slots:
+                if handle in slot.jobs:
+                    slot.send(Cancel(handle.job.id))
+        handle.fail(error, state)
+
+    def _expire(self, handle: JobHandle) -> None:
+        if not handle.settled:
+            self._give_up(handle, deadline_passed(handle))
+
+    def _dispatch(self) -> None:
+        """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
+        free = [slot for slot in self._slots if slot.free]
+        while free and self._queue:
+            slot = free.pop(0)
+            waiting = tuple(self._queue)
+            drawing = [handle for slot in self._slots for handle in slot.running]
+            finishing = [handle for slot in self._slots for handle in slot.finishing]
+            group, seconds = self._grouping.choose(waiting, drawing, finishing, idle=len(free), hurry=self._draining)
+            if not group:
+                self._later = asyncio.get_running_loop().call_later(seconds, self._dispatch)
+                return
+            self._queue.take(group)
+            for handle in group:
+                handle.run()
+            slot.running = group
+            slot.advance()
+            slot.settle(self._draining)
+            heard = frozenset(handle.job.id for handle in group if handle.on_step is not None)
+            slot.send(Run(tuple(handle.job for handle in group), heard))
+
+    def _running(self) -> list[JobHandle]:
+        return [handle for slot in self._slots for handle in slot.jobs]
+
+    async def _supervise(self, slot: Slot) -> None:
+        """Keep a worker on this device until cancelled."""
+        while True:
+            slot.move(WorkerState.STARTING)
+            slot.advance()
+            _log.info("worker starts device=%s: it reads what the models are, which takes seconds", slot.device)
+            avoid = frozenset(self._quarantine.reasons)
+            plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
+            make = partial(self._make, factory=self._factory, device=slot.device, plan=plan)
+            process = slot.process = WorkerProcess(slot.device, make)
+            watch = asyncio.create_task(self._watch(slot, process))
+            try:
+                await process.start()
+                async for report in process.reports():
+                    self._hear(slot, report)
+            except OSError as error:
+                _log.error("worker device=%s cannot be started: %s", slot.device, error)
+            except IllegalTransition as error:
+                slot.fault = "it reported what cannot be"
+                _log.error("worker device=%s: %s", slot.device, error)
+            except Exception:  # noqa: BLE001  # a bug of ours, in a listener for one, must not leave the device without a worker
+                slot.fault = "the server made a mistake"
+                _log.exception("worker device=%s", slot.device)
+            finally:
+                watch.cancel()
+                # Killed at once when it is known to be lost; at shutdown it may reach its next step.
+                code = await asyncio.shield(process.stop(self._stop_seconds if self._stopping else 0.0))
+                self._bury(slot, code)
+            slot.restarts += 1
+            first, longest = self._backoff
+            await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
+
+    async def _watch(self, slot: Slot, process: WorkerProcess) -> None:
+        """Kill the worker when it hangs; its supervisor sees it die."""
+        said = time.monotonic()
+        while (fault := slot.overdue(self._patience)) is None:
+            await asyncio.sleep(self._patience.look)
+            if (not slot.up or slot.loading is not None) and time.monotonic() - said >= SILENCE:
+                said = time.monotonic()
+                _log.info("worker device=%s: still %s", slot.device, slot.busy_with)
+        slot.fault = fault
+        _log.error("worker device=%s pid=%s hangs: %s", slot.device, process.pid, fault)
+        await process.kill()
+
+    def _hear(self, slot: Slot, report: Report) -> None:
+        match report:
+            case Alive():
+                return
+            case Known(catalogue):
+                self._catalogue = catalogue
+            case Loading(model, stage):
+                slot.loading, slot.stage = model, stage
+                _log.info("loading model=%s device=%s: %s", model, slot.device, stage or "begins")
+                slot.advance()
+            case Loaded():
+                self._loaded(slot)
+            case Ready(condition):
+                self._loaded(slot)
+                slot.condition = condition
+                slot.up = True
+                slot.start_failures = 0
+                _log.info("worker ready device=%s pid=%s", slot.device, slot.process and slot.process.pid)
+            case StartFailed(message, detail):
+                slot.loading = None  # it was told, not seen: no crash of the model
+                slot.fault = "it could not load its models; the server's log says why"
+                _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
+            case Progress(steps):
+                slot.advance()
+                for job_id, step in steps.items():
+                    running = slot.drawing(job_id)
+                    if running is not None and not running.settled and running.on_step is not None:
+                        running.on_step(step)
+            case Free(condition):
+                slot.drawn()
+                slot.advance()
+                slot.loading = None
+                slot.condition = condition
+            case Done(job_id, result):
+                handle = self._release(slot, job_id)
+                if not handle.settled:
+                    handle.succeed(result)
+            case Failed(job_id, kind, _, detail):
+                handle = self._release(slot, job_id)
+                if kind != "cancelled":
+                    _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
+                if not handle.settled:
+                    handle.fail(error_of(report))
+            case Garbled(detail):
+                raise IllegalTransition(f"its words cannot be read: {detail}")
+        slot.settle(self._draining)
+        self._dispatch()
+
+    def _loaded(self, slot: Slot) -> None:
+        if slot.loading is not None:
+            self._quarantine.loaded(slot.loading)
+        slot.loading = None
+        slot.advance()
+
+    def _release(self, slot: Slot, job_id: str) -> JobHandle:
+        """The worker has ended this job. Raises IllegalTransition when that is none that it has drawn."""
+        handle = slot.finish(job_id)
+        self._grouping.ended(handle)
+        slot.advance()
+        slot.deaths = 0
+        return handle
+
+    def _bury(self, slot: Slot, code: int | None) -> None:
+        """The worker is gone: see to the job that it had, and to those who would wait for nothing."""
+        slot.reason = slot.fault or death(code)
+        loading, slot.loading = slot.loading, None
+        lost, slot.running, slot.finishing = slot.jobs, [], []
+        if not slot.up:
+            slot.start_failures += 1
+        slot.up, slot.fault, slot.process = False, None, None
+        slot.deaths += 1
+        slot.move(WorkerState.FAILED)
+        if self._stopping:
+            return
+        _log.error("worker lost device=%s exit_code=%s: %s", slot.device, code, slot.reason)
+        for handle in lost:
+            _log.error("its worker was lost: %s", slot.reason, extra={"request_id": handle.job.id})
+        if loading is not None and self._quarantine.crashed(loading, _held_because(slot.reason)):
+            _log.error("model %s is quarantined: %s", loading, self._quarantine.reasons[loading])
+            for waiting in self._queue:
+                if waiting.job.model == loading:
+                    self._give_up(waiting, model_held(loading, self._quarantine))
+        for handle in lost:
+            if not handle.settled:
+                self._take_back(handle, slot.reason)
+        if self.hopeless:
+            for waiting in self._queue:
+                self._give_up(waiting, NotReady(_HOPELESS, retry_after=RETRY_SECONDS))
+
+    def _take_back(self, handle: JobHandle, reason: str) -> None:
+        """A job whose worker was lost: once more, or answered."""
+        if handle.job.model in self._quarantine.reasons:
+            handle.fail(model_held(handle.job.model, self._quarantine))
+        elif handle.attempts < ATTEMPTS:
+            handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
+            self._queue.put(handle)  # it is promised: the bound does not apply
+            self._dispatch()
+        else:
+            handle.fail(worker_lost(reason))
+
+    @property
+    def hopeless(self) -> bool:
+        """No device's worker came up when it was started last, nor several times before."""
+        return all(slot.start_failures >= START_FAILURES for slot in self._slots)
+
+
+def _held_because(reason: str) -> str:
+    return f"Its worker was lost twice in a row while loading it: {reason}."
+
+
+def error_of(failure: Failed) -> ServiceError:
+    match failure.kind:
+        case "cancelled":
+            return Cancelled("The job was cancelled.")
+        case "unknown_model":
+            return ModelNotFound(failure.message, field="model")
+        case "load_failed":
+            return ModelUnavailable(  # its own message names folders of this machine
+                "The model is configured, but its files do not load; the server's log says why. Ask for another one.",
+                field="model",
+                retry_after=RETRY_SECONDS,
+            )
+        case "model_error":
+            return Invalid(failure.message, field=failure.field)
+        case "incompatible":
+            return Incompatible(failure.message)
+        case "out_of_memory":
+            return OutOfMemory(
+                "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
+                "or turn off other features that hold memory.",
+                retry_after=RETRY_SECONDS,
+            )
+        case _:
+            return GenerationFailed("The model failed on this request; the server's log has the cause.")
+
+
+def model_held(model: str, quarantine: Quarantine) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{model} is not given to any worker at present. {quarantine.reasons.get(model, '')} Ask for another model, or "
+        "again later.",
+        field="model",
+        retry_after=quarantine.retry_after(model),
+    )
+
+
+def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[str] | None = None) -> LocalEngine:
+    """`devices` instead of those of the settings, if given."""
+    return LocalEngine(
+        factory,
+        settings.devices if devices is None else devices,
+        queue_size=settings.queue_size,
+        stop_seconds=settings.stop_seconds,
+        patience=Patience(silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds),
+        quarantine_seconds=settings.quarantine_seconds,
+        max_batch_size=settings.max_batch_size,
+        batch_timeout=settings.batch_timeout,
+    )

@@ -1,1 +1,0 @@
-"""Pictures of the work: sheets that compare settings, plots of what a cache did in one request."""

@@ -1,0 +1,299 @@
+"""/sdapi/v1: txt2img, img2img, progress, interrupt, options and the lists that clients fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+
+from app import __version__, images
+from app.engine.types import EngineStatus, JobHandle, JobResult
+from app.errors import Unsupported
+from app.http import outcome
+from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, Payload, payload_schema, read_payload
+from app.http.attempt import Attempt
+from app.http.desk import Waiting
+from app.http.render import errors
+from app.http.request import read_object, service_of
+from app.http.resolve import Adapters
+from app.http.schemas import KNOWN, shown
+from app.infotext import SCHEDULERS, known, label_of
+
+
+class Drawn(BaseModel):
+    """As txt2img and img2img answer there."""
+
+    images: list[str] = Field(description="Base64, one a picture.")
+    parameters: dict[str, Any] = Field(description="What was drawn with.")
+    info: str = Field(description="JSON: AUTOMATIC1111's own keys, and under wavespeed the report of /api/generate.")
+
+
+class Progress(BaseModel):
+    """Of the caller's oldest request under way."""
+
+    progress: float = Field(description="Share of its steps that are done, 0 to 1; 0 too where nothing is under way.")
+    eta_relative: float = Field(description="Seconds, as the steps went so far.")
+    state: dict[str, Any] = Field(description="job_count: the caller's requests under way; sampling_step of _steps.")
+    current_image: str | None = Field(description="Base64 JPEG, where live_previews_enable was asked for.")
+    textinfo: str | None = Field(description="What it waits for, if it does.")
+
+
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+NONE_HERE = (
+    "sd-vae",
+    "upscalers",
+    "latent-upscale-modes",
+    "hypernetworks",
+    "face-restorers",
+    "realesrgan-models",
+    "prompt-styles",
+)
+"""Lists that front ends fetch when they start, and that are empty here."""
+
+
+def _body_of(schema: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """The bodies' JSON Schemas by name, for OpenAPI."""
+    return {"Txt2ImgRequest": payload_schema(img2img=False), "Img2ImgRequest": payload_schema(img2img=True)}
+
+
+_DRAWING: dict[str, Any] = {
+    "response_model": Drawn,
+    "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
+}
+
+
+@router.post(
+    "/txt2img",
+    summary="Draw pictures, as AUTOMATIC1111 does",
+    openapi_extra=_body_of("Txt2ImgRequest"),
+    **_DRAWING,
+)
+async def txt2img(request: Request) -> Response:
+    """The fields of POST /api/generate can stand beside AUTOMATIC1111's, in override_settings, or in
+    alwayson_scripts.WaveSpeed.args[0]; the report is info.wavespeed.
+    """
+    return await _draw(request, img2img=False)
+
+
+@router.post(
+    "/img2img",
+    summary="Draw a picture over, as AUTOMATIC1111 does",
+    openapi_extra=_body_of("Img2ImgRequest"),
+    **_DRAWING,
+)
+async def img2img(request: Request) -> Response:
+    """As txt2img, from one picture. There is no inpainting."""
+    return await _draw(request, img2img=True)
+
+
+async def _draw(request: Request, *, img2img: bool) -> Response:
+    attempt = Attempt(request)
+    with attempt.counted():
+        payload = read_payload(await attempt.body(), img2img=img2img)
+        job = await attempt.job(payload.fields)
+        payload.check(job)
+        waiting: Waiting | None = None
+        handle = attempt.submit(job, lambda step: waiting.stepped(step) if waiting is not None else None)
+        waiting = Waiting(handle)
+        with attempt.service.desk.waits(request, waiting):
+            result = await attempt.result(handle)
+    return JSONResponse(await asyncio.to_thread(drawn, payload, handle, result))
+
+
+@router.get("/progress", summary="How far the caller's request is", responses=errors(401, 422))
+async def how_far(
+    request: Request, skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False
+) -> Progress:
+    """The caller is known by its key, without keys by its address."""
+    service = service_of(request)
+    return progress(service.desk.of(request), service.engine.status(), with_image=not skip_current_image)
+
+
+@router.post("/interrupt", summary="Give the caller's oldest request up", responses=errors(401))
+async def interrupt(request: Request) -> dict[str, str]:
+    """It is answered 409. Nobody else's is touched; where there is none, nothing happens."""
+    service = service_of(request)
+    for waiting in service.desk.of(request)[:1]:
+        service.engine.cancel(waiting.handle.job.id)
+    return {}
+
+
+def _options(request: Request) -> dict[str, object]:
+    """Those of a request that names none."""
+    default = service_of(request).engine.catalogue().default
+    return {
+        "sd_model_checkpoint": default,
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+        "live_previews_enable": False,
+    }
+
+
+@router.get("/options", summary="The settings of a request that names none", responses=errors(401, 503))
+async def options(request: Request) -> dict[str, Any]:
+    """Each can be set in a request's override_settings, and nowhere else."""
+    return _options(request)
+
+
+@router.post(
+    "/options",
+    summary="Refused, unless it changes nothing",
+    responses=errors(401, 413, 422, 503),
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}},
+)
+async def set_options(request: Request) -> None:
+    """A setting that outlives its request would change what others are drawn: they belong into override_settings."""
+    now = _options(request)
+    for name, value in (await read_object(request, service_of(request).settings)).items():
+        if name in now and type(value) is type(now[name]) and value == now[name]:
+            continue
+        where = "override_settings of the request" if name in OVERRIDES or name in KNOWN else "the server's environment"
+        raise Unsupported(f"{shown(name)} is not set for all requests to come. Give it in {where}.", field=shown(name))
+
+
+@router.get("/sd-models", summary="The models, as AUTOMATIC1111 lists them", responses=errors(401, 503))
+async def sd_models(request: Request) -> list[dict[str, str | None]]:
+    """Shorter than GET /api/models; no path is told."""
+    names = service_of(request).engine.catalogue().models
+    nothing = {"hash": None, "sha256": None, "config": None}
+    return [{"title": name, "model_name": name, "filename": name, **nothing} for name in names]
+
+
+@router.get("/samplers", summary="The samplers, by AUTOMATIC1111's names", responses=errors(401, 503))
+async def samplers(request: Request) -> list[dict[str, Any]]:
+    """Those that some model here takes; which one takes which is in GET /api/models."""
+    ours = {name for model in service_of(request).engine.catalogue().models.values() for name in model.samplers}
+    return [
+        {
+            "name": sampler.name,
+            "aliases": list(sampler.aliases),
+            "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
+        }
+        for sampler in known(ours)
+    ]
+
+
+@router.get("/schedulers", summary="The schedulers, by AUTOMATIC1111's names", responses=errors(401))
+async def schedulers() -> list[dict[str, Any]]:
+    """Which sampler takes which is in GET /api/models."""
+    nothing = {"aliases": None, "default_rho": None, "need_inner_model": None}
+    return [{"name": scheduler.name, "label": scheduler.label, **nothing} for scheduler in SCHEDULERS]
+
+
+@router.get("/scripts", summary="The one script that alwayson_scripts takes", responses=errors(401))
+async def scripts() -> dict[str, list[str]]:
+    """Its one argument is an object with fields of POST /api/generate."""
+    return {"txt2img": [SCRIPT.lower()], "img2img": [SCRIPT.lower()]}
+
+
+@router.get("/loras", summary="The LoRAs that a prompt can name", responses=errors(401))
+def loras(request: Request) -> list[dict[str, Any]]:
+    """As <lora:name:0.8>."""
+    names = Adapters.of(service_of(request).settings).loras.files()
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
+
+
+async def _nothing() -> list[Any]:
+    """There is none here."""
+    return []
+
+
+for _name in NONE_HERE:
+    router.add_api_route(f"/{_name}", _nothing, summary="Always empty", responses=errors(401), name=_name)
+
+
+def drawn(payload: Payload, handle: JobHandle, result: JobResult) -> dict[str, Any]:
+    """`Drawn` as a dict. Its size makes it a thread's work."""
+    pictures = [base64.b64encode(picture).decode("ascii") for picture in result.images]
+    params = handle.job.params
+    sampler = payload.sampler.name if payload.sampler is not None else label_of(params.sampler)
+    shared = {
+        "prompt": params.prompt,
+        "negative_prompt": params.negative_prompt,
+        "seed": params.seeds[0],
+        "width": params.width,
+        "height": params.height,
+        "sampler_name": sampler,
+        "cfg_scale": params.guidance_scale,
+        "steps": params.steps,
+        "batch_size": params.batch_size,
+        "denoising_strength": params.img2img.denoise if params.img2img is not None else None,
+        "styles": [],
+        "restore_faces": False,
+        "subseed": -1,
+        "subseed_strength": 0,
+        "seed_resize_from_w": 0,
+        "seed_resize_from_h": 0,
+    }
+    texts = [images.metadata(handle.job, seed, result.cache)["parameters"] for seed in params.seeds]
+    info = {
+        **shared,
+        "all_prompts": [params.prompt] * len(params.seeds),
+        "all_negative_prompts": [params.negative_prompt] * len(params.seeds),
+        "all_seeds": list(params.seeds),
+        "all_subseeds": [-1] * len(params.seeds),
+        "face_restoration_model": None,
+        "sd_model_name": handle.job.model,
+        "sd_model_hash": None,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "extra_generation_params": {"Schedule type": params.scheduler or "default"},
+        "index_of_first_image": 0,
+        "infotexts": texts,
+        "job_timestamp": _stamp(),
+        "clip_skip": params.clip_skip or 1,
+        "is_using_inpainting_conditioning": False,
+        "version": f"WaveSpeed {__version__}",
+        "wavespeed": outcome.report(handle, result),
+    }
+    parameters = {**shared, "n_iter": len(params.seeds) // params.batch_size, "scheduler": params.scheduler}
+    return {"images": pictures, "parameters": parameters, "info": json.dumps(info)}
+
+
+def progress(waiting: list[Waiting], status: EngineStatus, *, with_image: bool) -> Progress:
+    """How far the first of them is."""
+    first = waiting[0] if waiting else None
+    step = first.step if first is not None else None
+    done, total = (step.index + 1, step.total) if step is not None else (0, 0)
+    share = done / total if total else 0.0
+    since = time.monotonic() - first.handle.started if first is not None and first.handle.started else 0.0
+    preview = first.preview if first is not None and with_image else None
+    return Progress(
+        progress=share,
+        eta_relative=round(since / share * (1 - share), 3) if share else 0.0,
+        state={
+            "skipped": False,
+            "interrupted": False,
+            "stopping_generation": False,
+            "job": first.handle.job.id if first is not None else "",
+            "job_count": len(waiting),
+            "job_timestamp": _stamp(),
+            "job_no": 0,
+            "sampling_step": done,
+            "sampling_steps": total,
+        },
+        current_image=base64.b64encode(preview).decode("ascii") if preview is not None else None,
+        textinfo=_waits_for(first, status) if first is not None and step is None else None,
+    )
+
+
+def _waits_for(waiting: Waiting, status: EngineStatus) -> str:
+    if waiting.handle.place is not None:
+        return f"waiting, number {waiting.handle.place} in the queue"
+    loading = [device.loading for device in status.devices if device.loading]
+    return f"loading {', '.join(loading)}" if loading else "starting"
+
+
+def _stamp() -> str:
+    return time.strftime("%Y%m%d%H%M%S")

@@ -1,0 +1,135 @@
+"""The web application, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from app import __version__
+from app.engine.types import Engine
+from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
+from app.http import pages, telemetry
+from app.http.apis import a1111, generate, openai
+from app.http.apis import jobs as jobs_api
+from app.http.apis.openai import images_schema
+from app.http.middleware import Guard, RequestContext, error_response
+from app.http.request import Service, catalogue_or_none, request_id_of
+from app.http.schemas import request_schema
+from app.metrics import Metrics
+from app.settings import Settings
+from app.tracing import telemetry_config
+
+_DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
+
+
+def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """The app starts `engine` when it starts and stops it when it stops."""
+
+    metrics = Metrics(engine.status, lambda: catalogue_or_none(engine))
+    jobs = jobs_api.board(settings, engine, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await jobs.start()
+        await engine.start()
+        try:
+            yield
+        finally:
+            await engine.stop()
+            await jobs.stop()
+
+    app = FastAPI(
+        title="WaveSpeed",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        telemetry=telemetry_config(),
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = Service(settings, engine, metrics, jobs)
+    guard = Guard(settings.api_keys, settings.allowed_hosts, metrics_open=settings.metrics_open)
+    app.add_middleware(RequestContext, guard=guard)
+    if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    for module in (generate, jobs_api, openai, a1111, telemetry, pages):
+        app.include_router(module.router)
+    _describe(app)
+    return app
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ServiceError):
+        raise error
+    return error_response(error, request_id_of(request))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses by itself, in our shape."""
+    if not isinstance(error, HTTPException):
+        raise error
+    ours: ServiceError
+    match error.status_code:
+        case 404:
+            ours = NotFound("There is nothing at this address; /docs lists what there is.")
+        case 405:
+            ours = MethodNotAllowed("This address does not take this method; /docs lists what it takes.")
+        case _:
+            ours = Invalid(str(error.detail))
+    response = error_response(ours, request_id_of(request))
+    if error.headers and "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """An address's own parameters, which the framework checks; the client's words are left out."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    fault = error.errors()[0]
+    field = str(fault["loc"][-1])
+    return error_response(Invalid(f"{field}: {fault['msg']}.", field=field), request_id_of(request))
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the request's schema to OpenAPI: its body is parsed by us, so the framework doesn't know of it."""
+    framework = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = framework()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "GenerateRequest" not in schemas:
+            request = request_schema()
+            schemas.update(request.pop("$defs", {}))
+            schemas["GenerateRequest"] = request
+            schemas.update(a1111.schemas(), ImagesRequest=images_schema())
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                _errors_are_json(operation["responses"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _errors_are_json(responses: dict[str, Any]) -> None:
+    """The framework describes a stream's errors as streams."""
+    for status, response in responses.items():
+        content = response.get("content", {})
+        if status >= "400" and "text/event-stream" in content:
+            content["application/json"] = content.pop("text/event-stream")

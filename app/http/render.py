@@ -1,0 +1,168 @@
+"""The bodies of answers, as OpenAPI describes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.engine.types import OutputFormat
+
+
+class Timing(BaseModel):
+    """Seconds."""
+
+    queue_seconds: float = Field(description="Waiting for a worker.")
+    text_seconds: float = Field(description="Encoding the prompt.")
+    denoise_seconds: float = Field(description="All denoising steps.")
+    decode_seconds: float = Field(description="From latents to pixels.")
+    compile_seconds: float = Field(description="Compiling, with stable_fast: 0 where it was done before.")
+    total_seconds: float = Field(description="From the job's arrival to its end.")
+
+
+class CacheAnswer(BaseModel):
+    """What the cache did; the strategy's own settings stand beside these fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    strategy: str = Field(description="none, deepcache or first_block.")
+    computed: int = Field(description="Denoiser calls computed in full, over all batches.")
+    reused: int = Field(description="Denoiser calls served from the cache.")
+    hit_rate: float = Field(description="reused / (computed + reused).")
+    decisions: str = Field(description="C or R for each call, a space between runs: of batches and passes.")
+    reuse_cost: float | None = Field(description="A reuse call's share of a full call's operations.")
+    predicted_speedup: float | None = Field(description="Denoising speed-up that the operations promise.")
+    cache_bytes: int = Field(description="Most bytes kept between two calls.")
+    passes: list[dict[str, Any]] | None = Field(
+        None, description="The same for each pass by name, where there is more than the plain run; see docs/passes.md."
+    )
+
+
+class Report(BaseModel):
+    """What is said about pictures, whichever API they are asked by."""
+
+    request_id: str = Field(description="Also in X-Request-Id and in every line of the log about it.")
+    model: str = Field(description="The model that drew.")
+    seeds: list[int] = Field(description="One an image.")
+    width: int = Field(description="Pixels.")
+    height: int = Field(description="Pixels.")
+    steps: int = Field(description="Denoising steps.")
+    warnings: list[str] = Field(description="Sentences on what was not quite as asked.")
+    attention: str = Field(description="The kernel that computed attention: sdpa, sage or sparge.")
+    timings: Timing = Field(description="Where the time went.")
+    cache: CacheAnswer = Field(description="What the cache did.")
+
+
+class GenerateAnswer(Report):
+    """Pictures and the report on them."""
+
+    image: str | None = Field(None, description="Base64; when one image was asked for.")
+    images: list[str] | None = Field(None, description="Base64 each; when several were asked for.")
+
+
+class ImageData(BaseModel):
+    b64_json: str = Field(description="The file, base64.")
+
+
+class ImagesAnswer(Report):
+    """As the OpenAI images API answers, and the report of POST /api/generate beside it."""
+
+    created: int = Field(description="Unix seconds.")
+    data: list[ImageData] = Field(description="One a picture.")
+    size: str = Field(description="WIDTHxHEIGHT, pixels.")
+    output_format: str = Field(description="png, jpeg or webp.")
+    background: str = Field(description="opaque.")
+
+
+class ModelCard(BaseModel):
+    """A model, as the OpenAI API shows it."""
+
+    id: str = Field(description="Its name.")
+    object: Literal["model"] = Field("model", description="What this is.")
+    created: int = Field(description="When the server started, Unix seconds.")
+    owned_by: str = Field("wavespeed", description="Always wavespeed.")
+
+
+class ModelCards(BaseModel):
+    """The models, as the OpenAI API lists them."""
+
+    object: Literal["list"] = Field("list", description="What this is.")
+    data: list[ModelCard] = Field(description="One a model.")
+
+
+class JobAnswer(BaseModel):
+    """A job as it stands. Times are Unix seconds."""
+
+    id: str = Field(description="Its name in the addresses below /api/jobs, and in every line of the log about it.")
+    state: str = Field(description="queued, running, done, failed or cancelled.")
+    model: str | None = Field(description="The model that draws.")
+    position: int | None = Field(description="Place in the queue, 1 for the next; null when it does not wait.")
+    step: int = Field(description="Denoising steps done, over all batches.")
+    total: int | None = Field(description="Denoising steps in all; null before the first.")
+    attempts: int = Field(description="How often it was started: twice when its worker was lost.")
+    created: float = Field(description="When it was accepted.")
+    started: float | None = Field(description="When a worker took it first.")
+    finished: float | None = Field(description="When it ended.")
+    error: ErrorDetail | None = Field(description="Why it was not done.")
+    result: GenerateAnswer | None = Field(None, description="What POST /api/generate answers; of a job that is done.")
+
+
+class ErrorDetail(BaseModel):
+    type: str = Field(description="A word to branch on: invalid, incompatible, unsupported, queue_full, …")
+    message: str = Field(description="What is wrong and what to do about it.")
+    field: str | None = Field(description="The request's field at fault, if it is one's.")
+    request_id: str = Field(description="To find the request in the log.")
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail = Field(description="What went wrong.")
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI `responses` for these statuses."""
+    words = {
+        401: "API keys are configured and none of them was sent.",
+        404: "There is no such model or job.",
+        409: "The job has ended.",
+        413: "The body is too large.",
+        422: "The request is invalid, or asks for things that do not go together.",
+        429: "The queue is full; try again after Retry-After seconds.",
+        500: "The model failed; the log has the cause.",
+        504: "The deadline passed before the pictures were done.",
+        503: "No worker, or it was lost, or out of memory; try again after Retry-After seconds.",
+    }
+    return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}
+
+
+MEDIA_TYPES: dict[str, OutputFormat] = {f"image/{name}": name for name in get_args(OutputFormat)}
+
+
+def accepted_image(header: str, output_format: OutputFormat) -> OutputFormat | None:
+    """The picture format that an Accept header prefers to JSON, None for JSON.
+
+    `image/*` stands for `output_format`. JSON wins a tie, and a header that names neither.
+    """
+    best: OutputFormat | None = None
+    best_quality = json_quality = 0.0
+    for part in header.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = _quality(parameters)
+        if kind == "application/json":
+            json_quality = max(json_quality, quality)
+        wanted = output_format if kind == "image/*" else MEDIA_TYPES.get(kind)
+        if wanted is not None and quality > best_quality:
+            best, best_quality = wanted, quality
+    return best if best_quality > json_quality else None
+
+
+def _quality(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return min(max(float(value), 0.0), 1.0)
+            except ValueError:
+                return 0.0
+    return 1.0

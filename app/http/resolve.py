@@ -1,0 +1,315 @@
+"""From a request that is well-formed to a job that a model can do: defaults, compatibility, what is not there yet."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.engine.types import Catalogue, Job, ModelInfo, OutputFormat
+from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
+from app.http.schemas import GenerateRequest, shown
+from app.images import read_picture
+from app.settings import Settings
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
+from models.embedding import mentioned
+from models.files import UnknownFile, WeightsFolder
+from models.prompt import BadPrompt
+from models.prompt import parse as parse_prompt
+from models.samplers import check as check_sampler
+
+SEEDS = 2**32
+SMALLEST_PICTURE = 32  # pixels a side of an upload
+
+_DEEPCACHE_FIELDS = {
+    "deepcache_preset",
+    "deepcache_interval",
+    "deepcache_depth",
+    "deepcache_start_step",
+    "deepcache_end_step",
+    "deepcache_schedule",
+    "deepcache_guidance",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The operator's two folders."""
+
+    loras: WeightsFolder
+    embeddings: WeightsFolder
+
+    @classmethod
+    def of(cls, settings: Settings) -> Adapters:
+        return cls(WeightsFolder(settings.lora_folder, "LoRA"), WeightsFolder(settings.embedding_folder, "embedding"))
+
+    def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
+        """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
+        found = []
+        for index, lora in enumerate(request.loras):
+            try:
+                path = self.loras.find(lora.name)
+            except UnknownFile as error:
+                raise Invalid(str(error), field=f"loras.{index}.name") from None
+            found.append(Lora(name=path.stem, path=path, weight=lora.weight))
+        return tuple(found)
+
+    def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:
+        """The embeddings whose names the prompts hold, and what to tell the user of them."""
+        found = mentioned(self.embeddings.files(), (request.prompt, request.negative_prompt))
+        if not found or model.cache != "first_block":
+            return found, []
+        names = ", ".join(embedding.name for embedding in found)
+        return (), [f"{model.name} takes no embeddings; these names were read as plain words: {names}."]
+
+
+NO_ADAPTERS = Adapters(WeightsFolder(None, "LoRA"), WeightsFolder(None, "embedding"))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the operator allows."""
+
+    max_batch_size: int = 4
+    max_picture_pixels: int = 2**24
+    deadline_seconds: float = 3600.0
+    adapters: Adapters = NO_ADAPTERS
+    face_detector: Path | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Limits:
+        return cls(
+            max_batch_size=settings.max_batch_size,
+            deadline_seconds=settings.deadline_seconds,
+            adapters=Adapters.of(settings),
+            face_detector=settings.face_detector,
+        )
+
+
+def resolve(
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+) -> Job:
+    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
+    model = pick_model(request, catalogue)
+    _check_compatible(request, model)
+    _check_size(request, model)
+    _check_sampler(request, model)
+    check_prompts(request, model)
+    steps = model.steps if request.steps is None else request.steps
+    img2img = _img2img(request, limits, steps)
+    warnings = _warnings(request, model)
+    embeddings, said = limits.adapters.mentioned(request, model)
+    warnings += said
+    batch_size = min(request.batch_size, request.num_images)
+    if batch_size > limits.max_batch_size:
+        batch_size = limits.max_batch_size
+        warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
+    first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
+    params = GenerationParams(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        steps=steps,
+        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
+        batch_size=batch_size,
+        sampler=request.sampler,
+        scheduler=request.scheduler,
+        loras=limits.adapters.named(request),
+        embeddings=embeddings,
+        clip_skip=request.clip_skip,
+        guidance_rescale=request.guidance_rescale,
+        attention=request.attention,
+        compiled=request.stable_fast,
+        img2img=img2img,
+        hires_fix=request.hires_fix,
+        adetailer=request.adetailer,
+        face_detector=limits.face_detector if request.adetailer else None,
+        multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
+        preview=request.enable_preview,
+    )
+    return Job(
+        id=job_id,
+        model=model.name,
+        params=params,
+        strategy=_strategy(request, model),
+        output_format=output_format,
+        warnings=tuple(warnings),
+        deadline_seconds=_deadline(request, limits),
+    )
+
+
+def _deadline(request: GenerateRequest, limits: Limits) -> float:
+    """Seconds."""
+    if request.deadline_seconds is None:
+        return limits.deadline_seconds
+    if request.deadline_seconds > limits.deadline_seconds:
+        raise Invalid(
+            f"deadline_seconds is at most {limits.deadline_seconds:g} on this server.", field="deadline_seconds"
+        )
+    return request.deadline_seconds
+
+
+async def resolve_aside(
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+) -> Job:
+    """`resolve`, in a thread where there is an upload to decode: for the event loop."""
+    if request.img2img_image is None:
+        return resolve(request, catalogue, limits, job_id, output_format)
+    return await asyncio.to_thread(resolve, request, catalogue, limits, job_id, output_format)
+
+
+def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
+    name = request.model
+    if name is None:
+        name = catalogue.default_flux if request.flux_enabled else catalogue.default
+        if name is None:
+            raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
+    model = catalogue.models.get(name)
+    if model is None:
+        known = ", ".join(catalogue.models)
+        raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field="model")
+    if request.flux_enabled and model.cache != "first_block":
+        raise Incompatible(
+            f"flux_enabled asks for a Flux model, and {model.name} is none. Leave one of the two out.",
+            field="flux_enabled",
+        )
+    return model
+
+
+def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
+    is_flux = model.cache == "first_block"
+    if request.deepcache_enabled and is_flux:
+        raise Incompatible(
+            f"DeepCache works on UNet models, and {model.name} is a transformer. "
+            "Leave deepcache_enabled out and use FBCache (fbcache_enabled), which is on by default there.",
+            field="deepcache_enabled",
+        )
+    if request.fbcache_enabled and not is_flux:
+        raise Incompatible(
+            f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
+            field="fbcache_enabled",
+        )
+    if request.deepcache_enabled and request.cache_forecast == "probe":
+        raise Incompatible(
+            "cache_forecast probe asks the first block of a transformer, and DeepCache has none. Leave it out, or "
+            "give none, linear, quadratic or damped.",
+            field="cache_forecast",
+        )
+    if request.deepcache_enabled and request.img2img_enabled:
+        raise Incompatible(
+            "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
+        )
+    if request.stable_fast and is_flux:
+        raise Incompatible("stable_fast cannot compile Flux models. Leave it out.", field="stable_fast")
+    for name in ("clip_skip", "guidance_rescale"):
+        if getattr(request, name) and is_flux:
+            raise Incompatible(
+                f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
+            )
+    if request.stable_fast and model.compilation is not None:
+        raise Unsupported(model.compilation, field="stable_fast")
+    if (reason := model.attention.get(request.attention)) is not None:
+        raise Unsupported(reason, field="attention")
+
+
+def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
+    for field in ("width", "height"):
+        pixels, multiple = getattr(request, field), model.size_multiple
+        if pixels % multiple:
+            below = max(pixels // multiple * multiple, -(-64 // multiple) * multiple)
+            raise Invalid(
+                f"{field} must be a multiple of {multiple} for {model.name}; {pixels} is not. "
+                f"{below} would be one, or {below + multiple}.",
+                field=field,
+            )
+
+
+def _img2img(request: GenerateRequest, limits: Limits, steps: int) -> Img2Img | None:
+    """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
+    if not request.img2img_enabled:
+        return None
+    if request.img2img_image is None:
+        raise Invalid(
+            "img2img_enabled needs a picture in img2img_image, as base64 or a data URL.", field="img2img_image"
+        )
+    if int(steps * request.img2img_denoise) < 1:
+        raise Invalid(
+            f"img2img_denoise {request.img2img_denoise:g} of {steps} steps leaves no step to run. "
+            f"Give at least {math.ceil(1000 / steps) / 1000:g}, or more steps.",
+            field="img2img_denoise",
+        )
+    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=limits.max_picture_pixels)
+    if min(picture.size) < SMALLEST_PICTURE:
+        raise Invalid(
+            f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
+            f"{SMALLEST_PICTURE} a side. Send a larger picture.",
+            field="img2img_image",
+        )
+    return Img2Img(picture=picture, denoise=request.img2img_denoise)
+
+
+def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
+    try:
+        check_sampler(model.samplers, request.sampler, request.scheduler)
+    except UnsupportedSampler as error:
+        unknown = request.sampler is not None and request.sampler not in model.samplers
+        raise Invalid(str(error), field="sampler" if unknown else "scheduler") from None
+
+
+def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
+    both = _given(forecast=request.cache_forecast, correction=request.cache_correction)
+    if request.deepcache_enabled:
+        chosen = _given(schedule=request.deepcache_schedule, guidance=request.deepcache_guidance)
+        return DeepCache(**request.deepcache, **chosen, **both)
+    if model.cache == "first_block" and request.fbcache_enabled is not False:
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **both)
+    return NoCache()
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """Those that the request names; the others are the strategy's to choose."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
+    """A cache setting that nothing will read deserves a sentence: it may be a cache that was meant to be on."""
+    given = request.model_fields_set
+    warnings = []
+    if not request.deepcache_enabled:
+        idle = sorted(field for field in given & _DEEPCACHE_FIELDS if getattr(request, field) is not None)
+        if idle:
+            warnings.append(f"{', '.join(idle)} had no effect: deepcache_enabled is not true.")
+    if model.cache != "first_block" or request.fbcache_enabled is False:
+        idle = sorted(given & {"fbcache_threshold", "fbcache_max_consecutive"})
+        if idle:
+            reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
+            warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
+    for switch, fields in (
+        ("img2img_enabled", {"img2img_image", "img2img_denoise"}),
+        ("multiscale_enabled", {f"multiscale_{name}" for name in request.multiscale}),
+    ):
+        defaults = {field: GenerateRequest.model_fields[field].default for field in fields}
+        idle = sorted(field for field in given & fields if getattr(request, field) != defaults[field])
+        if idle and not getattr(request, switch):
+            warnings.append(f"{', '.join(idle)} had no effect: {switch} is not true.")
+    for field in ("cache_forecast", "cache_correction"):
+        if getattr(request, field) is not None and isinstance(_strategy(request, model), NoCache):
+            warnings.append(f"{field} had no effect: no cache is on.")
+    return warnings
+
+
+def check_prompts(request: GenerateRequest, model: ModelInfo) -> None:
+    """Raises Invalid for weights that nothing can be drawn with. To a transformer, brackets are plain text."""
+    if model.cache == "first_block":
+        return
+    for name in ("prompt", "negative_prompt"):
+        try:
+            parse_prompt(getattr(request, name))
+        except BadPrompt as error:
+            raise Invalid(str(error), field=name) from None

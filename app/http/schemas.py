@@ -1,0 +1,336 @@
+"""The body of POST /api/generate: every field of it, its bounds, its words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from app.engine.types import OutputFormat
+from app.errors import Invalid, Unsupported
+
+EXAMPLE: dict[str, JsonValue] = {
+    "prompt": "a misty forest at twilight",
+    "width": 768,
+    "height": 512,
+    "deepcache_enabled": True,
+    "deepcache_interval": 3,
+    "deepcache_depth": 2,
+}
+ALIASES = {"cfg_scale": "guidance_scale", "residual_diff_threshold": "fbcache_threshold"}
+PRESETS: dict[str, dict[str, int]] = {
+    "balanced": {"deepcache_interval": 3, "deepcache_depth": 2, "deepcache_start_step": 0, "deepcache_end_step": 1000},
+    "max_speed": {"deepcache_interval": 5, "deepcache_depth": 3, "deepcache_start_step": 0, "deepcache_end_step": 1000},
+    "max_quality": {
+        "deepcache_interval": 2,
+        "deepcache_depth": 1,
+        "deepcache_start_step": 0,
+        "deepcache_end_step": 1000,
+    },
+    "partial": {"deepcache_interval": 3, "deepcache_depth": 2, "deepcache_start_step": 200, "deepcache_end_step": 800},
+}
+LONGEST_PROMPT = 10_000
+LONGEST_NAME = 200
+Model = TypeVar("Model", bound=BaseModel)
+
+Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+
+
+class Lora(BaseModel):
+    """An adapter under the configured folder."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    name: Name = Field(description="Its name under the configured folder, without a path.")
+    weight: float = Field(1.0, ge=-4, le=4, description="Its strength; 1 as trained, 0 off.")
+
+
+class GenerateRequest(BaseModel):
+    """What to draw and how. Unknown fields are refused."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        json_schema_extra={"examples": [EXAMPLE]},
+    )
+    _preset_fields: ClassVar[tuple[str, ...]] = tuple(PRESETS["balanced"])
+
+    prompt: Prompt = Field(
+        description="What the picture shows. UNet models read it whole, however long, and take weights: (word:1.3), "
+        "(word) for 1.1, [word] for 1/1.1. The file name of an embedding stands for it."
+    )
+    negative_prompt: Prompt = Field("", description="What it must not show; read by UNet models.")
+    model: Name | None = Field(
+        None, description="A name from GET /api/models; null takes the server's default. Never a path or a hub id."
+    )
+    flux_enabled: bool = Field(False, description="Shorthand for the configured Flux model.")
+    width: int = Field(512, ge=64, le=2048, description="Pixels, a multiple of 8 (16 for Flux).")
+    height: int = Field(512, ge=64, le=2048, description="Pixels, a multiple of 8 (16 for Flux).")
+    num_images: int = Field(1, ge=1, le=10, description="How many pictures; number i is drawn from seed + i.")
+    batch_size: int = Field(1, ge=1, le=16, description="How many of them are denoised together.")
+    steps: int | None = Field(None, ge=1, le=150, description="Denoising steps; null takes the model's default.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=30, description="Weight of the prompt; null takes the model's default. Also called cfg_scale."
+    )
+    guidance_rescale: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Pulls the contrast that guidance adds back by this share, against overexposure. UNet models only.",
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=12,
+        description="Which layer of the text encoder is read, as AUTOMATIC1111 counts: 1 the one that the model was "
+        "trained on, 2 the one before it. UNet models only.",
+    )
+    seed: int | None = Field(
+        None, ge=-1, le=2**32 - 1, description="Where the noise comes from; null or -1 draws one. Always returned."
+    )
+    sampler: Name | None = Field(None, description="A sampler of the model, see GET /api/models; null: its own.")
+    scheduler: Name | None = Field(
+        None, description="How the sampler's steps are spaced; null: as the model was saved."
+    )
+
+    deepcache_enabled: bool = Field(False, description="Reuse deep UNet features between steps. UNet models only.")
+    deepcache_preset: Literal["balanced", "max_speed", "max_quality", "partial"] | None = Field(
+        None,
+        description="Sets interval, depth, start_step and end_step: balanced 3, 2, 0, 1000; max_speed 5, 3, 0, 1000; "
+        "max_quality 2, 1, 0, 1000; partial 3, 2, 200, 800. None of the four may be given beside it.",
+    )
+    deepcache_interval: int = Field(
+        3, ge=1, le=10, description="One denoiser call in so many is computed in full; 1 caches nothing."
+    )
+    deepcache_depth: int = Field(
+        2, ge=0, le=12, description="At depth d a reuse step costs at most 1/(d + 2) of a full one; higher is faster."
+    )
+    deepcache_schedule: Literal["auto", "uniform"] | None = Field(
+        None,
+        description="Where the computed calls lie: uniform every interval-th, auto as many where they were found to "
+        "help most (uniform if a window is set); null is auto.",
+    )
+    deepcache_guidance: Literal["full", "reuse"] | None = Field(
+        None,
+        description="What a reused step runs of a guided batch: full both halves; reuse the half with the prompt, at "
+        "half the cost, the guidance difference being forecast; null is full.",
+    )
+    deepcache_start_step: int = Field(
+        0, ge=0, le=1000, description="Reuse from this progress on; 0 is pure noise, 1000 is finished."
+    )
+    deepcache_end_step: int = Field(1000, ge=0, le=1000, description="Reuse up to this progress.")
+    fbcache_enabled: bool | None = Field(
+        None, description="First-block cache. null: on for Flux. Transformer models only."
+    )
+    fbcache_threshold: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Reuse while the first block's residual differs by less, or lies less beside its line where "
+        "cache_forecast is probe; 0 never reuses. "
+        "Also called residual_diff_threshold.",
+    )
+    fbcache_max_consecutive: int | None = Field(
+        None, ge=1, le=50, description="Most reuse steps in a row; null sets no cap."
+    )
+    cache_forecast: Literal["none", "linear", "quadratic", "damped", "probe"] | None = Field(
+        None,
+        description="How a reuse step predicts what it skips: none takes the last value, linear and quadratic a "
+        "polynomial through the last two or three, damped a line whose slope is trusted as far as the one before it "
+        "held; probe, for FBCache, a line as far as the first block has moved along its own; null takes the cache's "
+        "measured default.",
+    )
+    cache_correction: bool | None = Field(
+        None,
+        description="Whether a computed step also repays what the reused ones before it got wrong, which costs next to "
+        "nothing; for samplers that draw no noise and call the denoiser once a step. null: yes, unless cache_forecast "
+        "is none.",
+    )
+
+    attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
+        "auto", description="Attention kernel; auto takes the best that the model and device can run."
+    )
+    stable_fast: bool = Field(False, description="Compile the denoiser. Not for Flux.")
+    img2img_enabled: bool = Field(False, description="Start from a picture instead of noise: img2img_image.")
+    img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
+    img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")
+    hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
+    adetailer: bool = Field(False, description="Find faces and draw them anew in detail.")
+    multiscale_enabled: bool = Field(False, description="Run some steps at lower resolution.")
+    multiscale_factor: float = Field(0.5, gt=0, le=1, description="That resolution's share of the full one.")
+    multiscale_fullres_start: int = Field(3, ge=0, le=150, description="First steps at full resolution.")
+    multiscale_fullres_end: int = Field(8, ge=0, le=150, description="Last steps at full resolution.")
+    multiscale_intermittent: bool = Field(True, description="Every fourth step in between at full resolution.")
+    loras: list[Lora] = Field(default=[], max_length=16, description="Adapters to apply, safetensors only.")
+    enable_preview: bool = Field(False, description="Send intermediate pictures on the job's event stream.")
+    deadline_seconds: float | None = Field(
+        None, gt=0, description="Give up and answer 504 after so many seconds; null takes the server's limit."
+    )
+    output_format: OutputFormat = Field(
+        "png", description="png carries the settings as text: AUTOMATIC1111's `parameters` and one JSON chunk."
+    )
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _no_nul(cls, value: str) -> str:
+        if "\0" in value:
+            raise PydanticCustomError("nul", "must not contain the NUL character; remove it")
+        return value
+
+    @field_validator("fbcache_threshold", "guidance_scale", "guidance_rescale", "img2img_denoise")
+    @classmethod
+    def _no_negative_zero(cls, value: float | None) -> float | None:
+        return value + 0.0 if value is not None else None  # -0.0 + 0.0 is 0.0; the answer and PNG print it
+
+    @field_validator("loras")
+    @classmethod
+    def _once(cls, value: list[Lora]) -> list[Lora]:
+        names = [lora.name for lora in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise PydanticCustomError("twice", "name each adapter once; add their weights up")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> GenerateRequest:
+        if self.deepcache_preset is not None:
+            for field in self._preset_fields:
+                if field in self.model_fields_set:
+                    raise _located(field, f"is set by deepcache_preset {self.deepcache_preset!r} already; give one")
+        if self.deepcache_start_step > self.deepcache_end_step:
+            raise _located("deepcache_start_step", "must not be greater than deepcache_end_step; swap them")
+        return self
+
+    @property
+    def deepcache(self) -> dict[str, Any]:
+        """DeepCache's four numbers, the preset filled in, by the names of its constructor."""
+        if self.deepcache_preset is not None:
+            values = PRESETS[self.deepcache_preset]
+        else:
+            values = {field: getattr(self, field) for field in self._preset_fields}
+        return {field.removeprefix("deepcache_").removesuffix("_step"): value for field, value in values.items()}
+
+    @property
+    def multiscale(self) -> dict[str, Any]:
+        """Multi-scale's settings, by the names of models.base.Multiscale."""
+        names = ("factor", "fullres_start", "fullres_end", "intermittent")
+        return {name: getattr(self, f"multiscale_{name}") for name in names}
+
+
+KNOWN = (*GenerateRequest.model_fields, *ALIASES)
+
+
+def parse(body: dict[str, Any], known: Collection[str] = KNOWN) -> GenerateRequest:
+    """Raises Invalid, naming the first field at fault, what is wrong with it, and the others.
+
+    `known`: the names among which the nearest one to an unknown field is looked for.
+    """
+    body = dict(body)
+    for alias, field in ALIASES.items():
+        if alias in body:
+            if field in body:
+                raise Invalid(f"{alias} and {field} are the same field; give one.", field=alias)
+            body[field] = body.pop(alias)
+    for key in body:
+        if key not in GenerateRequest.model_fields:
+            nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
+            raise Invalid(
+                f"There is no field {shown(key)!r}. The nearest known one is {nearest[0]!r}.", field=shown(key)
+            )
+    return validated(GenerateRequest, body)
+
+
+def validated(model: type[Model], values: dict[str, Any]) -> Model:
+    """Raises Invalid, as `parse` does."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _located(field: str, message: str) -> PydanticCustomError:
+    """For a check on the whole object, which pydantic would otherwise pin on no field."""
+    return PydanticCustomError("together", "{message}", {"field": field, "message": message})
+
+
+def _invalid(error: ValidationError) -> Invalid:
+    # The input is left out: a NaN or a lone surrogate in it could not be written into an answer.
+    faults = error.errors(include_input=False, include_url=False)
+    fields = []
+    for fault in faults:
+        located = fault.get("ctx", {}).get("field") if fault["type"] == "together" else None
+        fields.append(located or ".".join(shown(str(part)) for part in fault["loc"]))
+    first, field = faults[0], fields[0]
+    if first["type"] == "missing":
+        message = f"{field} is required."
+    elif first["type"] == "string_unicode":
+        message = f"{field}: holds a lone surrogate, half of a character; send the whole character."
+    else:
+        message = f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+    if others := [other for other in dict.fromkeys(fields) if other != field]:
+        message += f" Also wrong: {', '.join(others[:10])}{', …' if len(others) > 10 else ''}."
+    return Invalid(message, field=field)
+
+
+def shown(text: str) -> str:
+    """A client's own word, fit for an answer and the log: one short line, with nothing that hides or breaks UTF-8."""
+    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:81])
+    return word if len(text) <= 80 and len(word) <= 80 else f"{word[:80]}…"
+
+
+def request_schema() -> dict[str, Any]:
+    """JSON Schema of the body, aliases included, for OpenAPI."""
+    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    properties = schema["properties"]
+    for alias, field in ALIASES.items():
+        properties[alias] = {**properties[field], "description": f"Another name of {field}."}
+    return schema
+
+
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """`values`: those that change nothing, null always among them. `remedy`: a sentence on what to do instead."""
+
+    values: tuple[object, ...]
+    remedy: str
+
+    def accepts(self, value: object) -> bool:
+        return value is None or any(_same(value, neutral) for neutral in self.values)
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of the values that are taken."""
+        return {"enum": [*self.values, None], "description": f"Changes nothing here. {self.remedy}"}
+
+
+def without_neutral(body: Mapping[str, Any], table: Mapping[str, Neutral], where: str = "") -> dict[str, Any]:
+    """The other fields of `body`. Raises Unsupported for a field of the table that asks for something.
+
+    `where`: what the fields are in, for the names in messages, with a dot at its end.
+    """
+    rest = {}
+    for name, value in body.items():
+        if name not in table:
+            rest[name] = value
+        elif not table[name].accepts(value):
+            wording = ", ".join(_written(neutral) for neutral in table[name].values) or "null"
+            raise Unsupported(
+                f"{where}{name} can only be {wording}: anything else would have no effect. {table[name].remedy}",
+                field=f"{where}{name}",
+            )
+    return rest
+
+
+def _same(one: object, other: object) -> bool:
+    """In Python true is 1; in JSON it is not."""
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def _written(value: object) -> str:
+    return repr(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,1 @@
+"""The service on Ray Serve: one ingress, worker replicas on any number of machines."""
