@@ -80,6 +80,13 @@ class Unauthorized(ServiceError):
     type = "unauthorized"
 
 
+class ForeignOrigin(ServiceError):
+    """A page of another web site asks for a change."""
+
+    status = 403
+    type = "foreign_origin"
+
+
 class MisdirectedRequest(ServiceError):
     """The request names a host that this server is not known to go by."""
 
@@ -195,3 +202,9 @@ def status_of(kind: str) -> int:
             return error.status
         waiting += error.__subclasses__()
     return ServiceError.status
+
+
+def shown(text: str) -> str:
+    """A client's own word, fit for an answer and the log: one short line, with nothing that hides or breaks UTF-8."""
+    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:81])
+    return word if len(text) <= 80 and len(word) <= 80 else f"{word[:80]}…"

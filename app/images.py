@@ -1,28 +1,25 @@
-"""Pictures to bytes, with what made them written inside; and a client's picture from text, trusted in nothing."""
+"""Pictures to bytes, and a client's picture from text, trusted in nothing."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-import json
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from app import __version__
-from app.engine.types import Job, OutputFormat
 from app.errors import Invalid, PictureTooLarge, ServiceError
 
+OutputFormat = Literal["png", "jpeg", "webp"]
 _ENDINGS: Mapping[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _QUALITY = 95
-_JOINERS = "\u200c\u200d"
-_HIDING = ("Cc", "Cf", "Cs")
 _READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever the bytes pose as
 _REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
+_DATA_URLS = ("image/png", "image/jpeg", "image/jpg", "image/webp")  # jpg is no media type, and what many write
 _SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,59 +51,6 @@ def encode(image: Image.Image, output_format: OutputFormat, text: Mapping[str, s
     else:
         image.convert("RGB").save(buffer, output_format.upper(), quality=_QUALITY)
     return buffer.getvalue()
-
-
-def metadata(job: Job, seed: int, cache: Mapping[str, object]) -> dict[str, str]:
-    """A PNG's text chunks: `parameters` as AUTOMATIC1111's web UI writes it, and `wavespeed`, one JSON object."""
-    params = job.params
-    settings = {
-        "Steps": params.steps,
-        "Sampler": params.sampler or "default",
-        "Schedule type": params.scheduler or "default",
-        "CFG scale": params.guidance_scale,
-        "Seed": seed,
-        "Size": f"{params.width}x{params.height}",
-        "Model": job.model,
-        "Cache": job.strategy.name,
-        "Version": f"WaveSpeed {__version__}",
-    }
-    if params.clip_skip is not None:
-        settings["Clip skip"] = params.clip_skip
-    if params.img2img is not None:
-        settings["Denoising strength"] = params.img2img.denoise
-    # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
-    lines = [_one_line(params.prompt)]
-    if params.negative_prompt:
-        lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items()))
-    report = {
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
-        "model": job.model,
-        "seed": seed,
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
-        "guidance_scale": params.guidance_scale,
-        "sampler": params.sampler,
-        "scheduler": params.scheduler,
-        "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
-        "embeddings": [embedding.name for embedding in params.embeddings],
-        "clip_skip": params.clip_skip,
-        "guidance_rescale": params.guidance_rescale,
-        "cache": dict(cache),
-        "version": __version__,
-    }
-    return {"parameters": "\n".join(lines), "wavespeed": json.dumps(report)}
-
-
-def _one_line(text: str) -> str:
-    """Without control characters and those that turn the direction of text, which hide what stands there.
-
-    Joiners stay: emoji and several scripts are written with them. The JSON chunk keeps the text as it was.
-    """
-    kept = (char for char in " ".join(text.split()) if char in _JOINERS or unicodedata.category(char) not in _HIDING)
-    return "".join(kept)
 
 
 def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:
@@ -143,7 +87,7 @@ def _bytes_of(text: str, field: str) -> bytes:
     head, comma, payload = text.partition(",")
     if head[:5].lower() == "data:":
         kind, *parameters = head[5:].lower().split(";")
-        if not comma or "base64" not in parameters or kind not in ("image/png", "image/jpeg", "image/webp"):
+        if not comma or "base64" not in parameters or kind not in _DATA_URLS:
             raise Invalid(f"{field} is a data URL of another kind. {_REMEDY}", field=field)
     else:
         payload = text

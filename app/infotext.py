@@ -1,16 +1,19 @@
-"""AUTOMATIC1111's sampler and scheduler names, and what they are here.
+"""What made a picture, in AUTOMATIC1111's words: names of samplers, and the text inside a PNG.
 
 Names, aliases and what `Automatic` stands for: modules/sd_samplers_kdiffusion.py, sd_samplers_timesteps.py and
-sd_schedulers.py of its version 1.10.
+sd_schedulers.py of its version 1.10; the text: modules/processing.py, `create_infotext`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+import unicodedata
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from app.errors import Invalid
-from app.http.schemas import shown
+from app import __version__
+from app.errors import Invalid, shown
+from models.base import GenerationParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ SCHEDULERS = (
     Scheduler("align_your_steps", "Align Your Steps", "ays"),
     Scheduler("beta", "Beta", "beta"),
 )
+_JOINERS = "\u200c\u200d"
+_HIDING = ("Cc", "Cf", "Cs")
 _SAMPLERS = {word.lower(): sampler for sampler in SAMPLERS for word in (sampler.name, sampler.ours, *sampler.aliases)}
 _SCHEDULERS = {
     word.lower(): scheduler
@@ -101,9 +106,14 @@ def scheduler_alone(scheduler: str | None) -> str | None:
     return _scheduler(scheduler).ours
 
 
-def label_of(ours: str | None) -> str:
+def sampler_label(ours: str | None) -> str | None:
     """What AUTOMATIC1111 calls a sampler of ours."""
-    return next((sampler.name for sampler in SAMPLERS if sampler.ours == ours), ours or "default")
+    return next((sampler.name for sampler in SAMPLERS if sampler.ours == ours), ours)
+
+
+def scheduler_label(ours: str | None) -> str | None:
+    """What AUTOMATIC1111 calls a scheduler of ours, the later one where it has two names."""
+    return next((scheduler.label for scheduler in reversed(SCHEDULERS) if ours and scheduler.ours == ours), ours)
 
 
 def known(ours: Collection[str]) -> list[Sampler]:
@@ -117,3 +127,68 @@ def _scheduler(name: str | None) -> Scheduler:
         labels = ", ".join(one.label for one in SCHEDULERS)
         raise Invalid(f"There is no scheduler {shown(name or '')!r} here. There is: {labels}.", field="scheduler")
     return found
+
+
+def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> str:
+    """The text that AUTOMATIC1111 writes into a PNG, so that what reads its pictures restores ours.
+
+    What a request left to the model, such as its sampler, is left out: a reader keeps its own then.
+    """
+    hires, img2img = params.hires_fix, params.img2img
+    width, height = (params.width // 2, params.height // 2) if hires else (params.width, params.height)
+    settings = {
+        "Steps": params.steps,
+        "Sampler": sampler_label(params.sampler),
+        "Schedule type": scheduler_label(params.scheduler),
+        "CFG scale": f"{params.guidance_scale:g}",
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        "Model": model,
+        "Denoising strength": f"{img2img.denoise:g}" if img2img is not None else "0.5" if hires else None,
+        "Clip skip": params.clip_skip,
+        "Hires upscale": 2 if hires else None,
+        "Hires upscaler": "Lanczos" if hires else None,
+        "Cache": strategy,
+        "Version": f"WaveSpeed {__version__}",
+    }
+    tags = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in params.loras)
+    # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
+    lines = [f"{_one_line(params.prompt)}{tags}"]
+    if params.negative_prompt:
+        lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def text_chunks(
+    params: GenerationParams, seed: int, model: str, strategy: str, cache: Mapping[str, object]
+) -> dict[str, str]:
+    """A PNG's text chunks: `parameters`, which is `infotext`, and `wavespeed`, JSON with the cache's report."""
+    report = {
+        "prompt": params.prompt,
+        "negative_prompt": params.negative_prompt,
+        "model": model,
+        "seed": seed,
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        "guidance_scale": params.guidance_scale,
+        "sampler": params.sampler,
+        "scheduler": params.scheduler,
+        "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
+        "embeddings": [embedding.name for embedding in params.embeddings],
+        "clip_skip": params.clip_skip,
+        "guidance_rescale": params.guidance_rescale,
+        "cache": dict(cache),
+        "version": __version__,
+    }
+    return {"parameters": infotext(params, seed, model, strategy), "wavespeed": json.dumps(report)}
+
+
+def _one_line(text: str) -> str:
+    """Without control characters and those that turn the direction of text, which hide what stands there.
+
+    Joiners stay: emoji and several scripts are written with them. The JSON chunk keeps the text as it was.
+    """
+    kept = (char for char in " ".join(text.split()) if char in _JOINERS or unicodedata.category(char) not in _HIDING)
+    return "".join(kept)

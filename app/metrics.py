@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from app.engine.types import Catalogue, EngineStatus, ModelInfo, WorkerState
 from app.errors import ServiceError
 
 RECENT = 100  # requests that the recent hit rate looks back on
@@ -74,11 +73,9 @@ class _CacheTotals:
 
 
 class Metrics:
-    """Counters of one app. `status` and `catalogue` are asked whenever the metrics are read."""
+    """Counters of one app. What the engine is at the moment is no count: see `http/telemetry.py`."""
 
-    def __init__(self, status: Callable[[], EngineStatus], catalogue: Callable[[], Catalogue | None]) -> None:
-        self._status = status
-        self._catalogue = catalogue
+    def __init__(self) -> None:
         self.started = time.time()
         self.requests_processed = 0
         self.images_produced = 0
@@ -116,30 +113,6 @@ class Metrics:
             "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=registry
         )
         self._images = Counter("wavespeed_images_total", "Pictures drawn.", ["model"], registry=registry)
-        self._queue_depth = Gauge("wavespeed_queue_depth", "Jobs waiting for a worker.", registry=registry)
-        self._queue_capacity = Gauge("wavespeed_queue_capacity", "Jobs that may wait at once.", registry=registry)
-        self._running = Gauge("wavespeed_jobs_running", "Jobs that a worker has.", registry=registry)
-        self._memory_used = Gauge(
-            "wavespeed_gpu_memory_used_bytes", "GPU memory in use.", ["device"], registry=registry
-        )
-        self._memory_total = Gauge(
-            "wavespeed_gpu_memory_total_bytes", "GPU memory there is.", ["device"], registry=registry
-        )
-        self._restarts = Gauge(
-            "wavespeed_worker_restarts", "Workers started after the first.", ["device"], registry=registry
-        )
-        self._worker_ready = Gauge(
-            "wavespeed_worker_ready", "1 when the device's worker can take jobs.", ["device"], registry=registry
-        )
-        self._worker_state = Gauge(
-            "wavespeed_worker_state", "1 for the state its worker is in.", ["device", "state"], registry=registry
-        )
-        self._quarantined = Gauge(
-            "wavespeed_model_quarantined", "1 when no worker is given the model.", ["model"], registry=registry
-        )
-        self._loaded = Gauge(
-            "wavespeed_model_loaded", "1 when some worker holds the model.", ["model"], registry=registry
-        )
         self._expect_answers("none")
 
     def answered(self, model: str | None, outcome: str) -> None:
@@ -179,36 +152,17 @@ class Metrics:
         """Telemetry's `cache`."""
         return {_TELEMETRY_NAMES[name]: totals.report() for name, totals in self._caches.items()}
 
-    def exposition(self) -> bytes:
-        """Prometheus text."""
-        status, catalogue = self._status(), self._catalogue()
-        self._queue_depth.set(status.pending)
-        self._queue_capacity.set(status.capacity)
-        self._running.set(status.running)
-        by_device = (self._memory_used, self._memory_total, self._restarts, self._worker_ready, self._worker_state)
-        for gauge in by_device:
-            gauge.clear()  # a device that is gone, as a replica can be, is not to look as it last did
-        for device in status.devices:
-            self._memory_used.labels(device.device).set(device.memory.used)
-            self._memory_total.labels(device.device).set(device.memory.total)
-            self._restarts.labels(device.device).set(device.restarts)
-            self._worker_ready.labels(device.device).set(device.ready)
-            for state in WorkerState:
-                self._worker_state.labels(device.device, state.value).set(device.state is state)
-        for name, info in catalogue.models.items() if catalogue else ():
-            self._expect(info)
-            self._loaded.labels(name).set(name in status.loaded)
-            self._quarantined.labels(name).set(name in status.quarantined)
-        return generate_latest(self.registry)
+    def expect(self, model: str, cache: str) -> None:
+        """Begin the counters of a model at 0: PromQL's rate() is blind to the event that a series begins with.
 
-    def _expect(self, model: ModelInfo) -> None:
-        """Begin the model's counters at 0: PromQL's rate() is blind to the event that a series begins with."""
-        self._expect_answers(model.name)
-        self._images.labels(model.name)
-        for strategy in ("none", model.cache):
-            self._generation.labels(model.name, strategy)
+        `cache`: the strategy that it can run.
+        """
+        self._expect_answers(model)
+        self._images.labels(model)
+        for strategy in ("none", cache):
+            self._generation.labels(model, strategy)
             for outcome in ("computed", "reused"):
-                self._steps.labels(model.name, strategy, outcome)
+                self._steps.labels(model, strategy, outcome)
 
     def _expect_answers(self, model: str) -> None:
         for outcome in ("ok", *_FAULTS):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
-from app.engine.types import JobHandle
 from app.errors import Cancelled
 
 if TYPE_CHECKING:
@@ -31,21 +30,23 @@ def identified(request_id: str) -> None:
     trace.get_current_span().set_attribute("wavespeed.request_id", request_id)
 
 
-def ended(figures: Mapping[str, Any], handle: JobHandle | None = None) -> None:
-    """Write `figures` to the span of the request that waits for them.
+def ended(figures: Mapping[str, Any]) -> None:
+    """Write `figures` to the span of the request that waits for what they tell of."""
+    trace.get_current_span().set_attributes(_attributes(figures))
 
-    Of `handle`, a job whose request was answered when it was accepted, the whole time becomes a span below that one.
-    """
-    attributes = {f"wavespeed.{name}": value for name, value in figures.items() if value is not None}
-    if handle is None:
-        trace.get_current_span().set_attributes(attributes)
-        return
+
+def job_ended(job_id: str, seconds: float, figures: Mapping[str, Any]) -> None:
+    """A job of `seconds`, whose request was answered when it was accepted, becomes a span below that one."""
     end = time.time_ns()
-    attributes["wavespeed.request_id"] = handle.job.id
-    job = _tracer.start_span("job", start_time=end - int(handle.total_seconds * 1e9), attributes=attributes)
+    attributes = {**_attributes(figures), "wavespeed.request_id": job_id}
+    job = _tracer.start_span("job", start_time=end - int(seconds * 1e9), attributes=attributes)
     if figures.get("outcome") not in ("ok", Cancelled.type):
         job.set_status(trace.StatusCode.ERROR)
     job.end(end)
+
+
+def _attributes(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"wavespeed.{name}": value for name, value in figures.items() if value is not None}
 
 
 def trace_id() -> str | None:

@@ -122,10 +122,10 @@ def test_every_metric_is_named() -> None:
 
 
 def empty_exposition() -> str:
-    from app.engine.types import EngineStatus
+    from app.http.telemetry import exposition
+    from tests.app.fakes import FakeEngine
 
-    status = EngineStatus(pending=0, running=0, devices=())
-    return Metrics(lambda: status, lambda: None).exposition().decode()
+    return exposition(Metrics(), FakeEngine(ready=False)).decode()
 
 
 def test_fields_named_in_the_text_exist() -> None:

@@ -15,9 +15,9 @@ from app.settings import Settings
 def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
     """With the checks and the code of the server. Raises ServiceError, ModelError."""
     from app.engine.runner import runner_here
-    from app.http.outcome import report_of
     from app.http.resolve import Limits, resolve
     from app.http.schemas import parse
+    from app.jobs.record import drawn
     from models.base import Step
 
     request = parse(values)
@@ -34,8 +34,8 @@ def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
 
         begun = time.monotonic()
         result = runner.run(job, on_step)
-    report = report_of(job, result, queue_seconds=0.0, total_seconds=time.monotonic() - begun)
-    return Generated(result.images, report)
+    one = drawn(job, result, queue_seconds=0.0, total_seconds=time.monotonic() - begun)
+    return Generated(one.images, one.report)
 
 
 def drawn_there(values: dict[str, Any], address: str, key: str | None) -> Generated:

@@ -27,6 +27,7 @@ from app.engine.types import (
     StepsListener,
 )
 from app.engine.worker import Finish, RunnerFactory
+from app.infotext import text_chunks
 from app.machine import share_cores
 from app.settings import Settings, available_cores
 from models.base import Generation, LoadedModel, ModelError, UnknownModel
@@ -111,7 +112,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         raise generation
     cache = summarise_passes(generation.passes)
     pictures = tuple(
-        images.encode(image, job.output_format, images.metadata(job, seed, cache))
+        images.encode(image, job.output_format, text_chunks(job.params, seed, job.model, job.strategy.name, cache))
         for image, seed in zip(generation.images, job.params.seeds, strict=True)
     )
     said = [sentence for report in generation.reports for sentence in report.warnings]

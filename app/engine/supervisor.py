@@ -169,6 +169,8 @@ class LocalEngine:
             raise models_unknown()
         return self._catalogue
 
+    def admit(self, model: str) -> None: ...
+
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if self._draining:
             raise leaving()

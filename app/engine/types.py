@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from app.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, WorkerLost
+from app.images import OutputFormat
 from cache import CacheStrategy
 from models.base import CacheName, GenerationParams, Step, Timings
 
 ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 RETRY_SECONDS = 5  # what a client is told to wait
 
-OutputFormat = Literal["png", "jpeg", "webp"]
 CacheSummary = Mapping[str, object]  # JSON values only
 StepListener = Callable[[Step], None]
 StepsListener = Callable[[Mapping[str, Step]], None]
@@ -315,6 +315,10 @@ class Engine(Protocol):
 
     def catalogue(self) -> Catalogue:
         """Raises NotReady until a first worker has told of it."""
+        ...
+
+    def admit(self, model: str) -> None:
+        """Raises what `submit` would refuse a job for this model with now; queues nothing."""
         ...
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,27 +14,47 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app import __version__
-from app.engine.types import Engine
+from app.engine.types import Engine, Job
 from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
 from app.http import pages, telemetry
 from app.http.apis import a1111, generate, openai
 from app.http.apis import jobs as jobs_api
 from app.http.apis.openai import images_schema
 from app.http.middleware import Guard, RequestContext, error_response
-from app.http.request import Service, catalogue_or_none, request_id_of
-from app.http.schemas import request_schema
+from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
+from app.http.resolve import Limits, resolved
+from app.http.schemas import parse, request_schema
+from app.jobs.jobs import Jobs, Keeping
 from app.metrics import Metrics
-from app.settings import Settings
+from app.settings import Settings, available_cores
 from app.tracing import telemetry_config
 
 _DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
 
 
+_FOREIGN = {
+    "description": "A page of another web site asks, and its origin is not allowed.",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
+}
+
+
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The app starts `engine` when it starts and stops it when it stops."""
 
-    metrics = Metrics(engine.status, lambda: catalogue_or_none(engine))
-    jobs = jobs_api.board(settings, engine, metrics)
+    metrics = Metrics()
+    decoders = ThreadPoolExecutor(max(1, available_cores() // 4), "decode")  # the others are for those who draw
+    limits = Limits.of(settings)
+
+    async def resolve_again(body: Mapping[str, Any], job_id: str) -> Job:
+        return await resolved(parse(dict(body)), job_id, engine, limits, decoders)
+
+    keeping = Keeping(
+        seconds=settings.result_seconds,
+        result_bytes=settings.result_bytes,
+        folder=settings.jobs_folder,
+        requeue=settings.jobs_restart == "requeue",
+    )
+    jobs = Jobs(engine, metrics, resolve_again, keeping)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,17 +74,19 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         telemetry=telemetry_config(),
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect names the scheme of this process, which behind TLS is another one
     )
-    app.state.service = Service(settings, engine, metrics, jobs)
-    guard = Guard(settings.api_keys, settings.allowed_hosts, metrics_open=settings.metrics_open)
+    uploads = Uploads(LARGEST_AT_ONCE * settings.max_body_bytes)
+    app.state.service = Service(settings, engine, metrics, jobs, limits, decoders, uploads)
+    guard = Guard(settings.api_keys, settings.allowed_hosts, settings.cors_origins, metrics_open=settings.metrics_open)
     app.add_middleware(RequestContext, guard=guard)
     if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_headers=["*"],  # client packages send headers of their own, such as x-stainless-os
+            expose_headers=["*"],
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -86,6 +109,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         raise error
     ours: ServiceError
     match error.status_code:
+        case 204:
+            return Response(status_code=204)
         case 404:
             ours = NotFound("There is nothing at this address; /docs lists what there is.")
         case 405:
@@ -120,7 +145,9 @@ def _describe(app: FastAPI) -> None:
             schemas["GenerateRequest"] = request
             schemas.update(a1111.schemas(), ImagesRequest=images_schema())
         for operations in document["paths"].values():
-            for operation in operations.values():
+            for method, operation in operations.items():
+                if method not in ("get", "head"):
+                    operation["responses"]["403"] = _FOREIGN
                 _errors_are_json(operation["responses"])
         return document
 

@@ -1,7 +1,8 @@
-"""Around every request: its id, the guard, the headers of every answer, and the last catch."""
+"""Around every request: its id, whose it is and whether it may ask, the headers of every answer, the last catch."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -15,8 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import tracing
-from app.errors import MisdirectedRequest, ServiceError, Unauthorized
-from app.http.schemas import shown
+from app.errors import ForeignOrigin, MisdirectedRequest, ServiceError, Unauthorized, shown
+from app.jobs.jobs import KEY_OWNER
 from app.log import request_id
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ _HEADERS = {
 
 
 class RequestContext:
-    """Gives each request an id (log, `X-Request-Id`, error bodies), asks the guard, turns a bug into a plain 500."""
+    """Gives each request an id (log, `X-Request-Id`, error bodies), asks the guard whose it is, turns a bug into a 500.
+
+    HEAD is answered as GET is, without the body (RFC 9110, section 9.3.2).
+    """
 
     def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
@@ -43,10 +47,14 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         identity = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = identity
+        state = scope.setdefault("state", {})
+        state["request_id"] = identity
         tracing.identified(identity)
         token = request_id.set(identity)
         started = False
+        if scope["method"] == "HEAD":
+            scope["method"] = "GET"
+            receive, send = _headers_alone(receive, send)
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -59,7 +67,7 @@ class RequestContext:
             await send(message)
 
         try:
-            self._guard.check(scope)
+            state["owner"] = self._guard.owner(scope)
             await self._app(scope, receive, send_with_id)
         except ServiceError as error:
             _log.info("refused status=%d type=%s: %s", error.status, error.type, error.message)
@@ -75,6 +83,24 @@ class RequestContext:
             request_id.reset(token)
 
 
+def _headers_alone(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """The same connection for an answer whose body is dropped; a stream ends with its headers."""
+    ended = asyncio.Event()
+
+    async def receive_until_ended() -> Message:
+        if ended.is_set():
+            return {"type": "http.disconnect"}
+        return await receive()
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            ended.set()
+
+    return receive_until_ended, send_headers
+
+
 def error_response(error: ServiceError, identity: str) -> JSONResponse:
     headers = {}
     if error.retry_after is not None:
@@ -84,36 +110,59 @@ def error_response(error: ServiceError, identity: str) -> JSONResponse:
     return JSONResponse(error.body(identity), status_code=error.status, headers=headers)
 
 
-_OPEN = ("/livez", "/readyz", "/health", "/docs", "/openapi.json")
+_LOOKS = ("GET", "HEAD", "OPTIONS")
+_OPEN = ("/", "/livez", "/readyz", "/health", "/docs", "/openapi.json")
 _OPEN_FOLDER = "/docs/"
 _BASIC_FOLDER = "/sdapi/"  # AUTOMATIC1111's clients know no other way than user name and password
 
 
 class Guard:
-    """Every address asks for a key, new ones too, but health, the documentation and, if `metrics_open`, /metrics.
+    """Who may ask, and whose a request is.
 
-    Without keys whoever reaches the port may ask. A page in somebody's browser reaches it by a name of its own that it
-    points here (DNS rebinding): it is stopped by the name, which must be an address, one word, or among `hosts`.
+    Every address asks for a key, new ones too, but health, the documentation and, if `metrics_open`, /metrics. Without
+    keys whoever reaches the port may ask. A page in somebody's browser reaches it by a name of its own that it points
+    here (DNS rebinding): it is stopped by the name, which must be an address, one word, or among `hosts`. A page of
+    another web site can send what a form can send, without asking first: it is stopped by the origin that its browser
+    names, unless that is among `origins`.
     """
 
-    def __init__(self, keys: Sequence[str], hosts: Sequence[str], *, metrics_open: bool) -> None:
+    def __init__(
+        self, keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str] = (), *, metrics_open: bool
+    ) -> None:
         self._keys = [_digest(key.encode()) for key in keys]
         self._hosts = {host.lower() for host in hosts}
+        self._origins = {origin.lower() for origin in origins}
         self._open = {*_OPEN, "/metrics"} if metrics_open else set(_OPEN)
 
-    def check(self, scope: Scope) -> None:
-        """Raises Unauthorized, MisdirectedRequest."""
+    def owner(self, scope: Scope) -> str:
+        """The key that matched, by a name that does not tell it; without keys the peer's address.
+
+        Raises Unauthorized, MisdirectedRequest, ForeignOrigin.
+        """
         headers = Headers(scope=scope)
         if not self._keys and not self._is_ours(headers.get("host", "")):
             raise MisdirectedRequest(
                 f"This server does not go by the name {shown(headers['host'])!r}. Address it by its IP address or as "
                 "localhost; its operator can list further names in WAVESPEED_ALLOWED_HOSTS."
             )
-        path = scope["path"]
-        if self._keys and path not in self._open and not path.startswith(_OPEN_FOLDER):
-            self._check_key(headers.get("authorization", ""), basic=path.startswith(_BASIC_FOLDER))
+        if scope["method"] not in _LOOKS:
+            self._check_origin(headers)
+        path, client = scope["path"], scope.get("client")
+        if not self._keys or path in self._open or path.startswith(_OPEN_FOLDER):
+            return f"peer:{client[0]}" if client else "peer:"
+        return self._key(headers.get("authorization", ""), basic=path.startswith(_BASIC_FOLDER))
 
-    def _check_key(self, header: str, *, basic: bool) -> None:
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin", "").lower()
+        ours = origin in self._origins or origin.partition("://")[2] == headers.get("host", "").lower()
+        if ours if origin else headers.get("sec-fetch-site", "") != "cross-site":
+            return
+        raise ForeignOrigin(
+            f"A page of {shown(origin) or 'another site'} may not ask for this. The server's operator can list its "
+            "origin in WAVESPEED_CORS_ORIGINS."
+        )
+
+    def _key(self, header: str, *, basic: bool) -> str:
         scheme, _, key = header.partition(" ")
         key = key.strip()
         if basic and scheme.lower() == "basic":
@@ -123,6 +172,7 @@ class Guard:
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise Unauthorized("Send one of this server's keys as Authorization: Bearer <key>.")
+        return KEY_OWNER + given.hex()[:16]
 
     def _is_ours(self, host: str) -> bool:
         name = host.lower()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
-from app.engine.types import OutputFormat
+from app.images import OutputFormat
+from app.jobs.record import Drawn
 
 
 class Timing(BaseModel):
@@ -142,14 +145,14 @@ MEDIA_TYPES: dict[str, OutputFormat] = {f"image/{name}": name for name in get_ar
 def accepted_image(header: str, output_format: OutputFormat) -> OutputFormat | None:
     """The picture format that an Accept header prefers to JSON, None for JSON.
 
-    `image/*` stands for `output_format`. JSON wins a tie, and a header that names neither.
+    `image/*` stands for `output_format`, `*/*` for JSON. JSON wins a tie, and a header that names neither.
     """
     best: OutputFormat | None = None
     best_quality = json_quality = 0.0
     for part in header.lower().split(","):
         kind, *parameters = (piece.strip() for piece in part.split(";"))
         quality = _quality(parameters)
-        if kind == "application/json":
+        if kind in ("application/json", "application/*", "*/*"):
             json_quality = max(json_quality, quality)
         wanted = output_format if kind == "image/*" else MEDIA_TYPES.get(kind)
         if wanted is not None and quality > best_quality:
@@ -166,3 +169,25 @@ def _quality(parameters: list[str]) -> float:
             except ValueError:
                 return 0.0
     return 1.0
+
+
+def bytes_answer(one: Drawn) -> Response:
+    """The first picture itself; the report stands in `X-WaveSpeed-*` headers."""
+    headers: dict[str, str] = {}
+    for key, value in one.report.items():
+        if isinstance(value, dict) and key in ("cache", "timings"):
+            headers.update({_header(key if key == "cache" else "", name): _plain(item) for name, item in value.items()})
+        else:
+            headers[_header("", key)] = _plain(value)
+    return Response(one.images[0], media_type=f"image/{one.job.output_format}", headers=headers)
+
+
+def _header(group: str, name: str) -> str:
+    return "-".join(["X-WaveSpeed", *(word.capitalize() for word in f"{group}_{name}".split("_") if word)])
+
+
+def _plain(value: object) -> str:
+    """Headers are ASCII: text as it is where it can be, everything else as JSON."""
+    if isinstance(value, str) and value.isascii() and value.isprintable():
+        return value
+    return json.dumps(value)

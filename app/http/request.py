@@ -1,45 +1,140 @@
-"""A request's body as a JSON object: bounded in size and time, strict in form."""
+"""What a request brings: whose it is, and its body as a JSON object, bounded in size, time and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from app.engine.types import Catalogue, Engine
-from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, NotReady
-from app.http.desk import Desk
-from app.http.schemas import shown
-from app.jobs.jobs import JobBoard
+from app.engine.types import Engine
+from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
+from app.http.resolve import Limits
+from app.jobs.jobs import Jobs
+from app.jobs.record import Drawn, JobRecord
 from app.metrics import Metrics
 from app.settings import Settings
 
-_PARSED_INLINE = 64 * 2**10  # a longer body is parsed in a thread, beside the event loop
+SMALL = 64 * 2**10
+"""Bytes. A longer body waits for its turn, and is parsed in a thread, beside the event loop."""
+LARGEST_AT_ONCE = 4  # bodies of the longest size that are held at once
 
 
-async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
+class Uploads:
+    """Room for so many bytes of large bodies; who comes when it is taken waits, so that no number of them adds up."""
+
+    def __init__(self, room: int) -> None:
+        self._free = room
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def taking(self, size: int) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every endpoint works with. `decoders`: the few threads that decode the pictures that clients send."""
+
+    settings: Settings
+    engine: Engine
+    metrics: Metrics
+    jobs: Jobs
+    limits: Limits
+    decoders: Executor
+    uploads: Uploads
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def request_id_of(request: Request) -> str:
+    """Made by the outermost middleware for each request; the job has the same id."""
+    return str(request.state.request_id)
+
+
+def owner_of(request: Request) -> str:
+    """The API key that matched, by a name that does not tell it; without keys the peer's address."""
+    return str(request.state.owner)
+
+
+@asynccontextmanager
+async def asked(request: Request) -> AsyncIterator[dict[str, Any]]:
+    """The body of a request for pictures. A failure in the block, which makes a job of it, is counted and logged.
+
+    A large body has its share of the memory for uploads until the end of the block: let go of it there.
+    """
+    service = service_of(request)
+    with service.jobs.refusals():
+        length = _length(request)
+        size = service.settings.max_body_bytes if length is None else length
+        if size <= SMALL or size > service.settings.max_body_bytes:  # the latter is refused before it is read
+            yield await read_object(request)
+            return
+        async with service.uploads.taking(size):
+            yield await read_object(request)
+
+
+async def read_object(request: Request) -> dict[str, Any]:
     """Raises Invalid, BodyTooLarge, BodyTimeout; Cancelled when the client leaves before the end."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Invalid(f"The body must be JSON: send Content-Type: application/json, not {shown(kind) or 'none'}.")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Invalid("A compressed body is not read; send it without Content-Encoding.")
-    body = await _read(request, settings)
+    body = await _read(request, service_of(request).settings)
     if not body.strip():
         raise Invalid("The body is empty; send a JSON object with at least a prompt.")
-    if len(body) > _PARSED_INLINE:
+    if len(body) > SMALL:
         return await asyncio.to_thread(_parse, body)
     return _parse(body)
+
+
+async def waited(request: Request, record: JobRecord) -> Drawn:
+    """The pictures of an ephemeral job, unless the client leaves first; then the job is cancelled.
+
+    Raises what the job ended with. Not for an answer that has begun: the server listens for the client's leaving then.
+    """
+    gone = asyncio.create_task(_disconnected(request))
+    either: set[asyncio.Future[Any]] = {record.outcome, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        service_of(request).jobs.leave(record)
+    return await record.outcome
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _length(request: Request) -> int | None:
+    """Bytes that the client announces; None for a body that comes in chunks."""
+    length = request.headers.get("content-length", "")
+    return int(length[:20]) if length.isascii() and length.isdigit() else None
 
 
 async def _read(request: Request, settings: Settings) -> bytes:
     limit = settings.max_body_bytes
     too_large = BodyTooLarge(f"The body is longer than {limit} bytes, the most that this server reads.")
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+    if (_length(request) or 0) > limit:
         raise too_large
     body = bytearray()
     try:
@@ -79,29 +174,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise Invalid(f"{shown(name)!r} is given more than once; give it once.", field=shown(name))
             seen.add(name)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    settings: Settings
-    engine: Engine
-    metrics: Metrics
-    jobs: JobBoard
-    desk: Desk = field(default_factory=Desk)
-
-
-def service_of(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-def request_id_of(request: Request) -> str:
-    """Made by the outermost middleware for each request; the job has the same id."""
-    return str(request.state.request_id)
-
-
-def catalogue_or_none(engine: Engine) -> Catalogue | None:
-    try:
-        return engine.catalogue()
-    except NotReady:
-        return None

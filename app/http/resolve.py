@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.engine.types import Catalogue, Job, ModelInfo, OutputFormat
-from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported
-from app.http.schemas import GenerateRequest, shown
-from app.images import read_picture
+from app.engine.types import Catalogue, Engine, Job, ModelInfo
+from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
+from app.http.schemas import GenerateRequest
+from app.images import OutputFormat, read_picture
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
 from models.embedding import mentioned
 from models.files import UnknownFile, WeightsFolder
+from models.limits import fit
 from models.prompt import BadPrompt
 from models.prompt import parse as parse_prompt
 from models.samplers import check as check_sampler
@@ -91,16 +94,25 @@ class Limits:
 
 
 def resolve(
-    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+    request: GenerateRequest,
+    catalogue: Catalogue,
+    limits: Limits,
+    job_id: str,
+    output_format: OutputFormat,
+    *,
+    same_aspect: bool = False,
 ) -> Job:
-    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
+    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
+
+    same_aspect: an uploaded picture that would have to be cut is refused.
+    """
     model = pick_model(request, catalogue)
     _check_compatible(request, model)
     _check_size(request, model)
     _check_sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = _img2img(request, limits, steps)
+    img2img = _img2img(request, limits, steps, same_aspect)
     warnings = _warnings(request, model)
     embeddings, said = limits.adapters.mentioned(request, model)
     warnings += said
@@ -155,13 +167,28 @@ def _deadline(request: GenerateRequest, limits: Limits) -> float:
     return request.deadline_seconds
 
 
-async def resolve_aside(
-    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, output_format: OutputFormat
+async def resolved(
+    request: GenerateRequest,
+    job_id: str,
+    engine: Engine,
+    limits: Limits,
+    decoders: Executor,
+    output_format: OutputFormat | None = None,
+    *,
+    same_aspect: bool = False,
 ) -> Job:
-    """`resolve`, in a thread where there is an upload to decode: for the event loop."""
+    """`resolve` for the event loop: an upload is decoded aside, once the engine has said that there is room for a job.
+
+    Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
+    """
+    catalogue = engine.catalogue()
+    work = partial(
+        resolve, request, catalogue, limits, job_id, output_format or request.output_format, same_aspect=same_aspect
+    )
     if request.img2img_image is None:
-        return resolve(request, catalogue, limits, job_id, output_format)
-    return await asyncio.to_thread(resolve, request, catalogue, limits, job_id, output_format)
+        return work()
+    engine.admit(pick_model(request, catalogue).name)
+    return await asyncio.get_running_loop().run_in_executor(decoders, work)
 
 
 def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
@@ -230,7 +257,7 @@ def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
             )
 
 
-def _img2img(request: GenerateRequest, limits: Limits, steps: int) -> Img2Img | None:
+def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: bool) -> Img2Img | None:
     """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
     if not request.img2img_enabled:
         return None
@@ -251,7 +278,14 @@ def _img2img(request: GenerateRequest, limits: Limits, steps: int) -> Img2Img | 
             f"{SMALLEST_PICTURE} a side. Send a larger picture.",
             field="img2img_image",
         )
-    return Img2Img(picture=picture, denoise=request.img2img_denoise)
+    if same_aspect and picture.width * request.height != picture.height * request.width:
+        raise Invalid(
+            f"The picture's {picture.width}×{picture.height} pixels have another aspect than "
+            f"{request.width}×{request.height}. It is cut to it here: set resize_mode to 1, or send one that fits.",
+            field="resize_mode",
+        )
+    # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
+    return Img2Img(picture=fit(picture, request.width, request.height), denoise=request.img2img_denoise)
 
 
 def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:

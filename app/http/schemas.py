@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from app.engine.types import OutputFormat
-from app.errors import Invalid, Unsupported
+from app.errors import Invalid, Unsupported, shown
+from app.images import OutputFormat
 
 EXAMPLE: dict[str, JsonValue] = {
     "prompt": "a misty forest at twilight",
@@ -277,12 +277,6 @@ def _invalid(error: ValidationError) -> Invalid:
     if others := [other for other in dict.fromkeys(fields) if other != field]:
         message += f" Also wrong: {', '.join(others[:10])}{', …' if len(others) > 10 else ''}."
     return Invalid(message, field=field)
-
-
-def shown(text: str) -> str:
-    """A client's own word, fit for an answer and the log: one short line, with nothing that hides or breaks UTF-8."""
-    word = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:81])
-    return word if len(text) <= 80 and len(word) <= 80 else f"{word[:80]}…"
 
 
 def request_schema() -> dict[str, Any]:

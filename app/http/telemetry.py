@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Iterator, Mapping
 
 import psutil
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import generate_latest
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from app.engine.types import DeviceStatus, EngineStatus
+from app.engine.types import DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
+from app.errors import NotReady
 from app.http.request import service_of
+from app.metrics import Metrics
 
 router = APIRouter(tags=["telemetry"])
 _MB, _GB = 2**20, 2**30
@@ -44,7 +50,64 @@ async def telemetry(request: Request) -> dict[str, object]:
 
 @router.get("/metrics", summary="Prometheus text", response_class=Response)
 async def prometheus(request: Request) -> Response:
-    return Response(service_of(request).metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    """In the form that Accept asks for: OpenMetrics, or the plain text format."""
+    service = service_of(request)
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    text = exposition(service.metrics, service.engine, encode)
+    return Response(text, headers={"Content-Type": content_type})
+
+
+def exposition(metrics: Metrics, engine: Engine, encode: Callable[[Collector], bytes] = generate_latest) -> bytes:
+    """What was counted, and what the engine is now."""
+    try:
+        models: Mapping[str, ModelInfo] = engine.catalogue().models
+    except NotReady:
+        models = {}
+    for name, info in models.items():
+        metrics.expect(name, info.cache)
+    return encode(_Everything(metrics, engine.status(), models))
+
+
+class _Everything(Collector):
+    """The counters, and gauges of this one reading: a device or a model that is gone is not to look as it last did."""
+
+    def __init__(self, metrics: Metrics, status: EngineStatus, models: Mapping[str, ModelInfo]) -> None:
+        self._metrics = metrics
+        self._status = status
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._metrics.registry.collect()
+        status = self._status
+        yield GaugeMetricFamily("wavespeed_queue_depth", "Jobs waiting for a worker.", status.pending)
+        yield GaugeMetricFamily("wavespeed_queue_capacity", "Jobs that may wait at once.", status.capacity)
+        yield GaugeMetricFamily("wavespeed_jobs_running", "Jobs that a worker has.", status.running)
+        by_device: dict[tuple[str, str], Callable[[DeviceStatus], float]] = {
+            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use."): lambda device: device.memory.used,
+            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is."): lambda device: device.memory.total,
+            ("wavespeed_worker_restarts", "Workers started after the first."): lambda device: device.restarts,
+            ("wavespeed_worker_ready", "1 when the device's worker can take jobs."): lambda device: device.ready,
+        }
+        for (name, words), value in by_device.items():
+            gauge = GaugeMetricFamily(name, words, labels=["device"])
+            for device in status.devices:
+                gauge.add_metric([device.device], value(device))
+            yield gauge
+        states = GaugeMetricFamily(
+            "wavespeed_worker_state", "1 for the state its worker is in.", labels=["device", "state"]
+        )
+        for device in status.devices:
+            for state in WorkerState:
+                states.add_metric([device.device, state.value], device.state is state)
+        yield states
+        for name, words, names in (
+            ("wavespeed_model_quarantined", "1 when no worker is given the model.", status.quarantined),
+            ("wavespeed_model_loaded", "1 when some worker holds the model.", status.loaded),
+        ):
+            gauge = GaugeMetricFamily(name, words, labels=["model"])
+            for model in self._models:
+                gauge.add_metric([model], model in names)
+            yield gauge
 
 
 def _memory_info(status: EngineStatus) -> dict[str, float]:

@@ -1,18 +1,22 @@
-"""The jobs of POST /api/jobs: taken once, run by the engine, ended once, kept for a while."""
+"""Every request is a job: taken once, run by the engine, ended once; counted, logged and traced at its end."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.engine.types import Engine, Job, JobHandle, JobResult, JobState
+from app import tracing
+from app.engine.types import Engine, Job, JobHandle, JobState
 from app.errors import (
     Cancelled,
     CannotStart,
@@ -24,13 +28,17 @@ from app.errors import (
     ServiceError,
     StorageFailed,
 )
-from app.jobs.record import JobRecord
+from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
+from app.metrics import CacheUse, Metrics, hit_rate
 from models.base import Step
 
 _log = logging.getLogger(__name__)
 
 MOST_KEPT = 10_000  # ended jobs, whatever their results take
+KEY_OWNER = "key:"
+"""How the name of an owner begins that is an API key. Its jobs are seen by that key alone."""
+Resolve = Callable[[Mapping[str, Any], str], Awaitable[Job]]
 _LOST = "The server was restarted before the job was done. Send it again."
 _PAUSE = 0.5  # seconds between two tries to hand a job of an earlier run to the engine
 _TRIM_SECONDS = 60.0  # for which a follower that lost its connection can come back to every event of an ended job
@@ -46,32 +54,21 @@ class Keeping:
     requeue: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """What the board leaves to the HTTP side.
+class Jobs:
+    """Belongs to one event loop. Every accepted job ends exactly once, as done, failed or cancelled.
 
-    `resolve`: body and id → job; raises ServiceError. `render`: a done job's answer, as JSON; runs in a thread.
-    `ended`: called once for each job that was taken, with its result or its error. `stepped`: called for each step.
+    resolve: a body and an id → the job; raises ServiceError. Asked for what an earlier run of the server promised.
     """
 
-    resolve: Callable[[Mapping[str, Any], str], Awaitable[Job]]
-    render: Callable[[JobHandle, JobResult], bytes]
-    ended: Callable[[JobHandle, JobResult | ServiceError], None]
-    stepped: Callable[[Job, Step], None]
-
-
-class JobBoard:
-    """Belongs to one event loop. Every accepted job ends exactly once, as done, failed or cancelled."""
-
-    def __init__(self, engine: Engine, hooks: Hooks, keeping: Keeping) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, resolve: Resolve, keeping: Keeping) -> None:
         self._engine = engine
-        self._hooks = hooks
+        self._metrics = metrics
+        self._resolve = resolve
         self._keeping = keeping
         self._store = JobStore(keeping.folder) if keeping.folder is not None else None
         self._results = Results(keeping.result_bytes, keeping.folder)
         self._records: dict[str, JobRecord] = {}  # oldest first
         self._keys: dict[str, str] = {}
-        self._refused: set[str] = set()  # given back by the engine, since they could not be recorded
         self._tasks: set[asyncio.Task[None]] = set()
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._resuming: asyncio.Task[None] | None = None
@@ -101,9 +98,7 @@ class JobBoard:
                 record.state, record.started, record.step = JobState.QUEUED, None, 0
                 waiting.append(record)
             else:
-                self._keys.pop(record.key or "", None)
-                record.key = None  # the same request, sent again with the same key, is to be run
-                await self._end(record, JobState.FAILED, LostAtRestart(_LOST))
+                await self._end(record, LostAtRestart(_LOST))
         if waiting:
             _log.info("%d jobs of the last run are taken up again", len(waiting))
             self._resuming = asyncio.create_task(self._resume(waiting))
@@ -119,49 +114,96 @@ class JobBoard:
         if self._store is not None:
             await self._store.close()
 
-    def __len__(self) -> int:
-        return len(self._records)
+    async def submit(
+        self,
+        job: Job,
+        owner: str,
+        *,
+        ephemeral: bool = False,
+        heard: bool = True,
+        api: str = "",
+        request: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        fingerprint: str | None = None,
+    ) -> JobRecord:
+        """The job's record; of an earlier job of this owner, if `key` was used for the same request before.
 
-    async def submit(self, job: Job, request: Mapping[str, Any], key: str | None, fingerprint: str) -> JobRecord:
-        """The job's record; of an earlier job, if `key` was used for the same request before.
-
+        ephemeral: the request waits for `record.outcome`. heard: somebody wants to know of each step; telling of them
+            costs the drawing time, see docs/decisions/service-cost.md. api: by which API, for `of`.
         Raises IdempotencyConflict, StorageFailed, and what the engine refuses with; a refused job leaves nothing.
         """
-        if key is not None and (known := self._records.get(self._keys.get(key, ""))) is not None:
-            if known.fingerprint != fingerprint:
-                raise IdempotencyConflict(
-                    "This Idempotency-Key was used for another request. Use a new one.", field="Idempotency-Key"
-                )
-            return known
-        record = JobRecord(id=job.id, model=job.model, request=request, key=key, fingerprint=fingerprint)
-        # Nothing is awaited between the look above and this: two requests with one key make one job.
-        self._hand_over(record, job, promised=False)
-        self._records[record.id] = record
-        if key is not None:
-            self._keys[key] = record.id
+        with self.refusals(job.model):
+            if key is not None and (known := self._records.get(self._keys.get(key, ""))) is not None:
+                if known.fingerprint != fingerprint:
+                    conflict = "This Idempotency-Key was used for another request. Use a new one."
+                    raise IdempotencyConflict(conflict, field="Idempotency-Key")
+                if known.saved is not None:
+                    await asyncio.shield(known.saved)
+                return known
+            record = JobRecord(
+                id=job.id, owner=owner, ephemeral=ephemeral, api=api, model=job.model, request=request, key=key,
+                fingerprint=fingerprint, events=EventLog(LONGEST if ephemeral else 1),
+            )  # fmt: skip
+            loop = asyncio.get_running_loop()
+            if ephemeral:
+                record.future = loop.create_future()
+            elif self._store is not None:
+                record.saved = loop.create_future()
+            # Nothing is awaited between the look above and this: two requests with one key make one job.
+            self._hand_over(record, job, heard=heard)
+            self._records[record.id] = record
+            if key is not None:
+                self._keys[key] = record.id
+            if record.saved is not None:
+                await self._promise(record, record.saved)
+            record.request = None  # it may hold a picture; on disk it stays for as long as a restart needs it
+            return record
+
+    async def _promise(self, record: JobRecord, saved: asyncio.Future[None]) -> None:
+        """Put it on disk before anybody is told that it was accepted. Raises StorageFailed, and the job is given up."""
         try:
             await self._save(record)
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
-            self._refused.add(record.id)
+            refusal = StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
+            saved.set_exception(refusal)
+            saved.exception()  # a second caller may read it, or none
             self._engine.cancel(record.id)
             if (watcher := self._watchers.get(record.id)) is not None:
                 await asyncio.wait({watcher})
-            self._refused.discard(record.id)
             await self._erase([record.id])
-            raise StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30) from None
-        record.request = None  # it may hold a picture; on disk it stays for as long as a restart needs it
+            raise refusal from None
+        saved.set_result(None)
+
+    @contextmanager
+    def refusals(self, model: str | None = None) -> Iterator[None]:
+        """Count, log and trace what fails in the block: a request that never became a job.
+
+        `model`: None where it named none that exists.
+        """
+        try:
+            yield
+        except ServiceError as error:
+            tracing.ended(self._told(model, error))
+            raise
+        except Exception:  # a bug of ours is an answer as well, and counted; the middleware writes it
+            self._metrics.answered(model, ServiceError.type)
+            raise
+
+    def get(self, identity: str, owner: str) -> JobRecord:
+        """Raises JobNotFound, also for the job of another key."""
+        record = self._records.get(identity)
+        foreign = record is not None and record.owner.startswith(KEY_OWNER) and record.owner != owner
+        if record is None or record.ephemeral or foreign:
+            raise JobNotFound("There is no such job, or it ended so long ago that it was forgotten.")
         return record
 
-    def get(self, identity: str) -> JobRecord:
-        """Raises JobNotFound."""
-        try:
-            return self._records[identity]
-        except KeyError:
-            raise JobNotFound("There is no such job, or it ended so long ago that it was forgotten.") from None
+    def of(self, owner: str, api: str) -> list[JobRecord]:
+        """The owner's jobs under way that came by this API, the oldest first."""
+        return [one for one in self._records.values() if (one.owner, one.api, one.ended) == (owner, api, False)]
 
     async def result(self, record: JobRecord) -> bytes | None:
-        """The answer of a job that is done. Raises JobNotFound when it was dropped at this very moment."""
+        """The answer of a job that is done, as JSON. Raises JobNotFound when it was dropped at this very moment."""
         if record.state is not JobState.DONE:
             return None
         body = await self._results.get(record.id)
@@ -169,35 +211,45 @@ class JobBoard:
             raise JobNotFound("The job's result is no longer kept.")
         return body
 
-    async def cancel(self, identity: str) -> JobRecord:
-        """Once more changes nothing. Raises JobNotFound; JobFinished for one that ended otherwise."""
-        record = self.get(identity)
+    def leave(self, record: JobRecord) -> None:
+        """Nobody waits for it any more; one that has ended stays as it is."""
+        if not record.ended:
+            self._engine.cancel(record.id)
+
+    async def cancel(self, record: JobRecord) -> None:
+        """Once more changes nothing. Raises JobFinished for one that ended otherwise."""
         if record.state is JobState.CANCELLED:
-            return record
+            return
         if record.handle is None and not record.ended:  # of an earlier run, not yet with the engine
-            await self._end(record, JobState.CANCELLED, Cancelled("The job was cancelled."))
-            return record
-        if record.ended or not self._engine.cancel(identity):
+            await self._end(record, Cancelled("The job was cancelled."))
+            return
+        if record.ended or not self._engine.cancel(record.id):
             raise JobFinished("The job has ended already. There was nothing to cancel.")
-        if (watcher := self._watchers.get(identity)) is not None:
+        if (watcher := self._watchers.get(record.id)) is not None:
             await asyncio.wait({watcher})
-        return record
 
-    def _hand_over(self, record: JobRecord, job: Job, *, promised: bool) -> None:
-        def on_step(step: Step) -> None:
-            self._hooks.stepped(job, step)
-            record.step, record.total = step.index + 1, step.total
-            at = {"step": step.index + 1, "total": step.total}
-            record.events.publish("progress", {**at, "decision": step.decision})
-            if step.preview is not None:
-                image = base64.b64encode(step.preview).decode("ascii")
-                record.events.publish("preview", {**at, "image": image, "media_type": "image/jpeg"})
-
+    def _hand_over(self, record: JobRecord, job: Job, *, heard: bool = True, promised: bool = False) -> None:
+        on_step = partial(self._stepped, record, job) if heard or _log.isEnabledFor(logging.DEBUG) else None
         handle = record.handle = self._engine.submit(job, on_step, promised=promised)
-        handle.on_change = lambda: self._changed(record, handle)
-        self._changed(record, handle)
+        if not handle.settled:
+            handle.on_change = partial(self._changed, record, handle)
+            self._changed(record, handle)
         watcher = self._watchers[record.id] = asyncio.create_task(self._watch(record, handle))
         watcher.add_done_callback(lambda _: self._watchers.pop(record.id))
+
+    def _stepped(self, record: JobRecord, job: Job, step: Step) -> None:
+        fields = {"strategy": job.strategy.name, "step": step.index + 1, "total": step.total, "decision": step.decision}
+        _log.debug(
+            "cache strategy=%s step=%d/%d decision=%s",
+            *fields.values(),
+            extra={"request_id": job.id, "fields": fields},  # called outside the request's context, hence the id
+        )
+        record.step, record.total = step.index + 1, step.total
+        at = {"step": step.index + 1, "total": step.total}
+        record.events.publish("progress", {**at, "decision": step.decision})
+        if step.preview is not None:
+            image = base64.b64encode(step.preview).decode("ascii")
+            record.events.publish("preview", {**at, "image": image, "media_type": "image/jpeg"})
 
     def _changed(self, record: JobRecord, handle: JobHandle) -> None:
         if handle.settled:
@@ -210,41 +262,87 @@ class JobBoard:
             record.events.publish("queued", {"position": handle.place})
 
     async def _watch(self, record: JobRecord, handle: JobHandle) -> None:
-        outcome: JobResult | ServiceError
+        """To the end of the job. In the context of the request that submitted it: its log id, its span."""
+        outcome: Drawn | ServiceError
         gone: list[str] = []
         try:
-            outcome = await handle.result
-            body = await asyncio.to_thread(self._hooks.render, handle, outcome)
-            gone = await self._results.put(record.id, body)
+            result = await handle.result
+            outcome = drawn(handle.job, result, queue_seconds=handle.queue_seconds, total_seconds=handle.total_seconds)
+            if not record.ephemeral:
+                body = await asyncio.to_thread(lambda one: json.dumps(one.answer()).encode(), outcome)
+                gone = await self._results.put(record.id, body)
         except ServiceError as error:
             outcome = error
         except OSError as error:
             _log.error("results: %s", error)
             outcome = StorageFailed("The pictures cannot be kept: the server's disk fails.", retry_after=30)
-        except Exception:  # noqa: BLE001  # a bug of ours: whoever polls the job must not poll for ever
+        except Exception:  # noqa: BLE001  # a bug of ours: whoever waits for the job must not wait for ever
             _log.exception("internal error")
             outcome = ServiceError("The server made a mistake; its log has it.")
-        if isinstance(outcome, NotReady) and self._keeping.requeue and self._engine.status().draining:
+        if isinstance(outcome, NotReady) and self._will_be_resumed(record):
             # Its row on disk still says that it waits, and the next run of the server takes it up.
             record.events.publish("error", outcome.body(record.id))
             return
-        if record.id not in self._refused:
-            self._hooks.ended(handle, outcome)
-        if isinstance(outcome, JobResult):
-            await self._end(record, JobState.DONE)
-        else:
-            await self._end(record, handle.state if handle.state is JobState.CANCELLED else JobState.FAILED, outcome)
-        for identity in gone:
-            await self._erase([identity])
+        if record.saved is None or not (record.saved.done() and record.saved.exception()):
+            figures = self._told(record.model, outcome, handle)
+            if record.ephemeral:
+                tracing.ended(figures)
+            else:
+                tracing.job_ended(record.id, handle.total_seconds, figures)
+        await self._end(record, outcome)
+        await self._erase(gone)
 
-    async def _end(self, record: JobRecord, state: JobState, error: ServiceError | None = None) -> None:
-        body = error.body(record.id) if error is not None else None
-        record.end(state, body["error"] if body is not None else None)
+    def _will_be_resumed(self, record: JobRecord) -> bool:
+        return self._keeping.requeue and not record.ephemeral and self._engine.status().draining
+
+    def _told(
+        self, model: str | None, outcome: Drawn | ServiceError, handle: JobHandle | None = None
+    ) -> dict[str, object]:
+        """Count and log an end, the one place where that happens; what a trace is told of it."""
+        if isinstance(outcome, Drawn) and handle is not None:
+            self._metrics.answered(model, "ok")
+            figures = _figures(outcome)
+            self._metrics.generated(
+                CacheUse(
+                    model=outcome.job.model,
+                    strategy=outcome.job.strategy.name,
+                    computed=_count(outcome, "computed"),
+                    reused=_count(outcome, "reused"),
+                    cache_bytes=_count(outcome, "cache_bytes"),
+                ),
+                queue_seconds=handle.queue_seconds,
+                generation_seconds=handle.total_seconds - handle.queue_seconds,
+                images=len(outcome.images),
+                batches=handle.result.result().batches,
+            )
+            words = " ".join(f"{name}={value}" for name, value in figures.items())
+            _log.info("cache %s", words, extra={"fields": figures, "request_id": outcome.job.id})
+            return {"outcome": "ok", **figures}
+        assert isinstance(outcome, ServiceError)
+        self._metrics.answered(model, outcome.type)
+        extra: dict[str, object] = {"fields": {"status": outcome.status, "type": outcome.type, "field": outcome.field}}
+        if handle is not None:
+            extra["request_id"] = handle.job.id
+        words = f"{outcome.field}: {outcome.message}"
+        _log.info("refused status=%d type=%s field=%s", outcome.status, outcome.type, words, extra=extra)
+        return {"outcome": outcome.type, "model": model}
+
+    async def _end(self, record: JobRecord, outcome: Drawn | ServiceError) -> None:
         record.handle = None
-        if body is None:
+        if isinstance(outcome, Drawn):
+            record.end(JobState.DONE)
             record.events.publish("done", {"id": record.id, "location": f"/api/jobs/{record.id}"})
         else:
+            body = outcome.body(record.id)
+            record.end(JobState.CANCELLED if isinstance(outcome, Cancelled) else JobState.FAILED, body["error"])
             record.events.publish("error", body)
+            if outcome.status >= 500 and record.key is not None:
+                self._free_key(record)  # what may pass is to be tried again, with the same key
+                record.key = None
+        if record.ephemeral:
+            del self._records[record.id]
+            _settle(record.outcome, outcome)
+            return
         asyncio.get_running_loop().call_later(_TRIM_SECONDS, record.events.trim)
         self._forget_later(record)
         try:
@@ -255,6 +353,10 @@ class JobBoard:
     async def _save(self, record: JobRecord) -> None:
         if self._store is not None:
             await self._store.put(record, with_request=self._keeping.requeue and not record.ended)
+
+    def _free_key(self, record: JobRecord) -> None:
+        if record.key is not None and self._keys.get(record.key) == record.id:
+            del self._keys[record.key]
 
     def _forget_later(self, record: JobRecord) -> None:
         age = time.time() - (record.finished or time.time())
@@ -270,11 +372,11 @@ class JobBoard:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _erase(self, ids: list[str]) -> None:
+    async def _erase(self, ids: Iterable[str]) -> None:
         for identity in ids:
             record = self._records.pop(identity, None)
-            if record is not None and record.key is not None and self._keys.get(record.key) == identity:
-                del self._keys[record.key]
+            if record is not None:
+                self._free_key(record)
             await self._results.drop(identity)
         if self._store is not None:
             try:
@@ -287,7 +389,7 @@ class JobBoard:
         for record in records:
             while not record.ended and record.handle is None:
                 try:
-                    job = await self._hooks.resolve(record.request or {}, record.id)
+                    job = await self._resolve(record.request or {}, record.id)
                     if record.ended:  # cancelled meanwhile
                         break
                     self._hand_over(record, job, promised=True)
@@ -295,4 +397,38 @@ class JobBoard:
                 except NotReady:
                     await asyncio.sleep(_PAUSE)
                 except ServiceError as error:  # the model is gone, or an update refuses what was fine before
-                    await self._end(record, JobState.FAILED, error)
+                    await self._end(record, error)
+
+
+def _settle(future: asyncio.Future[Drawn], outcome: Drawn | ServiceError) -> None:
+    if future.done():
+        return  # whoever waited was cancelled
+    if isinstance(outcome, Drawn):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)
+        future.exception()  # the client may have left: nobody reading it is no fault
+
+
+def _figures(one: Drawn) -> dict[str, object]:
+    """What the log says of a job that is done."""
+    params, cache, timings = one.job.params, one.report["cache"], one.report["timings"]
+    computed, reused = _count(one, "computed"), _count(one, "reused")
+    return {
+        "strategy": one.job.strategy.name,
+        "model": one.job.model,
+        "computed": computed,
+        "reused": reused,
+        "hit_rate": round(hit_rate(computed, reused), 2),
+        **{name: cache[name] for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None},
+        "images": len(one.images),
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        **{name: round(timings[name], 3) for name in ("queue_seconds", "denoise_seconds", "total_seconds")},
+    }
+
+
+def _count(one: Drawn, name: str) -> int:
+    value = one.report["cache"].get(name)
+    return value if isinstance(value, int) else 0

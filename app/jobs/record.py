@@ -1,15 +1,16 @@
-"""What is known of one job, while it is on its way and for some time after."""
+"""What is known of one job while it is on its way and for some time after, and what happened to it, in order."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from app.engine.types import JobHandle, JobState
+from app.engine.types import Job, JobHandle, JobResult, JobState
 
 EventName = Literal["queued", "running", "progress", "preview", "done", "error"]
 
@@ -22,32 +23,38 @@ class Event:
 
     number: int
     name: EventName
-    data: Mapping[str, object]
+    data: Mapping[str, Any]
 
 
 class EventLog:
-    """The events of one job. Belongs to one event loop; ends with a `done` or an `error`."""
+    """The events of one job. Belongs to one event loop; ends with a `done` or an `error`.
 
-    def __init__(self) -> None:
+    Of previews, which are large, only the newest `previews` are kept.
+    """
+
+    def __init__(self, previews: int = 1) -> None:
+        self._previews = previews
         self._events: deque[Event] = deque(maxlen=LONGEST)
-        self._last = 0
         self._news = asyncio.Event()
+        self.last = 0
         self.ended = False
 
-    def publish(self, name: EventName, data: Mapping[str, object]) -> None:
-        """What comes after the end is dropped: a job ends once. Of previews only the newest is kept: they are large."""
+    def publish(self, name: EventName, data: Mapping[str, Any]) -> None:
+        """What comes after the end is dropped: a job ends once."""
         if self.ended:
             return
         if name == "preview":
-            for event in self._events:
-                if event.name == "preview":
-                    self._events.remove(event)
-                    break
-        self._last += 1
-        self._events.append(Event(self._last, name, data))
+            kept = [event for event in self._events if event.name == "preview"]
+            for event in kept[: len(kept) + 1 - self._previews]:
+                self._events.remove(event)
+        self.last += 1
+        self._events.append(Event(self.last, name, data))
         self.ended = name in ("done", "error")
         self._news.set()
         self._news = asyncio.Event()
+
+    def newest(self, name: EventName) -> Event | None:
+        return next((event for event in reversed(self._events) if event.name == name), None)
 
     def trim(self) -> None:
         """Keep the end alone."""
@@ -56,27 +63,87 @@ class EventLog:
 
     async def follow(self, after: int = 0) -> AsyncIterator[Event]:
         """Every kept event whose number is greater than `after`, then each new one until the end."""
-        after = min(after, self._last)  # a client of an earlier run of the server may have counted further
+        after = min(after, self.last)  # a client of an earlier run of the server may have counted further
         while True:
             news = self._news
             for event in [event for event in self._events if event.number > after]:
                 after = event.number
                 yield event
-            if self.ended and after >= self._last:
+            if self.ended and after >= self.last:
                 return
             await news.wait()
 
 
-@dataclass(slots=True, kw_only=True)
-class JobRecord:
-    """Times are Unix seconds. `handle` is the engine's, of a job that this process runs.
+async def spaced(events: AsyncIterator[Event], silence: float) -> AsyncIterator[Event | None]:
+    """The events, and None whenever there was none for `silence` seconds."""
+    following = aiter(events)
+    while True:
+        coming = asyncio.ensure_future(anext(following))
+        try:
+            while not (await asyncio.wait({coming}, timeout=silence))[0]:
+                yield None
+            yield coming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            coming.cancel()
 
-    `request` is the client's body, kept on disk only where a restart is to take the job up again; `key` and
-    `fingerprint` are hashes of the idempotency key and of the body. `error` is what a synchronous client would have
-    been answered.
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A job that is done: its pictures, as files, and what is said about them."""
+
+    job: Job
+    images: tuple[bytes, ...]
+    report: Mapping[str, Any]
+
+    def answer(self) -> dict[str, object]:
+        """The JSON that a client gets: its pictures in base64, and the report. Its size makes it a thread's work."""
+        pictures = [base64.b64encode(picture).decode("ascii") for picture in self.images]
+        images: dict[str, object] = {"image": pictures[0]} if len(pictures) == 1 else {"images": pictures}
+        return {**images, **self.report}
+
+
+def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
+    params, timings = job.params, result.timings
+    report = {
+        "request_id": job.id,
+        "model": job.model,
+        "seeds": list(params.seeds),
+        "width": params.width,
+        "height": params.height,
+        "steps": params.steps,
+        "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
+        "attention": result.attention,
+        "timings": {
+            "queue_seconds": round(queue_seconds, 4),
+            "text_seconds": round(timings.text_seconds, 4),
+            "denoise_seconds": round(timings.denoise_seconds, 4),
+            "decode_seconds": round(timings.decode_seconds, 4),
+            "compile_seconds": round(timings.compile_seconds, 4),
+            "total_seconds": round(total_seconds, 4),
+        },
+        "cache": dict(result.cache),
+    }
+    return Drawn(job, result.images, report)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class JobRecord:
+    """Times are Unix seconds. `owner` is whose job it is: a name of the API key that asked, or the peer's address.
+
+    ephemeral: its request waits for it; nobody asks for it later, and nothing of it is kept. Then `outcome` is what it
+        waits for: a Drawn, or the ServiceError that the client is answered with.
+    api: by which of the APIs it came, where that matters. handle: the engine's, while it has the job.
+    request: the client's body, kept on disk only where a restart is to take the job up again.
+    key, fingerprint: hashes of the idempotency key and of the body. `saved`: done when the promise is on disk.
+    error: what a client that waited would have been answered.
     """
 
     id: str
+    owner: str = ""
+    ephemeral: bool = False
+    api: str = ""
     model: str | None = None
     state: JobState = JobState.QUEUED
     created: float = field(default_factory=time.time)
@@ -91,10 +158,19 @@ class JobRecord:
     fingerprint: str | None = None
     handle: JobHandle | None = field(default=None, repr=False)
     events: EventLog = field(default_factory=EventLog, repr=False)
+    future: asyncio.Future[Drawn] | None = field(default=None, repr=False)
+    saved: asyncio.Future[None] | None = field(default=None, repr=False)
 
     @property
     def ended(self) -> bool:
         return self.finished is not None
+
+    @property
+    def outcome(self) -> asyncio.Future[Drawn]:
+        """What an ephemeral job ends with; fails with the ServiceError that its client is answered with."""
+        if self.future is None:
+            raise RuntimeError(f"job {self.id} is kept: its result is asked for by its id")
+        return self.future
 
     def end(self, state: JobState, error: Mapping[str, Any] | None = None) -> None:
         if self.ended:

@@ -1,4 +1,4 @@
-"""Job records in a SQLite file, so that a restart knows what was promised. Off the event loop, in one thread."""
+"""What outlives a restart: job records in a SQLite file, off the event loop; results, as the bytes of their JSON."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from app.engine.types import JobState
 from app.jobs.record import JobRecord
 
 FILE_NAME = "jobs.sqlite"
-_VERSION = 1  # of the table; a file of another version is refused, not guessed at
+_VERSION = 2  # of the table; a file of another version is refused, not guessed at
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, model TEXT, state TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL,
-    step INTEGER NOT NULL, total INTEGER, attempts INTEGER NOT NULL,
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, model TEXT, state TEXT NOT NULL,
+    created REAL NOT NULL, started REAL, finished REAL, step INTEGER NOT NULL, total INTEGER, attempts INTEGER NOT NULL,
     error TEXT, request TEXT, key TEXT, fingerprint TEXT
 ) STRICT
 """
 _COLUMNS = (
-    "id", "model", "state", "created", "started", "finished",
+    "id", "owner", "model", "state", "created", "started", "finished",
     "step", "total", "attempts", "error", "request", "key", "fingerprint",
 )  # fmt: skip
 
@@ -90,7 +90,9 @@ class JobStore:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # a 202 is a promise: it outlives a power cut
         [version] = database.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
+        if version == 1:
+            database.execute("ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT ''")
+        elif version not in (0, _VERSION):
             raise ValueError(f"{self._path.name} is of version {version}; this server writes version {_VERSION}")
         with database:
             database.execute(_TABLE)

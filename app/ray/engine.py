@@ -95,6 +95,8 @@ class RayEngine:
             raise models_unknown()
         return self._fleet.catalogue
 
+    def admit(self, model: str) -> None: ...
+
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         if self._draining:
             raise leaving()

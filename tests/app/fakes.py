@@ -270,9 +270,12 @@ class FakeEngine:
             raise NotReady("Still loading.", retry_after=5)
         return self.models
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+    def admit(self, model: str) -> None:
         if len(self.submitted) >= self.capacity:
             raise QueueFull("Full.", retry_after=5)
+
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        self.admit(job.model)
         self.submitted.append(job)
         handle = JobHandle(job, on_step)
         handle.run()

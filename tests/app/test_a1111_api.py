@@ -6,16 +6,12 @@ import base64
 import io
 import json
 from typing import Any
-from unittest.mock import Mock
 
 import httpx
 import pytest
 from PIL import Image
-from starlette.requests import Request
 
-from app.engine.types import JobHandle
 from app.errors import Invalid
-from app.http.desk import Desk, Waiting
 from app.infotext import SAMPLERS, SCHEDULERS, pair
 from models.samplers import DIFFUSION, choices
 from tests.app.conftest import client_of
@@ -204,18 +200,3 @@ async def test_keys_open_it_as_bearer_and_as_password_and_only_here(engine: Fake
 async def test_a_progress_that_is_asked_for_badly_is_refused_in_our_shape(client: httpx.AsyncClient) -> None:
     response = await client.get("/sdapi/v1/progress?skip_current_image=%00")
     assert_refused(response, 422, "invalid", "skip_current_image", "boolean")
-
-
-async def test_a_client_is_a_key_or_else_an_address() -> None:
-    def of(address: str, *headers: tuple[bytes, bytes]) -> Request:
-        return Request({"type": "http", "client": (address, 1), "headers": list(headers)})
-
-    one, other = (b"authorization", b"Bearer one"), (b"authorization", b"Bearer other")
-    desk, job = Desk(), Waiting(JobHandle(Mock()))
-    with desk.waits(of("10.0.0.1", one), job):
-        assert desk.of(of("10.0.0.2", one)) == [job]
-        assert desk.of(of("10.0.0.1", other)) == desk.of(of("10.0.0.1")) == []
-    assert desk.of(of("10.0.0.1", one)) == []
-    with desk.waits(of("10.0.0.1"), job):
-        assert desk.of(of("10.0.0.1")) == [job]
-        assert desk.of(of("10.0.0.2")) == []

@@ -262,7 +262,7 @@ async def test_a_png_tells_how_it_was_made(client: httpx.AsyncClient) -> None:
     assert first == "höhle 🌲 Negative prompt: forged Steps: 1"
     assert second == "Negative prompt: fog"
     settings = dict(part.split(": ", 1) for part in third.split(", "))
-    assert {"Steps": "20", "Sampler": "ddim", "CFG scale": "7.5", "Seed": "7", "Size": "768x512"}.items() <= (
+    assert {"Steps": "20", "Sampler": "DDIM", "CFG scale": "7.5", "Seed": "7", "Size": "768x512"}.items() <= (
         settings.items()
     )
     report = json.loads(text["wavespeed"])

@@ -18,7 +18,8 @@ from app.cli import canvas
 from app.cli.plot import Report, read, timeline
 from app.engine.types import Job
 from app.errors import ServiceError
-from app.images import encode, metadata
+from app.images import encode
+from app.infotext import text_chunks
 from cache import DeepCache
 from models.base import GenerationParams
 
@@ -61,7 +62,7 @@ def heights(column: np.ndarray[Any, Any], colour: tuple[int, ...]) -> np.ndarray
 
 def png(cache: dict[str, Any]) -> bytes:
     job = Job(id="1", model="tiny", params=GenerationParams(prompt="a wood", seeds=(4,)), strategy=DeepCache())
-    return encode(Image.new("RGB", (64, 64)), "png", metadata(job, 4, cache))
+    return encode(Image.new("RGB", (64, 64)), "png", text_chunks(job.params, 4, job.model, job.strategy.name, cache))
 
 
 @pytest.mark.parametrize(

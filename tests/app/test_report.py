@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from app.engine.report import summarise
+from app.http.telemetry import exposition
 from app.metrics import RECENT, CacheUse, Metrics
 from cache import CacheReport
 from tests.app.fakes import FakeEngine
@@ -43,8 +44,7 @@ def test_a_run_without_a_report_is_a_mistake() -> None:
 
 
 def test_the_recent_rate_forgets_and_the_total_does_not() -> None:
-    engine = FakeEngine()
-    metrics = Metrics(engine.status, engine.catalogue)
+    metrics = Metrics()
 
     def use(computed: int, reused: int) -> None:
         use = CacheUse(model="fine", strategy="deepcache", computed=computed, reused=reused)
@@ -63,20 +63,21 @@ def test_the_recent_rate_forgets_and_the_total_does_not() -> None:
 
 def test_two_apps_count_apart() -> None:
     engine = FakeEngine()
-    one, other = Metrics(engine.status, engine.catalogue), Metrics(engine.status, engine.catalogue)
+    one, other = Metrics(), Metrics()
     one.answered("fine", "ok")
     line = b'wavespeed_requests_total{model="fine",outcome="ok"} 1.0'
-    assert line in one.exposition()
-    assert line not in other.exposition()
+    assert line in exposition(one, engine)
+    assert line not in exposition(other, engine)
 
 
 def test_a_device_that_is_gone_is_no_longer_shown() -> None:
     engine = FakeEngine()
-    seen = engine.status()
-    metrics = Metrics(lambda: seen, engine.catalogue)
-    assert b'wavespeed_worker_state{device="cpu",state="ready"} 1.0' in metrics.exposition()
-    seen = replace(seen, devices=())
-    assert b'device="cpu"' not in metrics.exposition()
+    metrics = Metrics()
+    assert b'wavespeed_worker_state{device="cpu",state="ready"} 1.0' in exposition(metrics, engine)
+    nobody = replace(engine.status(), devices=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "status", lambda: nobody)
+        assert b'device="cpu"' not in exposition(metrics, engine)
 
 
 def test_the_http_process_loads_nothing_heavy() -> None:

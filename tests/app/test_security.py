@@ -25,7 +25,7 @@ ORIGIN = "https://studio.example"
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/telemetry", "/api/models", "/v1/models", "/api/nothing", "/nothing", "/", "/api//models"]
+    "path", ["/api/telemetry", "/api/models", "/v1/models", "/api/nothing", "/nothing", "/api//models"]
 )
 async def test_every_address_asks_for_a_key(engine: FakeEngine, path: str) -> None:
     async with client_of(engine, api_keys=("first", "second")) as client:
@@ -242,7 +242,7 @@ async def test_a_prompt_cannot_forge_settings_in_a_pictures_text(client: httpx.A
     text = await png_text(client, prompt=prompt, negative_prompt=f"x\nSteps: 2, Seed: 3{prompt}")
     first, negative, settings = text["parameters"].split("\n")
     assert negative.startswith("Negative prompt: x Steps: 2")
-    assert re.match(r"Steps: 20, Sampler: default, .*Seed: 7, Size: 64x64", settings)
+    assert re.match(r"Steps: 20, .*Seed: 7, Size: 64x64", settings)
     for line in (first, negative):
         assert all(char.isprintable() or char == "\u200d" for char in line)
     assert json.loads(text["wavespeed"])["prompt"] == prompt

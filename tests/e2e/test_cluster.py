@@ -74,11 +74,12 @@ def test_both_replicas_are_ready_and_draw(client: httpx.Client) -> None:
 
 
 def test_metrics_have_the_names_that_one_machine_has(client: httpx.Client) -> None:
+    from app.http.telemetry import exposition
     from app.metrics import Metrics
     from tests.app.fakes import FakeEngine
 
     engine = FakeEngine()
-    local = Metrics(engine.status, engine.catalogue).exposition().decode()
+    local = exposition(Metrics(), engine).decode()
     named = [
         {line for line in text.splitlines() if line.startswith("# TYPE") and "_created" not in line}
         for text in (local, client.get("/metrics").text)

@@ -12,21 +12,19 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
-from app import __version__, images
-from app.engine.types import EngineStatus, JobHandle, JobResult
-from app.errors import Unsupported
-from app.http import outcome
-from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, Payload, payload_schema, read_payload
-from app.http.attempt import Attempt
-from app.http.desk import Waiting
+from app import __version__
+from app.engine.types import EngineStatus
+from app.errors import Unsupported, shown
+from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, payload_schema, read_payload
 from app.http.render import errors
-from app.http.request import read_object, service_of
-from app.http.resolve import Adapters
-from app.http.schemas import KNOWN, shown
-from app.infotext import SCHEDULERS, known, label_of
+from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
+from app.http.resolve import Adapters, resolved
+from app.http.schemas import KNOWN
+from app.infotext import AUTOMATIC, SCHEDULERS, infotext, known, sampler_label, scheduler_label
+from app.jobs.record import Drawn, JobRecord
 
 
-class Drawn(BaseModel):
+class Pictures(BaseModel):
     """As txt2img and img2img answer there."""
 
     images: list[str] = Field(description="Base64, one a picture.")
@@ -44,6 +42,7 @@ class Progress(BaseModel):
     textinfo: str | None = Field(description="What it waits for, if it does.")
 
 
+API = "a1111"
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 NONE_HERE = (
     "sd-vae",
@@ -68,7 +67,7 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 _DRAWING: dict[str, Any] = {
-    "response_model": Drawn,
+    "response_model": Pictures,
     "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
 }
 
@@ -98,17 +97,26 @@ async def img2img(request: Request) -> Response:
 
 
 async def _draw(request: Request, *, img2img: bool) -> Response:
-    attempt = Attempt(request)
-    with attempt.counted():
-        payload = read_payload(await attempt.body(), img2img=img2img)
-        job = await attempt.job(payload.fields)
-        payload.check(job)
-        waiting: Waiting | None = None
-        handle = attempt.submit(job, lambda step: waiting.stepped(step) if waiting is not None else None)
-        waiting = Waiting(handle)
-        with attempt.service.desk.waits(request, waiting):
-            result = await attempt.result(handle)
-    return JSONResponse(await asyncio.to_thread(drawn, payload, handle, result))
+    record, sampler = await _submitted(request, img2img=img2img)
+    drawn = await waited(request, record)
+    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn, sampler)))
+
+
+async def _submitted(request: Request, *, img2img: bool) -> tuple[JobRecord, str | None]:
+    """The job, and its sampler as the client calls it."""
+    service = service_of(request)
+    async with asked(request) as body:
+        payload = read_payload(body, img2img=img2img)
+        job = await resolved(
+            payload.fields,
+            request_id_of(request),
+            service.engine,
+            service.limits,
+            service.decoders,
+            same_aspect=payload.same_aspect,
+        )
+        sampler = payload.sampler.name if payload.sampler is not None else sampler_label(job.params.sampler)
+    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), sampler
 
 
 @router.get("/progress", summary="How far the caller's request is", responses=errors(401, 422))
@@ -117,15 +125,16 @@ async def how_far(
 ) -> Progress:
     """The caller is known by its key, without keys by its address."""
     service = service_of(request)
-    return progress(service.desk.of(request), service.engine.status(), with_image=not skip_current_image)
+    records = service.jobs.of(owner_of(request), API)
+    return _progress(records, service.engine.status(), with_image=not skip_current_image)
 
 
 @router.post("/interrupt", summary="Give the caller's oldest request up", responses=errors(401))
 async def interrupt(request: Request) -> dict[str, str]:
     """It is answered 409. Nobody else's is touched; where there is none, nothing happens."""
-    service = service_of(request)
-    for waiting in service.desk.of(request)[:1]:
-        service.engine.cancel(waiting.handle.job.id)
+    jobs = service_of(request).jobs
+    for record in jobs.of(owner_of(request), API)[:1]:
+        jobs.leave(record)
     return {}
 
 
@@ -155,7 +164,7 @@ async def options(request: Request) -> dict[str, Any]:
 async def set_options(request: Request) -> None:
     """A setting that outlives its request would change what others are drawn: they belong into override_settings."""
     now = _options(request)
-    for name, value in (await read_object(request, service_of(request).settings)).items():
+    for name, value in (await read_object(request)).items():
         if name in now and type(value) is type(now[name]) and value == now[name]:
             continue
         where = "override_settings of the request" if name in OVERRIDES or name in KNOWN else "the server's environment"
@@ -213,11 +222,10 @@ for _name in NONE_HERE:
     router.add_api_route(f"/{_name}", _nothing, summary="Always empty", responses=errors(401), name=_name)
 
 
-def drawn(payload: Payload, handle: JobHandle, result: JobResult) -> dict[str, Any]:
-    """`Drawn` as a dict. Its size makes it a thread's work."""
-    pictures = [base64.b64encode(picture).decode("ascii") for picture in result.images]
-    params = handle.job.params
-    sampler = payload.sampler.name if payload.sampler is not None else label_of(params.sampler)
+def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
+    """`Pictures` as a dict. Its size makes it a thread's work."""
+    pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
+    job, params = drawn.job, drawn.job.params
     shared = {
         "prompt": params.prompt,
         "negative_prompt": params.negative_prompt,
@@ -236,7 +244,7 @@ def drawn(payload: Payload, handle: JobHandle, result: JobResult) -> dict[str, A
         "seed_resize_from_w": 0,
         "seed_resize_from_h": 0,
     }
-    texts = [images.metadata(handle.job, seed, result.cache)["parameters"] for seed in params.seeds]
+    texts = [infotext(params, seed, job.model, job.strategy.name) for seed in params.seeds]
     info = {
         **shared,
         "all_prompts": [params.prompt] * len(params.seeds),
@@ -244,31 +252,30 @@ def drawn(payload: Payload, handle: JobHandle, result: JobResult) -> dict[str, A
         "all_seeds": list(params.seeds),
         "all_subseeds": [-1] * len(params.seeds),
         "face_restoration_model": None,
-        "sd_model_name": handle.job.model,
+        "sd_model_name": job.model,
         "sd_model_hash": None,
         "sd_vae_name": None,
         "sd_vae_hash": None,
-        "extra_generation_params": {"Schedule type": params.scheduler or "default"},
+        "extra_generation_params": {"Schedule type": scheduler_label(params.scheduler) or AUTOMATIC.label},
         "index_of_first_image": 0,
         "infotexts": texts,
         "job_timestamp": _stamp(),
         "clip_skip": params.clip_skip or 1,
         "is_using_inpainting_conditioning": False,
         "version": f"WaveSpeed {__version__}",
-        "wavespeed": outcome.report(handle, result),
+        "wavespeed": dict(drawn.report),
     }
     parameters = {**shared, "n_iter": len(params.seeds) // params.batch_size, "scheduler": params.scheduler}
     return {"images": pictures, "parameters": parameters, "info": json.dumps(info)}
 
 
-def progress(waiting: list[Waiting], status: EngineStatus, *, with_image: bool) -> Progress:
+def _progress(records: list[JobRecord], status: EngineStatus, *, with_image: bool) -> Progress:
     """How far the first of them is."""
-    first = waiting[0] if waiting else None
-    step = first.step if first is not None else None
-    done, total = (step.index + 1, step.total) if step is not None else (0, 0)
+    first = records[0] if records else None
+    done, total = (first.step, first.total or 0) if first is not None else (0, 0)
     share = done / total if total else 0.0
-    since = time.monotonic() - first.handle.started if first is not None and first.handle.started else 0.0
-    preview = first.preview if first is not None and with_image else None
+    since = time.time() - first.started if first is not None and first.started else 0.0
+    preview = first.events.newest("preview") if first is not None and with_image else None
     return Progress(
         progress=share,
         eta_relative=round(since / share * (1 - share), 3) if share else 0.0,
@@ -276,21 +283,21 @@ def progress(waiting: list[Waiting], status: EngineStatus, *, with_image: bool) 
             "skipped": False,
             "interrupted": False,
             "stopping_generation": False,
-            "job": first.handle.job.id if first is not None else "",
-            "job_count": len(waiting),
+            "job": first.id if first is not None else "",
+            "job_count": len(records),
             "job_timestamp": _stamp(),
             "job_no": 0,
             "sampling_step": done,
             "sampling_steps": total,
         },
-        current_image=base64.b64encode(preview).decode("ascii") if preview is not None else None,
-        textinfo=_waits_for(first, status) if first is not None and step is None else None,
+        current_image=preview.data["image"] if preview is not None else None,
+        textinfo=_waits_for(first, status) if first is not None and not done else None,
     )
 
 
-def _waits_for(waiting: Waiting, status: EngineStatus) -> str:
-    if waiting.handle.place is not None:
-        return f"waiting, number {waiting.handle.place} in the queue"
+def _waits_for(record: JobRecord, status: EngineStatus) -> str:
+    if record.handle is not None and record.handle.place is not None:
+        return f"waiting, number {record.handle.place} in the queue"
     loading = [device.loading for device in status.devices if device.loading]
     return f"loading {', '.join(loading)}" if loading else "starting"
 

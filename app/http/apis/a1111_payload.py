@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.engine.types import Job
-from app.errors import Invalid, Unsupported
+from app.errors import Invalid, Unsupported, shown
 from app.http.schemas import (
     KNOWN,
     GenerateRequest,
@@ -21,7 +20,6 @@ from app.http.schemas import (
     Neutral,
     parse,
     request_schema,
-    shown,
     validated,
     without_neutral,
 )
@@ -154,17 +152,10 @@ class Payload:
     sampler: Sampler | None
     resize_mode: int | None = None
 
-    def check(self, job: Job) -> None:
-        """What shows only when the picture is read. Raises Invalid."""
-        if self.resize_mode in (None, 1) or job.params.img2img is None:
-            return
-        picture, params = job.params.img2img.picture, job.params
-        if picture.width * params.height != picture.height * params.width:
-            raise Invalid(
-                f"The picture's {picture.width}×{picture.height} pixels have another aspect than "
-                f"{params.width}×{params.height}. It is cut to it here: set resize_mode to 1, or send one that fits.",
-                field="resize_mode",
-            )
+    @property
+    def same_aspect(self) -> bool:
+        """Must the picture have the drawing's aspect already? Only mode 1 cuts it there as it is cut here."""
+        return self.resize_mode not in (None, 1)
 
 
 def read_payload(body: dict[str, Any], *, img2img: bool) -> Payload:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from app.engine.types import JobHandle, JobResult, OutputFormat
 from app.errors import Incompatible
-from app.http import outcome
-from app.http.attempt import Attempt
-from app.http.render import GenerateAnswer, accepted_image, errors
+from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors
+from app.http.request import asked, owner_of, request_id_of, service_of, waited
+from app.http.resolve import resolved
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
+from app.images import OutputFormat
+from app.jobs.record import JobRecord
 
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
@@ -46,19 +46,22 @@ REQUEST_BODY: dict[str, Any] = {
     openapi_extra=REQUEST_BODY,
 )
 async def generate(request: Request) -> Response:
-    attempt = Attempt(request)
-    with attempt.counted():
-        fields = parse(await attempt.body())
-        as_bytes = _picture_format(request, fields)
-        handle = attempt.submit(await attempt.job(fields, as_bytes))
-        result = await attempt.result(handle)
+    record, as_bytes = await _submitted(request)
+    drawn = await waited(request, record)
     if as_bytes:
-        return _bytes_answer(handle, result)
-    return await asyncio.to_thread(_json_answer, handle, result)
+        return bytes_answer(drawn)
+    return await asyncio.to_thread(lambda: JSONResponse(drawn.answer()))
 
 
-def _json_answer(handle: JobHandle, result: JobResult) -> Response:
-    return JSONResponse(outcome.answer(handle, result))
+async def _submitted(request: Request) -> tuple[JobRecord, bool]:
+    """The job, and whether the answer is to be the picture itself. Nothing of the body outlives this call."""
+    service = service_of(request)
+    async with asked(request) as body:
+        fields = parse(body)
+        wanted = _picture_format(request, fields)
+        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders, wanted)
+    record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False)
+    return record, wanted is not None
 
 
 def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat | None:
@@ -75,24 +78,3 @@ def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat |
             field="output_format",
         )
     return wanted
-
-
-def _bytes_answer(handle: JobHandle, result: JobResult) -> Response:
-    headers: dict[str, str] = {}
-    for key, value in outcome.report(handle, result).items():
-        if isinstance(value, dict) and key in ("cache", "timings"):
-            headers.update({_header(key if key == "cache" else "", name): _plain(item) for name, item in value.items()})
-        else:
-            headers[_header("", key)] = _plain(value)
-    return Response(result.images[0], media_type=f"image/{handle.job.output_format}", headers=headers)
-
-
-def _header(group: str, name: str) -> str:
-    return "-".join(["X-WaveSpeed", *(word.capitalize() for word in f"{group}_{name}".split("_") if word)])
-
-
-def _plain(value: object) -> str:
-    """Headers are ASCII: text as it is where it can be, everything else as JSON."""
-    if isinstance(value, str) and value.isascii() and value.isprintable():
-        return value
-    return json.dumps(value)

@@ -8,27 +8,27 @@ import io
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.sse import format_sse_event
+from fastapi.sse import EventSourceResponse, format_sse_event
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from app import images
-from app.engine.types import Engine, Job, JobHandle, JobResult, OutputFormat
-from app.errors import Invalid, ModelNotFound, ServiceError
-from app.http import outcome
-from app.http.attempt import Attempt
+from app.engine.types import Engine, Job
+from app.errors import Invalid, ModelNotFound, ServiceError, shown
 from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors
-from app.http.request import service_of
-from app.http.resolve import pick_model
-from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, shown, validated, without_neutral
-from models.base import Step
+from app.http.request import asked, owner_of, request_id_of, service_of, waited
+from app.http.resolve import pick_model, resolved
+from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, validated, without_neutral
+from app.images import OutputFormat
+from app.jobs.jobs import Jobs
+from app.jobs.record import Drawn, JobRecord, spaced
 
 EXAMPLE = {
     "model": "tiny-sd",
@@ -106,15 +106,22 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 )
 async def generations(request: Request) -> Response:
     """All fields of POST /api/generate can stand beside these: through a client's `extra_body`."""
-    attempt = Attempt(request)
-    with attempt.counted():
-        options, fields = read_images(await attempt.body(), attempt.service.engine)
-        job = await attempt.job(fields)
-        if options.stream:
-            return await streamed(attempt, job, options.partials)
-        handle = attempt.submit(job)
-        result = await attempt.result(handle)
-    return JSONResponse(await asyncio.to_thread(answer, handle, result))
+    options, record, job = await _submitted(request)
+    if options.stream:
+        events = _events(service_of(request).jobs, record, job, options.partials)
+        await anext(events)  # from here on it gives the job up when it is closed
+        return _Events(events, headers={"X-Accel-Buffering": "no"})
+    drawn = await waited(request, record)
+    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn)))
+
+
+async def _submitted(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
+    service = service_of(request)
+    async with asked(request) as body:
+        options, fields = read_images(body, service.engine)
+        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders)
+    record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=options.partials > 0)
+    return options, record, job
 
 
 @router.get("/models", summary="The models, as the OpenAI API lists them", responses=errors(401, 503))
@@ -191,23 +198,13 @@ _USAGE: dict[str, object] = {
 }
 
 
-def answer(handle: JobHandle, result: JobResult) -> dict[str, object]:
+def _answer(drawn: Drawn) -> dict[str, object]:
     """`ImagesAnswer` as a dict. Its size makes it a thread's work."""
-    pictures = [{"b64_json": base64.b64encode(picture).decode("ascii")} for picture in result.images]
-    return {"created": int(time.time()), "data": pictures, **_form(handle), **outcome.report(handle, result)}
+    pictures = [{"b64_json": base64.b64encode(picture).decode("ascii")} for picture in drawn.images]
+    return {"created": int(time.time()), "data": pictures, **_form(drawn.job), **drawn.report}
 
 
-async def streamed(attempt: Attempt, job: Job, partials: int) -> StreamingResponse:
-    """The job, submitted, and the answer that tells of it. Raises what the engine refuses with."""
-    steps: asyncio.Queue[Step | None] = asyncio.Queue()
-    handle = attempt.submit(job, steps.put_nowait)
-    handle.result.add_done_callback(lambda _: steps.put_nowait(None))
-    events = _events(attempt, handle, steps, partials)
-    await anext(events)  # from here on it gives the job up when it is closed
-    return _Events(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-
-
-class _Events(StreamingResponse):
+class _Events(EventSourceResponse):
     """Closes its events when it ends, also when it ends before it began to send them."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,61 +212,53 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(
-    attempt: Attempt, handle: JobHandle, steps: asyncio.Queue[Step | None], partials: int
-) -> AsyncGenerator[bytes, None]:
+async def _events(jobs: Jobs, record: JobRecord, job: Job, partials: int) -> AsyncGenerator[bytes, None]:
     """The stream of one job; a comment first, and one whenever there was nothing to say for a while."""
     try:
-        with attempt.counted():
-            yield _ALIVE
-            sent = 0
-            while True:
-                try:
-                    step = await asyncio.wait_for(steps.get(), SILENCE)
-                except TimeoutError:
-                    yield _ALIVE
-                    continue
-                if step is None:
-                    break
-                if step.preview is not None and sent < partials and _due(step, sent, partials):
-                    picture = await asyncio.to_thread(_converted, step.preview, handle.job.output_format)
-                    yield _event("partial_image", {"partial_image_index": sent, **_picture(handle, picture)})
-                    sent += 1
-            result = attempt.done(handle)
-        for event in await asyncio.to_thread(list, _completed(handle, result)):
-            yield event
+        yield _ALIVE
+        sent = 0
+        async for event in spaced(record.events.follow(), SILENCE):
+            if event is None:
+                yield _ALIVE
+            elif event.name == "preview" and sent < partials and _due(event.data, sent, partials):
+                picture = await asyncio.to_thread(_converted, event.data["image"], job.output_format)
+                yield _event("partial_image", {"partial_image_index": sent, **_picture(job, picture)})
+                sent += 1
+        drawn = await asyncio.shield(record.outcome)
+        for line in await asyncio.to_thread(list, _completed(drawn)):
+            yield line
     except ServiceError as error:
-        data = json.dumps({"type": "error", **error.body(handle.job.id)})
+        data = json.dumps({"type": "error", **error.body(job.id)})
         yield format_sse_event(data_str=data, event="error")
     finally:
-        attempt.give_up(handle)
+        jobs.leave(record)
 
 
-def _due(step: Step, sent: int, partials: int) -> bool:
+def _due(preview: Mapping[str, Any], sent: int, partials: int) -> bool:
     """Spread evenly over the run, whose previews come at steps of their own."""
-    return (step.index + 1) * (partials + 1) >= (sent + 1) * step.total
+    return bool(preview["step"] * (partials + 1) >= (sent + 1) * preview["total"])
 
 
-def _completed(handle: JobHandle, result: JobResult) -> Iterator[bytes]:
-    for number, picture in enumerate(result.images, start=1):
-        report = outcome.report(handle, result) if number == len(result.images) else {}
-        yield _event("completed", {**_picture(handle, picture), "usage": _USAGE, **report})
+def _completed(drawn: Drawn) -> Iterator[bytes]:
+    for number, picture in enumerate(drawn.images, start=1):
+        report = drawn.report if number == len(drawn.images) else {}
+        yield _event("completed", {**_picture(drawn.job, picture), "usage": _USAGE, **report})
 
 
-def _form(handle: JobHandle) -> dict[str, object]:
-    params = handle.job.params
-    size = f"{params.width}x{params.height}"
-    return {"size": size, "output_format": handle.job.output_format, "background": "opaque"}
+def _form(job: Job) -> dict[str, object]:
+    size = f"{job.params.width}x{job.params.height}"
+    return {"size": size, "output_format": job.output_format, "background": "opaque"}
 
 
-def _picture(handle: JobHandle, picture: bytes) -> dict[str, object]:
+def _picture(job: Job, picture: bytes) -> dict[str, object]:
     text = base64.b64encode(picture).decode("ascii")
-    return {"b64_json": text, "created_at": int(time.time()), "quality": "auto", **_form(handle)}
+    return {"b64_json": text, "created_at": int(time.time()), "quality": "auto", **_form(job)}
 
 
-def _converted(preview: bytes, output_format: OutputFormat) -> bytes:
-    """From the JPEG that a worker sends to what the client asked for."""
-    return preview if output_format == "jpeg" else images.encode(Image.open(io.BytesIO(preview)), output_format)
+def _converted(preview: str, output_format: OutputFormat) -> bytes:
+    """From the JPEG that a worker sends, base64, to what the client asked for."""
+    jpeg = base64.b64decode(preview)
+    return jpeg if output_format == "jpeg" else images.encode(Image.open(io.BytesIO(jpeg)), output_format)
 
 
 def _event(name: str, data: dict[str, object]) -> bytes:
