@@ -31,7 +31,7 @@ from app.errors import (
 )
 from cache import DeepCache
 from models.base import GenerationParams, Step
-from tests.app.fakes import STEP_SECONDS, broken_runner, fake_runner
+from tests.app.fakes import STEP_SECONDS, fake_runner, no_runner
 
 LONG = 10_000  # steps that nobody waits for
 
@@ -237,7 +237,7 @@ async def test_two_devices_work_at_the_same_time() -> None:
 
 
 async def test_a_worker_that_cannot_start_is_said_to_who_waits_and_who_comes() -> None:
-    engine = LocalEngine(broken_runner, ["cpu"], backoff=(0.01, 0.01))
+    engine = LocalEngine(no_runner, ["cpu"], backoff=(0.01, 0.01))
     with pytest.raises(NotReady):
         engine.catalogue()
     await engine.start()
