@@ -217,7 +217,8 @@ class FakeRegistry:
             raise UnknownModel(f"There is no model {name!r}.")
         if name not in self._loaded:
             self.on_stage(name, "mixing colours")
-        return self._loaded.setdefault(name, MODELS[name]())
+        self._loaded[name] = self._loaded.pop(name, None) or MODELS[name]()  # the one used last is last
+        return self._loaded[name]
 
     def describe(self) -> list[dict[str, Any]]:
         return [_row(name) for name in (*MODELS, "broken")]
