@@ -112,6 +112,13 @@ class Registry:
             self.on_stage(name, f"dropping {oldest} to make room")
             self._drop(oldest)
 
+    def give_up_idle(self, used: str) -> str | None:
+        """Drop the model used longest ago that is not `used`, and return its name; None: there is no other."""
+        idle = next((name for name in self._loaded if name != used), None)
+        if idle is not None:
+            self._drop(idle)
+        return idle
+
     def _drop(self, name: str) -> None:
         del self._loaded[name], self._sizes[name]
         gc.collect()  # a pipeline and its hooks refer to one another

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -20,26 +21,41 @@ from models.base import Generation, GenerationCancelled, GenerationParams, Loade
 
 _log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, of this process's container
+_Made = TypeVar("_Made")
 
 
 def draw(
-    model: LoadedModel, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook, device: str
+    model: LoadedModel,
+    params: GenerationParams,
+    strategy: CacheStrategy,
+    on_step: StepHook,
+    device: str,
+    give_up_idle: Callable[[], bool] = lambda: False,
 ) -> Generation:
     """The generation, in batches of at most as many images as asked for and as fit.
 
-    Raises MemoryError before anything is drawn when not even one image fits. A device that runs out of memory all the
-    same is freed, and the images are drawn one at a time; the second failure passes through, as all others do.
+    Where not even one image fits, `give_up_idle` is asked to drop a model that is not used, until there is none and
+    MemoryError is raised, before anything is drawn. A device that runs out of memory all the same is freed, and the
+    images are drawn one at a time, then with the idle models dropped; the last failure passes through, as all others
+    do.
     """
     asked = min(params.batch_size, len(params.seeds))
-    together = _fitting(model, params, asked, device)
-    if not together:
-        need = model.working_bytes(params, 1)
-        raise MemoryError(f"an image needs {need} bytes at least, and {free_bytes(device)} are free on {device}")
-    generation = _attempt(model, replace(params, batch_size=together), strategy, on_step)
-    if generation is None:
+    while not (together := _fitting(model, params, asked, device)):
+        if not give_up_idle():
+            need = model.working_bytes(params, 1)
+            raise MemoryError(f"an image needs {need} bytes at least, and {free_bytes(device)} are free on {device}")
+
+    def attempt() -> Generation:
+        return model.generate(replace(params, batch_size=together), strategy, on_step)
+
+    def use_less() -> bool:
+        nonlocal together
+        if together == 1:
+            return give_up_idle()
         together = 1
-        release(device)
-        generation = model.generate(replace(params, batch_size=together), strategy, on_step)
+        return True
+
+    generation = while_exhausted(attempt, use_less, device)
     if together < asked:
         number = "one" if together == 1 else str(together)
         generation.warnings.append(
@@ -116,25 +132,26 @@ def _fitting(model: LoadedModel, params: GenerationParams, most: int, device: st
     return next((images for images in range(most, 0, -1) if model.working_bytes(params, images) <= free), 0)
 
 
-def _attempt(
-    model: LoadedModel, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook
-) -> Generation | None:
-    """None when memory ran out and fewer images at a time may do; the traceback, which holds tensors, is gone then."""
-    try:
-        return model.generate(params, strategy, on_step)
-    except Exception as error:  # exhaustion is told by name, not by one class; whatever else goes on
-        if params.batch_size == 1 or not is_exhaustion(error):
-            raise
-        return None
+def while_exhausted(attempt: Callable[[], _Made], use_less: Callable[[], bool], device: str) -> _Made:
+    """What `attempt` returns, tried again while memory runs out and `use_less` finds something to save."""
+    while True:
+        try:
+            return attempt()
+        except Exception as error:  # exhaustion is told by name, not by one class; whatever else goes on
+            if not is_exhaustion(error) or not use_less():
+                raise
+        release(device)  # here, as the traceback, which holds tensors, is gone
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Did memory run out? By name: torch need not be imported to be judged.
+    """Did memory run out? By name, its own or its cause's: torch need not be imported to be judged.
 
     Its CPU allocator raises a plain RuntimeError with the words below.
     """
     by_name = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    return by_name or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    if by_name or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return True
+    return error.__cause__ is not None and is_exhaustion(error.__cause__)
 
 
 def free_bytes(device: str) -> int:

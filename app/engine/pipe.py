@@ -5,18 +5,32 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 from typing import Literal, Protocol, get_args
 
-from app.engine.types import Catalogue, DeviceMemory, Job, JobResult
+from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, DeviceMemory, Job, JobResult
+from app.errors import (
+    Cancelled,
+    GenerationFailed,
+    Incompatible,
+    Invalid,
+    ModelNotFound,
+    ModelUnavailable,
+    OutOfMemory,
+    ServiceError,
+)
 from models.base import Step
 
 _log = logging.getLogger(__name__)
@@ -104,6 +118,14 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Unavailable:
+    """The model cannot be loaded; the worker serves the others. `detail` (a stack trace) is for the log."""
+
+    model: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A job can run."""
 
@@ -146,20 +168,49 @@ class Failed:
     detail: str
     field: str | None = None
 
+    def error(self) -> ServiceError:
+        """What the client is answered."""
+        match self.kind:
+            case "cancelled":
+                return Cancelled("The job was cancelled.")
+            case "unknown_model":
+                return ModelNotFound(self.message, field="model")
+            case "load_failed":
+                return ModelUnavailable(  # its own message names folders of this machine
+                    f"The model is configured. {NOT_LOADED} Ask for another one.",
+                    field="model",
+                    retry_after=RETRY_SECONDS,
+                )
+            case "model_error":
+                return Invalid(self.message, field=self.field)
+            case "incompatible":
+                return Incompatible(self.message)
+            case "out_of_memory":
+                return OutOfMemory(
+                    "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
+                    "or turn off other features that hold memory.",
+                    retry_after=RETRY_SECONDS,
+                )
+            case _:
+                return GenerationFailed("The model failed on this request; the server's log has the cause.")
+
 
 @dataclass(frozen=True, slots=True)
 class Garbled:
-    """What the worker sent is no report; made on the supervisor's side."""
+    """What came was no report, or an order could not be written; made on the supervisor's side."""
 
     detail: str
 
 
-Report = Known | Alive | Loading | Loaded | Ready | StartFailed | Progress | Free | Done | Failed | Garbled
+Report = (
+    Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | Progress | Free | Done | Failed | Garbled
+)
 
 # A forked child would share the event loop's descriptors, and CUDA cannot be used in one.
 PROCESSES = multiprocessing.get_context("spawn")
 _REPORTS = get_args(Report)
 _LAST_WORDS = 0.2  # seconds that a hung worker has to write where it hangs
+_GLANCE = 0.005  # seconds between two looks whether something has ended
 _REAPING = 10.0  # seconds after which a killed process that the kernel does not let go is left behind
 
 
@@ -171,7 +222,6 @@ class Child(Protocol):
     @property
     def exitcode(self) -> int | None: ...
     def start(self) -> None: ...
-    def join(self, timeout: float | None = None) -> None: ...
     def is_alive(self) -> bool: ...
     def kill(self) -> None: ...
     def close(self) -> None: ...
@@ -180,23 +230,26 @@ class Child(Protocol):
 class WorkerProcess:
     """Starts a worker, carries orders to it and reports from it; used once.
 
-    `make` gives it, not started, the other end of the pipe. A thread of its own reads the pipe, and orders are written
-    in threads, one at a time: a result of a hundred megabytes or a worker that doesn't listen never holds up the event
-    loop.
+    `make` gives it, not started, the other end of the pipe. One thread of its own writes to the pipe and one reads:
+    neither a picture of fifty megabytes nor a worker that doesn't listen holds up the event loop, and the loop's own
+    threads, which decode what clients send, hold up no worker. `delivered`: when the last Run was in the pipe whole,
+    on the monotonic clock; infinite while one is on its way.
     """
 
     def __init__(self, device: str, make: Callable[[Connection], Child]) -> None:
         self._device = device
         self._make = make
+        self._loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[Report | None] = asyncio.Queue()
-        self._outbox: asyncio.Queue[Order] = asyncio.Queue()
+        self._outbox: SimpleQueue[Order | None] = SimpleQueue()
         self._connection: Connection | None = None
         self._child: Child | None = None
         self._pid: int | None = None  # of the child that was
-        self._reader: threading.Thread | None = None
-        self._writer: asyncio.Task[None] | None = None
-        self._launch: asyncio.Task[None] | None = None
+        self._launch: asyncio.Future[None] | None = None
+        self._threads: list[threading.Thread] = []
         self._heard: float | None = None
+        self._writing = math.inf  # since when the order that is being written is
+        self.delivered = -math.inf
 
     @property
     def pid(self) -> int | None:
@@ -207,28 +260,34 @@ class WorkerProcess:
         """Since the last report of whatever kind arrived; 0 before the first one: imports take what they take."""
         return 0.0 if self._heard is None else time.monotonic() - self._heard
 
+    @property
+    def deaf_seconds(self) -> float:
+        """Since an order is being written to a worker that has not read it to its end; not above 0 when none is."""
+        return time.monotonic() - self._writing
+
     async def start(self) -> None:
         """Raises OSError when the system has no process to give. May be cancelled; `stop` clears up."""
         ours, theirs = PROCESSES.Pipe(duplex=True)
-        child = self._make(theirs)
-        self._connection = ours
-        self._child = child
+        self._connection, self._child = ours, self._make(theirs)
+        starter = ThreadPoolExecutor(1, f"start {self._device}")
         # Shielded: a thread cannot be cancelled, and a child that it starts afterwards would belong to nobody.
-        self._launch = asyncio.create_task(asyncio.to_thread(_start, child, theirs))
+        self._launch = self._loop.run_in_executor(starter, _start, self._child, theirs)
+        starter.shutdown(wait=False)
         await asyncio.shield(self._launch)
-        loop = asyncio.get_running_loop()
-        self._reader = threading.Thread(target=self._read, args=(ours, loop), name=f"read {self._device}", daemon=True)
-        self._reader.start()
-        self._writer = loop.create_task(self._write(ours))
+        for work, name in ((self._read, "read"), (self._write, "write")):
+            thread = threading.Thread(target=work, args=(ours,), name=f"{name} {self._device}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     def send(self, order: Order) -> None:
-        """Orders arrive in the order sent. One to a dead worker is lost; its death is seen in `reports`."""
-        self._outbox.put_nowait(order)
+        """Orders arrive in the order sent. One to a dead worker is lost; its death is seen in `report`."""
+        if isinstance(order, Run):
+            self.delivered = math.inf
+        self._outbox.put(order)
 
-    async def reports(self) -> AsyncIterator[Report]:
-        """What the worker says, until it dies."""
-        while (report := await self._inbox.get()) is not None:
-            yield report
+    async def report(self) -> Report | None:
+        """What the worker says next; None: it is dead."""
+        return await self._inbox.get()
 
     async def kill(self) -> None:
         """End a worker that does not answer; before that it writes to stderr where each of its threads stands."""
@@ -245,50 +304,71 @@ class WorkerProcess:
         """Ask the worker to end, kill it after `seconds`; return its exit code. Also clears up after a dead one."""
         if self._launch is not None:
             await asyncio.wait({self._launch})
-        ended = True
-        if self.pid is not None and self._child is not None:
+        ended, child = True, self._child
+        if child is not None and self.pid is not None:
             self.send(Stop())
-            ended = await asyncio.to_thread(_end, self._child, seconds if self._writer is not None else 0.0)
-        if self._writer is not None:
-            self._writer.cancel()
-            await asyncio.gather(self._writer, return_exceptions=True)
+            if not await _ended(child, seconds if self._threads else 0.0):
+                child.kill()
+                ended = await _ended(child, _REAPING)
+        self._outbox.put(None)
+        for thread in self._threads:
+            ended = ended and await _ended(thread, _REAPING)
         if not ended:
             _log.error("worker device=%s pid=%s cannot be ended and is left behind", self._device, self.pid)
             return None
-        if self._reader is not None:
-            await asyncio.to_thread(self._reader.join)
         if self._connection is not None:
             self._connection.close()  # only now: a descriptor closed under a reader may be given to another file
-        if self._child is None:
+        if child is None:
             return None
-        code, self._pid, child = self._child.exitcode, self.pid, self._child
+        code, self._pid = child.exitcode, self.pid
         self._child = None
         if self._pid is not None:
             child.close()  # its descriptors would stay until the garbage collector finds it
         return code
 
-    def _read(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        report: Report | None
-        while True:
-            try:
-                report = connection.recv()
-                if not isinstance(report, _REPORTS):
-                    report = Garbled(f"a {type(report).__name__}, which is no report")
-            except (EOFError, OSError):
-                report = None
-            except Exception as error:  # noqa: BLE001  # bytes that are no pickle raise nearly anything
-                report = Garbled(f"{type(error).__name__}: {error}")
-            self._heard = time.monotonic()  # here, so that a busy event loop is not taken for a silent worker
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(self._inbox.put_nowait, report)
-            if report is None:
-                return
+    # Neither thread keeps what it has carried: there may be a hundred megabytes in it, and the next may come in hours.
 
-    async def _write(self, connection: Connection) -> None:
-        while True:
-            order = await self._outbox.get()
-            with suppress(OSError):  # the worker died; `reports` ends
-                await asyncio.to_thread(connection.send, order)
+    def _read(self, connection: Connection) -> None:
+        while self._tell(_received(connection)):
+            pass
+
+    def _tell(self, report: Report | None) -> bool:
+        """False: this was the last one."""
+        self._heard = time.monotonic()  # here, so that a busy event loop is not taken for a silent worker
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, report)
+        return report is not None
+
+    def _write(self, connection: Connection) -> None:
+        while self._deliver(connection, self._outbox.get()):
+            pass
+
+    def _deliver(self, connection: Connection, order: Order | None) -> bool:
+        """False: there was none, and will be none."""
+        if order is None:
+            return False
+        try:
+            packed = ForkingPickler.dumps(order)
+            self._writing = time.monotonic()
+            with suppress(OSError):  # the worker died; `report` says so
+                connection.send_bytes(packed)
+        except Exception as error:  # noqa: BLE001  # what cannot be pickled raises anything, and its job must not wait for ever
+            self._tell(Garbled(f"an order cannot be written: {type(error).__name__}: {error}"))
+        self._writing = math.inf
+        if isinstance(order, Run):
+            self.delivered = time.monotonic()
+        return True
+
+
+def _received(connection: Connection) -> Report | None:
+    """None: nobody is at the other end."""
+    try:
+        report = connection.recv()
+    except (EOFError, OSError):
+        return None
+    except Exception as error:  # noqa: BLE001  # bytes that are no pickle raise nearly anything
+        return Garbled(f"its words cannot be read: {type(error).__name__}: {error}")
+    return report if isinstance(report, _REPORTS) else Garbled(f"it sent a {type(report).__name__}, which is no report")
 
 
 def _start(child: Child, theirs: Connection) -> None:
@@ -298,12 +378,13 @@ def _start(child: Child, theirs: Connection) -> None:
         theirs.close()  # a second holder of the worker's end would keep its death from being seen
 
 
-def _end(child: Child, seconds: float) -> bool:
-    child.join(seconds)
-    if child.is_alive():
-        child.kill()
-        child.join(_REAPING)
-    return not child.is_alive()
+async def _ended(one: Child | threading.Thread, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while one.is_alive():
+        if time.monotonic() >= until:
+            return False
+        await asyncio.sleep(_GLANCE)
+    return True
 
 
 @atexit.register

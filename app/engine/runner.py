@@ -5,6 +5,7 @@ Importing this needs no torch; `configured_runner` does.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import psutil
 
 from app import images
-from app.engine.memory import draw, draw_together, lighten
+from app.engine.memory import draw, draw_together, lighten, while_exhausted
 from app.engine.pipe import Condition
 from app.engine.report import summarise_passes
 from app.engine.types import (
@@ -33,6 +34,8 @@ from app.settings import Settings, available_cores
 from models.base import Generation, LoadedModel, ModelError, UnknownModel
 from models.models_file import Configuration, embedded, read
 
+_log = logging.getLogger(__name__)
+
 
 class Models(Protocol):
     """What of `models.registry.Registry` a runner needs."""
@@ -46,6 +49,8 @@ class Models(Protocol):
     def loaded(self) -> Sequence[str]: ...
 
     def get(self, name: str) -> LoadedModel: ...
+
+    def give_up_idle(self, used: str) -> str | None: ...
 
     def describe(self) -> list[dict[str, Any]]: ...
 
@@ -71,7 +76,8 @@ class RegistryRunner:
         return self._registry.get(name)
 
     def load(self, model: str) -> None:
-        self._registry.get(model)
+        device, give_up = self._registry.device, partial(self._give_up_idle, model)
+        while_exhausted(partial(self._registry.get, model), give_up, device)
 
     def run(self, job: Job, on_step: StepListener) -> JobResult:
         """One job by itself; whatever `on_step` raises passes."""
@@ -81,12 +87,25 @@ class RegistryRunner:
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> list[Finish]:
         """See `Runner`. Jobs that could not be drawn together are drawn one after the other."""
         model = self._registry.get(jobs[0].model)
-        device = self._registry.device
-        drawn = draw_together(model, jobs, on_steps, device)
+        drawn = draw_together(model, jobs, on_steps, self._registry.device)
         return [
-            partial(_finished, job, drawn[job.id] if job.id in drawn else _alone(model, job, on_steps, device))
+            partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
             for job in jobs
         ]
+
+    def _alone(self, model: LoadedModel, job: Job, on_steps: StepsListener) -> Generation | Exception:
+        device, give_up = self._registry.device, partial(self._give_up_idle, job.model)
+        try:
+            return draw(model, job.params, job.strategy, lambda step: on_steps({job.id: step}), device, give_up)
+        except Exception as error:  # noqa: BLE001  # it is raised again where the job is finished
+            lighten(error)
+            return error
+
+    def _give_up_idle(self, used: str) -> bool:
+        name = self._registry.give_up_idle(used)
+        if name is not None:
+            _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, used)
+        return name is not None
 
     def condition(self) -> Condition:
         device = self._registry.device
@@ -96,14 +115,6 @@ class RegistryRunner:
             memory=_memory(device),
             loaded=tuple(self._registry.loaded),
         )
-
-
-def _alone(model: LoadedModel, job: Job, on_steps: StepsListener, device: str) -> Generation | Exception:
-    try:
-        return draw(model, job.params, job.strategy, lambda step: on_steps({job.id: step}), device)
-    except Exception as error:  # noqa: BLE001  # it is raised again where the job is finished
-        lighten(error)
-        return error
 
 
 def _finished(job: Job, generation: Generation | Exception) -> JobResult:

@@ -1,12 +1,21 @@
-"""A device, whatever worker it has at the moment, and when that worker is given up."""
+"""A device with whatever worker it has at the moment; when that worker is given up, and a model kept from all."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.engine.pipe import Condition, Order, WorkerProcess
 from app.engine.types import WORKER_MOVES, DeviceMemory, DeviceStatus, IllegalTransition, JobHandle, WorkerState, moved
+from app.errors import ModelUnavailable
+
+_log = logging.getLogger(__name__)
+
+SILENCE = 1.5  # seconds of starting or loading, after which the log says again what goes on
+CRASHES = 2  # in a row; one alone may be a stranger's doing, such as a process killed by hand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +24,9 @@ class Patience:
 
     `silence`: without a sign of life from its process, whatever it does. A thread of the worker gives one a few times
     in that time, so only a process that cannot run Python at all is silent: stopped, or stuck in native code that holds
-    the interpreter's lock. `stall`: a job without a finished step, though the process lives. `load`: one stage of
-    loading a model, during which there are no steps, or of coming up.
+    the interpreter's lock. So long may it also take to read one order. `stall`: a job that it has been handed, without
+    a finished step, though the process lives. `load`: one stage of loading a model, during which there are no steps,
+    or of coming up.
     """
 
     silence: float = 60.0
@@ -37,6 +47,44 @@ class Patience:
         return min(self.silence, self.stall, self.load, 4.0) / 4
 
 
+class Quarantine:
+    """`seconds` later a model may be tried again: memory that was short may be there by then."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._crashes: dict[str, int] = {}
+        self._held: dict[str, tuple[str, float]] = {}
+
+    def crashed(self, model: str, reason: str) -> bool:
+        """A worker was lost while it loaded `model`; `reason` is a clause for everyone. True: now it is held."""
+        self._crashes[model] = self._crashes.get(model, 0) + 1
+        if self._crashes[model] < CRASHES:
+            return False
+        why = f"Its worker was lost twice in a row while loading it: {reason}."
+        self._held[model] = why, time.monotonic() + self._seconds
+        self._crashes[model] = CRASHES - 1  # when it is tried again, one crash suffices
+        return True
+
+    def loaded(self, model: str) -> None:
+        self._crashes.pop(model, None)
+        self._held.pop(model, None)
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Model → why it is held."""
+        now = time.monotonic()
+        self._held = {model: held for model, held in self._held.items() if held[1] > now}
+        return {model: reason for model, (reason, _) in self._held.items()}
+
+    def refusal(self, model: str) -> ModelUnavailable:
+        why, until = self._held.get(model, ("", 0.0))
+        return ModelUnavailable(
+            f"{model} is not given to any worker at present. {why} Ask for another model, or again later.",
+            field="model",
+            retry_after=max(1, round(until - time.monotonic())),
+        )
+
+
 class Slot:
     """`device` is the name that the operator gave; `restarts` counts the workers after the first."""
 
@@ -49,6 +97,7 @@ class Slot:
         self.loading: str | None = None  # the model
         self.stage = ""  # the part of it
         self.condition: Condition | None = None
+        self.unavailable: dict[str, str] = {}  # models that its worker could not load, each with the reason
         self.up = False  # its worker has come up and is not lost since
         self.fault: str | None = None  # why the worker that is being ended now is given up
         self.reason: str | None = None  # why the last one was lost
@@ -78,6 +127,11 @@ class Slot:
         """To its worker, if there is one."""
         if self.process is not None:
             self.process.send(order)
+
+    def learn(self, condition: Condition) -> None:
+        """Its worker has told of itself."""
+        self.condition = condition
+        self.unavailable = {model: why for model, why in self.unavailable.items() if model not in condition.loaded}
 
     @property
     def jobs(self) -> list[JobHandle]:
@@ -118,7 +172,9 @@ class Slot:
             return None
         if self.process.silent_seconds > patience.silence:
             return "it gave no sign of life"
-        waited = time.monotonic() - self._advanced
+        if self.process.deaf_seconds > patience.silence:
+            return "it does not read what it is told"
+        waited = time.monotonic() - max(self._advanced, self.process.delivered)
         if self.loading is not None:
             return f"loading {self.loading} took too long" if waited > patience.load else None
         if not self.up:
@@ -126,12 +182,22 @@ class Slot:
         # The last step may be one that was not told of: it was done up to a heartbeat later than what was.
         return "its job finished no step" if self.jobs and waited > patience.stall + patience.heartbeat else None
 
+    async def watch(self, process: WorkerProcess, patience: Patience) -> None:
+        """Kill its worker when it hangs; whoever reads its reports sees it die."""
+        said = time.monotonic()
+        while (fault := self.overdue(patience)) is None:
+            await asyncio.sleep(patience.look)
+            if (not self.up or self.loading is not None) and time.monotonic() - said >= SILENCE:
+                said = time.monotonic()
+                doing = f"loading {self._loads}" if self.loading else "starting"
+                _log.info("worker device=%s: still %s", self.device, doing)
+        self.fault = fault
+        _log.error("worker device=%s pid=%s hangs: %s", self.device, process.pid, fault)
+        await process.kill()
+
     @property
-    def busy_with(self) -> str:
-        """What keeps its worker from a job."""
-        if self.loading is None:
-            return "starting"
-        return f"loading {self.loading}: {self.stage}" if self.stage else f"loading {self.loading}"
+    def _loads(self) -> str | None:
+        return f"{self.loading}: {self.stage}" if self.loading and self.stage else self.loading
 
     def status(self) -> DeviceStatus:
         condition = self.condition
@@ -144,7 +210,7 @@ class Slot:
             restarts=self.restarts,
             memory=condition.memory if condition and self.up else DeviceMemory(),
             loaded=condition.loaded if condition and self.up else (),
-            loading=f"{self.loading}: {self.stage}" if self.loading and self.stage else self.loading,
+            loading=self._loads,
             up=self.up,
             reason=self.reason,
         )

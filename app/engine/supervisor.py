@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from app.engine.pipe import (
@@ -24,12 +23,14 @@ from app.engine.pipe import (
     Report,
     Run,
     StartFailed,
+    Unavailable,
     WorkerProcess,
 )
 from app.engine.queue import Grouping, JobQueue, kind_of
-from app.engine.slot import Patience, Slot, death
+from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
     ATTEMPTS,
+    NOT_LOADED,
     RETRY_SECONDS,
     Catalogue,
     EngineStatus,
@@ -40,67 +41,19 @@ from app.engine.types import (
     StepListener,
     WorkerState,
     deadline_passed,
+    in_all,
     leaving,
     models_unknown,
     queue_full,
     worker_lost,
 )
 from app.engine.worker import RunnerFactory, Spawn, spawn
-from app.errors import (
-    Cancelled,
-    GenerationFailed,
-    Incompatible,
-    Invalid,
-    ModelNotFound,
-    ModelUnavailable,
-    NotReady,
-    OutOfMemory,
-    ServiceError,
-)
+from app.errors import Cancelled, NotReady, ServiceError
 from app.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
-SILENCE = 1.5  # seconds of starting or loading, after which the log says again what goes on
-_HOPELESS = "No worker can be started; the server's log says why."
-
-
-CRASHES = 2  # in a row; one alone may be a stranger's doing, such as a process killed by hand
-
-
-class Quarantine:
-    """`seconds` later a model may be tried again: memory that was short may be there by then."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._crashes: dict[str, int] = {}
-        self._held: dict[str, tuple[str, float]] = {}
-
-    def crashed(self, model: str, reason: str) -> bool:
-        """A worker was lost while it loaded `model`; `reason` is a sentence for everyone. True: now it is held."""
-        self._crashes[model] = self._crashes.get(model, 0) + 1
-        if self._crashes[model] < CRASHES:
-            return False
-        self._held[model] = reason, time.monotonic() + self._seconds
-        self._crashes[model] = CRASHES - 1  # when it is tried again, one crash suffices
-        return True
-
-    def loaded(self, model: str) -> None:
-        self._crashes.pop(model, None)
-        self._held.pop(model, None)
-
-    @property
-    def reasons(self) -> Mapping[str, str]:
-        """Model → why it is held."""
-        now = time.monotonic()
-        self._held = {model: held for model, held in self._held.items() if held[1] > now}
-        return {model: reason for model, (reason, _) in self._held.items()}
-
-    def retry_after(self, model: str) -> int:
-        """Whole seconds until it may be tried again; at least one."""
-        _, until = self._held.get(model, ("", 0.0))
-        return max(1, round(until - time.monotonic()))
 
 
 class LocalEngine:
@@ -169,22 +122,20 @@ class LocalEngine:
             raise models_unknown()
         return self._catalogue
 
-    def admit(self, model: str) -> None: ...
-
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+    def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
             raise leaving()
         if self.hopeless:
-            raise NotReady(_HOPELESS, retry_after=RETRY_SECONDS)
-        if job.model in self._quarantine.reasons:
-            raise model_held(job.model, self._quarantine)
+            raise _hopeless()
+        if model in self._quarantine.reasons:
+            raise self._quarantine.refusal(model)
         if len(self._queue) >= self._queue_size and not promised:
             raise queue_full(self._queue_size)
+
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        self.admit(job.model, promised=promised)
         handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
-        if job.deadline_seconds is not None:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(job.deadline_seconds, self._expire, handle)
-            handle.result.add_done_callback(lambda _: timer.cancel())
+        handle.limit(self._expire)
         self._queue.put(handle)
         self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
@@ -204,7 +155,8 @@ class LocalEngine:
             devices=tuple(slot.status() for slot in self._slots),
             capacity=self._queue_size,
             draining=self._draining,
-            quarantined=dict(self._quarantine.reasons),
+            quarantined=self._quarantine.reasons,
+            unavailable=self._unavailable(),
         )
 
     def _unsettled(self) -> list[JobHandle]:
@@ -223,8 +175,10 @@ class LocalEngine:
         handle.fail(error, state)
 
     def _expire(self, handle: JobHandle) -> None:
-        if not handle.settled:
-            self._give_up(handle, deadline_passed(handle))
+        self._give_up(handle, deadline_passed(handle))
+
+    def _unavailable(self) -> dict[str, str]:
+        return in_all([slot.unavailable for slot in self._slots if slot.up])
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""
@@ -232,9 +186,13 @@ class LocalEngine:
             self._later.cancel()
             self._later = None
         free = [slot for slot in self._slots if slot.free]
+        nowhere = self._unavailable()
         while free and self._queue:
             slot = free.pop(0)
-            waiting = tuple(self._queue)
+            # What this worker could not load is left to one that may; what none could is tried again by whichever.
+            waiting = [one for one in self._queue if one.job.model in nowhere or one.job.model not in slot.unavailable]
+            if not waiting:
+                continue
             drawing = [handle for slot in self._slots for handle in slot.running]
             finishing = [handle for slot in self._slots for handle in slot.finishing]
             group, seconds = self._grouping.choose(waiting, drawing, finishing, idle=len(free), hurry=self._draining)
@@ -263,11 +221,11 @@ class LocalEngine:
             plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
             make = partial(self._make, factory=self._factory, device=slot.device, plan=plan)
             process = slot.process = WorkerProcess(slot.device, make)
-            watch = asyncio.create_task(self._watch(slot, process))
+            watch = asyncio.create_task(slot.watch(process, self._patience))
             try:
                 await process.start()
-                async for report in process.reports():
-                    self._hear(slot, report)
+                while self._hear(slot, await process.report()):  # which may hold pictures: no name keeps it here
+                    pass
             except OSError as error:
                 _log.error("worker device=%s cannot be started: %s", slot.device, error)
             except IllegalTransition as error:
@@ -285,22 +243,13 @@ class LocalEngine:
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
-    async def _watch(self, slot: Slot, process: WorkerProcess) -> None:
-        """Kill the worker when it hangs; its supervisor sees it die."""
-        said = time.monotonic()
-        while (fault := slot.overdue(self._patience)) is None:
-            await asyncio.sleep(self._patience.look)
-            if (not slot.up or slot.loading is not None) and time.monotonic() - said >= SILENCE:
-                said = time.monotonic()
-                _log.info("worker device=%s: still %s", slot.device, slot.busy_with)
-        slot.fault = fault
-        _log.error("worker device=%s pid=%s hangs: %s", slot.device, process.pid, fault)
-        await process.kill()
-
-    def _hear(self, slot: Slot, report: Report) -> None:
+    def _hear(self, slot: Slot, report: Report | None) -> bool:
+        """False: it was the last one."""
         match report:
+            case None:
+                return False
             case Alive():
-                return
+                return True
             case Known(catalogue):
                 self._catalogue = catalogue
             case Loading(model, stage):
@@ -309,9 +258,14 @@ class LocalEngine:
                 slot.advance()
             case Loaded():
                 self._loaded(slot)
+            case Unavailable(model, detail):
+                slot.unavailable[model] = NOT_LOADED
+                slot.loading = None
+                slot.advance()
+                _log.error("model %s cannot be loaded device=%s: %s", model, slot.device, detail)
             case Ready(condition):
                 self._loaded(slot)
-                slot.condition = condition
+                slot.learn(condition)
                 slot.up = True
                 slot.start_failures = 0
                 _log.info("worker ready device=%s pid=%s", slot.device, slot.process and slot.process.pid)
@@ -329,7 +283,7 @@ class LocalEngine:
                 slot.drawn()
                 slot.advance()
                 slot.loading = None
-                slot.condition = condition
+                slot.learn(condition)
             case Done(job_id, result):
                 handle = self._release(slot, job_id)
                 if not handle.settled:
@@ -338,12 +292,18 @@ class LocalEngine:
                 handle = self._release(slot, job_id)
                 if kind != "cancelled":
                     _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
-                if not handle.settled:
-                    handle.fail(error_of(report))
+                model = handle.job.model
+                if handle.settled:
+                    pass
+                elif model in slot.unavailable and model not in self._unavailable():
+                    self._requeue(handle)  # another worker may have it
+                else:
+                    handle.fail(report.error())
             case Garbled(detail):
-                raise IllegalTransition(f"its words cannot be read: {detail}")
+                raise IllegalTransition(detail)
         slot.settle(self._draining)
         self._dispatch()
+        return True
 
     def _loaded(self, slot: Slot) -> None:
         if slot.loading is not None:
@@ -366,7 +326,7 @@ class LocalEngine:
         lost, slot.running, slot.finishing = slot.jobs, [], []
         if not slot.up:
             slot.start_failures += 1
-        slot.up, slot.fault, slot.process = False, None, None
+        slot.up, slot.fault, slot.process, slot.unavailable = False, None, None, {}
         slot.deaths += 1
         slot.move(WorkerState.FAILED)
         if self._stopping:
@@ -374,28 +334,31 @@ class LocalEngine:
         _log.error("worker lost device=%s exit_code=%s: %s", slot.device, code, slot.reason)
         for handle in lost:
             _log.error("its worker was lost: %s", slot.reason, extra={"request_id": handle.job.id})
-        if loading is not None and self._quarantine.crashed(loading, _held_because(slot.reason)):
+        if loading is not None and self._quarantine.crashed(loading, slot.reason):
             _log.error("model %s is quarantined: %s", loading, self._quarantine.reasons[loading])
             for waiting in self._queue:
                 if waiting.job.model == loading:
-                    self._give_up(waiting, model_held(loading, self._quarantine))
+                    self._give_up(waiting, self._quarantine.refusal(loading))
         for handle in lost:
             if not handle.settled:
                 self._take_back(handle, slot.reason)
         if self.hopeless:
             for waiting in self._queue:
-                self._give_up(waiting, NotReady(_HOPELESS, retry_after=RETRY_SECONDS))
+                self._give_up(waiting, _hopeless())
 
     def _take_back(self, handle: JobHandle, reason: str) -> None:
         """A job whose worker was lost: once more, or answered."""
         if handle.job.model in self._quarantine.reasons:
-            handle.fail(model_held(handle.job.model, self._quarantine))
+            handle.fail(self._quarantine.refusal(handle.job.model))
         elif handle.attempts < ATTEMPTS:
-            handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
-            self._queue.put(handle)  # it is promised: the bound does not apply
+            self._requeue(handle)
             self._dispatch()
         else:
             handle.fail(worker_lost(reason))
+
+    def _requeue(self, handle: JobHandle) -> None:
+        handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
+        self._queue.put(handle)  # it is promised: the bound does not apply
 
     @property
     def hopeless(self) -> bool:
@@ -403,43 +366,8 @@ class LocalEngine:
         return all(slot.start_failures >= START_FAILURES for slot in self._slots)
 
 
-def _held_because(reason: str) -> str:
-    return f"Its worker was lost twice in a row while loading it: {reason}."
-
-
-def error_of(failure: Failed) -> ServiceError:
-    match failure.kind:
-        case "cancelled":
-            return Cancelled("The job was cancelled.")
-        case "unknown_model":
-            return ModelNotFound(failure.message, field="model")
-        case "load_failed":
-            return ModelUnavailable(  # its own message names folders of this machine
-                "The model is configured, but its files do not load; the server's log says why. Ask for another one.",
-                field="model",
-                retry_after=RETRY_SECONDS,
-            )
-        case "model_error":
-            return Invalid(failure.message, field=failure.field)
-        case "incompatible":
-            return Incompatible(failure.message)
-        case "out_of_memory":
-            return OutOfMemory(
-                "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
-                "or turn off other features that hold memory.",
-                retry_after=RETRY_SECONDS,
-            )
-        case _:
-            return GenerationFailed("The model failed on this request; the server's log has the cause.")
-
-
-def model_held(model: str, quarantine: Quarantine) -> ModelUnavailable:
-    return ModelUnavailable(
-        f"{model} is not given to any worker at present. {quarantine.reasons.get(model, '')} Ask for another model, or "
-        "again later.",
-        field="model",
-        retry_after=quarantine.retry_after(model),
-    )
+def _hopeless() -> NotReady:
+    return NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
 
 
 def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[str] | None = None) -> LocalEngine:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
@@ -20,6 +20,7 @@ from models.base import CacheName, GenerationParams, Step, Timings
 
 ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 RETRY_SECONDS = 5  # what a client is told to wait
+NOT_LOADED = "Its files do not load; the server's log says why."
 
 CacheSummary = Mapping[str, object]  # JSON values only
 StepListener = Callable[[Step], None]
@@ -195,7 +196,8 @@ class DeviceStatus:
 class EngineStatus:
     """`capacity`: jobs that may wait, 0 where nothing bounds them here.
 
-    `quarantined`: models that no worker is given at present, each with the reason.
+    `quarantined`: models that no worker is given at present, `unavailable`: models that none could load when it was
+    last tried, each with the reason, a sentence for everyone.
     """
 
     pending: int
@@ -204,6 +206,7 @@ class EngineStatus:
     capacity: int = 0
     draining: bool = False
     quarantined: Mapping[str, str] = field(default_factory=dict)
+    unavailable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
@@ -215,6 +218,11 @@ class EngineStatus:
         return frozenset(name for device in self.devices for name in device.loaded)
 
 
+def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The models that each of the workers has a reason for, with that of the first."""
+    return {model: why for model, why in reasons[0].items() if all(model in one for one in reasons)} if reasons else {}
+
+
 _ages = itertools.count()
 
 
@@ -224,7 +232,8 @@ class JobHandle:
     Times are of the monotonic clock, in seconds. `result` is settled exactly once, with a JobResult or a ServiceError;
     a second time raises IllegalTransition. `age` orders jobs by when they were accepted. `place` is that in the queue,
     1 for the next one, None for a job that doesn't wait. `on_change` is called when `state` or `place` has changed.
-    Jobs of one `kind` can be drawn together; one without can not.
+    Jobs of one `kind` can be drawn together; one without can not. Whoever listens is let go of when it is settled:
+    listeners refer to the handle as a rule, and the circle would hold the job's pictures.
     """
 
     def __init__(self, job: Job, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
@@ -240,6 +249,7 @@ class JobHandle:
         self.started: float | None = None
         self.finished: float | None = None
         self.result: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<JobHandle {self.job.id} {self.state}>"
@@ -256,6 +266,12 @@ class JobHandle:
     @property
     def total_seconds(self) -> float:
         return (self.finished or time.monotonic()) - self.submitted
+
+    def limit(self, expire: Callable[[JobHandle], None]) -> None:
+        """Call `expire` at the job's deadline, if it has one and is not settled by then."""
+        if self.job.deadline_seconds is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.job.deadline_seconds, expire, self)
 
     def stand(self, place: int) -> None:
         if place != self.place:
@@ -288,7 +304,10 @@ class JobHandle:
         self.state = moved(JOB_MOVES, self.state, state)
         self.place = None
         self.finished = time.monotonic()
+        if self._timer is not None:
+            self._timer.cancel()
         self._tell()
+        self.on_step = self.on_change = None
 
     def _tell(self) -> None:
         if self.on_change is not None:
@@ -317,8 +336,8 @@ class Engine(Protocol):
         """Raises NotReady until a first worker has told of it."""
         ...
 
-    def admit(self, model: str) -> None:
-        """Raises what `submit` would refuse a job for this model with now; queues nothing."""
+    def admit(self, model: str, *, promised: bool = False) -> None:
+        """Raises what `submit` would refuse a job for `model` with at this moment; nothing is queued."""
         ...
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:

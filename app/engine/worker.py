@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
-from app.engine.memory import is_exhaustion
+from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import (
     PROCESSES,
     Alive,
@@ -38,6 +38,7 @@ from app.engine.pipe import (
     Run,
     StartFailed,
     Stop,
+    Unavailable,
 )
 from app.engine.types import Catalogue, Job, JobResult, StepsListener
 from cache import CacheError
@@ -124,8 +125,11 @@ def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runn
         catalogue = runner.catalogue()
         line.say(Known(catalogue))
         if catalogue.default not in plan.avoid:
-            line.say(Loading(catalogue.default))
-            runner.load(catalogue.default)
+            try:
+                _load(line, runner, catalogue.default)
+            except LoadFailed:
+                if all(info.error for name, info in catalogue.models.items() if name != catalogue.default):
+                    raise  # there is nothing to serve instead
         line.say(Ready(runner.condition()))
     except _ParentGone:
         raise
@@ -133,6 +137,23 @@ def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runn
         line.say(StartFailed(f"{type(error).__name__}: {error}", traceback.format_exc()))
         return None
     return runner
+
+
+def _load(line: _Line, runner: Runner, model: str) -> None:
+    """Tells of it. Raises UnknownModel; LoadFailed, whatever it was that went wrong."""
+    line.say(Loading(model))
+    try:
+        runner.load(model)
+    except (_ParentGone, UnknownModel):
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a loader raises; the other models are served on
+        detail, message = traceback.format_exc(), f"{type(error).__name__}: {error}"
+        lighten(error)
+    else:
+        line.say(Loaded(model))
+        return
+    line.say(Unavailable(model, detail))
+    raise LoadFailed(message)
 
 
 def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
@@ -210,9 +231,7 @@ class _Shift:
         try:
             model = jobs[0].model
             if model not in self._runner.condition().loaded:
-                self._line.say(Loading(model))
-                self._runner.load(model)
-                self._line.say(Loaded(model))
+                _load(self._line, self._runner, model)
             self._said = time.monotonic()
             finishes = self._runner.draw(jobs, self._stepped)
         except _ParentGone:

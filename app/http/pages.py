@@ -9,10 +9,10 @@ import fastapi_offline
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 
-from app.engine.types import EngineStatus, ModelInfo
+from app.engine.types import NOT_LOADED, EngineStatus, ModelInfo
 from app.errors import NotFound, NotReady
 from app.http.render import errors
-from app.http.request import service_of
+from app.http.request import known_models, service_of
 from app.http.resolve import Adapters
 
 router = APIRouter()
@@ -74,15 +74,28 @@ async def alive() -> dict[str, str]:
 
 @router.get("/readyz", summary="A worker can take a job", tags=["health"], responses=errors(503))
 async def ready(request: Request) -> dict[str, object]:
-    """`quarantined`: models that no worker is given at present, each with the reason."""
-    status = service_of(request).engine.status()
+    """`quarantined`: models that no worker is given at present, `unavailable`: those that cannot be loaded, each with
+    the reason. The others are served.
+    """
+    engine = service_of(request).engine
+    status = engine.status()
     if not status.ready:
         raise NotReady(_why_not(status), retry_after=5)
     return {
         "status": "ok",
         "workers": {device.device: device.state.value for device in status.devices},
         "quarantined": dict(status.quarantined),
+        "unavailable": {
+            name: reason for name, model in known_models(engine).items() if (reason := _not_loaded(model, status))
+        },
     }
+
+
+def _not_loaded(model: ModelInfo, status: EngineStatus) -> str | None:
+    """Why the model cannot be loaded, as far as is known."""
+    if model.error is None or model.name in status.loaded:
+        return status.unavailable.get(model.name)
+    return NOT_LOADED  # what is wrong with its files names folders of this machine: that is for the log
 
 
 def _why_not(status: EngineStatus) -> str:
@@ -124,7 +137,6 @@ async def models(request: Request) -> dict[str, object]:
 def _row(model: ModelInfo, status: EngineStatus) -> dict[str, object]:
     """`reason` says why a model is not available."""
     row = asdict(model)
-    # What is wrong with its files names folders of this machine: that is for the log.
-    reason = "Its files do not load; the server's log says why." if row.pop("error") else None
-    reason = status.quarantined.get(model.name, reason)
+    del row["error"]
+    reason = status.quarantined.get(model.name) or _not_loaded(model, status)
     return {**row, "available": reason is None, "reason": reason, "loaded": model.name in status.loaded}

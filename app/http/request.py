@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from app.engine.types import Engine
-from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
+from app.engine.types import Engine, ModelInfo
+from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, NotReady, shown
 from app.http.resolve import Limits
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord
@@ -61,6 +61,14 @@ class Service:
 def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def known_models(engine: Engine) -> Mapping[str, ModelInfo]:
+    """By name; none while they are not known yet."""
+    try:
+        return engine.catalogue().models
+    except NotReady:
+        return {}
 
 
 def request_id_of(request: Request) -> str:

@@ -14,8 +14,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.engine.types import DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
-from app.errors import NotReady
-from app.http.request import service_of
+from app.http.request import known_models, service_of
 from app.metrics import Metrics
 
 router = APIRouter(tags=["telemetry"])
@@ -59,10 +58,7 @@ async def prometheus(request: Request) -> Response:
 
 def exposition(metrics: Metrics, engine: Engine, encode: Callable[[Collector], bytes] = generate_latest) -> bytes:
     """What was counted, and what the engine is now."""
-    try:
-        models: Mapping[str, ModelInfo] = engine.catalogue().models
-    except NotReady:
-        models = {}
+    models = known_models(engine)
     for name, info in models.items():
         metrics.expect(name, info.cache)
     return encode(_Everything(metrics, engine.status(), models))

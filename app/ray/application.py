@@ -99,7 +99,7 @@ def application(settings: Settings, factory: RunnerFactory, scale: Scale) -> ser
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """What `serve run app.ray.application:build` and a Serve configuration name; `arguments` are fields of `Scale`.
+    """What `serve run app.ray.application:build` and a Serve configuration name; it takes the fields of `Scale`.
 
     Settings come from WAVESPEED_* and .env. Raises ValueError for what neither knows.
     """

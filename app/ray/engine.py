@@ -31,6 +31,7 @@ from app.engine.types import (
     StepListener,
     WorkerState,
     deadline_passed,
+    in_all,
     leaving,
     models_unknown,
     queue_full,
@@ -95,17 +96,16 @@ class RayEngine:
             raise models_unknown()
         return self._fleet.catalogue
 
-    def admit(self, model: str) -> None: ...
-
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+    def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
             raise leaving()
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
             raise queue_full(self._queue_size)
+
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        self.admit(job.model, promised=promised)
         handle = JobHandle(job, on_step)
-        if job.deadline_seconds is not None:
-            timer = asyncio.get_running_loop().call_later(job.deadline_seconds, self._expire, handle)
-            handle.result.add_done_callback(lambda _: timer.cancel())
+        handle.limit(self._expire)
         self._queue.put(handle)
         self._dispatch()
         return handle
@@ -124,6 +124,7 @@ class RayEngine:
             devices=self._fleet.devices,
             draining=self._draining,
             quarantined=self._fleet.quarantined,
+            unavailable=self._fleet.unavailable,
             capacity=self._queue_size,
         )
 
@@ -219,8 +220,7 @@ class RayEngine:
             task.cancel()
 
     def _expire(self, handle: JobHandle) -> None:
-        if not handle.settled:
-            self._give_up(handle, deadline_passed(handle))
+        self._give_up(handle, deadline_passed(handle))
 
 
 _log = logging.getLogger(__name__)
@@ -269,6 +269,10 @@ class Fleet:
     @property
     def quarantined(self) -> Mapping[str, str]:
         return {name: why for one, _ in self._present.values() for name, why in one.status.quarantined.items()}
+
+    @property
+    def unavailable(self) -> Mapping[str, str]:
+        return in_all([one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up])
 
     def _device(self, rank: int) -> DeviceStatus:
         presence, heard = self._present[rank]

@@ -200,6 +200,12 @@ class FakeRegistry:
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, FakeModel] = {}
 
+    def give_up_idle(self, used: str) -> str | None:
+        idle = next((name for name in self._loaded if name != used), None)
+        if idle is not None:
+            del self._loaded[idle]
+        return idle
+
     @property
     def loaded(self) -> tuple[str, ...]:
         return tuple(self._loaded)
@@ -211,7 +217,8 @@ class FakeRegistry:
             raise UnknownModel(f"There is no model {name!r}.")
         if name not in self._loaded:
             self.on_stage(name, "mixing colours")
-        return self._loaded.setdefault(name, MODELS[name]())
+        self._loaded[name] = self._loaded.pop(name, None) or MODELS[name]()  # the one used last is last
+        return self._loaded[name]
 
     def describe(self) -> list[dict[str, Any]]:
         return [_row(name) for name in (*MODELS, "broken")]
@@ -242,8 +249,13 @@ def fake_runner(device: str, default: str = "fine") -> RegistryRunner:
 
 
 def broken_runner(device: str) -> RegistryRunner:
-    """A worker that cannot start: its default model does not load."""
+    """Its default model does not load."""
     return RegistryRunner(FakeRegistry("broken"), "fake device")
+
+
+def no_runner(device: str) -> RegistryRunner:
+    """A worker that cannot start: there is no such device, or no torch."""
+    raise RuntimeError("no device that torch can use")
 
 
 def fake_catalogue() -> Catalogue:
@@ -270,12 +282,12 @@ class FakeEngine:
             raise NotReady("Still loading.", retry_after=5)
         return self.models
 
-    def admit(self, model: str) -> None:
+    def admit(self, model: str, *, promised: bool = False) -> None:
         if len(self.submitted) >= self.capacity:
             raise QueueFull("Full.", retry_after=5)
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model)
+        self.admit(job.model, promised=promised)
         self.submitted.append(job)
         handle = JobHandle(job, on_step)
         handle.run()

@@ -31,7 +31,7 @@ from app.errors import (
 )
 from cache import DeepCache
 from models.base import GenerationParams, Step
-from tests.app.fakes import STEP_SECONDS, broken_runner, fake_runner
+from tests.app.fakes import STEP_SECONDS, fake_runner, no_runner
 
 LONG = 10_000  # steps that nobody waits for
 
@@ -205,9 +205,12 @@ async def test_the_queue_is_bounded_and_in_order(engine: LocalEngine) -> None:
     for name, handle in zip("nop", handles, strict=True):
         handle.result.add_done_callback(lambda _, name=name: done.append(name))
     assert engine.status().pending == 3
-    with pytest.raises(QueueFull) as caught:
-        engine.submit(job("q"))
-    assert caught.value.retry_after is not None
+    for refused in (lambda: engine.submit(job("q")), lambda: engine.admit("fine")):
+        with pytest.raises(QueueFull) as caught:
+            refused()
+        assert caught.value.retry_after is not None
+    engine.admit("fine", promised=True)
+    assert engine.status().pending == 3  # asking queues nothing
     engine.cancel("m")
     await asyncio.gather(blocking.result, *(handle.result for handle in handles), return_exceptions=True)
     assert done == ["n", "o", "p"]
@@ -237,7 +240,7 @@ async def test_two_devices_work_at_the_same_time() -> None:
 
 
 async def test_a_worker_that_cannot_start_is_said_to_who_waits_and_who_comes() -> None:
-    engine = LocalEngine(broken_runner, ["cpu"], backoff=(0.01, 0.01))
+    engine = LocalEngine(no_runner, ["cpu"], backoff=(0.01, 0.01))
     with pytest.raises(NotReady):
         engine.catalogue()
     await engine.start()
@@ -248,6 +251,8 @@ async def test_a_worker_that_cannot_start_is_said_to_who_waits_and_who_comes() -
         assert device(engine).restarts >= START_FAILURES - 1
         with pytest.raises(NotReady):
             engine.submit(job("b"))
+        with pytest.raises(NotReady):
+            engine.admit("fine")
         assert not engine.status().ready
     finally:
         await engine.stop()
@@ -265,6 +270,8 @@ async def test_stopping_answers_everyone_and_leaves_no_process() -> None:
     assert not worker.is_running()
     with pytest.raises(NotReady):
         engine.submit(job("c"))
+    with pytest.raises(NotReady):
+        engine.admit("fine")
 
 
 @pytest.mark.parametrize("pauses", [0, 1, 3, 10])

@@ -162,6 +162,9 @@ async def test_a_model_that_kills_its_workers_at_load_is_held_and_said(nursery: 
         assert list(engine.status().quarantined) == ["slow"]
         with pytest.raises(ModelUnavailable):
             engine.submit(job("c", "slow"))
+        with pytest.raises(ModelUnavailable):
+            engine.admit("slow")
+        engine.admit("fine")
         await until(lambda: engine.status().ready)
         nursery.gate.open(100)
         assert (await engine.submit(job("d")).result).images  # other models are served

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.engine import memory
-from app.engine.runner import RegistryRunner
+from app.engine.runner import RegistryRunner, configured_runner
 from app.engine.types import Job
 from cache import CacheStrategy, NoCache
 from models.base import Generation, GenerationParams, StepHook
@@ -109,6 +109,75 @@ def test_other_failures_and_single_images_are_not_tried_again() -> None:
         with pytest.raises(RuntimeError):
             drawn(model, replace(PARAMS, batch_size=batch))
         assert len(model.sizes) == 1
+
+
+def crowded(monkeypatch: pytest.MonkeyPatch, runner: RegistryRunner, most: int, free: int) -> None:
+    """`free` bytes are free while at most so many models are loaded, else none."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free if len(runner.condition().loaded) <= most else 0)
+
+
+def of_model(model: str) -> Job:
+    return Job(id="x", model=model, params=PARAMS, strategy=NoCache())
+
+
+@pytest.mark.parametrize(("most", "left"), [(3, ["fine", "slow", "flux"]), (2, ["flux", "fine"]), (1, ["fine"])])
+def test_idle_models_go_before_a_job_is_refused_the_one_used_longest_ago_first(
+    monkeypatch: pytest.MonkeyPatch, most: int, left: list[str]
+) -> None:
+    runner = RegistryRunner(FakeRegistry(), "fake device")
+    for name in ("fine", "slow", "flux"):
+        runner.load(name)
+    crowded(monkeypatch, runner, most, NEED)
+    assert len(runner.run(of_model("fine"), lambda step: None).images) == 5
+    assert sorted(runner.condition().loaded) == sorted(left)
+
+
+def test_with_no_idle_model_left_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = RegistryRunner(FakeRegistry(), "fake device")
+    runner.load("slow")
+    crowded(monkeypatch, runner, 0, NEED)
+    with pytest.raises(MemoryError):
+        runner.run(of_model("fine"), lambda step: None)
+    assert runner.condition().loaded == ("fine",)
+
+
+def test_no_model_is_given_up_for_a_larger_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drawn in parts, which takes less time than to load a model again."""
+    runner = RegistryRunner(FakeRegistry(), "fake device")
+    runner.load("slow")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * NEED)
+    assert runner.run(of_model("fine"), lambda step: None).batches == (2, 2, 1)
+    assert sorted(runner.condition().loaded) == ["fine", "slow"]
+
+
+def test_a_single_image_that_runs_out_is_drawn_with_the_idle_models_gone() -> None:
+    idle = ["a", "b"]
+
+    class Crowded(Watched):
+        def step(self, index: int) -> None:
+            if idle:
+                raise OutOfMemoryError("CUDA out of memory")
+
+    model = Crowded()
+    made = memory.draw(model, PARAMS, NoCache(), lambda step: None, "cpu", lambda: bool(idle and idle.pop()))
+    assert (model.sizes, len(made.images)) == ([4, 1, 1, 1], 5)
+
+
+def test_real_models_that_lie_idle_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = configured_runner("cpu", threads=1)
+    idle = weakref.ref(runner.model("tiny-flux").denoiser.root)
+    runner.load("tiny-sd")
+    params = GenerationParams(prompt="a misty forest", width=64, height=64, steps=1, seeds=(1,))
+    job = Job(id="x", model="tiny-sd", params=params, strategy=NoCache())
+    before = runner.run(job, lambda step: None)
+    assert set(runner.condition().loaded) == {"tiny-sd", "tiny-flux"}
+    crowded(monkeypatch, runner, 1, 2**40)
+    assert runner.run(job, lambda step: None).images == before.images
+    assert runner.condition().loaded == ("tiny-sd",)
+    assert idle() is None
+    crowded(monkeypatch, runner, 0, 2**40)
+    with pytest.raises(MemoryError):
+        runner.run(job, lambda step: None)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

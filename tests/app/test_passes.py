@@ -61,7 +61,10 @@ async def test_fields_become_passes(client: httpx.AsyncClient, engine: FakeEngin
         enable_preview=True,
     )
     assert params.img2img is not None
-    assert (params.img2img.picture.size, params.img2img.denoise) == ((512, 512), 0.5)  # 96×64, cut and scaled on arrival
+    assert (params.img2img.picture.size, params.img2img.denoise) == (
+        (512, 512),
+        0.5,
+    )  # cut on arrival
     assert params.img2img.picture.getpixel((0, 0)) == (10, 20, 30)
     assert (params.hires_fix, params.adetailer, params.preview) == (True, True, True)
     assert params.multiscale == Multiscale(factor=0.75, fullres_start=1, fullres_end=2, intermittent=False)

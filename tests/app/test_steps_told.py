@@ -83,7 +83,8 @@ def test_a_step_may_take_as_long_as_before(monkeypatch: pytest.MonkeyPatch) -> N
     patience = Patience(silence=60, stall=12)
     assert patience.heartbeat == 2
     busy: Any = Slot("cpu")
-    busy.process, busy.up, busy.running = SimpleNamespace(silent_seconds=0.0), True, [object()]
+    busy.process = SimpleNamespace(silent_seconds=0.0, deaf_seconds=0.0, delivered=now)
+    busy.up, busy.running = True, [object()]
     now += 14
     assert busy.overdue(patience) is None
     now += 0.1
