@@ -76,6 +76,96 @@ def test_imports_point_down(package: str) -> None:
     assert offenders == {}
 
 
+ROOMS = ("ground", "engine", "jobs", "http", "ray", "cli", "ui", "__main__")
+"""Of app/, from the bottom up; what lies in app/ itself is the ground floor."""
+DOORS = {
+    "ground": {"ground"},
+    "engine": {"ground", "engine"},
+    "jobs": {"ground", "engine", "jobs"},
+    "http": {"ground", "engine", "jobs", "http"},
+    "ray": {"ground", "engine", "jobs", "http", "ray"},
+    "cli": {"ground", "engine", "jobs", "http", "cli"},
+    "ui": {"ground", "ui"},
+    "__main__": set(ROOMS),
+}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def graph_of(package: str) -> dict[str, set[str]]:
+    """Module → the modules of its own package that it imports, wherever in its code."""
+    paths = {module_of(path): path for path in modules_of(package)}
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        folder = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parts = folder.split(".")[: len(folder.split(".")) + 1 - node.level] if node.level else []
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+                found.update(f"{base}.{a.name}" if f"{base}.{a.name}" in paths else base for a in node.names)
+        graph[module] = (found & paths.keys()) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """What is left when modules that nothing else of the rest imports, or that import nothing of it, are taken away."""
+    rest = {module: set(targets) for module, targets in graph.items()}
+    while True:
+        imported = set().union(*rest.values()) if rest else set()
+        outer = {module for module, targets in rest.items() if not targets or module not in imported}
+        if not outer:
+            return [sorted(rest)] if rest else []
+        rest = {module: targets - outer for module, targets in rest.items() if module not in outer}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "ground"
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}, [["b", "c"]]),
+        ({"a": {"b"}, "b": {"a"}}, [["a", "b"]]),
+    ],
+)
+def test_the_search_for_circles_finds_them(graph: dict[str, set[str]], expected: list[list[str]]) -> None:
+    assert circles(graph) == expected
+
+
+def test_no_module_of_app_imports_itself_in_a_circle() -> None:
+    assert circles(graph_of("app")) == []
+
+
+@pytest.mark.parametrize(("room", "other"), [(one, two) for one in ROOMS for two in ROOMS if two not in DOORS[one]])
+def test_no_arrow_of_app_points_up(room: str, other: str) -> None:
+    graph = graph_of("app")
+    assert {room_of(module) for module in graph} == set(ROOMS)
+    wrong = {
+        module: sorted(target for target in targets if room_of(target) == other)
+        for module, targets in graph.items()
+        if room_of(module) == room
+    }
+    assert {module: targets for module, targets in wrong.items() if targets} == {}
+
+
+def test_the_page_knows_the_client_alone() -> None:
+    graph = graph_of("app")
+    outside = {target for module, targets in graph.items() if room_of(module) == "ui" for target in targets}
+    assert {target for target in outside if room_of(target) != "ui"} <= {"app", "app.client"}
+
+
+def test_app_has_at_most_fifty_files_beside_the_page() -> None:
+    assert len([module for module in graph_of("app") if room_of(module) != "ui"]) <= 50
+
+
 def test_modules_are_short_enough_to_read_at_once() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in ALL_MODULES}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_MODULE} == {}

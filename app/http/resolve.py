@@ -6,6 +6,7 @@ import asyncio
 import math
 import secrets
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
 from app.http.schemas import GenerateRequest
 from app.images import OutputFormat, read_picture
+from app.infotext import pair, scheduler_alone
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
@@ -109,7 +111,7 @@ def resolve(
     model = pick_model(request, catalogue)
     _check_compatible(request, model)
     _check_size(request, model)
-    _check_sampler(request, model)
+    sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
     img2img = _img2img(request, limits, steps, same_aspect)
@@ -130,8 +132,8 @@ def resolve(
         guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
         batch_size=batch_size,
-        sampler=request.sampler,
-        scheduler=request.scheduler,
+        sampler=sampler,
+        scheduler=scheduler,
         loras=limits.adapters.named(request),
         embeddings=embeddings,
         clip_skip=request.clip_skip,
@@ -288,12 +290,23 @@ def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: 
     return Img2Img(picture=fit(picture, request.width, request.height), denoise=request.img2img_denoise)
 
 
-def _check_sampler(request: GenerateRequest, model: ModelInfo) -> None:
+def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, str | None]:
+    """Sampler and scheduler by our names; those that AUTOMATIC1111 has for them ("DPM++ 2M Karras") are taken too."""
+    sampler, scheduler = request.sampler, request.scheduler
+    if sampler is not None and sampler not in model.samplers:
+        with suppress(Invalid):
+            named, theirs = pair(sampler, scheduler)
+            if named.ours in model.samplers:
+                sampler, scheduler = named.ours, theirs
+    elif scheduler is not None:
+        with suppress(Invalid):
+            scheduler = scheduler_alone(scheduler) or scheduler
     try:
-        check_sampler(model.samplers, request.sampler, request.scheduler)
+        check_sampler(model.samplers, sampler, scheduler)
     except UnsupportedSampler as error:
-        unknown = request.sampler is not None and request.sampler not in model.samplers
+        unknown = sampler is not None and sampler not in model.samplers
         raise Invalid(str(error), field="sampler" if unknown else "scheduler") from None
+    return sampler, scheduler
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:

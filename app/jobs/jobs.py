@@ -30,7 +30,7 @@ from app.errors import (
 )
 from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
-from app.metrics import CacheUse, Metrics, hit_rate
+from app.metrics import Metrics
 from models.base import Step
 
 _log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class Jobs:
             record.events.publish("error", outcome.body(record.id))
             return
         if record.saved is None or not (record.saved.done() and record.saved.exception()):
-            figures = self._told(record.model, outcome, handle)
+            figures = self._told(record.model, outcome, record.id)
             if record.ephemeral:
                 tracing.ended(figures)
             else:
@@ -295,37 +295,24 @@ class Jobs:
     def _will_be_resumed(self, record: JobRecord) -> bool:
         return self._keeping.requeue and not record.ephemeral and self._engine.status().draining
 
-    def _told(
-        self, model: str | None, outcome: Drawn | ServiceError, handle: JobHandle | None = None
-    ) -> dict[str, object]:
-        """Count and log an end, the one place where that happens; what a trace is told of it."""
-        if isinstance(outcome, Drawn) and handle is not None:
-            self._metrics.answered(model, "ok")
-            figures = _figures(outcome)
+    def _told(self, model: str | None, outcome: Drawn | ServiceError, job_id: str | None = None) -> dict[str, object]:
+        """Count and log an end, the one place where that happens; what a trace is told of it.
+
+        `job_id`: of one that does not end within its request, whose id the log knows.
+        """
+        if isinstance(outcome, Drawn):
+            kind, figures = "ok", outcome.figures()
             self._metrics.generated(
-                CacheUse(
-                    model=outcome.job.model,
-                    strategy=outcome.job.strategy.name,
-                    computed=_count(outcome, "computed"),
-                    reused=_count(outcome, "reused"),
-                    cache_bytes=_count(outcome, "cache_bytes"),
-                ),
-                queue_seconds=handle.queue_seconds,
-                generation_seconds=handle.total_seconds - handle.queue_seconds,
-                images=len(outcome.images),
-                batches=handle.result.result().batches,
+                outcome.cache_use, images=len(outcome.images), batches=outcome.batches, **outcome.seconds
             )
-            words = " ".join(f"{name}={value}" for name, value in figures.items())
-            _log.info("cache %s", words, extra={"fields": figures, "request_id": outcome.job.id})
-            return {"outcome": "ok", **figures}
-        assert isinstance(outcome, ServiceError)
-        self._metrics.answered(model, outcome.type)
-        extra: dict[str, object] = {"fields": {"status": outcome.status, "type": outcome.type, "field": outcome.field}}
-        if handle is not None:
-            extra["request_id"] = handle.job.id
-        words = f"{outcome.field}: {outcome.message}"
-        _log.info("refused status=%d type=%s field=%s", outcome.status, outcome.type, words, extra=extra)
-        return {"outcome": outcome.type, "model": model}
+            words = "cache " + " ".join(f"{name}={value}" for name, value in figures.items())
+        else:
+            kind, figures = outcome.type, {"status": outcome.status, "type": outcome.type, "field": outcome.field}
+            words = f"refused {' '.join(f'{name}={value}' for name, value in figures.items())}: {outcome.message}"
+        self._metrics.answered(model, kind)
+        extra: dict[str, object] = {"fields": figures} if job_id is None else {"fields": figures, "request_id": job_id}
+        _log.info("%s", words, extra=extra)
+        return {"outcome": kind, "model": model, **(figures if kind == "ok" else {})}
 
     async def _end(self, record: JobRecord, outcome: Drawn | ServiceError) -> None:
         record.handle = None
@@ -408,27 +395,3 @@ def _settle(future: asyncio.Future[Drawn], outcome: Drawn | ServiceError) -> Non
     else:
         future.set_exception(outcome)
         future.exception()  # the client may have left: nobody reading it is no fault
-
-
-def _figures(one: Drawn) -> dict[str, object]:
-    """What the log says of a job that is done."""
-    params, cache, timings = one.job.params, one.report["cache"], one.report["timings"]
-    computed, reused = _count(one, "computed"), _count(one, "reused")
-    return {
-        "strategy": one.job.strategy.name,
-        "model": one.job.model,
-        "computed": computed,
-        "reused": reused,
-        "hit_rate": round(hit_rate(computed, reused), 2),
-        **{name: cache[name] for name in ("interval", "depth", "branch", "threshold") if cache.get(name) is not None},
-        "images": len(one.images),
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
-        **{name: round(timings[name], 3) for name in ("queue_seconds", "denoise_seconds", "total_seconds")},
-    }
-
-
-def _count(one: Drawn, name: str) -> int:
-    value = one.report["cache"].get(name)
-    return value if isinstance(value, int) else 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from app.engine.types import Job, JobHandle, JobResult, JobState
+from app.metrics import CacheUse
 
 EventName = Literal["queued", "running", "progress", "preview", "done", "error"]
 
@@ -91,17 +92,49 @@ async def spaced(events: AsyncIterator[Event], silence: float) -> AsyncIterator[
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A job that is done: its pictures, as files, and what is said about them."""
+    """A job that is done: its pictures, as files, and what is said about them. `batches` as in JobResult."""
 
     job: Job
     images: tuple[bytes, ...]
     report: Mapping[str, Any]
+    batches: tuple[int, ...]
 
     def answer(self) -> dict[str, object]:
         """The JSON that a client gets: its pictures in base64, and the report. Its size makes it a thread's work."""
         pictures = [base64.b64encode(picture).decode("ascii") for picture in self.images]
         images: dict[str, object] = {"image": pictures[0]} if len(pictures) == 1 else {"images": pictures}
         return {**images, **self.report}
+
+    @property
+    def cache_use(self) -> CacheUse:
+        cache = self.report["cache"]
+        counts = {name: cache.get(name) or 0 for name in ("computed", "reused", "cache_bytes")}
+        return CacheUse(model=self.job.model, strategy=self.job.strategy.name, **counts)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """In the queue, and from there to the end."""
+        timings = self.report["timings"]
+        waited = timings["queue_seconds"]
+        return {"queue_seconds": waited, "generation_seconds": timings["total_seconds"] - waited}
+
+    def figures(self) -> dict[str, object]:
+        """What the log says."""
+        params, cache, timings, use = self.job.params, self.report["cache"], self.report["timings"], self.cache_use
+        settings = ("interval", "depth", "branch", "threshold")
+        return {
+            "strategy": use.strategy,
+            "model": use.model,
+            "computed": use.computed,
+            "reused": use.reused,
+            "hit_rate": round(use.hit_rate, 2),
+            **{name: cache[name] for name in settings if cache.get(name) is not None},
+            "images": len(self.images),
+            "width": params.width,
+            "height": params.height,
+            "steps": params.steps,
+            **{name: round(timings[name], 3) for name in ("queue_seconds", "denoise_seconds", "total_seconds")},
+        }
 
 
 def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
@@ -125,7 +158,7 @@ def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: f
         },
         "cache": dict(result.cache),
     }
-    return Drawn(job, result.images, report)
+    return Drawn(job, result.images, report, result.batches)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
