@@ -63,7 +63,7 @@ def serve(
 
     settings = Settings(**_given(host=host, port=port))
     factory = runner_factory(settings)
-    with logging_to(settings.log_folder, settings.log_level, settings.log_format) as path:
+    with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         engine = local_engine(settings, factory)
         serve_until_told(create_app(settings, engine), settings, engine)

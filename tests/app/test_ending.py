@@ -19,9 +19,15 @@ import httpx
 import psutil
 import pytest
 
+from app.log import ENDING
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds; only keeps a broken server from hanging the suite
 SCRIPT = """
+import logging
+import os
+import threading
+
 from app.engine.supervisor import LocalEngine
 from app.log import logging_to
 from app.http.app import create_app
@@ -29,10 +35,24 @@ from app.http.server import serve_until_told
 from app.settings import Settings
 from tests.app.fakes import fake_runner
 
+SAID = int(os.environ.get("SAID", "0"))  # lines
+
+
+def runner(device):
+    os.write(2, b"a worker says much\\n" * SAID)
+    return fake_runner(device)
+
+
+def talk():
+    for number in range(SAID):
+        logging.getLogger("talk").info("line %d", number)
+
+
 if __name__ == "__main__":
     settings = Settings()
-    with logging_to(settings.log_folder, settings.log_level):
-        engine = LocalEngine(fake_runner, ["cpu"], stop_seconds=settings.stop_seconds)
+    with logging_to(settings.log_folder, settings.log_level, whole_stderr=True):
+        threading.Thread(target=talk).start()
+        engine = LocalEngine(runner, ["cpu"], stop_seconds=settings.stop_seconds)
         serve_until_told(create_app(settings, engine), settings, engine)
 """
 
@@ -63,15 +83,17 @@ def wait_for(found: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[Server]:
+def serving(folder: Path, stderr: int | None = None, said: int = 0, **settings: Any) -> Iterator[Server]:
+    """`stderr`: None for a file in `folder`. `said`: lines that the server and its worker say by themselves."""
     folder.mkdir(exist_ok=True)
     (folder / "serve.py").write_text(SCRIPT)
     log = folder / "logs" / "server.log"
     log.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAVESPEED_PORT": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAVESPEED_PORT": "0", "SAID": str(said)}
     environment |= {f"WAVESPEED_{name.upper()}": str(value) for name, value in settings.items()}
-    with (folder / "stderr").open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment, stderr=stderr)
+    with (folder / "stderr").open("wb") as file:
+        to = file if stderr is None else stderr
+        process = subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment, stderr=to)
     try:
         found = wait_for(lambda: log.exists() and re.search(r"http://127\.0\.0\.1:\d+", log.read_text()))
         with httpx.Client(base_url=found[0], timeout=PATIENCE) as client:
@@ -80,6 +102,20 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def test_a_stderr_that_nobody_reads_holds_up_neither_the_log_nor_the_worker_nor_the_end(tmp_path: Path) -> None:
+    limit = 0.2 + 2 + 10 + 2 * ENDING  # drain, worker, last answers, log
+    with serving(tmp_path, subprocess.PIPE, said=10_000, drain_seconds=0.2, stop_seconds=2) as server:
+        wait_for(lambda: "line 9999" in server.log.read_text())  # so the worker is ready: it has said its lines before
+        assert server.ask().status_code == 200
+        server.end()
+        assert server.process.wait(limit) == 0
+        log = server.log.read_text()
+        assert re.findall(r"talk: line (\d+)", log) == [str(number) for number in range(10_000)]
+        assert "Finished server process" in log.splitlines()[-1]
 
 
 def test_what_was_accepted_is_finished_and_nothing_else_taken(tmp_path: Path) -> None:
