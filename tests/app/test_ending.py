@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,22 +174,58 @@ def test_a_restart_goes_on_with_the_jobs_that_were_promised(tmp_path: Path) -> N
             assert server.client.get(f"/api/jobs/{identity}").json()["result"]["seeds"] == [3]
 
 
-def test_a_port_in_use_and_a_bad_setting_end_the_start(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        port = str(server.client.base_url.port)
-        for name, value, code, word in (
-            ("WAVESPEED_PORT", port, 3, "address already in use"),
-            ("WAVESPEED_DRAIN_SECONDS", "-1", 2, "WAVESPEED_DRAIN_SECONDS: Input should be"),
-            ("WAVESPEED_JOBS_RESTART", "requeue", 2, "WAVESPEED_JOBS_FOLDER"),
-            ("WAVESPEED_JOBS_FOLDER", __file__, 3, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
-        ):
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
-            command = (
-                [sys.executable, "serve.py"] if name == "WAVESPEED_PORT" else [sys.executable, "-m", "app", "serve"]
-            )
-            ran = subprocess.run(
-                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-            )
-            assert ran.returncode == code, ran.stderr
-            assert word in ran.stderr
-            assert "Traceback" not in ran.stderr
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        (
+            "WAVESPEED_PORT",
+            "taken",
+            "WAVESPEED_PORT: another program listens on port {port} of 127.0.0.1; take another",
+        ),
+        ("WAVESPEED_HOST", "nonsense.invalid", "WAVESPEED_HOST: 'nonsense.invalid' is no address ("),
+        ("WAVESPEED_HOST", "192.0.2.1", "WAVESPEED_HOST: '192.0.2.1' is no address of this machine."),
+        ("WAVESPEED_DRAIN_SECONDS", "-1", "WAVESPEED_DRAIN_SECONDS: Input should be"),
+        ("WAVESPEED_JOBS_RESTART", "requeue", "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER"),
+        ("WAVESPEED_JOBS_FOLDER", __file__, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
+        ("WAVESPEED_LOG_FOLDER", f"{__file__}/x", f"WAVESPEED_LOG_FOLDER: '{__file__}/x' cannot be written to: Not a"),
+        ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
+        ("WAVESPEED_MODELS_FILE", "bad.toml", "there is no key 'path'. The nearest is 'folder'"),
+        ("WAVESPEED_MODEL", "sdxl", "WAVESPEED_MODEL: there is no model 'sdxl', but tiny-sd, tiny-flux."),
+        ("WAVESPEED_API_KEY", "secret", "the nearest one is WAVESPEED_API_KEYS."),
+        ("WAVESPEED_DEVICES", "cuda:77", "WAVESPEED_DEVICES: "),
+    ],
+)
+def test_a_setting_at_fault_ends_the_start_in_one_sentence(
+    tmp_path: Path, name: str, value: str, sentence: str
+) -> None:
+    (tmp_path / "bad.toml").write_text('[[models]]\nname = "mine"\nfamily = "sd15"\npath = "weights"\n')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), name: port if value == "taken" else value}
+        ran = subprocess.run(
+            [sys.executable, "-m", "app", "serve"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ran.returncode == 2, ran.stderr
+    assert sentence.format(port=port) in ran.stderr
+    assert name in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "secret" not in ran.stderr
+    assert len([line for line in ran.stderr.splitlines() if " INFO " not in line and "startup failed" not in line]) == 1
+
+
+def test_the_start_prints_addresses_that_work(tmp_path: Path) -> None:
+    with serving(tmp_path, host="0.0.0.0") as server:
+        lines = server.log.read_text().splitlines()
+        told = [found[1] for line in lines if (found := re.search(r"listening: (\S+)/ \(its API: \1/docs\)", line))]
+        assert told[0] == str(server.client.base_url)
+        assert len(told) == len(set(told))
+        for address in told:
+            assert "0.0.0.0" not in address
+            assert httpx.get(f"{address}/docs", trust_env=False).status_code == 200
+        assert all(address in (tmp_path / "stderr").read_text() for address in told)
