@@ -141,7 +141,7 @@ def _briefly(app: ASGIApp, failed: Callable[[], None]) -> ASGIApp:
 
 
 def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
-    """Serve `app`, whose engine is `engine`. Raises SystemExit, with code 2 where a setting is at fault: the log names it."""
+    """Serve `app`, whose engine is `engine`. Raises SystemExit, with code 2 where a setting is at fault."""
     told: list[int] = []
     config = uvicorn.Config(
         _briefly(app, lambda: told.append(2)),
