@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from app.errors import ServiceError
-from app.settings import Settings, faults
+from app.errors import CannotStart, ServiceError
+from app.settings import read_settings
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Image generation with feature caching.")
 _log = logging.getLogger("app")
@@ -27,9 +26,8 @@ def main() -> None:
 
     try:
         cli()
-    except ValidationError as error:
-        for fault in faults(error):
-            print(fault, file=sys.stderr)
+    except CannotStart as error:
+        print(error, file=sys.stderr)
         sys.exit(2)
     except (ServiceError, ClientError, ModelError) as error:
         print(error, file=sys.stderr)
@@ -55,15 +53,17 @@ def serve(
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
     """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
+    from app.cli.serve import check_devices
     from app.engine.runner import runner_factory
     from app.engine.supervisor import local_engine
     from app.http.app import create_app
     from app.http.server import serve_until_told
     from app.log import logging_to
 
-    settings = Settings(**_given(host=host, port=port))
+    settings = read_settings(**_given(host=host, port=port))
+    check_devices(settings.devices)
     factory = runner_factory(settings)
-    with logging_to(settings.log_folder, settings.log_level, settings.log_format) as path:
+    with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         engine = local_engine(settings, factory)
         serve_until_told(create_app(settings, engine), settings, engine)
@@ -116,7 +116,7 @@ def generate(
         loras=[lora_of(text) for text in lora or ()],
         output_format=format_of(output),
     )
-    drawn = drawn_here(given, Settings()) if server is None else drawn_there(given, server, key)
+    drawn = drawn_here(given, read_settings()) if server is None else drawn_there(given, server, key)
     paths, report = written(drawn, output), drawn.report
     if as_json:
         print(json.dumps({"files": [str(path) for path in paths], **report}))
@@ -158,7 +158,7 @@ def compare(
     from app.images import encode, format_of
 
     output_format = format_of(output)
-    comparison = compared(_fields(context, flux_enabled=flux), Settings(), repeats)
+    comparison = compared(_fields(context, flux_enabled=flux), read_settings(), repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet(comparison, difference=difference), output_format))
     for sentence in comparison.warnings:
@@ -196,7 +196,7 @@ def models() -> None:
     from app.engine.runner import runner_factory
 
     with bar("reading the models"):
-        catalogue = runner_factory(Settings())("cpu").catalogue()
+        catalogue = runner_factory(read_settings())("cpu").catalogue()
     print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
 
 
@@ -221,7 +221,7 @@ def calibrate(
     combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
     path = calibrated(
         model,
-        Settings(),
+        read_settings(),
         combinations,
         intervals=interval,
         depth=depth,
@@ -255,7 +255,7 @@ def threshold(
     given = _fields(
         context, prompt=None, fbcache_enabled=True, fbcache_max_consecutive=max_consecutive, cache_forecast=forecast
     )
-    found = found_for(speedup, given, Settings(), prompt)
+    found = found_for(speedup, given, read_settings(), prompt)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from app.errors import CannotStart
+
+OTHERS = ("KEY", "UI_SERVER", "UI_API_KEY", "UI_HOST", "UI_PORT")  # the client's and the page's own WAVESPEED_*
+# What Kubernetes sets in every container for a service called wavespeed-…: WAVESPEED_API_PORT_80_TCP=tcp://10.3.2.1:80.
+_OF_A_CLUSTER = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP))?(?=.*=\w+://)|_PORT_\d+_(TCP|UDP)_")
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 LogFormat = Literal["console", "json"]
 
 
 class Settings(BaseSettings):
-    """Read once by whoever starts the service, never at import."""
+    """Read once by whoever starts the service, never at import. Raises CannotStart for a variable that there is not."""
 
     model_config = SettingsConfigDict(
         env_prefix="WAVESPEED_", env_file=".env", extra="ignore", populate_by_name=True, frozen=True
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Anything but loopback opens it to the network.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on. Anything but loopback opens it to the network.",
+    )
     port: int = Field(7861, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     devices: Annotated[tuple[str, ...], NoDecode] = Field(
         ("auto",),
@@ -113,13 +131,56 @@ class Settings(BaseSettings):
             raise ValueError("WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart")
         return self
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        known = {name for field in cls.model_fields for name in variables(field)} | {f"WAVESPEED_{x}" for x in OTHERS}
+        for source in (env_settings, dotenv_settings):
+            if isinstance(source, EnvSettingsSource | DotEnvSettingsSource):
+                refuse_unknown(source.env_vars, "WAVESPEED_", known)
+        return init_settings, env_settings, dotenv_settings
+
     @field_validator("face_detector")
     @classmethod
     def _a_detector(cls, value: Path | None) -> Path | None:
         if value is not None and value.suffix != ".onnx":
             raise ValueError(f"{value.name!r} is no .onnx file; a YOLO's .pt becomes one by `yolo export format=onnx`")
+        return value
+
+    @field_validator("face_detector", "models_file")
+    @classmethod
+    def _a_file(cls, value: Path | None) -> Path | None:
         if value is not None and not value.is_file():
             raise ValueError(f"there is no file {str(value)!r}")
+        return _readable(value)
+
+    @field_validator("lora_folder", "embedding_folder")
+    @classmethod
+    def _a_folder(cls, value: Path) -> Path | None:
+        if value.exists() and not value.is_dir():
+            raise ValueError(f"{str(value)!r} is no folder")
+        return _readable(value)
+
+    @field_validator("devices")
+    @classmethod
+    def _devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            if not re.fullmatch(r"auto|cpu|[a-z]+(:\d+)?", device):
+                raise ValueError(f"{device!r} is no device; there are auto, cpu, cuda, and cuda:0, cuda:1, …")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not re.fullmatch(r"[\w.-]+", host):
+                raise ValueError(f"{host!r} is no name of a host, as images.example: no scheme, no port, no path, no *")
         return value
 
     @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
@@ -165,10 +226,42 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
-def variable(field: str) -> str:
-    """The environment variable that sets `field`, the first one where there are several."""
+def variables(field: str) -> tuple[str, ...]:
+    """The environment variables that set `field`; the first one is what messages call it."""
     alias = Settings.model_fields[field].validation_alias
-    return str(alias.choices[0]) if isinstance(alias, AliasChoices) else f"WAVESPEED_{field.upper()}"
+    return tuple(map(str, alias.choices)) if isinstance(alias, AliasChoices) else (f"WAVESPEED_{field.upper()}",)
+
+
+def variable(field: str) -> str:
+    return variables(field)[0]
+
+
+def read_settings(**given: Any) -> Settings:
+    """`given` goes before the environment. Raises CannotStart, a sentence for each variable that is wrong."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise CannotStart("\n".join(faults(error))) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotStart(f".env cannot be read: {error}.") from None
+
+
+def refuse_unknown(given: Mapping[str, str | None], prefix: str, known: Collection[str]) -> None:
+    """Raises CannotStart for names that begin with `prefix` and are not `known`: a key that is not set by a slip."""
+    lines = []
+    for name, value in given.items():
+        name = name.upper()
+        if name.startswith(prefix) and name not in known and not _OF_A_CLUSTER.search(f"{name}={value}"):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            lines.append(f"{name} is no variable that is read here; the nearest one is {nearest}.")
+    if lines:
+        raise CannotStart("\n".join(lines))
+
+
+def _readable(path: Path | None) -> Path | None:
+    if path is not None and path.exists() and not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ValueError(f"{str(path)!r} cannot be read by this user")
+    return path
 
 
 def faults(error: ValidationError) -> list[str]:
@@ -177,6 +270,6 @@ def faults(error: ValidationError) -> list[str]:
     for fault in error.errors(include_url=False, include_input=False):
         name = str(fault["loc"][0]) if fault["loc"] else ""
         where = variable(name) if name in Settings.model_fields else name
-        what = fault["msg"].removeprefix("Value error, ")
+        what = fault["msg"].removeprefix("Value error, ").removesuffix(".") + "."
         lines.append(f"{where}: {what}" if where else what)
     return lines

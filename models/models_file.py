@@ -6,6 +6,7 @@ Needs neither torch nor diffusers: the process that serves reads it before it st
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from .registry import FAMILIES
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Repository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=100)]
+
+
+# What other programs' files call it, where the letters do not tell.
+_MEANT = {"path": "folder", "directory": "folder", "checkpoint": "file", "repo": "hub", "repo_id": "hub"}
 
 
 class BadModelsFile(ModelError):
@@ -140,6 +145,8 @@ def _source(entry: Entry, base: Path, where: str) -> Path | Hub:
             raise ValueError(f"{where}: folder = {entry.folder!r} is a file; give it as file, with config beside it")
         if not folder.is_dir():
             raise ValueError(f"{where}: there is no folder {folder}")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ValueError(f"{where}: this user may not read the folder {folder}")
         return folder
     file = base / Path(entry.file or "").expanduser()
     refuse_pickle(entry.name, file)
@@ -147,6 +154,8 @@ def _source(entry: Entry, base: Path, where: str) -> Path | Hub:
         raise ValueError(f"{where}: {file.name} is no .safetensors file; no other format is read")
     if not file.is_file():
         raise ValueError(f"{where}: there is no file {file}")
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{where}: this user may not read the file {file}")
     return file
 
 
@@ -169,7 +178,7 @@ def _fault(error: ValidationError) -> str:
     inside = _place(place)
     if fault["type"] == "extra_forbidden":
         known: Mapping[str, Any] = Entry.model_fields if place else Contents.model_fields
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+        near = _MEANT.get(str(key)) or difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
         return f"{inside}there is no key {str(key)!r}. The nearest is {near!r}; there are: {', '.join(known)}"
     if fault["type"] == "missing":
         return f"{inside}{key} is required"

@@ -28,11 +28,12 @@ from app.engine.types import (
     StepsListener,
 )
 from app.engine.worker import Finish, RunnerFactory
+from app.errors import CannotStart
 from app.infotext import text_chunks
 from app.machine import share_cores
 from app.settings import Settings, available_cores
-from models.base import Generation, LoadedModel, ModelError, UnknownModel
-from models.models_file import Configuration, embedded, read
+from models.base import Generation, LoadedModel
+from models.models_file import BadModelsFile, Configuration, embedded, read
 
 _log = logging.getLogger(__name__)
 
@@ -153,8 +154,8 @@ def configured_runner(
     torch.set_num_threads(threads or available_cores())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"There is no device {device!r} that torch can use. Set WAVESPEED_DEVICE to cpu or auto.")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise CannotStart(f"WAVESPEED_DEVICES: torch has {torch.cuda.device_count()} CUDA devices and no {device!r}.")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     models = configuration or embedded()
     room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
@@ -203,21 +204,24 @@ def _memory(device: str) -> DeviceMemory:
 
 
 def runner_arguments(settings: Settings) -> dict[str, Any]:
-    """Of `configured_runner`. Raises ModelError, before anything is started."""
-    configuration = read(settings.models_file)
+    """Of `configured_runner`. Raises CannotStart."""
+    try:
+        configuration = read(settings.models_file)
+    except BadModelsFile as error:
+        raise CannotStart(f"WAVESPEED_MODELS_FILE: {error}.") from None
     if settings.model is not None:
         names = [spec.name for spec in configuration.specs]
         if settings.model not in names:
-            raise UnknownModel(f"WAVESPEED_MODEL is {settings.model!r}; there is no such model but {', '.join(names)}.")
+            raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)
     return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
 
 
 def runner_factory(settings: Settings) -> RunnerFactory:
-    """Raises ModelError, before anything is started."""
+    """Raises CannotStart, before anything is started."""
     return partial(configured_runner, **runner_arguments(settings))
 
 
 def runner_here(settings: Settings) -> RegistryRunner:
-    """In this process, on the first of the settings' devices: what the commands draw with. Raises ModelError."""
+    """In this process, on the first of the settings' devices: what the commands draw with. Raises CannotStart."""
     return configured_runner(settings.devices[0], **runner_arguments(settings))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import ipaddress
 import logging
+import os
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from types import FrameType
 
+import psutil
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +23,7 @@ from app.settings import Settings
 
 _log = logging.getLogger(__name__)
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _ANSWERING = 10  # seconds to write the last answers once every job is settled
 
 
@@ -56,6 +62,8 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._leaving = asyncio.create_task(self._leave())
         await super().startup(sockets)
+        for address in addresses(sockets or []):
+            _log.info("listening: %s/ (its API: %s/docs)", address, address)
 
     async def _leave(self) -> None:
         await self._told.wait()
@@ -73,7 +81,50 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-def _briefly(app: ASGIApp) -> ASGIApp:
+def addresses(sockets: Sequence[socket.socket]) -> list[str]:
+    """http://127.0.0.1:7861 and so on, as a browser on this machine or its network takes them."""
+    found = []
+    for listening in sockets:
+        host, port = listening.getsockname()[:2]
+        hosts = [host]
+        if ipaddress.ip_address(host).is_unspecified:
+            cards = (card for name in psutil.net_if_addrs().values() for card in name)
+            hosts = [card.address for card in cards if card.family == listening.family and "%" not in card.address]
+            hosts.sort(key=lambda one: not ipaddress.ip_address(one).is_loopback)
+        found += [f"http://{f'[{one}]' if ':' in one else one}:{port}" for one in hosts]
+    return found
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """On every address that `host` stands for. Raises CannotStart."""
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise CannotStart(f"WAVESPEED_HOST: {host!r} is no address ({error.strerror}).") from None
+    sockets: list[socket.socket] = []
+    try:
+        for family, *_, place in dict.fromkeys(places):
+            try:
+                sockets.append(socket.create_server((place[0], port), family=family, backlog=_BACKLOG))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+            else:
+                port = sockets[0].getsockname()[1]
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        if error.errno == errno.EADDRINUSE:
+            reason = f"another program listens on port {port} of {host}; take another port, or 0 for one that is free"
+        else:
+            reason = f"port {port} of {host} cannot be listened on: {os.strerror(error.errno or 0)}"
+        raise CannotStart(f"WAVESPEED_PORT: {reason}.") from None
+    if not sockets:
+        raise CannotStart(f"WAVESPEED_HOST: {host!r} is no address of this machine.")
+    return sockets
+
+
+def _briefly(app: ASGIApp, failed: Callable[[], None]) -> ASGIApp:
     """Tell of a start that could not be in the sentence of CannotStart; the framework tells it as a stack trace."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,6 +132,7 @@ def _briefly(app: ASGIApp) -> ASGIApp:
             error = sys.exc_info()[1]  # the framework sends from where it has caught it
             if message["type"] == "lifespan.startup.failed" and isinstance(error, CannotStart):
                 message = {**message, "message": str(error)}
+                failed()
             await send(message)
 
         await app(scope, receive, send_briefly if scope["type"] == "lifespan" else send)
@@ -89,11 +141,10 @@ def _briefly(app: ASGIApp) -> ASGIApp:
 
 
 def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
-    """Serve `app`, whose engine is `engine`. Raises SystemExit with code 3 when it cannot listen or start."""
+    """Serve `app`, whose engine is `engine`. Raises SystemExit, with code 2 where a setting is at fault."""
+    told: list[int] = []
     config = uvicorn.Config(
-        _briefly(app),
-        host=settings.host,
-        port=settings.port,
+        _briefly(app, lambda: told.append(2)),
         # Else uvicorn takes others where they are installed, with the extra `ray` one that bounds no header.
         http="h11",
         loop="asyncio",
@@ -103,5 +154,10 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         server_header=False,
         timeout_graceful_shutdown=_ANSWERING,
     )
-    server = Server(config, engine, settings.drain_seconds)
-    server.run()
+    try:
+        Server(config, engine, settings.drain_seconds).run(_listen(settings.host, settings.port))
+    except CannotStart as error:
+        _log.error("%s", error)
+        raise SystemExit(2) from None
+    except SystemExit as ended:
+        raise SystemExit(told[0] if told else ended.code) from None

@@ -39,7 +39,8 @@ def main(
         settings = PageSettings(**given)  # type: ignore[arg-type]  # checked by pydantic
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            print(f"setting {'.'.join(map(str, fault['loc']))}: {fault['msg']}", file=sys.stderr)
+            where = "".join(f"WAVESPEED_UI_{str(name).upper()}: " for name in fault["loc"])
+            print(f"{where}{fault['msg'].removeprefix('Value error, ')}.", file=sys.stderr)
         raise typer.Exit(2) from None
     os.environ["WAVESPEED_UI_SERVER"] = settings.server
     command = [sys.executable, "-m", "streamlit", "run", str(PAGE), *options(settings)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -19,6 +21,15 @@ class PageSettings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address that the page listens on.")
     port: int = Field(8501, ge=1, le=65535, description="Port that the page listens on.")
+
+    @model_validator(mode="after")
+    def _known(self) -> PageSettings:
+        known = [f"WAVESPEED_UI_{name.upper()}" for name in PageSettings.model_fields]
+        for name in os.environ:
+            if name.startswith("WAVESPEED_UI_") and name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise ValueError(f"{name} is no variable that is read here; the nearest one is {nearest}")
+        return self
 
     @field_validator("server")
     @classmethod

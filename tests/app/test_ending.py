@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,15 @@ import httpx
 import psutil
 import pytest
 
+from app.log import ENDING
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds; only keeps a broken server from hanging the suite
 SCRIPT = """
+import logging
+import os
+import threading
+
 from app.engine.supervisor import LocalEngine
 from app.log import logging_to
 from app.http.app import create_app
@@ -29,10 +36,24 @@ from app.http.server import serve_until_told
 from app.settings import Settings
 from tests.app.fakes import fake_runner
 
+SAID = int(os.environ.get("SAID", "0"))  # lines
+
+
+def runner(device):
+    os.write(2, b"a worker says much\\n" * SAID)
+    return fake_runner(device)
+
+
+def talk():
+    for number in range(SAID):
+        logging.getLogger("talk").info("line %d", number)
+
+
 if __name__ == "__main__":
     settings = Settings()
-    with logging_to(settings.log_folder, settings.log_level):
-        engine = LocalEngine(fake_runner, ["cpu"], stop_seconds=settings.stop_seconds)
+    with logging_to(settings.log_folder, settings.log_level, whole_stderr=True):
+        threading.Thread(target=talk).start()
+        engine = LocalEngine(runner, ["cpu"], stop_seconds=settings.stop_seconds)
         serve_until_told(create_app(settings, engine), settings, engine)
 """
 
@@ -63,15 +84,17 @@ def wait_for(found: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[Server]:
+def serving(folder: Path, stderr: int | None = None, said: int = 0, **settings: Any) -> Iterator[Server]:
+    """`stderr`: None for a file in `folder`. `said`: lines that the server and its worker say by themselves."""
     folder.mkdir(exist_ok=True)
     (folder / "serve.py").write_text(SCRIPT)
     log = folder / "logs" / "server.log"
     log.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAVESPEED_PORT": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WAVESPEED_PORT": "0", "SAID": str(said)}
     environment |= {f"WAVESPEED_{name.upper()}": str(value) for name, value in settings.items()}
-    with (folder / "stderr").open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment, stderr=stderr)
+    with (folder / "stderr").open("wb") as file:
+        to = file if stderr is None else stderr
+        process = subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment, stderr=to)
     try:
         found = wait_for(lambda: log.exists() and re.search(r"http://127\.0\.0\.1:\d+", log.read_text()))
         with httpx.Client(base_url=found[0], timeout=PATIENCE) as client:
@@ -80,6 +103,20 @@ def serving(folder: Path, **settings: Any) -> Iterator[Server]:
     finally:
         process.kill()
         process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def test_a_stderr_that_nobody_reads_holds_up_neither_the_log_nor_the_worker_nor_the_end(tmp_path: Path) -> None:
+    limit = 0.2 + 2 + 10 + 2 * ENDING  # drain, worker, last answers, log
+    with serving(tmp_path, subprocess.PIPE, said=10_000, drain_seconds=0.2, stop_seconds=2) as server:
+        wait_for(lambda: "line 9999" in server.log.read_text())  # so the worker is ready: it has said its lines before
+        assert server.ask().status_code == 200
+        server.end()
+        assert server.process.wait(limit) == 0
+        log = server.log.read_text()
+        assert re.findall(r"talk: line (\d+)", log) == [str(number) for number in range(10_000)]
+        assert "Finished server process" in log.splitlines()[-1]
 
 
 def test_what_was_accepted_is_finished_and_nothing_else_taken(tmp_path: Path) -> None:
@@ -137,22 +174,58 @@ def test_a_restart_goes_on_with_the_jobs_that_were_promised(tmp_path: Path) -> N
             assert server.client.get(f"/api/jobs/{identity}").json()["result"]["seeds"] == [3]
 
 
-def test_a_port_in_use_and_a_bad_setting_end_the_start(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        port = str(server.client.base_url.port)
-        for name, value, code, word in (
-            ("WAVESPEED_PORT", port, 3, "address already in use"),
-            ("WAVESPEED_DRAIN_SECONDS", "-1", 2, "WAVESPEED_DRAIN_SECONDS: Input should be"),
-            ("WAVESPEED_JOBS_RESTART", "requeue", 2, "WAVESPEED_JOBS_FOLDER"),
-            ("WAVESPEED_JOBS_FOLDER", __file__, 3, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
-        ):
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
-            command = (
-                [sys.executable, "serve.py"] if name == "WAVESPEED_PORT" else [sys.executable, "-m", "app", "serve"]
-            )
-            ran = subprocess.run(
-                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-            )
-            assert ran.returncode == code, ran.stderr
-            assert word in ran.stderr
-            assert "Traceback" not in ran.stderr
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        (
+            "WAVESPEED_PORT",
+            "taken",
+            "WAVESPEED_PORT: another program listens on port {port} of 127.0.0.1; take another",
+        ),
+        ("WAVESPEED_HOST", "nonsense.invalid", "WAVESPEED_HOST: 'nonsense.invalid' is no address ("),
+        ("WAVESPEED_HOST", "192.0.2.1", "WAVESPEED_HOST: '192.0.2.1' is no address of this machine."),
+        ("WAVESPEED_DRAIN_SECONDS", "-1", "WAVESPEED_DRAIN_SECONDS: Input should be"),
+        ("WAVESPEED_JOBS_RESTART", "requeue", "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER"),
+        ("WAVESPEED_JOBS_FOLDER", __file__, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
+        ("WAVESPEED_LOG_FOLDER", f"{__file__}/x", f"WAVESPEED_LOG_FOLDER: '{__file__}/x' cannot be written to: Not a"),
+        ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
+        ("WAVESPEED_MODELS_FILE", "bad.toml", "there is no key 'path'. The nearest is 'folder'"),
+        ("WAVESPEED_MODEL", "sdxl", "WAVESPEED_MODEL: there is no model 'sdxl', but tiny-sd, tiny-flux."),
+        ("WAVESPEED_API_KEY", "secret", "the nearest one is WAVESPEED_API_KEYS."),
+        ("WAVESPEED_DEVICES", "cuda:77", "WAVESPEED_DEVICES: "),
+    ],
+)
+def test_a_setting_at_fault_ends_the_start_in_one_sentence(
+    tmp_path: Path, name: str, value: str, sentence: str
+) -> None:
+    (tmp_path / "bad.toml").write_text('[[models]]\nname = "mine"\nfamily = "sd15"\npath = "weights"\n')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), name: port if value == "taken" else value}
+        ran = subprocess.run(
+            [sys.executable, "-m", "app", "serve"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ran.returncode == 2, ran.stderr
+    assert sentence.format(port=port) in ran.stderr
+    assert name in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "secret" not in ran.stderr
+    assert len([line for line in ran.stderr.splitlines() if " INFO " not in line and "startup failed" not in line]) == 1
+
+
+def test_the_start_prints_addresses_that_work(tmp_path: Path) -> None:
+    with serving(tmp_path, host="0.0.0.0") as server:
+        lines = server.log.read_text().splitlines()
+        told = [found[1] for line in lines if (found := re.search(r"listening: (\S+)/ \(its API: \1/docs\)", line))]
+        assert told[0] == str(server.client.base_url)
+        assert len(told) == len(set(told))
+        for address in told:
+            assert "0.0.0.0" not in address
+            assert httpx.get(f"{address}/docs", trust_env=False).status_code == 200
+        assert all(address in (tmp_path / "stderr").read_text() for address in told)

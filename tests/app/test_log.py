@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import logging.handlers
+import os
+import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+import app.log
+from app.errors import CannotStart
 from app.log import logging_to, request_id
 
 
@@ -94,6 +100,83 @@ def test_it_rotates_at_five_mebibytes_and_keeps_three(tmp_path: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert set(sizes) == {"server.log", "server.log.1", "server.log.2", "server.log.3"}
     assert max(sizes.values()) <= 5 * 2**20
+
+
+def test_a_reader_that_comes_late_is_told_what_it_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    line = "x" * 1000
+    with os.fdopen(writing, "w") as stream, os.fdopen(reading) as late:
+        monkeypatch.setattr("sys.stderr", stream)
+        with logging_to(tmp_path, "INFO"):
+            for _ in range(4000):  # four megabytes, of which a pipe takes 64 KiB and the queue one
+                logging.getLogger("app").info(line)
+            read = threading.Thread(target=lambda: lines.extend(iter(late.readline, "end\n")))
+            lines: list[str] = []
+            read.start()
+            while not lines or "missing" not in lines[-1]:
+                time.sleep(0.01)
+            logging.getLogger("app").info("after it")
+        stream.write("end\n")
+        stream.flush()
+        read.join()
+    *before, notice, after = lines
+    missing = re.search(r"WARNING request=- app\.log: (\d+) lines are missing here", notice)
+    assert missing is not None
+    assert len(before) + int(missing[1]) == 4000
+    assert len(before) > 900
+    assert after.endswith("app: after it\n")
+    assert len(logged(tmp_path)) == 4001
+
+
+def test_a_disk_that_takes_nothing_holds_nobody_up_and_goes_on_when_it_takes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, full = os.write, threading.Event()
+    monkeypatch.setattr(app.log, "_RETRY", 0.01)
+
+    def to_a_full_disk(descriptor: int, data: bytes) -> int:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", to_a_full_disk)
+    with logging_to(tmp_path, "INFO") as path:
+        log = logging.getLogger("app")
+        log.info("before")
+        while "before" not in path.read_text():
+            time.sleep(0.01)
+        full.set()
+        for number in range(3):
+            log.info("lost %d", number)
+        time.sleep(0.1)
+        full.clear()
+        while "missing" not in path.read_text():
+            time.sleep(0.01)
+        log.info("after")
+    before, notice, after = logged(tmp_path)
+    assert "3 lines are missing here" in notice
+    assert (before.endswith("before"), after.endswith("after")) == (True, True)
+    assert capsys.readouterr().err.count("lost") == 3
+
+
+def test_a_disk_that_hangs_does_not_keep_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(app.log, "ENDING", 0.1)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: released.wait() and len(data))
+    with logging_to(tmp_path, "INFO"):
+        logging.getLogger("app").info("a line")
+    threads = [thread.name for thread in threading.enumerate() if thread.daemon]
+    assert "log to file" in threads  # left behind
+    released.set()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CannotStart, match=r"^WAVESPEED_LOG_FOLDER: '.*file/x' cannot be written to: Not a directory\.$"),
+        logging_to(tmp_path / "file" / "x", "INFO"),
+    ):
+        pass
 
 
 def test_everything_is_as_before_afterwards(tmp_path: Path) -> None:

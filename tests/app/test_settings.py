@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from app.settings import Settings, faults
+from app.errors import CannotStart
+from app.settings import OTHERS, Settings, faults, read_settings
+from app.ui.settings import PageSettings
 
 
 def test_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,13 +67,13 @@ def test_a_fault_repeats_no_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("WAVESPEED_API_KEYS", "the secret")
     with pytest.raises(ValidationError) as refused:
         Settings()
-    assert faults(refused.value) == ["WAVESPEED_API_KEYS: a key is sent in a header: printable ASCII without spaces"]
+    assert faults(refused.value) == ["WAVESPEED_API_KEYS: a key is sent in a header: printable ASCII without spaces."]
     monkeypatch.delenv("WAVESPEED_API_KEYS")
     monkeypatch.setenv("WAVESPEED_JOBS_RESTART", "requeue")
     with pytest.raises(ValidationError) as refused:
         Settings()
     assert faults(refused.value) == [
-        "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart"
+        "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER: memory outlives no restart."
     ]
 
 
@@ -87,3 +90,97 @@ def test_a_face_detector_is_a_file_that_can_be_read(
     (tmp_path / "face.onnx").touch()
     monkeypatch.setenv("WAVESPEED_FACE_DETECTOR", "face.onnx")
     assert Settings().face_detector == Path("face.onnx")
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("WAVESPEED_API_KEY", "WAVESPEED_API_KEYS"),
+        ("WAVESPEED_MODEL_FILE", "WAVESPEED_MODELS_FILE"),
+        ("wavespeed_alowed_hosts", "WAVESPEED_ALLOWED_HOSTS"),
+        ("WAVESPEED_LD_MAX_BATCH_SIZE", "WAVESPEED_MAX_BATCH_SIZE"),
+    ],
+)
+def test_a_variable_that_there_is_not_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, name: str, nearest: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if where == ".env":
+        (tmp_path / ".env").write_text(f"{name}=secret\n")
+    else:
+        monkeypatch.setenv(name, "secret")
+    with pytest.raises(CannotStart) as refused:
+        read_settings(port=0)
+    assert str(refused.value) == f"{name.upper()} is no variable that is read here; the nearest one is {nearest}."
+
+
+def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kubernetes tells every container of each service; ours may be called wavespeed-api."""
+    monkeypatch.chdir(tmp_path)
+    assert {f"UI_{name.upper()}" for name in PageSettings.model_fields} | {"KEY"} == set(OTHERS)
+    (tmp_path / ".env").write_text("".join(f"WAVESPEED_{name}=x\n" for name in OTHERS))
+    for name, value in {
+        "WAVESPEED_API_SERVICE_HOST": "10.3.2.1",
+        "WAVESPEED_API_SERVICE_PORT_HTTP": "80",
+        "WAVESPEED_API_PORT": "tcp://10.3.2.1:80",
+        "WAVESPEED_API_PORT_80_TCP": "tcp://10.3.2.1:80",
+        "WAVESPEED_API_PORT_80_TCP_ADDR": "10.3.2.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert read_settings() == Settings()
+    monkeypatch.setenv("WAVESPEED_API_PORT", "80")
+    with pytest.raises(CannotStart, match="^WAVESPEED_API_PORT is no variable"):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("WAVESPEED_HOST", "", "WAVESPEED_HOST: String should have at least 1 character."),
+        ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
+        ("WAVESPEED_MODELS_FILE", "/etc", "WAVESPEED_MODELS_FILE: there is no file '/etc'."),
+        ("WAVESPEED_FACE_DETECTOR", "x.onnx", "WAVESPEED_FACE_DETECTOR: there is no file 'x.onnx'."),
+        ("WAVESPEED_LORA_FOLDER", "file", "WAVESPEED_LORA_FOLDER: 'file' is no folder."),
+        ("WAVESPEED_EMBEDDING_FOLDER", "file", "WAVESPEED_EMBEDDING_FOLDER: 'file' is no folder."),
+        (
+            "WAVESPEED_DEVICES",
+            "GPU 0",
+            "WAVESPEED_DEVICES: 'GPU 0' is no device; there are auto, cpu, cuda, and cuda:0, cuda:1, ….",
+        ),
+        (
+            "WAVESPEED_ALLOWED_HOSTS",
+            "https://a.example",
+            "WAVESPEED_ALLOWED_HOSTS: 'https://a.example' is no name of a host, as images.example: no scheme, no port, "
+            "no path, no *.",
+        ),
+    ],
+)
+def test_what_a_variable_names_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CannotStart) as refused:
+        read_settings()
+    assert str(refused.value) == sentence
+
+
+def test_what_may_not_be_read_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "models.toml").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who is root may read everything
+    for field, path in (("lora_folder", "mine"), ("models_file", "models.toml")):
+        with pytest.raises(CannotStart, match=rf"^WAVESPEED_{field.upper()}: '{path}' cannot be read by this user\.$"):
+            read_settings(**{field: path})
+
+
+def test_an_env_file_that_is_no_text_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_bytes(b"WAVESPEED_PORT=\xff\n")
+    with pytest.raises(CannotStart, match=r"^\.env cannot be read: 'utf-8' codec"):
+        read_settings()

@@ -12,7 +12,7 @@ from tests.app.fakes import fake_runner
 
 def main() -> None:
     settings = Settings(port=0)
-    with logging_to(settings.log_folder, settings.log_level, settings.log_format):
+    with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True):
         engine = LocalEngine(fake_runner, ["cpu"], queue_size=settings.queue_size, backoff=(0.01, 0.1))
         serve_until_told(create_app(settings, engine), settings, engine)
 

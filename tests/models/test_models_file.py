@@ -76,6 +76,7 @@ def test_the_embedded_models_stay_unless_switched_off(folder: Path) -> None:
 MISTAKES = {
     "a misspelt key": (GOOD + 'folde = "x"\n', r"number 1: there is no key 'folde'. The nearest is 'folder'"),
     "a misspelt key at the top": ("embeded = true\n" + GOOD, r"no key 'embeded'. The nearest is 'embedded'"),
+    "another program's key": (GOOD.replace("folder =", "path ="), r"no key 'path'. The nearest is 'folder'"),
     "a misspelt family": (GOOD.replace('"sd15"', '"sd-15"', 1), r"no family 'sd-15'. The nearest is 'sd15'"),
     "no family": ('[[models]]\nname = "a"\nfolder = "sd15"\n', r"number 1: family is required"),
     "no source": ('[[models]]\nname = "a"\nfamily = "sd15"\n', r"give one of folder, file and hub"),
