@@ -345,6 +345,7 @@ class LocalEngine:
         if self.hopeless:
             for waiting in self._queue:
                 self._give_up(waiting, _hopeless())
+        self._dispatch()
 
     def _take_back(self, handle: JobHandle, reason: str) -> None:
         """A job whose worker was lost: once more, or answered."""
@@ -352,7 +353,6 @@ class LocalEngine:
             handle.fail(self._quarantine.refusal(handle.job.model))
         elif handle.attempts < ATTEMPTS:
             self._requeue(handle)
-            self._dispatch()
         else:
             handle.fail(worker_lost(reason))
 
