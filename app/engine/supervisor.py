@@ -13,7 +13,6 @@ from app.engine.pipe import (
     Done,
     Failed,
     Free,
-    Garbled,
     Known,
     Loaded,
     Loading,
@@ -244,7 +243,7 @@ class LocalEngine:
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
     def _hear(self, slot: Slot, report: Report | None) -> bool:
-        """False: it was the last one."""
+        """False: it was the last one. Raises IllegalTransition for one that cannot be."""
         match report:
             case None:
                 return False
@@ -292,15 +291,11 @@ class LocalEngine:
                 handle = self._release(slot, job_id)
                 if kind != "cancelled":
                     _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
-                model = handle.job.model
-                if handle.settled:
-                    pass
-                elif model in slot.unavailable and model not in self._unavailable():
-                    self._requeue(handle)  # another worker may have it
-                else:
+                elsewhere = handle.job.model in slot.unavailable.keys() - self._unavailable().keys()
+                if elsewhere and not handle.settled:
+                    self._requeue(handle)
+                elif not handle.settled:
                     handle.fail(report.error())
-            case Garbled(detail):
-                raise IllegalTransition(detail)
         slot.settle(self._draining)
         self._dispatch()
         return True

@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from app.engine.pipe import in_own_thread
 from app.engine.supervisor import local_engine
 from app.engine.types import Catalogue, EngineStatus, Job, JobResult, JobState
 from app.engine.worker import RunnerFactory
@@ -118,7 +119,7 @@ class Replica:
         while True:
             try:
                 if roster is None:
-                    roster = await asyncio.to_thread(ray.get_actor, roster_name(self._app), NAMESPACE)
+                    roster = await in_own_thread("roster", ray.get_actor, roster_name(self._app), NAMESPACE)
                 await roster.tell.remote(self._presence())
             except (ValueError, RayError):
                 roster = None
