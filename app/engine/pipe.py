@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
 from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
 from app.errors import (
@@ -199,7 +199,6 @@ Report = Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | 
 
 # A forked child would share the event loop's descriptors, and CUDA cannot be used in one.
 PROCESSES = multiprocessing.get_context("spawn")
-_REPORTS = get_args(Report)
 _Given = TypeVar("_Given")
 _LAST_WORDS = 0.2  # seconds that a hung worker has to write where it hangs
 _GLANCE = 0.005  # seconds between two looks whether something has ended
@@ -364,12 +363,12 @@ class WorkerProcess:
 def _received(connection: Connection) -> Report | IllegalTransition | None:
     """None: nobody is at the other end."""
     try:
-        report: Report = connection.recv()
+        report = connection.recv()
     except (EOFError, OSError):
         return None
     except Exception as error:  # noqa: BLE001  # bytes that are no pickle raise nearly anything
         return IllegalTransition(f"its words cannot be read: {type(error).__name__}: {error}")
-    if not isinstance(report, _REPORTS):
+    if not isinstance(report, Report):
         return IllegalTransition(f"it sent a {type(report).__name__}, which is no report")
     return report
 
