@@ -224,11 +224,8 @@ class RayEngine:
         self._give_up(handle, deadline_passed(handle))
 
 
-_log = logging.getLogger(__name__)
-
-
 class Fleet:
-    """Of the Serve application `app`. `on_news` is called after each reading."""
+    """The replicas of the Serve application `app`, by their own words. `on_news` is called after each reading."""
 
     def __init__(self, app: str, on_news: Callable[[], None]) -> None:
         self._app = app
