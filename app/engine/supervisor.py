@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 from app.engine.pipe import (
@@ -236,8 +237,13 @@ class LocalEngine:
             finally:
                 watch.cancel()
                 # Killed at once when it is known to be lost; at shutdown it may reach its next step.
-                code = await asyncio.shield(process.stop(self._stop_seconds if self._stopping else 0.0))
-                self._bury(slot, code)
+                ending = asyncio.create_task(process.stop(self._stop_seconds if self._stopping else 0.0))
+                while not ending.done():  # to its end, also when the engine is stopped meanwhile
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait({ending})
+                self._bury(slot, ending.result())
+            if self._stopping:
+                return
             slot.restarts += 1
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
