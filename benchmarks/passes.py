@@ -21,7 +21,7 @@ import typer
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from app.engine.report import summarise_passes
+from app.engine.runner import summarise_passes
 from benchmarks.machine import machine
 from cache import CacheStrategy, DeepCache, NoCache
 from models import faces

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
-from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, DeviceMemory, Job, JobResult
+from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
 from app.errors import (
     Cancelled,
     GenerationFailed,
@@ -195,23 +195,22 @@ class Failed:
                 return GenerationFailed("The model failed on this request; the server's log has the cause.")
 
 
-@dataclass(frozen=True, slots=True)
-class Garbled:
-    """What came was no report, or an order could not be written; made on the supervisor's side."""
-
-    detail: str
-
-
-Report = (
-    Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | Progress | Free | Done | Failed | Garbled
-)
+Report = Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | Progress | Free | Done | Failed
 
 # A forked child would share the event loop's descriptors, and CUDA cannot be used in one.
 PROCESSES = multiprocessing.get_context("spawn")
-_REPORTS = get_args(Report)
+_Given = TypeVar("_Given")
 _LAST_WORDS = 0.2  # seconds that a hung worker has to write where it hangs
 _GLANCE = 0.005  # seconds between two looks whether something has ended
 _REAPING = 10.0  # seconds after which a killed process that the kernel does not let go is left behind
+
+
+def in_own_thread(name: str, call: Callable[..., _Given], *arguments: Any) -> asyncio.Future[_Given]:
+    """What `call` returns. The event loop's own threads may all be busy for long, with what clients send."""
+    pool = ThreadPoolExecutor(1, name)
+    given = asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
+    pool.shutdown(wait=False)
+    return given
 
 
 class Child(Protocol):
@@ -240,7 +239,7 @@ class WorkerProcess:
         self._device = device
         self._make = make
         self._loop = asyncio.get_running_loop()
-        self._inbox: asyncio.Queue[Report | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Report | IllegalTransition | None] = asyncio.Queue()
         self._outbox: SimpleQueue[Order | None] = SimpleQueue()
         self._connection: Connection | None = None
         self._child: Child | None = None
@@ -269,10 +268,8 @@ class WorkerProcess:
         """Raises OSError when the system has no process to give. May be cancelled; `stop` clears up."""
         ours, theirs = PROCESSES.Pipe(duplex=True)
         self._connection, self._child = ours, self._make(theirs)
-        starter = ThreadPoolExecutor(1, f"start {self._device}")
         # Shielded: a thread cannot be cancelled, and a child that it starts afterwards would belong to nobody.
-        self._launch = self._loop.run_in_executor(starter, _start, self._child, theirs)
-        starter.shutdown(wait=False)
+        self._launch = in_own_thread(f"start {self._device}", _start, self._child, theirs)
         await asyncio.shield(self._launch)
         for work, name in ((self._read, "read"), (self._write, "write")):
             thread = threading.Thread(target=work, args=(ours,), name=f"{name} {self._device}", daemon=True)
@@ -286,8 +283,11 @@ class WorkerProcess:
         self._outbox.put(order)
 
     async def report(self) -> Report | None:
-        """What the worker says next; None: it is dead."""
-        return await self._inbox.get()
+        """What the worker says next; None: it is dead. Raises IllegalTransition for what is no report."""
+        heard = await self._inbox.get()
+        if isinstance(heard, IllegalTransition):
+            raise heard
+        return heard
 
     async def kill(self) -> None:
         """End a worker that does not answer; before that it writes to stderr where each of its threads stands."""
@@ -332,7 +332,7 @@ class WorkerProcess:
         while self._tell(_received(connection)):
             pass
 
-    def _tell(self, report: Report | None) -> bool:
+    def _tell(self, report: Report | IllegalTransition | None) -> bool:
         """False: this was the last one."""
         self._heard = time.monotonic()  # here, so that a busy event loop is not taken for a silent worker
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -353,22 +353,24 @@ class WorkerProcess:
             with suppress(OSError):  # the worker died; `report` says so
                 connection.send_bytes(packed)
         except Exception as error:  # noqa: BLE001  # what cannot be pickled raises anything, and its job must not wait for ever
-            self._tell(Garbled(f"an order cannot be written: {type(error).__name__}: {error}"))
+            self._tell(IllegalTransition(f"an order cannot be written: {type(error).__name__}: {error}"))
         self._writing = math.inf
         if isinstance(order, Run):
             self.delivered = time.monotonic()
         return True
 
 
-def _received(connection: Connection) -> Report | None:
+def _received(connection: Connection) -> Report | IllegalTransition | None:
     """None: nobody is at the other end."""
     try:
         report = connection.recv()
     except (EOFError, OSError):
         return None
     except Exception as error:  # noqa: BLE001  # bytes that are no pickle raise nearly anything
-        return Garbled(f"its words cannot be read: {type(error).__name__}: {error}")
-    return report if isinstance(report, _REPORTS) else Garbled(f"it sent a {type(report).__name__}, which is no report")
+        return IllegalTransition(f"its words cannot be read: {type(error).__name__}: {error}")
+    if not isinstance(report, Report):
+        return IllegalTransition(f"it sent a {type(report).__name__}, which is no report")
+    return report
 
 
 def _start(child: Child, theirs: Connection) -> None:

@@ -1,4 +1,4 @@
-"""The jobs that wait for a worker, in the order of their age, whatever happened to them before."""
+"""The jobs that wait for a worker, in the order of their age, and which of them are drawn together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from app.engine.types import Job, JobHandle
+
+QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
 
 class JobQueue:
@@ -46,9 +48,6 @@ class JobQueue:
     def _tell(self) -> None:
         for place, handle in enumerate(self, start=1):
             handle.stand(place)
-
-
-QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
 
 def kind_of(job: Job) -> Hashable | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 from app.engine.pipe import (
@@ -13,7 +14,6 @@ from app.engine.pipe import (
     Done,
     Failed,
     Free,
-    Garbled,
     Known,
     Loaded,
     Loading,
@@ -237,14 +237,19 @@ class LocalEngine:
             finally:
                 watch.cancel()
                 # Killed at once when it is known to be lost; at shutdown it may reach its next step.
-                code = await asyncio.shield(process.stop(self._stop_seconds if self._stopping else 0.0))
-                self._bury(slot, code)
+                ending = asyncio.create_task(process.stop(self._stop_seconds if self._stopping else 0.0))
+                while not ending.done():  # to its end, also when the engine is stopped meanwhile
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait({ending})
+                self._bury(slot, ending.result())
+            if self._stopping:
+                return
             slot.restarts += 1
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
     def _hear(self, slot: Slot, report: Report | None) -> bool:
-        """False: it was the last one."""
+        """False: it was the last one. Raises IllegalTransition for one that cannot be."""
         match report:
             case None:
                 return False
@@ -292,15 +297,11 @@ class LocalEngine:
                 handle = self._release(slot, job_id)
                 if kind != "cancelled":
                     _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
-                model = handle.job.model
-                if handle.settled:
-                    pass
-                elif model in slot.unavailable and model not in self._unavailable():
-                    self._requeue(handle)  # another worker may have it
-                else:
+                elsewhere = handle.job.model in slot.unavailable.keys() - self._unavailable().keys()
+                if elsewhere and not handle.settled:
+                    self._requeue(handle)
+                elif not handle.settled:
                     handle.fail(report.error())
-            case Garbled(detail):
-                raise IllegalTransition(detail)
         slot.settle(self._draining)
         self._dispatch()
         return True
@@ -345,6 +346,7 @@ class LocalEngine:
         if self.hopeless:
             for waiting in self._queue:
                 self._give_up(waiting, _hopeless())
+        self._dispatch()
 
     def _take_back(self, handle: JobHandle, reason: str) -> None:
         """A job whose worker was lost: once more, or answered."""
@@ -352,7 +354,6 @@ class LocalEngine:
             handle.fail(self._quarantine.refusal(handle.job.model))
         elif handle.attempts < ATTEMPTS:
             self._requeue(handle)
-            self._dispatch()
         else:
             handle.fail(worker_lost(reason))
 

@@ -95,10 +95,10 @@ class _ParentGone(Exception):
 def main(connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> None:
     """Serve orders from `connection` until it closes or says Stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides when we end
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does the SIGTERM of some service managers: see process.py
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so does the SIGTERM of some service managers: see pipe.py
     faulthandler.enable()  # a crash in native code says on stderr where it was
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)  # and so does a hang, before it is ended: see process.py
+        faulthandler.register(signal.SIGUSR1)  # and so does a hang, before it is ended: see pipe.py
     _die_with_parent()
     serve(connection, factory, device, plan)
 

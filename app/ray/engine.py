@@ -17,6 +17,7 @@ from ray.exceptions import NodeDiedError, RayActorError, RayError, WorkerCrashed
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from app.engine.pipe import in_own_thread
 from app.engine.queue import JobQueue
 from app.engine.types import (
     ATTEMPTS,
@@ -223,11 +224,8 @@ class RayEngine:
         self._give_up(handle, deadline_passed(handle))
 
 
-_log = logging.getLogger(__name__)
-
-
 class Fleet:
-    """Of the Serve application `app`. `on_news` is called after each reading."""
+    """The replicas of the Serve application `app`, by their own words. `on_news` is called after each reading."""
 
     def __init__(self, app: str, on_news: Callable[[], None]) -> None:
         self._app = app
@@ -244,7 +242,7 @@ class Fleet:
         while True:
             try:
                 if roster is None:
-                    roster = await asyncio.to_thread(_roster, self._app)
+                    roster = await in_own_thread("roster", _roster, self._app)
                 self._heard_of(await asyncio.wait_for(roster.read.remote(), SILENCE))
                 self._on_news()
             except Exception as error:  # noqa: BLE001  # whatever it was, without this nothing is ever known again

@@ -14,6 +14,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from app.engine.pipe import in_own_thread
 from app.engine.supervisor import local_engine
 from app.engine.types import Catalogue, EngineStatus, Job, JobResult, JobState
 from app.engine.worker import RunnerFactory
@@ -25,6 +26,9 @@ from models.base import Step
 _log = logging.getLogger(__name__)
 
 NAMESPACE = "wavespeed"
+BEAT = 0.5  # seconds between two words of a replica
+SILENCE = 5.0  # seconds without one after which a replica is not counted on: Serve finds out by itself, but later
+FORGET = 60.0  # seconds after which one that was lost is not told of any more
 
 Word = str | JobState | Step | JobResult | ServiceError
 """What a replica says of a job: its own id first, then moves and steps, a result or an error last."""
@@ -32,6 +36,38 @@ Word = str | JobState | Step | JobResult | ServiceError
 
 def roster_name(app: str) -> str:
     return f"roster of {app}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Presence:
+    """A replica's word on itself. `rank` is its place among the replicas, from 0, which its successor inherits."""
+
+    replica: str
+    rank: int
+    node: str
+    jobs: int  # that it takes at a time
+    status: EngineStatus
+    catalogue: Catalogue | None = None
+
+
+class Roster:
+    """Who there is. Ages are seconds of one clock, this process's own: those of several machines differ."""
+
+    def __init__(self) -> None:
+        self._present: dict[str, tuple[Presence, float]] = {}
+
+    def tell(self, presence: Presence) -> None:
+        self._present[presence.replica] = presence, time.monotonic()
+
+    def leave(self, replica: str) -> None:
+        """It ends as it should, and is not missed."""
+        self._present.pop(replica, None)
+
+    def read(self) -> list[tuple[Presence, float]]:
+        """Each with the seconds since its last word, the longest silent one first."""
+        now = time.monotonic()
+        self._present = {key: row for key, row in self._present.items() if now - row[1] < FORGET}
+        return sorted(((one, now - heard) for one, heard in self._present.values()), key=lambda row: -row[1])
 
 
 class Replica:
@@ -118,7 +154,7 @@ class Replica:
         while True:
             try:
                 if roster is None:
-                    roster = await asyncio.to_thread(ray.get_actor, roster_name(self._app), NAMESPACE)
+                    roster = await in_own_thread("roster", ray.get_actor, roster_name(self._app), NAMESPACE)
                 await roster.tell.remote(self._presence())
             except (ValueError, RayError):
                 roster = None
@@ -144,40 +180,3 @@ def _end(future: asyncio.Future[JobResult]) -> Word:
     if error is None:
         return future.result()
     return error if isinstance(error, ServiceError) else ServiceError(str(error))
-
-
-BEAT = 0.5  # seconds between two words of a replica
-SILENCE = 5.0  # seconds without one after which a replica is not counted on: Serve finds out by itself, but later
-FORGET = 60.0  # seconds after which one that was lost is not told of any more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Presence:
-    """A replica's word on itself. `rank` is its place among the replicas, from 0, which its successor inherits."""
-
-    replica: str
-    rank: int
-    node: str
-    jobs: int  # that it takes at a time
-    status: EngineStatus
-    catalogue: Catalogue | None = None
-
-
-class Roster:
-    """Ages are seconds of one clock, this process's own: those of several machines differ."""
-
-    def __init__(self) -> None:
-        self._present: dict[str, tuple[Presence, float]] = {}
-
-    def tell(self, presence: Presence) -> None:
-        self._present[presence.replica] = presence, time.monotonic()
-
-    def leave(self, replica: str) -> None:
-        """It ends as it should, and is not missed."""
-        self._present.pop(replica, None)
-
-    def read(self) -> list[tuple[Presence, float]]:
-        """Each with the seconds since its last word, the longest silent one first."""
-        now = time.monotonic()
-        self._present = {key: row for key, row in self._present.items() if now - row[1] < FORGET}
-        return sorted(((one, now - heard) for one, heard in self._present.values()), key=lambda row: -row[1])

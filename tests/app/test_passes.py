@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.engine.report import summarise, summarise_passes
+from app.engine.runner import summarise, summarise_passes
 from cache import CacheReport
 from models.base import GenerationParams, Multiscale, PassReport
 from tests.app.conftest import client_of

@@ -21,7 +21,7 @@ from PIL import Image
 
 from app.engine.pipe import Alive, Done, Known, Plan, Ready, Run, Stop, WorkerProcess
 from app.engine.slot import Patience
-from app.engine.types import Job, JobResult, JobState
+from app.engine.types import Job, JobResult, JobState, WorkerState
 from app.engine.worker import RunnerFactory, _Line
 from app.errors import ServiceError, WorkerLost
 from models.base import Img2Img, Timings
@@ -112,6 +112,30 @@ async def test_a_worker_that_lives_and_does_not_read_is_found() -> None:
     async with DeafNursery().working(patience=Patience(silence=0.3)) as engine:
         with pytest.raises(WorkerLost, match="does not read what it is told"):
             await engine.submit(painted_over("unread", 2048)).result
+
+
+class LingeringChild(ThreadChild):
+    """Takes its time to die."""
+
+    def _live(self) -> None:
+        super()._live()
+        time.sleep(0.5)
+
+
+class LingeringNursery(Nursery):
+    def make(self, connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> ThreadChild:
+        self.children.append(LingeringChild(connection, device, plan))
+        return self.children[-1]
+
+
+async def test_an_engine_that_is_stopped_while_a_worker_dies_waits_for_that() -> None:
+    nursery = LingeringNursery()
+    async with nursery.working() as engine:
+        nursery.child.kill()
+        await asyncio.sleep(0.1)  # its supervisor has seen it, and waits for its end
+    assert len(nursery.children) == 1
+    assert not nursery.child.is_alive()
+    assert device(engine).state is WorkerState.FAILED
 
 
 async def test_an_order_that_cannot_be_written_is_answered(nursery: Nursery) -> None:

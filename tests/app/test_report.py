@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.engine.report import summarise
+from app.engine.runner import summarise
 from app.http.telemetry import exposition
 from app.metrics import RECENT, CacheUse, Metrics
 from cache import CacheReport

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_rows_are_json_and_tell_models_apart(registry: Registry) -> None:
     assert (broken["steps"], broken["guidance_scale"]) == (0, 0.0)  # a spec's zero is a value, not an absence
     assert sd["error"] is flux["error"] is None
     assert registry.loaded == ()
+
+
+def test_a_model_that_nothing_foresaw_keeps_its_row_and_leaves_the_others_theirs(
+    sd_spec: ModelSpec, tmp_path: Path
+) -> None:
+    odd = ModelSpec(name="odd", family="sd", source=tmp_path / "odd")
+    shutil.copytree(sd_spec.source, odd.source)
+    config = odd.source / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "layers_per_block": -1}))  # diffusers: IndexError
+    rows = {row["name"]: row for row in Registry([odd, sd_spec], "random-sd", None).describe()}
+    assert (rows["random-sd"]["error"], bool(rows["odd"]["error"])) == (None, True)
 
 
 def test_specs_that_contradict_one_another_are_refused(sd_spec: ModelSpec) -> None:
