@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -100,6 +101,11 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Origins, separated by commas, whose pages may ask from a browser, such as https://a.example."
     )
+    proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks, separated by commas, of reverse proxies whose X-Forwarded-For and "
+        "X-Forwarded-Proto are believed, such as 10.0.0.0/8. None: a caller is whoever connects.",
+    )
     lora_folder: Path = Field(Path("loras"), description="LoRAs (.safetensors) that requests may name in `loras`.")
     embedding_folder: Path = Field(
         Path("embeddings"), description="Textual inversions (.safetensors); a prompt uses one by its file's name."
@@ -183,7 +189,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{host!r} is no name of a host, as images.example: no scheme, no port, no path, no *")
         return value
 
-    @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", mode="before")
+    @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", "proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -210,6 +216,16 @@ class Settings(BaseSettings):
         for origin in value:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise ValueError(f"{origin!r} is no origin: scheme and host, as https://a.example, no path, no *")
+        return value
+
+    @field_validator("proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            try:
+                ipaddress.ip_network(one)
+            except ValueError:
+                raise ValueError(f"{one!r} is no IP address and no network, such as 10.0.0.1 or 10.0.0.0/8") from None
         return value
 
     @field_validator("log_level", mode="before")

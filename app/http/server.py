@@ -152,6 +152,8 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(settings.proxies),  # uvicorn alone believes whoever connects from loopback
+        forwarded_allow_ips=list(settings.proxies),
         timeout_graceful_shutdown=_ANSWERING,
     )
     try:
