@@ -106,7 +106,8 @@ def test_every_setting_is_listed_with_its_default() -> None:
         "jobs_folder": "none",
         "allowed_hosts": "none",
         "face_detector": "none",
-        "cors_origins", "proxies": "none",
+        "cors_origins": "none",
+        "proxies": "none",
     }
     in_words |= {"models_file": "none", "model_memory": "nine tenths"}
     for name, field in Settings.model_fields.items():
