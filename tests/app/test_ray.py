@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from app.engine.types import Job, JobState
 from app.errors import Cancelled, DeadlineExceeded, NotReady, QueueFull
 from cache import DeepCache, NoCache
-from models.base import GenerationParams, Step
+from models.base import GenerationParams, Img2Img, Step
 from tests.conftest import HAS_RAY
 
 if not HAS_RAY:
@@ -155,3 +158,32 @@ def test_devices_are_ray_s_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WAVESPEED_DEVICES", "cuda:0,cuda:1")
     with pytest.raises(ValueError, match="leave WAVESPEED_DEVICES unset"):
         build({})
+
+
+async def test_jobs_that_ended_leave_no_picture_behind(engine: Any) -> None:
+    """Without the garbage collector. Serve itself keeps what it was handed last, until it is handed something else."""
+    seen: list[weakref.ref[Image.Image]] = []
+
+    async def end_of(wanted: Job) -> JobState:
+        handle = engine.submit(wanted, lambda step: repr(handle))
+        if wanted.id == "picture 1":
+            await asyncio.sleep(0.2)
+            engine.cancel(wanted.id)
+        await asyncio.wait({handle.result})
+        engine.submitted.clear()  # the test's own notes
+        return handle.state
+
+    gc.collect()
+    gc.disable()
+    try:
+        for number, state in enumerate((JobState.DONE, JobState.CANCELLED, JobState.DONE, JobState.DONE)):
+            plain = job(f"picture {number}", "slow", steps=10_000 if number == 1 else 2)
+            picture = Img2Img(picture=Image.new("RGB", (16, 16)))
+            seen.append(weakref.ref(picture.picture))
+            assert await end_of(replace(plain, params=replace(plain.params, img2img=picture))) is state
+            del picture
+        async with asyncio.timeout(60):
+            while any(reference() is not None for reference in seen[:-1]):
+                await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
