@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from app.machine import share_cores
+from app.engine.runner import share_cores
 
 share_cores()
 

@@ -132,7 +132,7 @@ def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
         monkeypatch.setenv(name, value)
     assert read_settings() == Settings()
     monkeypatch.setenv("WAVESPEED_API_PORT", "80")
-    with pytest.raises(CannotStart, match="^WAVESPEED_API_PORT is no variable"):
+    with pytest.raises(CannotStart, match=r"^WAVESPEED_API_PORT is no variable"):
         read_settings()
 
 
