@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from hypothesis import settings
 from app.engine.runner import share_cores
 
 share_cores()
+os.environ["XDG_DATA_HOME"] = os.devnull  # what the user of this machine has calibrated changes no picture here
 
 HAS_RAY = find_spec("ray") is not None
 

@@ -84,7 +84,7 @@ def error_response(error: ServiceError, identity: str) -> JSONResponse:
     return JSONResponse(error.body(identity), status_code=error.status, headers=headers)
 
 
-_OPEN = ("/livez", "/readyz", "/health", "/docs", "/openapi.json")
+_OPEN = ("/", "/livez", "/readyz", "/health", "/docs", "/openapi.json")
 _OPEN_FOLDER = "/docs/"
 _BASIC_FOLDER = "/sdapi/"  # AUTOMATIC1111's clients know no other way than user name and password
 
