@@ -22,8 +22,8 @@ import typer
 from PIL.Image import Image
 
 from app import images
+from app.engine.runner import share_cores
 from app.engine.types import Job
-from app.machine import share_cores
 from benchmarks.claim import Claim, table
 from benchmarks.machine import machine
 from benchmarks.server import running

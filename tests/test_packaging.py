@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -60,6 +62,50 @@ def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
+
+
+def test_the_name_is_not_that_of_another_companys_package_and_the_command_stays() -> None:
+    assert canonicalize_name(PROJECT["name"]) not in ("wavespeed", *(requirement.name for requirement in DIRECT))
+    assert PROJECT["scripts"] == {"wavespeed": "app.__main__:main"}
+
+
+def asked_of_the_index(line: str) -> list[str]:
+    """What a `pip install` takes that is neither an option nor a path."""
+    words = shlex.split(line, comments=True)
+    named = []
+    for before, word in itertools.pairwise(["", *words]):
+        if word in ("&&", ";", "|"):
+            break
+        is_value = before in ("--constraint", "-c", "--requirement", "-r", "--index-url", "--extra-index-url", "--dest")
+        if not is_value and not word.startswith(("-", ".", "/", "git+")):
+            named.append(re.split(r"[\[=<>]", word)[0])
+    return named
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--constraint constraints.txt --editable '.[otel]'", []),
+        ('"wavespeed[ray]"', ["wavespeed"]),
+        ("-c x.txt wavespeed-diffusion-server==0.1 openai", ["wavespeed-diffusion-server", "openai"]),
+        ("/srv/wavespeed && wavespeed serve", []),
+    ],
+)
+def test_what_pip_asks_the_index_for_is_seen(line: str, named: list[str]) -> None:
+    assert asked_of_the_index(line) == named
+
+
+def test_documents_install_the_project_from_a_checkout() -> None:
+    """On the package index its name may be anybody's."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    lines = [
+        line
+        for document in documents
+        for line in re.findall(r"pip install ((?:[^`\n]|\\\n)*)", document.read_text(encoding="utf-8"))
+    ]
+    named = {name for line in lines for name in asked_of_the_index(line.replace("\\\n", " "))}
+    assert len(lines) > 3
+    assert {name for name in named if "wavespeed" in name} == set()
 
 
 # Declared, and used by diffusers on our behalf instead of being imported here.

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.machine import processor, versions
+from app.cli.compare import processor, versions
 from benchmarks.machine import PACKAGES, ROOT, commit
 from benchmarks.server import SERVE
 from benchmarks.serving import kept as store
