@@ -110,12 +110,16 @@ class Registry:
             self.on_stage(name, f"dropping {oldest} to make room")
             self._drop(oldest)
 
-    def give_up_idle(self, used: str) -> str | None:
-        """Drop the model used longest ago that is not `used`, and return its name; None: there is no other."""
-        idle = next((name for name in self._loaded if name != used), None)
-        if idle is not None:
-            self._drop(idle)
-        return idle
+    def give_up_idle(self, used: str, missing: int = 0) -> str | None:
+        """Drop the model used longest ago that is not `used`, and return its name.
+
+        None: there is no other, or the weights of all others together do not take `missing` bytes.
+        """
+        idle = [name for name in self._loaded if name != used]
+        if not idle or sum(self._sizes[name] for name in idle) < missing:
+            return None
+        self._drop(idle[0])
+        return idle[0]
 
     def _drop(self, name: str) -> None:
         del self._loaded[name], self._sizes[name]

@@ -30,20 +30,20 @@ def draw(
     strategy: CacheStrategy,
     on_step: StepHook,
     device: str,
-    give_up_idle: Callable[[], bool] = lambda: False,
+    give_up_idle: Callable[[int], bool] = lambda missing: False,
 ) -> Generation:
     """The generation, in batches of at most as many images as asked for and as fit.
 
-    Where not even one image fits, `give_up_idle` is asked to drop a model that is not used, until there is none and
-    MemoryError is raised, before anything is drawn. A device that runs out of memory all the same is freed, and the
-    images are drawn one at a time, then with the idle models dropped; the last failure passes through, as all others
-    do.
+    Where not even one image fits, `give_up_idle` is asked to drop a model that is not used, if all of them take the
+    bytes that are missing; when it does not, MemoryError is raised, before anything is drawn. A device that runs out
+    of memory all the same is freed, and the images are drawn one at a time, then with the idle models dropped; the last
+    failure passes through, as all others do.
     """
     asked = min(params.batch_size, len(params.seeds))
     while not (together := _fitting(model, params, asked, device)):
-        if not give_up_idle():
-            need = model.working_bytes(params, 1)
-            raise MemoryError(f"an image needs {need} bytes at least, and {free_bytes(device)} are free on {device}")
+        need, free = model.working_bytes(params, 1), free_bytes(device)
+        if not give_up_idle(need - free):
+            raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
 
     def attempt() -> Generation:
         return model.generate(replace(params, batch_size=together), strategy, on_step)
@@ -51,7 +51,7 @@ def draw(
     def use_less() -> bool:
         nonlocal together
         if together == 1:
-            return give_up_idle()
+            return give_up_idle(0)
         together = 1
         return True
 

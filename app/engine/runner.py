@@ -64,7 +64,7 @@ class Models(Protocol):
 
     def get(self, name: str) -> LoadedModel: ...
 
-    def give_up_idle(self, used: str) -> str | None: ...
+    def give_up_idle(self, used: str, missing: int = 0) -> str | None: ...
 
     def describe(self) -> list[dict[str, Any]]: ...
 
@@ -115,8 +115,8 @@ class RegistryRunner:
             lighten(error)
             return error
 
-    def _give_up_idle(self, used: str) -> bool:
-        name = self._registry.give_up_idle(used)
+    def _give_up_idle(self, used: str, missing: int = 0) -> bool:
+        name = self._registry.give_up_idle(used, missing)
         if name is not None:
             _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, used)
         return name is not None

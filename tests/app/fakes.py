@@ -46,6 +46,7 @@ from models.text import TooFewLayers
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
+WEIGHTS = 10_000  # bytes of each model
 
 
 def decision(strategy: CacheStrategy, index: int) -> str:
@@ -200,11 +201,12 @@ class FakeRegistry:
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, FakeModel] = {}
 
-    def give_up_idle(self, used: str) -> str | None:
-        idle = next((name for name in self._loaded if name != used), None)
-        if idle is not None:
-            del self._loaded[idle]
-        return idle
+    def give_up_idle(self, used: str, missing: int = 0) -> str | None:
+        idle = [name for name in self._loaded if name != used]
+        if not idle or len(idle) * WEIGHTS < missing:
+            return None
+        del self._loaded[idle[0]]
+        return idle[0]
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from app.engine.types import Job
 from cache import CacheStrategy, NoCache
 from models.base import Generation, GenerationParams, StepHook
 from tests.app.conftest import client_of
-from tests.app.fakes import FakeModel, FakeRegistry, GreedyModel, OutOfMemoryError
+from tests.app.fakes import WEIGHTS, FakeModel, FakeRegistry, GreedyModel, OutOfMemoryError
 from tests.app.test_engine import until
 from tests.app.test_server import local_engine, post
 
@@ -132,6 +132,19 @@ def test_idle_models_go_before_a_job_is_refused_the_one_used_longest_ago_first(
     assert sorted(runner.condition().loaded) == sorted(left)
 
 
+def test_idle_models_stay_when_a_job_would_not_fit_without_them_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one request for too large a picture would cost everybody else their models."""
+    runner = RegistryRunner(FakeRegistry(), "fake device")
+    for name in ("slow", "flux", "fine"):
+        runner.load(name)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    large = replace(of_model("fine"), params=replace(PARAMS, width=200, height=101))
+    assert 2 * WEIGHTS < 200 * 101
+    with pytest.raises(MemoryError):
+        runner.run(large, lambda step: None)
+    assert sorted(runner.condition().loaded) == ["fine", "flux", "slow"]
+
+
 def test_with_no_idle_model_left_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = RegistryRunner(FakeRegistry(), "fake device")
     runner.load("slow")
@@ -159,7 +172,7 @@ def test_a_single_image_that_runs_out_is_drawn_with_the_idle_models_gone() -> No
                 raise OutOfMemoryError("CUDA out of memory")
 
     model = Crowded()
-    made = memory.draw(model, PARAMS, NoCache(), lambda step: None, "cpu", lambda: bool(idle and idle.pop()))
+    made = memory.draw(model, PARAMS, NoCache(), lambda step: None, "cpu", lambda missing: bool(idle and idle.pop()))
     assert (model.sizes, len(made.images)) == ([4, 1, 1, 1], 5)
 
 
@@ -171,7 +184,9 @@ def test_real_models_that_lie_idle_are_freed(monkeypatch: pytest.MonkeyPatch) ->
     job = Job(id="x", model="tiny-sd", params=params, strategy=NoCache())
     before = runner.run(job, lambda step: None)
     assert set(runner.condition().loaded) == {"tiny-sd", "tiny-flux"}
-    crowded(monkeypatch, runner, 1, 2**40)
+    need = runner.model("tiny-sd").working_bytes(params, 1)
+    beside = {1: 2**40, 2: need - 1}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside[len(runner.condition().loaded)])
     assert runner.run(job, lambda step: None).images == before.images
     assert runner.condition().loaded == ("tiny-sd",)
     assert idle() is None
