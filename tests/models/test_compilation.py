@@ -43,7 +43,7 @@ def model(small_folders: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def traced(small_folders: dict[str, Path]) -> Any:
-    """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations, and the bits, as they are."""
+    """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations as they are, and the bits."""
     return load(small_folders["epsilon"], "eager")
 
 

@@ -16,7 +16,7 @@ from models.base import LoadedModel, ModelSpec
 from models.registry import FAMILIES
 from tests.models.test_generation import PARAMS, ignore, pixels
 
-STEPS = 4
+STEPS = 3
 SMALL = replace(PARAMS, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
 SECOND_ORDER = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # two evaluations a step, but for the last
 
@@ -70,7 +70,7 @@ def test_every_pair_draws_with_deepcache_off_and_on(
     check(small["epsilon"], sampler, scheduler, DeepCache(interval=2, depth=0))
 
 
-@pytest.mark.parametrize("rounding", [0.0, -1e-3, 1e-3])
+@pytest.mark.parametrize("rounding", [-1e-3, 1e-3])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "deis"])
 def test_a_run_begins_at_its_first_timestep_however_a_processor_rounds_it(
     small: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch, sampler: str, rounding: float
