@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 from .base import UnsupportedSampler
@@ -120,7 +121,7 @@ def build(
     Raises UnsupportedSampler.
     """
     if sampler is None and scheduler is None:
-        return type(saved).from_config(saved.config)
+        return _from_its_first_step(type(saved).from_config(saved.config))
     check(choices(samplers), sampler, scheduler)
     choice = samplers[sampler or DEFAULT_SAMPLER]
     cls = scheduler_class(choice.scheduler_class)
@@ -129,7 +130,7 @@ def build(
         settings[choice.noise_seeds] = list(seeds)
     if choice.scheduler_class == "LCMScheduler":
         settings["original_inference_steps"] = _lcm_origin(steps, saved.config.num_train_timesteps)
-    return cls.from_config(saved.config, **settings)
+    return _from_its_first_step(cls.from_config(saved.config, **settings))
 
 
 def names(saved: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
@@ -165,6 +166,27 @@ def scheduler_class(name: str) -> Any:
     from . import schedulers
 
     return getattr(schedulers, name, None) or getattr(diffusers, name)
+
+
+def _from_its_first_step(scheduler: Any) -> Any:
+    """`scheduler`, which begins at its first timestep whenever its timesteps are set; img2img then says where else.
+
+    StableDiffusionPipeline does not say so, unlike Flux's and SDXL's. A scheduler that is not told looks the first
+    timestep up, takes the second of two equal ones, and has none left at its last step (IndexError). Rounding makes
+    them equal: the first two of "beta" are 998.99… and 998.3 on some processors, 999 and 998.3 on others, cut to
+    integers.
+    """
+    set_timesteps = scheduler.set_timesteps
+    if not hasattr(scheduler, "set_begin_index"):
+        return scheduler
+
+    @wraps(set_timesteps)  # pipelines read its signature
+    def set_and_begin(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler.set_begin_index(0)
+
+    scheduler.set_timesteps = set_and_begin
+    return scheduler
 
 
 def _lcm_origin(steps: int, train_timesteps: int) -> int:

@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -106,6 +107,32 @@ def test_documents_install_the_project_from_a_checkout() -> None:
     named = {name for line in lines for name in asked_of_the_index(line.replace("\\\n", " "))}
     assert len(lines) > 3
     assert {name for name in named if "wavespeed" in name} == set()
+
+
+def test_the_quick_tests_are_where_the_script_says() -> None:
+    """A file that moves would else be an error of pytest's in the edit loop alone, which CI does not run."""
+    script = (ROOT / "scripts" / "test").read_text(encoding="utf-8")
+    listed = re.search(r"^quick=\(\n(.*?)^\)", script, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    paths = listed[1].split()
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_public_runner_runs_the_suite_on_the_oldest_python_without_secrets() -> None:
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the word `on` as a truth value
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in text
+    (job,) = workflow["jobs"].values()
+    checkout, python, suite = job["steps"]
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert python["uses"].startswith("actions/setup-python@")
+    assert f">={python['with']['python-version']}" == PROJECT["requires-python"]
+    assert python["with"]["cache"] == "pip"
+    assert all((ROOT / path).is_file() for path in python["with"]["cache-dependency-path"].split())
+    assert suite["run"].split()[0] == "scripts/test"
 
 
 # Declared, and used by diffusers on our behalf instead of being imported here.
