@@ -62,52 +62,19 @@ GEOMETRIES = (
     Geometry("SDXL 1024×1024", "unet", SDXL, 1024, 1024, 20, 77),
     Geometry("Flux 832×1216", "transformer", FLUX, 832, 1216, 28, 512),
 )
-FLUX_BLOCK = Geometry(
-    "Flux's first block, 256×256",
-    "transformer",
-    {**FLUX, "num_layers": 1, "num_single_layers": 1},  # the second block is there to be skipped
-    256,
-    256,
-    28,
-    128,
-)
+_BLOCK = {**FLUX, "num_layers": 1, "num_single_layers": 1}  # the second block is there to be skipped
+FLUX_BLOCK = Geometry("Flux's first block, 256×256", "transformer", _BLOCK, 256, 256, 28, 128)
 """What a first-block cache runs of Flux in a reused call, small enough for a CPU."""
 TINY = (
-    Geometry(
-        "tiny UNet",
-        "unet",
-        {
-            "sample_size": 8,
-            "block_out_channels": (8, 8, 16, 16),
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 16,
-        },
-        64,
-        64,
-        6,
-        5,
-    ),
-    Geometry(
-        "tiny Flux",
-        "transformer",
-        {
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "pooled_projection_dim": 16,
-            "guidance_embeds": True,
-            "axes_dims_rope": (2, 2, 4),
-        },
-        64,
-        64,
-        6,
-        5,
-    ),
-)
+    Geometry("tiny UNet", "unet", {
+        "sample_size": 8, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }, 64, 64, 6, 5),
+    Geometry("tiny Flux", "transformer", {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    }, 64, 64, 6, 5),
+)  # fmt: skip
 
 
 @dataclass

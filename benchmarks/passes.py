@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from app.engine.report import summarise_passes
-from benchmarks.machine import machine
+from benchmarks.report import machine
 from cache import CacheStrategy, DeepCache, NoCache
 from models import faces
 from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Lora, Multiscale, Step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.claim import Claim
 from benchmarks.geometry import SD15, SDXL
+from benchmarks.report import Claim
 from cache import UNetDenoiser
 from cache.cost import deepest_branch, interval_speedup
 
@@ -22,11 +22,9 @@ def counted() -> list[Claim]:
         with torch.device("meta"):
             costs = UNetDenoiser(UNet2DConditionModel(**config)).branch_costs
         for name, (interval, depth, wanted) in PRESETS.items():
-            branch = deepest_branch(costs, depth)
-            if branch is None:
-                continue
-            speedup = interval_speedup(interval, costs[branch])
-            sentence = f"{model}, {name} (interval {interval}, depth {depth}): at least {wanted}×"
-            measured = f"{speedup:.2f}×, branch {branch}, a reuse step at {costs[branch]:.3f} of a full one"
-            claims.append(Claim(sentence, measured, speedup >= wanted))
+            if (branch := deepest_branch(costs, depth)) is not None:
+                speedup = interval_speedup(interval, costs[branch])
+                measured = f"{speedup:.2f}×, branch {branch}, a reuse step at {costs[branch]:.3f} of a full one"
+                sentence = f"{model}, {name} (interval {interval}, depth {depth}): at least {wanted}×"
+                claims.append(Claim(sentence, measured, speedup >= wanted))
     return claims

@@ -20,13 +20,10 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import ArrayLike
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cache.measure import grouped, pairs
-from benchmarks.cache.quality import interval as confidence
-from benchmarks.machine import ROOT, machine
 from benchmarks.placement import pixel
+from benchmarks.report import ROOT, interval, machine, show
 from cache import CacheStrategy, DeepCache, NoCache, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.schedule import Placement
@@ -68,7 +65,7 @@ class Row:
         """Mean gain of auto over another, with its 95 % confidence interval."""
         others: list[float] = getattr(self, over)
         gains = [own - other for own, other in zip(self.auto, others, strict=bool(others))]
-        return (statistics.mean(gains), *confidence(gains)) if gains else None
+        return (statistics.mean(gains), *interval(gains)) if gains else None
 
 
 def tiny_sd(model: Any, number: int, size: tuple[int, int], sampler: str, steps: int) -> Draw:
@@ -165,21 +162,12 @@ def of_pixels() -> Iterator[Row]:
         yield row("pixel", "ddim", PIXEL_STEPS, interval, draw, reference)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    shown = Table("model", "sampler", "steps", "N", "uniform", "auto", "gain", "over plain", "over fewer", "computed")
-    for one in rows:
-        gains = [one.gain(over) for over in ("uniform", "plain", "fewer")]
-        shown.add_row(
-            one.model,
-            one.sampler,
-            str(one.steps),
-            str(one.interval),
-            f"{statistics.mean(one.uniform):.2f}",
-            f"{statistics.mean(one.auto):.2f}",
-            *("" if gain is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain) for gain in gains),
-            " ".join(str(call) for call, letter in enumerate(one.decisions) if letter == "C"),
-        )
-    return shown
+def cells(one: Row) -> str:
+    found = (one.gain(over) for over in ("uniform", "plain", "fewer"))
+    gains = " | ".join("" if gain is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain) for gain in found)
+    computed = " ".join(str(call) for call, letter in enumerate(one.decisions) if letter == "C")
+    means = f"{statistics.mean(one.uniform):.2f} | {statistics.mean(one.auto):.2f}"
+    return f"{one.model} | {one.sampler} | {one.steps} | {one.interval} | {means} | {gains} | {computed}"
 
 
 def main(
@@ -203,8 +191,9 @@ def main(
             with store.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(asdict(found)) + "\n")
             print(*found.key, found.gain("uniform"), file=sys.stderr)
-    Console(width=180).print(table(rows))
-    print(json.dumps({"benchmark": "placement", "machine": machine("cpu"), "rows": [asdict(one) for one in rows]}))
+    columns = "model | sampler | steps | N | uniform | auto | gain | over plain | over fewer | computed"
+    show("PSNR to the uncached pictures, dB", columns, map(cells, rows))
+    print(json.dumps({"benchmark": "placement", "machine": machine(), "rows": [asdict(one) for one in rows]}))
 
 
 if __name__ == "__main__":
