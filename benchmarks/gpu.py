@@ -116,12 +116,8 @@ def main(
     results = {}
     for geometry in TINY if tiny else GEOMETRIES:
         rows = measure(geometry, device, torch.float32 if tiny else torch.bfloat16, repeats, console)
-        columns = list(rows["uncached"])
-        lines = (
-            " | ".join([name, *("–" if row[key] is None else str(row[key]) for key in columns)])
-            for name, row in rows.items()
-        )
-        show(f"{geometry.name}, {geometry.steps} steps", " | ".join(["setting", *columns]), lines)
+        lines = (" | ".join([name, *map(str, row.values())]).replace("None", "–") for name, row in rows.items())
+        show(f"{geometry.name}, {geometry.steps} steps", " | ".join(["setting", *rows["uncached"]]), lines)
         results[geometry.name] = rows
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

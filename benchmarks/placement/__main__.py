@@ -114,8 +114,8 @@ def of_tiny_sd(samplers: Sequence[str], steps: Sequence[int], number: int, size:
         for sampler in samplers:
             draw = tiny_sd(model, number, size, sampler, count)
             reference, _ = draw(NoCache())
-            for interval in INTERVALS:
-                found = row(DEFAULT, sampler, count, interval, draw, reference)
+            for every in INTERVALS:
+                found = row(DEFAULT, sampler, count, every, draw, reference)
                 if (sampler, count) == ("ddim", 20):
 
                     def draw_at(other: int) -> Draw:
@@ -158,8 +158,8 @@ def of_pixels() -> Iterator[Row]:
         return drawn(strategy, TEST_SEEDS, view)
 
     reference, _ = draw(NoCache())
-    for interval in INTERVALS:
-        yield row("pixel", "ddim", PIXEL_STEPS, interval, draw, reference)
+    for every in INTERVALS:
+        yield row("pixel", "ddim", PIXEL_STEPS, every, draw, reference)
 
 
 def cells(one: Row) -> str:

@@ -24,8 +24,6 @@ from locust.exception import StopUser
 
 from benchmarks.serving.requests import PATHS, answer, body, drawn
 
-MOST_USERS = 1000
-
 
 def run(order: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
     """The clock at the beginning, and what became of each request, in seconds from then on."""
@@ -54,9 +52,8 @@ def run(order: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
             told = answer(got.status_code, got.text or repr(got.error), got.headers or {})
             found.append({"kind": kind, "scheduled": at, "sent": sent, "finished": ended, **told})
 
-    users = order["clients"] or max(1, min(len(arrivals), MOST_USERS))
     runner = Environment(user_classes=[Asker], host=order["url"]).create_local_runner()
-    runner.start(users, spawn_rate=users)
+    runner.start(order["users"], spawn_rate=order["users"])
     runner.spawning_greenlet.join()
     began = time.monotonic()
     ready.set()

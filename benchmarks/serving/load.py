@@ -25,6 +25,7 @@ from benchmarks.serving.requests import PATHS, Kind, answer, body, drawn
 LOOK_SECONDS = 0.5
 WARM_LOOKS = 3
 PATIENCE = 600.0  # seconds for an answer
+MOST_USERS = 1000  # that wait for answers in an open loop; more arrivals are late
 
 Sample = dict[str, Any]
 """One request: its kind, when it was scheduled, sent and finished, in seconds of the load, and what `answer` says."""
@@ -66,12 +67,13 @@ class Target:
     extra: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def ask(self, fields: Mapping[str, Any]) -> None:
+    def ask(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """One request outside of any load. Raises RuntimeError unless it gets its pictures, and httpx.HTTPError."""
         asked = body(fields, self.api, self.extra)
         got = httpx.post(self.url + PATHS[self.api], json=asked, headers=self.headers, timeout=PATIENCE)
         if (told := answer(got.status_code, got.text, got.headers))["status"] != 200:
             raise RuntimeError(f"answered {told['status']}, {told['error']}")
+        return told
 
     def warm(self, mix: Sequence[Kind], times: int = 2) -> None:
         """So that no model is loaded and no library woken in what is measured."""
@@ -81,7 +83,8 @@ class Target:
 
     def run(self, load: Load) -> tuple[list[Sample], list[Look]]:
         arrivals = None if load.rate is None else poisson(load.rate, load.seconds, load.seed)
-        order = {**asdict(load), **asdict(self), "arrivals": arrivals, "patience": PATIENCE}
+        users = load.clients or min(len(arrivals or ()), MOST_USERS)
+        order = {**asdict(load), **asdict(self), "arrivals": arrivals, "users": users, "patience": PATIENCE}
         looks: list[Look] = []
         with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as told:
             json.dump(order, asked)
