@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.cache.claims import PRESETS
 from benchmarks.cache.measure import now
 from benchmarks.cache.peers import CacheDiT, DiffusersHook, Peer, PublishedDeepCache
-from benchmarks.cache.presets import PRESETS
 from benchmarks.geometry import GEOMETRIES, TINY, Geometry, Host, TransformerHost, UNetHost
 from benchmarks.report import machine, show
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser

@@ -6,9 +6,10 @@ python -m benchmarks.cache --full   the whole grid with every peer; writes docs/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +18,11 @@ import torch
 import typer
 
 from app.progress import bar
-from benchmarks.cache.claims import forecast_time, of_intervals, of_overheads, of_thresholds
+from benchmarks.cache.claims import counted, forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import first_block_overheads, overheads
-from benchmarks.cache.page import COLUMNS, Section, row, write
-from benchmarks.cache.presets import counted
+from benchmarks.cache.page import COLUMNS, Section, draw, row, write
 from benchmarks.cache.settings import Grid, Setting, full, presets
-from benchmarks.cache.store import Store, fingerprint
 from benchmarks.geometry import FLUX_BLOCK, TransformerHost
 from benchmarks.report import ROOT, Claim, machine, show
 from cache import DeepCache, FirstBlockCache
@@ -32,10 +31,36 @@ from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 
+_MEASURED_CODE = ("cache/*.py", "models/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
 BATCH = 4  # pictures denoised together where quality is measured and the cache's decisions allow it
 OVERHEAD_REPEATS = 40
 WIDE_REPEATS = 8  # of a step that takes a second or more
 FORECAST_REPEATS = 20
+
+
+def fingerprint(conditions: Mapping[str, Any], weights: Path) -> str:
+    """Changes with the conditions, the code that is measured or measures, and the model's files."""
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True, default=str).encode())
+    code = sorted(file for pattern in _MEASURED_CODE for file in ROOT.glob(pattern))
+    for file in (*code, *sorted(file for file in weights.rglob("*") if file.is_file())):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """One JSON line a measurement in `file`; a setting's last one counts, those of another fingerprint are not read."""
+
+    def __init__(self, file: Path, mark: str) -> None:
+        self.file, self.mark = file, mark
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        found = [Result(**entry["result"]) for entry in map(json.loads, lines) if entry["mark"] == mark]
+        self.results = {result.name: result for result in found}
+
+    def add(self, result: Result) -> None:
+        self.results[result.name] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"mark": self.mark, "result": asdict(result)}) + "\n")
 
 
 def bench_of(registry: Registry, name: str, pictures: int, steps: int | None) -> Bench:
@@ -92,7 +117,7 @@ def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> 
     forecasts = dict.fromkeys(((DeepCache() if costs else FirstBlockCache()).forecast, "none"))
     if not costs:
         wide = TransformerHost(FLUX_BLOCK, str(pipeline.device), torch.float32)
-        arguments = wide.arguments(wide.inputs["latents"], torch.tensor(500.0))
+        arguments = wide.arguments(wide.latents, torch.tensor(500.0))
         return [
             first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS),
             first_block_overheads(wide.transformer, arguments, forecasts, WIDE_REPEATS, FLUX_BLOCK.name),
@@ -154,8 +179,6 @@ def main(
             section.overhead = reuse_steps(bench, costs, grid.depths)
             section.claims = demands(bench, settings, results, costs)
             section.claims += of_overheads(section.overhead, (DeepCache() if costs else FirstBlockCache()).forecast)
-            from benchmarks.cache.plot import draw  # matplotlib, which only the page needs
-
             draw(section.conditions, results, page.parent / section.plot)
         sections.append(section)
     if whole:

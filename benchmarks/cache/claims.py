@@ -7,15 +7,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
+from benchmarks.geometry import SD15, SDXL
 from benchmarks.report import Claim
+from cache import UNetDenoiser
+from cache.cost import deepest_branch, interval_speedup
 
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time
 EXTRA_TIME = 0.02  # that a forecast may cost
 OVERHEAD = 0.05  # of a reuse step's time that may be ours
+PRESETS = {"balanced": (3, 2, 2.0), "max_speed": (5, 3, 2.78), "max_quality": (2, 1, 1.5)}
+"""Interval, depth, and the speed-up that it is to reach at least."""
 UNITS: dict[str, tuple[Axis, float]] = {
     "hit rate": (lambda one: one.hit_rate, 0.0),
     "speed-up in operations": (in_operations, 1.0),
@@ -112,3 +119,20 @@ def _against(sentence: str, couples: Sequence[tuple[Result, Result | None]]) -> 
         f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}], {own.label} against {peer.label}"
     )
     return Claim(sentence, measured, won == len(gains))
+
+
+def counted() -> list[Claim]:
+    """The presets on the shapes of large models, without weights: a claim a preset, at each model's native size."""
+    from diffusers import UNet2DConditionModel
+
+    claims = []
+    for model, config in (("SD1.5", SD15), ("SDXL", SDXL)):
+        with torch.device("meta"):
+            costs = UNetDenoiser(UNet2DConditionModel(**config)).branch_costs
+        for name, (interval, depth, wanted) in PRESETS.items():
+            if (branch := deepest_branch(costs, depth)) is not None:
+                speedup = interval_speedup(interval, costs[branch])
+                measured = f"{speedup:.2f}×, branch {branch}, a reuse step at {costs[branch]:.3f} of a full one"
+                sentence = f"{model}, {name} (interval {interval}, depth {depth}): at least {wanted}×"
+                claims.append(Claim(sentence, measured, speedup >= wanted))
+    return claims

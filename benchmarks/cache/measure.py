@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,11 +138,8 @@ class Watched:
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
-        with ExitStack() as stack:
-            report = stack.enter_context(self.strategy.attach(denoiser))
+        with self.strategy.attach(denoiser) as report, self._counted() if self.counting else nullcontext():
             self.reports.append(report)
-            if self.counting:
-                stack.enter_context(self._counted())
             started = now()
             yield report
             self.seconds = now() - started
@@ -150,24 +147,19 @@ class Watched:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         network: torch.nn.Module = getattr(self.host, slot_of(self.host))  # the twin, where a peer runs
-        operations = Operations()
-        before = [0]
-        calls: list[int] = []
-        self.runs.append(calls)
+        operations, totals = Operations(), []  # before and after each call
 
-        def begin(*_: Any) -> None:
-            before[0] = operations.total
+        def count(*_: Any) -> None:
+            totals.append(operations.total)
 
-        def end(*_: Any) -> None:
-            calls.append(operations.total - before[0])
-
-        hooks = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+        hooks = [network.register_forward_pre_hook(count), network.register_forward_hook(count)]
         try:
             with operations:
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+        self.runs.append([after - before for before, after in zip(totals[::2], totals[1::2], strict=True)])
 
 
 def now() -> float:

@@ -1,15 +1,16 @@
-"""docs/benchmarks.md, written from the figures and from nothing else."""
+"""docs/benchmarks.md and its plots, drawn from the figures and from nothing else."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache.front import AXES, above
+from benchmarks.cache.front import AXES, Axis, above, our_front
 from benchmarks.cache.measure import Result
-from benchmarks.report import Claim, judged, markdown, named
+from benchmarks.report import Claim, interval, judged, markdown, named, save
 
 
 @dataclass(slots=True)
@@ -41,6 +42,9 @@ whole network; a reuse call of one method need not cost what another's does.
 **Time** is that of the denoising loop of one picture, unbatched, each run with an uncached run directly beside it; a
 speed-up is the median over those pairs of uncached by own seconds. Enabling a cache is not timed, for anyone.
 """
+_OURS = ("#c1121f", "#f77f00", "#8d5a97", "#ff8fab", "#b56576", "#e0a100")
+_PEERS = ("#1d4e89", "#2a9d8f", "#6c757d", "#577590", "#90be6d", "#43aa8b", "#264653", "#b08968")
+_MARKERS = "svD^<>pP"
 COLUMNS = (
     "setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | judged alike | kept"
 )
@@ -105,3 +109,40 @@ def row(one: Result) -> str:
         f"{one.name} | {found['hit_rate']:.2f} | {found['speedup']:.2f}× | {found['operations_speedup']:.2f}× "
         f"| {predicted} | {found['psnr_db']:.1f} | {low:.1f}–{high:.1f} | {found['ssim']:.3f} | {alike} | {kept}"
     )
+
+
+def draw(title: str, results: Sequence[Result], file: Path) -> None:
+    """Write a PNG of what spared work; error bars are 95 % confidence intervals of the mean PSNR over the pictures."""
+    from matplotlib.figure import Figure  # which only the page needs
+
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, (unit, axis) in zip(panels, AXES.items(), strict=True):
+        _panel(panel, [one for one in results if one.acts], axis)
+        panel.set_xlabel(f"speed-up of denoising, in {unit} (uncached = 1)")
+    panels[0].set_ylabel("PSNR to the uncached picture, dB, mean")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.suptitle(textwrap.fill(title.replace("`", ""), 170), fontsize="medium")
+    save(figure, file)
+
+
+def _panel(panel: Any, results: Sequence[Result], axis: Axis) -> None:
+    front = our_front(results, axis)
+    style: dict[str, Any] = {"color": _OURS[0], "linewidth": 1.2, "alpha": 0.6, "label": "our front", "zorder": 2}
+    panel.plot([axis(one) for one in front], [one.mean_psnr for one in front], **style)
+    methods = dict.fromkeys(one.method for one in results)
+    for ours in (False, True):
+        for number, method in enumerate(name for name in methods if name.startswith("ours") == ours):
+            points = [one for one in results if one.method == method]
+            means, bounds = [one.mean_psnr for one in points], [interval(one.psnr_db) for one in points]
+            errors = [[m - low for m, (low, _) in zip(means, bounds, strict=True)]]
+            errors += [[high - m for m, (_, high) in zip(means, bounds, strict=True)]]
+            style = {"color": _OURS[number % len(_OURS)], "marker": "o", "markersize": 6}
+            if not ours:
+                marker = _MARKERS[number % len(_MARKERS)]
+                style = {"color": _PEERS[number % len(_PEERS)], "marker": marker, "markersize": 4}
+            style |= {"linestyle": "none", "elinewidth": 0.6, "alpha": 0.85, "label": method, "zorder": 3}
+            panel.errorbar([axis(one) for one in points], means, yerr=errors, **style)
+    panel.axvline(1, color="black", linewidth=0.6)
+    panel.grid(alpha=0.25)

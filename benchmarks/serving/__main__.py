@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -187,7 +188,8 @@ def _conditions(setup: Setup) -> str:
     return (
         f"{here['device']}, {os.cpu_count()} cores: the worker computes with {setup.threads} thread"
         f"{'s' if setup.threads > 1 else ''}, HTTP and the load's own client have the rest. Every request: {fields}. "
-        f"Seed {setup.seed}. Python {here['python']}, {named(here['versions'])}. Commit {here['commit']}."
+        f"Seed {setup.seed}. Python {here['python']}, {named(here['versions'])}, locust {version('locust')}. "
+        f"Commit {here['commit']}."
     )
 
 

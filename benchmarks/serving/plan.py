@@ -16,14 +16,7 @@ from typing import Any
 from benchmarks.report import percentile
 from benchmarks.serving.load import spread
 from benchmarks.serving.service import Kinds, Times, mean, rest, sample
-from benchmarks.serving.simulation import (
-    Machine,
-    Outcome,
-    allen_cunneen,
-    poisson_kinds,
-    pollaczek_khinchine,
-    simulate,
-)
+from benchmarks.serving.simulation import Machine, Outcome, allen_cunneen, poisson_kinds, pollaczek_khinchine, simulate
 
 ARRIVALS = 20_000
 HALVINGS = 12

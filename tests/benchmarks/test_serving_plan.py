@@ -10,14 +10,7 @@ import pytest
 
 from benchmarks.serving import page, plan
 from benchmarks.serving.service import Times, factor
-from benchmarks.serving.simulation import (
-    Machine,
-    allen_cunneen,
-    erlang_c,
-    poisson_kinds,
-    pollaczek_khinchine,
-    simulate,
-)
+from benchmarks.serving.simulation import Machine, allen_cunneen, erlang_c, poisson_kinds, pollaczek_khinchine, simulate
 from tests.benchmarks.lindley import lindley
 
 
