@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 import torch
@@ -48,7 +49,7 @@ Script = Callable[[torch.Size], float | Tensor]
 _MADE_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli"}
 _OF_ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_group_norm", "native_layer_norm"}
-_READS = {"_local_scalar_dense", "is_nonzero"}
+_READS = {"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"}
 _INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 _CHANGES_SHAPE = {"resize_", "set_", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_"}
 
@@ -111,7 +112,8 @@ class _Block:
     """A storage on the device, which all tensors that view it hold. known: whether their values are."""
 
     def __init__(self, device: Accelerator, storage: Any) -> None:
-        self.device, self.storage, self.bytes, self.known = device, storage, storage.nbytes(), True
+        self.device, self.storage, self.key = device, storage, storage._cdata
+        self.bytes, self.known = storage.nbytes(), True
         device.live += self.bytes
         for counts in device._counting:
             counts.peak = max(counts.peak, device.live)
@@ -154,6 +156,7 @@ class Accelerator:
         self.live = 0
         self._blocks: WeakValueDictionary[int, _Block] = WeakValueDictionary()
         self._counting: list[Counts] = []
+        self._made: dict[Any, list[tuple[Any, ...]]] = {}  # by operation and arguments: its results' shapes and types
         self._pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._stack = ExitStack()
 
@@ -170,7 +173,8 @@ class Accelerator:
             stack.callback(setattr, Accelerator, "current", None)
             Accelerator.current = self
             stack.enter_context(_Dispatch(self))
-            stack.enter_context(_Attention())
+            stack.enter_context(_Functions(self))
+            stack.enter_context(patch.object(torch, "Generator", _Generator))
             self._stack = stack.pop_all()
         return self
 
@@ -192,16 +196,21 @@ class Accelerator:
             for counts in self._counting:
                 counts.waits[place] += 1
 
+    def launch(self) -> None:
+        for counts in self._counting:
+            counts.launches += 1
+
     def wrap(self, twin: Tensor, values: Tensor | None) -> DeviceTensor:
         storage = twin.untyped_storage()
         block = self._blocks.get(storage._cdata)
         if block is None:
-            block = self._blocks[storage._cdata] = _Block(self, storage)
+            block = _Block(self, storage)
+            self._blocks[block.key] = block
         return DeviceTensor(twin, block, values if values is not None and values.numel() <= SMALL else None)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation: `func` on arguments of which some are on the device, or with a result there."""
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         ours = [one for one in tensors if isinstance(one, DeviceTensor)]
         target = kwargs.get("device")
         made_here = target is not None and torch.device(target).type == NAME
@@ -211,17 +220,14 @@ class Accelerator:
         if not ours and not made_here:
             return func(*args, **kwargs)
         if name in _READS:
-            self.wait("read")
-            return func(self._read(ours[0]))
-        if name == "equal":
             _check_places(func, tensors)
             self.wait("read")
-            known = [one.values for one in ours]
-            return all(self._read(one) for one in ours) if None in map(type, known) else self._equal(known)
+            if name == "equal":  # what nobody knows counts as equal
+                return any(one.values is None for one in ours) or func(*(one.values for one in ours))
+            return func(self._read(ours[0]), *args[1:], **kwargs)
         if name in ("_to_copy", "copy_") and (moved := self._moved(name, args, kwargs, made_here)) is not None:
             return moved
         _check_places(func, tensors)
-        _check_generator(name, kwargs)
         if name in _OF_ONE_TYPE and len(types := {one.dtype for one in tensors}) > 1:
             raise RuntimeError(f"{name}: expected one data type, found {', '.join(sorted(map(str, types)))}")
         if name in _INDEXING:
@@ -235,19 +241,15 @@ class Accelerator:
     def _computed(
         self, func: Any, name: str, args: Any, kwargs: Any, ours: list[DeviceTensor], made_here: bool
     ) -> Any:
-        twins_args, twins_kwargs = tree_map(_twin, (args, kwargs))
-        if made_here:
-            twins_kwargs["device"] = "meta"
-        out = func(*twins_args, **twins_kwargs)
+        out = self._shapes(func, args, {**kwargs, "device": "meta"} if made_here else kwargs, ours)
         changes = func._schema.is_mutable
         if changes and name in _CHANGES_SHAPE:
             raise NotImplementedError(f"{name} would change the shape of a tensor of the simulated device")
         if name not in _MADE_WITHOUT_KERNEL and (changes or self._is_new(out, ours)):
-            for counts in self._counting:
-                counts.launches += 1
+            self.launch()
         values = None
         if name not in _RANDOM and all(one.values is not None for one in ours):
-            small = all(one.numel() <= SMALL for one in tree_leaves(out) if isinstance(one, Tensor))
+            small = all(one.numel() <= SMALL for one in _tensors([out]))
             if small or changes:
                 on_cpu = {**kwargs, "device": "cpu"} if made_here else kwargs
                 real_args, real_kwargs = tree_map(lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu))
@@ -266,10 +268,24 @@ class Accelerator:
             return type(out)(map(answer, out, values if values is not None else [None] * len(out)))
         return answer(out, values)
 
+    def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
+        """`func` on the meta device. Remembered, where no result is a view: its kernels are slow."""
+        key = (func, _key(args), _key([*kwargs.items()]))
+        made = self._made.get(key)
+        if made is not None:
+            out = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in made]
+            return out if len(out) > 1 else out[0]
+        out = func(*_twin(args), **{name: _twin(one) for name, one in kwargs.items()})
+        results = out if isinstance(out, tuple | list) else [out]
+        if all(isinstance(one, Tensor) for one in results) and not func._schema.is_mutable and self._is_new(out, ours):
+            self._made[key] = [(one.shape, one.stride(), one.dtype) for one in results]
+        return out
+
     def _is_new(self, out: Any, ours: list[DeviceTensor]) -> bool:
         """Whether any result lies in a storage of its own: views need no kernel."""
-        held = {id(one.block.storage): one.block.storage._cdata for one in ours}.values()
-        return any(one.untyped_storage()._cdata not in held for one in tree_leaves(out) if isinstance(one, Tensor))
+        held = {one.block.key for one in ours}
+        results = out if isinstance(out, tuple | list) else [out]
+        return any(one.untyped_storage()._cdata not in held for one in results if isinstance(one, Tensor))
 
     def _moved(self, name: str, args: Any, kwargs: Any, made_here: bool) -> Tensor | None:
         """A copy between the device and the host; None if it is none."""
@@ -303,8 +319,7 @@ class Accelerator:
     def _upload(self, source: Tensor, non_blocking: bool) -> None:
         if source.is_meta:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        for counts in self._counting:
-            counts.launches += 1
+        self.launch()
         if not (non_blocking and id(source) in self._pinned):  # else the driver waits for the stream
             self.wait("to device")
 
@@ -321,10 +336,6 @@ class Accelerator:
             return tensor.values
         said = self.script(tensor.shape)
         return torch.as_tensor(said).to(tensor.dtype).expand(tensor.shape).contiguous()
-
-    @staticmethod
-    def _equal(known: list[Any]) -> bool:
-        return bool(torch.equal(*known))
 
     def _index(self, index: Any, name: str, rest: tuple[Any, ...]) -> Any:
         """An index as positions on the device."""
@@ -353,7 +364,24 @@ def _known(one: Any) -> Any:
 def _twin(one: Any) -> Any:
     if isinstance(one, DeviceTensor):
         return one.twin
+    if isinstance(one, tuple | list):
+        return type(one)(map(_twin, one))
     return one.to("meta") if isinstance(one, Tensor) and one.dim() else one
+
+
+def _key(one: Any) -> Any:
+    """What the shape and type of an operation's results follow from."""
+    if isinstance(one, Tensor):
+        return (one.shape, one.stride(), one.dtype, one.device.type)
+    return tuple(map(_key, one)) if isinstance(one, tuple | list) else (type(one), one)  # 1, 1.0 and True are equal
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for one in arguments:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, tuple | list):
+            yield from _tensors(one)
 
 
 def _format(kwargs: dict[str, Any]) -> torch.memory_format:
@@ -382,12 +410,6 @@ def _check_places(func: Any, tensors: list[Tensor]) -> None:
             )
 
 
-def _check_generator(name: str, kwargs: dict[str, Any]) -> None:
-    generator = kwargs.get("generator")
-    if generator is not None and generator.device.type != NAME:
-        raise RuntimeError(f"{name}: expected a {NAME!r} generator, found one of {generator.device.type!r}")
-
-
 def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
@@ -408,24 +430,50 @@ class _Dispatch(TorchDispatchMode):
         return self._device.run(func, args, kwargs or {})
 
 
-class _Attention(TorchFunctionMode):
-    """The fused kernels of a GPU: no scores are kept, and the heads of a token lie side by side in the result."""
+class _Generator(torch.Generator):
+    """PyTorch's own cannot be made for a device without a backend in C++."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == NAME else device)
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self.place = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+
+class _Functions(TorchFunctionMode):
+    """Attention as the fused kernels of a GPU do it: no scores are kept, the heads of a token lie side by side in the
+    result. And a look at generators, of which a dispatch mode sees copies."""
+
+    def __init__(self, device: Accelerator) -> None:
+        super().__init__()
+        self._device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             names = ("query", "key", "value", "attn_mask")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            query, key, value = (given[name] for name in names[:3])
-            if query.device.type == NAME:
-                operands = [query, key, value, *([given["attn_mask"]] if given.get("attn_mask") is not None else [])]
-                _check_places(aten.add.Tensor, operands)
-                if not query.dtype == key.dtype == value.dtype:
-                    raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
-                *batch, heads, tokens, _ = query.shape
-                out = query.new_empty((*batch, tokens, heads, value.shape[-1]))
-                return out.normal_().transpose(-3, -2)  # a launch, and values that nobody knows
+            if given["query"].device.type == NAME:
+                return self._attention(*(given.get(name) for name in names))
+        if (generator := kwargs.get("generator")) is not None:
+            place = kwargs.get("device") or (args[0].device if args and isinstance(args[0], Tensor) else "cpu")
+            if torch.device(place).type != generator.device.type:
+                raise RuntimeError(f"Expected a {place} generator but found one of {generator.device}")
         return func(*args, **kwargs)
+
+    def _attention(self, query: Any, key: Any, value: Any, mask: Any) -> Tensor:
+        operands = [one for one in (query, key, value, mask) if one is not None]
+        _check_places(aten.add.Tensor, operands)
+        if not query.dtype == key.dtype == value.dtype:
+            raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
+        *batch, heads, tokens, _ = query.shape
+        twin = torch.empty((*batch, tokens, heads, value.shape[-1]), dtype=query.dtype, device="meta")
+        self._device.launch()
+        return self._device.wrap(twin, None).transpose(-3, -2)
 
 
 def hollow(shape: torch.Size, dtype: torch.dtype) -> Tensor:
