@@ -116,8 +116,8 @@ def build(
 ) -> Any:
     """A scheduler for one run, with the noise schedule and prediction type of the model's `saved` one.
 
-    Its timesteps lie on the CPU (`schedulers.on_host`). Without names it is a fresh instance of the saved one. `seeds` has one entry an image of the batch.
-    Raises UnsupportedSampler.
+    Its timesteps lie on the CPU (`schedulers.on_host`). Without names it is a fresh instance of the saved one. `seeds`
+    has one entry an image of the batch. Raises UnsupportedSampler.
     """
     from . import schedulers
 

@@ -25,6 +25,9 @@ def on_host(scheduler_class: Any) -> Any:
     that the host needs and that a device takes from it as arguments of its kernels. So `set_timesteps` leaves them
     where they are made; a denoiser is called with a timestep that lies on the CPU. What `step` sends to the device
     all the same, noise above all, goes there without waiting. The arithmetic is the class's own, bit for bit.
+
+    A run begins at the schedule's first step unless a pipeline says otherwise. diffusers would look for the place of
+    its first timestep, takes the second where one stands there twice, and then runs over the end (`beta`, many steps).
     """
     own = inspect.signature(scheduler_class.set_timesteps)
 
@@ -33,6 +36,8 @@ def on_host(scheduler_class: Any) -> Any:
         bound = own.bind(self, *args, **kwargs)
         bound.arguments["device"] = "cpu"
         scheduler_class.set_timesteps(*bound.args, **bound.kwargs)
+        if hasattr(self, "set_begin_index"):
+            self.set_begin_index(0)
 
     @functools.wraps(scheduler_class.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
