@@ -196,17 +196,25 @@ def _sdxl() -> StableDiffusionXLPipeline:
 def _flux(distilled: bool) -> FluxPipeline:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    text = T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    text.encoder.embed_tokens = text.shared  # one matrix, also where parameters are exchanged for others
     flow: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True} if distilled else {"shift": 1.0}
     return FluxPipeline(
         scheduler=_on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
         vae=_autoencoder(16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=_clip(CLIPTextModel, 768, 12, 12),
         tokenizer=_clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(
-            T5Config(
-                vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-            )
-        ),
+        text_encoder_2=text,
         tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512 if distilled else 256),
         transformer=FluxTransformer2DModel(guidance_embeds=distilled),
     )
