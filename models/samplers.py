@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 from .base import UnsupportedSampler
@@ -117,11 +116,13 @@ def build(
 ) -> Any:
     """A scheduler for one run, with the noise schedule and prediction type of the model's `saved` one.
 
-    Without names it is a fresh instance of the saved one. `seeds` has one entry an image of the batch.
-    Raises UnsupportedSampler.
+    Its timesteps lie on the CPU (`schedulers.on_host`). Without names it is a fresh instance of the saved one. `seeds`
+    has one entry an image of the batch. Raises UnsupportedSampler.
     """
+    from . import schedulers
+
     if sampler is None and scheduler is None:
-        return _from_its_first_step(type(saved).from_config(saved.config))
+        return schedulers.on_host(getattr(schedulers, type(saved).__name__, type(saved))).from_config(saved.config)
     check(choices(samplers), sampler, scheduler)
     choice = samplers[sampler or DEFAULT_SAMPLER]
     cls = scheduler_class(choice.scheduler_class)
@@ -130,7 +131,7 @@ def build(
         settings[choice.noise_seeds] = list(seeds)
     if choice.scheduler_class == "LCMScheduler":
         settings["original_inference_steps"] = _lcm_origin(steps, saved.config.num_train_timesteps)
-    return _from_its_first_step(cls.from_config(saved.config, **settings))
+    return schedulers.on_host(cls).from_config(saved.config, **settings)
 
 
 def names(saved: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
@@ -166,27 +167,6 @@ def scheduler_class(name: str) -> Any:
     from . import schedulers
 
     return getattr(schedulers, name, None) or getattr(diffusers, name)
-
-
-def _from_its_first_step(scheduler: Any) -> Any:
-    """`scheduler`, which begins at its first timestep whenever its timesteps are set; img2img then says where else.
-
-    StableDiffusionPipeline does not say so, unlike Flux's and SDXL's. A scheduler that is not told looks the first
-    timestep up, takes the second of two equal ones, and has none left at its last step (IndexError). Rounding makes
-    them equal: the first two of "beta" are 998.99… and 998.3 on some processors, 999 and 998.3 on others, cut to
-    integers.
-    """
-    set_timesteps = scheduler.set_timesteps
-    if not hasattr(scheduler, "set_begin_index"):
-        return scheduler
-
-    @wraps(set_timesteps)  # pipelines read its signature
-    def set_and_begin(*args: Any, **kwargs: Any) -> None:
-        set_timesteps(*args, **kwargs)
-        scheduler.set_begin_index(0)
-
-    scheduler.set_timesteps = set_and_begin
-    return scheduler
 
 
 def _lcm_origin(steps: int, train_timesteps: int) -> int:
