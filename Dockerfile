@@ -40,13 +40,15 @@ RUN find / -xdev \( -path '*/python3*/ensurepip' -o -path '*/python3*/*-packages
         -o -path '/usr/local/bin/pip*' -o -path /usr/share/python-wheels \) -prune -exec rm -rf {} + \
     && groupadd --gid 10001 wavespeed \
     && useradd --uid 10001 --gid wavespeed --no-create-home --home-dir /tmp --shell /usr/sbin/nologin wavespeed \
-    && mkdir --parents /srv/wavespeed/logs /srv/wavespeed/jobs /srv/wavespeed/models \
+    && mkdir --parents /srv/wavespeed/logs /srv/wavespeed/jobs /srv/wavespeed/hub /srv/wavespeed/models \
     && chown --recursive wavespeed:wavespeed /srv/wavespeed
 COPY --from=build /opt/wavespeed /opt/wavespeed
 
-# The root file system may be read-only: only logs/, /tmp and, if WAVESPEED_JOBS_FOLDER names it, jobs/ are written to.
+# The root file system may be read-only: only logs/, /tmp and, if WAVESPEED_JOBS_FOLDER names it, jobs/ are written to, and
+# hub/ where HF_HUB_OFFLINE=0 lets models be fetched.
 ENV PATH=/opt/wavespeed/bin:$PATH \
     HOME=/tmp \
+    HF_HOME=/srv/wavespeed/hub \
     HF_HUB_OFFLINE=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

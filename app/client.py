@@ -257,13 +257,18 @@ def _unreachable(address: object, error: Exception) -> str:
     return f"{address} cannot be reached: {error or type(error).__name__}. Is the server running there?"
 
 
+# Below: written by docs/fields.py.
+
+
 class LoraField(TypedDict, total=False):
+    """An adapter under the configured folder."""
+
     name: str
     weight: float
 
 
 class Fields(TypedDict, total=False):
-    """All but the prompt; what each means stands in app/api/schemas.py and in the server's /docs."""
+    """All but the prompt; what each means stands in docs/api.md."""
 
     negative_prompt: str
     model: str | None

@@ -8,41 +8,35 @@ it lies; last, one JSON line.
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import httpx
 import numpy as np
 import typer
-from PIL.Image import Image
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from app import images
-from app.engine.types import Job
-from app.machine import share_cores
-from benchmarks.claim import Claim, table
-from benchmarks.machine import machine
+from app.engine.runner import share_cores
+from benchmarks.report import Claim, judged, machine
 from benchmarks.server import running
-from cache import NoCache
-from models.base import GenerationParams
 
-PROMPTS = tuple(
-    f"a {weather} {place} {hour}"
-    for hour, place, weather in itertools.product(
-        ("at dawn", "at noon", "at sunset", "at twilight"),
-        ("forest", "mountains", "desert", "sea"),
-        ("clear", "misty", "snowy", "stormy"),
-    )
-)
+HOURS = ("at dawn", "at noon", "at sunset", "at twilight")
+PLACES = ("forest", "mountains", "desert", "sea")
+WEATHERS = ("clear", "misty", "snowy", "stormy")
+PROMPTS = tuple(f"a {weather} {place} {hour}" for hour, place, weather in itertools.product(HOURS, PLACES, WEATHERS))
 MOST = 10.0  # milliseconds that the service may add
 WARM_UP = 2  # pairs that do not count
 STAGES = ("text_seconds", "denoise_seconds", "decode_seconds")
 
-Draw = Callable[[GenerationParams], Image]
+Fields = Mapping[str, Any]
 _T = TypeVar("_T")
 
 
@@ -76,37 +70,77 @@ class Pair:
         return self.stages - self.call
 
 
-def pairs(client: httpx.Client, draw: Draw, params: Sequence[GenerationParams]) -> list[Pair]:
-    """Of each one of `params`, but for the first `WARM_UP`. Raises httpx.HTTPStatusError."""
+def bare(threads: int) -> Callable[[Sequence[Fields]], list[Image.Image]]:
+    """Draws requests that differ in prompts and seeds alone in one call of tiny-sd's pipeline, with nothing of ours.
+
+    Resampled to their size, as the service does. To be called before torch is imported.
+    """
+    share_cores()  # as the service's worker does
+    import torch
+
+    from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+    from models.limits import fit, render_size
+    from models.loading import quiet
+    from models.registry import Registry
+
+    torch.set_num_threads(threads)
+    model: Any = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
+    model.pipeline.set_progress_bar_config(disable=True)
+
+    def draw(asked: Sequence[Fields]) -> list[Image.Image]:
+        size = asked[0]["width"], asked[0]["height"]
+        width, height = render_size(model.spec, *size)
+        given = {"num_inference_steps": asked[0]["steps"], "guidance_scale": model.spec.guidance_scale}
+        seeds = [torch.Generator("cpu").manual_seed(fields["seed"]) for fields in asked]
+        prompts = [fields["prompt"] for fields in asked]
+        with quiet():
+            made = model.pipeline(prompts, generator=seeds, width=width, height=height, **given).images
+        return [fit(image, *size) for image in made]
+
+    return draw
+
+
+def request(number: int, steps: int, size: int = 512) -> dict[str, Any]:
+    """Its neighbours have other prompts, and each has a seed of its own."""
+    sides = {"width": size, "height": size}
+    return {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number, "steps": steps, **sides}
+
+
+def ask(client: httpx.Client, fields: Fields) -> bytes:
+    """The answer's body, not read yet: what a client makes of it is its own time. Raises httpx.HTTPStatusError."""
+    return client.post("/api/generate", json=fields).raise_for_status().content
+
+
+def picture(answer: Fields) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer["image"])))
+
+
+def pairs(
+    client: httpx.Client, draw: Callable[[Sequence[Fields]], list[Image.Image]], asked: Sequence[Fields]
+) -> list[Pair]:
+    """Of each request, but for the first `WARM_UP`."""
     made = []
-    for number, one in enumerate(params):
-        if number % 2:
-            (request, answer), (call, drawn) = timed(lambda one=one: ask(client, one)), timed(lambda one=one: draw(one))
-        else:
-            (call, drawn), (request, answer) = timed(lambda one=one: draw(one)), timed(lambda one=one: ask(client, one))
-        job = Job(id="bare", model="bare", params=one, strategy=NoCache())  # for what a PNG says of itself
-        text = images.metadata(job, one.seeds[0], {})
-        encoding, _ = timed(lambda drawn=drawn, text=text: images.encode(drawn, "png", text))
-        body = json.loads(answer)
-        theirs = images.read_picture(body["image"], field="image", max_pixels=one.width * one.height)
-        made.append(
-            Pair(
-                request=1000 * request,
-                call=1000 * call,
-                encoding=1000 * encoding,
-                stages=1000 * sum(body["timings"][stage] for stage in STAGES),
-                same=np.array_equal(np.asarray(theirs), np.asarray(drawn)),
-            )
-        )
+    for number, one in enumerate(asked):
+        calls: list[Callable[[], Any]] = [lambda one=one: draw([one])[0], lambda one=one: ask(client, one)]
+        order = (1, 0) if number % 2 else (0, 1)
+        found = {which: timed(calls[which]) for which in order}
+        (call, drawn), (sent, body) = found[0], found[1]
+        answer = json.loads(body)
+        theirs = picture(answer)
+        encoding, _ = timed(lambda drawn=drawn, text=theirs.info: encoded(drawn, text))
+        stages = sum(answer["timings"][stage] for stage in STAGES)
+        same = np.array_equal(np.asarray(theirs), np.asarray(drawn))
+        made.append(Pair(*(1000 * seconds for seconds in (sent, call, encoding, stages)), same))
     return made[WARM_UP:]
 
 
-def ask(client: httpx.Client, params: GenerationParams) -> bytes:
-    """The answer's body, not read yet: what a client makes of it is its own time."""
-    fields = {name: getattr(params, name) for name in ("prompt", "width", "height", "steps", "guidance_scale")}
-    response = client.post("/api/generate", json={**fields, "seed": params.seeds[0]})
-    response.raise_for_status()
-    return response.content
+def encoded(drawn: Image.Image, text: Fields) -> bytes:
+    """As PNG, with text chunks as long as the service's."""
+    chunks, buffer = PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        chunks.add_text(key, str(value))
+    drawn.save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def timed(call: Callable[[], _T]) -> tuple[float, _T]:
@@ -121,35 +155,28 @@ def figures(measured: Sequence[Pair]) -> dict[str, Any]:
 
     Beside it the median of the pairs' own differences, with its quartiles, and that of its two parts.
     """
-
-    def median(name: str) -> float:
-        return statistics.median(getattr(pair, name) for pair in measured)
-
-    p50 = {name: median(name) for name in ("request", "call", "encoding")}
+    names = ("request", "call", "encoding", "around", "drawing")
+    median = {name: statistics.median(getattr(pair, name) for pair in measured) for name in names}
     lower, middle, upper = statistics.quantiles((pair.added for pair in measured), n=4, method="inclusive")
     return {
-        **{f"{name}_p50": value for name, value in p50.items()},
-        "added_p50": p50["request"] - p50["call"] - p50["encoding"],
+        **{f"{name}_p50": median[name] for name in names[:3]},
+        "added_p50": median["request"] - median["call"] - median["encoding"],
         "paired": {"p25": lower, "p50": middle, "p75": upper},
-        "around": median("around"),
-        "drawing": median("drawing"),
+        "around": median["around"],
+        "drawing": median["drawing"],
         "same_pictures": sum(pair.same for pair in measured),
         "pairs": len(measured),
     }
 
 
-def claims(found: dict[str, Any]) -> list[Claim]:
-    paired = found["paired"]
-    of = f"{found['request_p50']:.1f} ms less {found['call_p50']:.1f} and, encoding, {found['encoding_p50']:.1f}"
-    spread = f"{paired['p50']:.1f} ms (quartiles {paired['p25']:.1f} to {paired['p75']:.1f})"
-    same, number = found["same_pictures"], found["pairs"]
+def claims(found: Fields) -> list[Claim]:
+    paired, same, number = found["paired"], found["same_pictures"], found["pairs"]
+    of = "{request_p50:.1f} ms less {call_p50:.1f} and, encoding, {encoding_p50:.1f}".format(**found)
+    spread = "{p50:.1f} ms (quartiles {p25:.1f} to {p75:.1f})".format(**paired)
+    most = f"added, p50 of the pairs' request less call less encoding, at most {MOST:g} ms"
     return [
         Claim("both draw the same picture, byte for byte", f"{same} of {number}", same == number),
-        Claim(
-            f"added, p50 of the pairs' request less call less encoding, at most {MOST:g} ms",
-            spread,
-            paired["p50"] <= MOST,
-        ),
+        Claim(most, spread, paired["p50"] <= MOST),
         Claim("of it around the drawing: HTTP, checks, queue, pipes, the answer", f"{found['around']:.1f} ms"),
         Claim("of it while drawing: reports of steps, shared cores and caches", f"{found['drawing']:.1f} ms"),
         # No verdict: on a machine that others use too, the three medians are of different moments.
@@ -163,56 +190,14 @@ def main(
     size: Annotated[int, typer.Option(min=64, help="Pixels a side; tiny-sd draws at 128 and resamples.")] = 512,
     threads: Annotated[int, typer.Option(min=1, help="Of the model, in the service and here.")] = 1,
 ) -> None:
-    share_cores()  # as the service's worker does
-    import torch
-
-    from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-    from models.limits import fit, render_size
-    from models.loading import quiet
-    from models.registry import Registry
-
-    torch.set_num_threads(threads)
-    model: Any = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
-    model.pipeline.set_progress_bar_config(disable=True)
-
-    def draw(one: GenerationParams) -> Image:
-        width, height = render_size(model.spec, one.width, one.height)
-        with quiet():
-            made = model.pipeline(
-                one.prompt,
-                num_inference_steps=one.steps,
-                guidance_scale=one.guidance_scale,
-                width=width,
-                height=height,
-                generator=torch.Generator("cpu").manual_seed(one.seeds[0]),
-            )
-        return fit(made.images[0], one.width, one.height)
-
-    params = [
-        GenerationParams(
-            prompt=PROMPTS[seed % len(PROMPTS)],
-            width=size,
-            height=size,
-            steps=steps,
-            guidance_scale=model.spec.guidance_scale,
-            seeds=(seed,),
-        )
-        for seed in range(requests + WARM_UP)
-    ]
-    with (
-        running(WAVESPEED_DEVICE="cpu", WAVESPEED_THREADS=str(threads)) as server,
-        server.client() as client,
-    ):
-        found = figures(pairs(client, draw, params))
-    print(f"{DEFAULT} {size}×{size}, {steps} steps; {requests} pairs of a request and the bare call, in turns.\n")
-    print("\n".join(table(claims(found))))
-    print(json.dumps({"benchmark": "cost", **machine("cpu"), "size": size, "steps": steps, **_rounded(found)}))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    return round(value, 2) if isinstance(value, float) else value
+    draw, asked = bare(threads), [request(number, steps, size) for number in range(requests + WARM_UP)]
+    settings = {"WAVESPEED_DEVICE": "cpu", "WAVESPEED_THREADS": str(threads)}
+    with running(**settings) as server, server.client() as client:
+        found = figures(pairs(client, draw, asked))
+    print(f"tiny-sd {size}×{size}, {steps} steps; {requests} pairs of a request and the bare call, in turns.\n")
+    print("\n".join(judged(claims(found))))
+    rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 2))
+    print(json.dumps({"benchmark": "cost", **machine(), "size": size, "steps": steps, **rounded}))
 
 
 if __name__ == "__main__":

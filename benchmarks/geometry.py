@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SD15 = {
     "sample_size": 64,
@@ -62,74 +62,48 @@ GEOMETRIES = (
     Geometry("SDXL 1024×1024", "unet", SDXL, 1024, 1024, 20, 77),
     Geometry("Flux 832×1216", "transformer", FLUX, 832, 1216, 28, 512),
 )
-FLUX_BLOCK = Geometry(
-    "Flux's first block, 256×256",
-    "transformer",
-    {**FLUX, "num_layers": 1, "num_single_layers": 1},  # the second block is there to be skipped
-    256,
-    256,
-    28,
-    128,
-)
+_BLOCK = {**FLUX, "num_layers": 1, "num_single_layers": 1}  # the second block is there to be skipped
+FLUX_BLOCK = Geometry("Flux's first block, 256×256", "transformer", _BLOCK, 256, 256, 28, 128)
 """What a first-block cache runs of Flux in a reused call, small enough for a CPU."""
 TINY = (
-    Geometry(
-        "tiny UNet",
-        "unet",
-        {
-            "sample_size": 8,
-            "block_out_channels": (8, 8, 16, 16),
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 16,
-        },
-        64,
-        64,
-        6,
-        5,
-    ),
-    Geometry(
-        "tiny Flux",
-        "transformer",
-        {
-            "in_channels": 16,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 16,
-            "pooled_projection_dim": 16,
-            "guidance_embeds": True,
-            "axes_dims_rope": (2, 2, 4),
-        },
-        64,
-        64,
-        6,
-        5,
-    ),
-)
+    Geometry("tiny UNet", "unet", {
+        "sample_size": 8, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }, 64, 64, 6, 5),
+    Geometry("tiny Flux", "transformer", {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    }, 64, 64, 6, 5),
+)  # fmt: skip
 
 
-@dataclass
-class Host(ABC):
-    """What stands for a pipeline: the network in its slot, the scheduler, and the loop over both."""
+class Host:
+    """What stands for a pipeline: the network in its slot, the scheduler, and the loop over both.
 
-    geometry: Geometry
-    device: str
-    dtype: torch.dtype
-    scheduler: Any = None
-    inputs: dict[str, Any] = field(default_factory=dict)
+    A kind of it has `latents` and `predict`, the network's answer at latents and a timestep, guidance included.
+    """
+
+    latents: Tensor
+    predict: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, geometry: Geometry, device: str, dtype: torch.dtype, kind: Any, scheduler: Any) -> None:
+        self.geometry, self.device, self.scheduler = geometry, device, scheduler
+        self.made = partial(torch.randn, device=device, dtype=dtype)
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):  # the library's own initialisation, made where it will run
+                self.network: Any = kind(**geometry.config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(default)
 
     def run(self) -> None:
         """Denoise once from fixed noise."""
-        latents: Tensor = self.inputs["latents"]
+        latents = self.latents
         self.scheduler.set_timesteps(self.geometry.steps, device=self.device)
         for timestep in self.scheduler.timesteps:
             latents = self.scheduler.step(self.predict(latents, timestep), timestep, latents, return_dict=False)[0]
-
-    @abstractmethod
-    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The network's answer at `latents`, guidance included."""
 
 
 class UNetHost(Host):
@@ -138,19 +112,15 @@ class UNetHost(Host):
     def __init__(self, geometry: Geometry, device: str, dtype: torch.dtype) -> None:
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
-        super().__init__(geometry, device, dtype, DDIMScheduler(clip_sample=False))
-        self.unet = _random(UNet2DConditionModel, geometry.config, device, dtype)
-        config: Any = self.unet.config
-        height, width = geometry.height // 8, geometry.width // 8
-        self.inputs["latents"] = torch.randn(1, config.in_channels, height, width, device=device, dtype=dtype)
-        text = torch.randn(2, geometry.text_tokens, config.cross_attention_dim, device=device, dtype=dtype)
+        super().__init__(geometry, device, dtype, UNet2DConditionModel, DDIMScheduler(clip_sample=False))
+        self.unet, config = self.network, self.network.config
+        self.latents = self.made(1, config.in_channels, geometry.height // 8, geometry.width // 8)
+        text = self.made(2, geometry.text_tokens, config.cross_attention_dim)
         self.conditioning: dict[str, Any] = {"encoder_hidden_states": text}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            self.conditioning["added_cond_kwargs"] = {
-                "text_embeds": torch.randn(2, pooled, device=device, dtype=dtype),
-                "time_ids": torch.zeros(2, 6, device=device, dtype=dtype),
-            }
+            added = {"text_embeds": self.made(2, pooled), "time_ids": torch.zeros(2, 6, device=device, dtype=dtype)}
+            self.conditioning["added_cond_kwargs"] = added
 
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         both = self.unet(torch.cat([latents] * 2), timestep, **self.conditioning, return_dict=False)[0]
@@ -165,18 +135,16 @@ class TransformerHost(Host):
     def __init__(self, geometry: Geometry, device: str, dtype: torch.dtype) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-        super().__init__(geometry, device, dtype, FlowMatchEulerDiscreteScheduler())
-        self.transformer = _random(FluxTransformer2DModel, geometry.config, device, dtype)
-        config: Any = self.transformer.config
-        height, width = geometry.height // 16, geometry.width // 16
+        super().__init__(geometry, device, dtype, FluxTransformer2DModel, FlowMatchEulerDiscreteScheduler())
+        self.transformer, config = self.network, self.network.config
+        height, width, tokens = geometry.height // 16, geometry.width // 16, geometry.text_tokens
         ids = torch.zeros(height, width, 3, device=device)
         ids[..., 1] += torch.arange(height, device=device)[:, None]
         ids[..., 2] += torch.arange(width, device=device)[None]
-        tokens = geometry.text_tokens
-        self.inputs["latents"] = torch.randn(1, height * width, config.in_channels, device=device, dtype=dtype)
+        self.latents = self.made(1, height * width, config.in_channels)
         self.conditioning: dict[str, Any] = {
-            "encoder_hidden_states": torch.randn(1, tokens, config.joint_attention_dim, device=device, dtype=dtype),
-            "pooled_projections": torch.randn(1, config.pooled_projection_dim, device=device, dtype=dtype),
+            "encoder_hidden_states": self.made(1, tokens, config.joint_attention_dim),
+            "pooled_projections": self.made(1, config.pooled_projection_dim),
             "img_ids": ids.reshape(-1, 3),
             "txt_ids": torch.zeros(tokens, 3, device=device),
             "guidance": torch.full((1,), 3.5, device=device),
@@ -191,16 +159,3 @@ class TransformerHost(Host):
         with self.transformer.cache_context("cond"):
             velocity: Tensor = self.transformer(**self.arguments(latents, timestep))[0]
         return velocity
-
-
-def _random(kind: Any, config: Mapping[str, Any], device: str, dtype: torch.dtype) -> Any:
-    """A network with the library's own initialisation, made where it will run."""
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            network: nn.Module = kind(**config)
-    finally:
-        torch.set_default_dtype(default)
-    return network.eval().requires_grad_(False)

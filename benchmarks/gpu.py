@@ -12,30 +12,19 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks.cache.claims import PRESETS
+from benchmarks.cache.measure import now
 from benchmarks.cache.peers import CacheDiT, DiffusersHook, Peer, PublishedDeepCache
-from benchmarks.cache.presets import PRESETS
 from benchmarks.geometry import GEOMETRIES, TINY, Geometry, Host, TransformerHost, UNetHost
-from benchmarks.machine import machine
-from cache import (
-    CacheReport,
-    CacheStrategy,
-    DeepCache,
-    Denoiser,
-    FirstBlockCache,
-    NoCache,
-    TransformerDenoiser,
-    UNetDenoiser,
-)
+from benchmarks.report import machine, show
+from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 
 MIB = 2**20
@@ -43,109 +32,74 @@ NO_GPU = "No GPU was found, so nothing was measured: time and memory of one are 
 STREAKS = (1, 2, 4)  # reused calls in a row
 
 
-def strategies(host: Host, denoiser: Denoiser) -> dict[str, CacheStrategy]:
+def strategies(host: Host, denoiser: UNetDenoiser | TransformerDenoiser) -> dict[str, CacheStrategy]:
     """What is measured on this host's network; a peer makes its twin when it first runs."""
-    steps = host.geometry.steps
-    found: dict[str, CacheStrategy] = {"uncached": NoCache()}
+    steps, found = host.geometry.steps, dict[str, CacheStrategy](uncached=NoCache())
     if isinstance(denoiser, UNetDenoiser):
         for name, (interval, depth, _) in PRESETS.items():
             found[f"{name} {interval}/{depth}, ours"] = DeepCache(interval=interval, depth=depth)
-            branch = deepest_branch(denoiser.branch_costs, depth)
-            if branch is not None:
+            if (branch := deepest_branch(denoiser.branch_costs, depth)) is not None:
                 published = PublishedDeepCache(host, steps, interval=interval, branch=branch)
                 found[f"{name}, DeepCache 0.1.1 b{branch}"] = published
         return found
     from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
     always = 1e9  # a threshold that every residual stays below
+    settings = {"residual_diff_threshold": always, "Fn_compute_blocks": 1, "max_warmup_steps": 1}
     for streak in STREAKS:
-        own = FirstBlockCache(threshold=1.0, max_consecutive=streak)
-        found[f"{streak} of {streak + 1} reused, ours"] = own
-    for streak in STREAKS:
-        settings = {
-            "residual_diff_threshold": always,
-            "Fn_compute_blocks": 1,
-            "max_warmup_steps": 1,
-            "max_continuous_cached_steps": streak,
-        }
-        found[f"{streak} of {streak + 1} reused, cache-dit F1"] = CacheDiT(host, steps, settings=settings)
-    hook = FirstBlockCacheConfig(threshold=always)  # it has no cap
-    found["all but one reused, diffusers FirstBlockCache"] = DiffusersHook(host, steps, config=hook)
-    taylor = TaylorSeerCacheConfig(cache_interval=3)
-    found["interval 3, diffusers TaylorSeer"] = DiffusersHook(host, steps, config=taylor)
-    return found
+        name = f"{streak} of {streak + 1} reused"
+        found[f"{name}, ours"] = FirstBlockCache(threshold=1.0, max_consecutive=streak)
+        paced = settings | {"max_continuous_cached_steps": streak}
+        found[f"{name}, cache-dit F1"] = CacheDiT(host, steps, settings=paced)
+    hook = DiffusersHook(host, steps, config=FirstBlockCacheConfig(threshold=always))  # it has no cap
+    taylor = DiffusersHook(host, steps, config=TaylorSeerCacheConfig(cache_interval=3))
+    others = {"all but one reused, diffusers FirstBlockCache": hook, "interval 3, diffusers TaylorSeer": taylor}
+    return found | others
 
 
-def seconds_and_peak(host: Host, denoiser: Denoiser, strategy: CacheStrategy) -> tuple[float, float, CacheReport]:
+def seconds_and_peak(host: Host, denoiser: Any, strategy: CacheStrategy) -> tuple[float, float, CacheReport]:
     """One run: seconds, peak memory above what is held before it in MiB (0 on a CPU), and the cache's report."""
-    on_gpu = host.device.startswith("cuda")
+    on_gpu, held, peak = host.device.startswith("cuda"), 0, 0
     with torch.no_grad(), strategy.attach(denoiser) as report:
-        held = 0
         if on_gpu:
-            torch.cuda.synchronize(host.device)
             torch.cuda.reset_peak_memory_stats(host.device)
             held = torch.cuda.memory_allocated(host.device)
-        started = time.perf_counter()
+        started = now()
         host.run()
+        seconds = now() - started
         if on_gpu:
-            torch.cuda.synchronize(host.device)
-        seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated(host.device) - held if on_gpu else 0
-    return seconds, peak / MIB, report
+            peak = torch.cuda.max_memory_allocated(host.device)
+    return seconds, (peak - held) / MIB, report
 
 
 def measure(geometry: Geometry, device: str, dtype: torch.dtype, repeats: int, console: Console) -> dict[str, Any]:
     """Rows by name; each run beside an uncached one, after a warm-up."""
     host: Any = (UNetHost if geometry.kind == "unet" else TransformerHost)(geometry, device, dtype)
-    denoiser: Denoiser
-    if geometry.kind == "unet":
+    denoiser: Any = TransformerDenoiser(host.transformer) if geometry.kind == "transformer" else None
+    if denoiser is None:
         native = geometry.config["sample_size"]
         denoiser = UNetDenoiser(host.unet, native_size=(native, native))
-    else:
-        denoiser = TransformerDenoiser(host.transformer)
-    uncached = NoCache()
+    uncached, rows = NoCache(), {}
     _, base_peak, _ = seconds_and_peak(host, denoiser, uncached)  # a warm-up, too
-    rows: dict[str, Any] = {}
     listed = strategies(host, denoiser)
     for name, strategy in track(listed.items(), description=geometry.name, console=console):
         # From the second run on a peer holds what it kept in the first: its first one shows what it adds.
         _, peak, report = seconds_and_peak(host, denoiser, strategy)
-        pairs = [
-            (seconds_and_peak(host, denoiser, strategy)[0], seconds_and_peak(host, denoiser, uncached)[0])
-            for _ in range(repeats)
-        ]
-        predicted = report.predicted_speedup if report.decisions else None
+        pairs = [[seconds_and_peak(host, denoiser, one)[0] for one in (strategy, uncached)] for _ in range(repeats)]
+        known = bool(report.decisions)
+        predicted = report.predicted_speedup if known else None
         rows[name] = {
             "seconds": round(statistics.median(own for own, _ in pairs), 4),
             "speedup": round(statistics.median(base / own for own, base in pairs), 3),
             "predicted_speedup": None if predicted is None else round(predicted, 3),
-            "hit_rate": round(report.hit_rate, 3) if report.decisions else None,
+            "hit_rate": round(report.hit_rate, 3) if known else None,
             "peak_mib": round(peak, 1),
             "peak_above_uncached_mib": round(peak - base_peak, 1),
-            "cache_mib": round(report.cache_bytes / MIB, 4) if report.decisions else None,
+            "cache_mib": round(report.cache_bytes / MIB, 4) if known else None,
         }
         if isinstance(strategy, Peer):
             strategy.network = None  # with what it keeps
     return rows
-
-
-def table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = Table("setting", "s", "speed-up", "predicted", "hit rate", "peak MiB", "above uncached", title=title)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for name, row in rows.items():
-        predicted = "–" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}×"
-        hits = "–" if row["hit_rate"] is None else f"{row['hit_rate']:.2f}"
-        shown.add_row(
-            name,
-            f"{row['seconds']:.3f}",
-            f"{row['speedup']:.2f}×",
-            predicted,
-            hits,
-            f"{row['peak_mib']:.0f}",
-            f"{row['peak_above_uncached_mib']:+.0f}",
-        )
-    return shown
 
 
 def main(
@@ -162,7 +116,8 @@ def main(
     results = {}
     for geometry in TINY if tiny else GEOMETRIES:
         rows = measure(geometry, device, torch.float32 if tiny else torch.bfloat16, repeats, console)
-        Console(width=130).print(table(f"{geometry.name}, {geometry.steps} steps", rows))
+        lines = (" | ".join([name, *map(str, row.values())]).replace("None", "–") for name, row in rows.items())
+        show(f"{geometry.name}, {geometry.steps} steps", " | ".join(["setting", *rows["uncached"]]), lines)
         results[geometry.name] = rows
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

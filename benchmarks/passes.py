@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 
 from app.engine.runner import summarise_passes
-from benchmarks.machine import machine
+from benchmarks.report import ROOT, machine
 from cache import CacheStrategy, DeepCache, NoCache
 from models import faces
 from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Lora, Multiscale, Step
@@ -32,13 +32,10 @@ from models.passes.adetailer import ADetailer, around
 from models.passes.drawing import Clock, Drawing, Progress
 from models.unet import SD
 
-SHEET = Path(__file__).resolve().parents[1] / "docs" / "passes" / "contact-sheet.jpg"
-WIDTH, HEIGHT = 288, 192  # of a picture on the sheet
-LABEL = 18
-PARAMS = GenerationParams(
-    prompt="a misty forest at twilight", width=768, height=512, steps=20, guidance_scale=3.0, seeds=(7,)
-)
-STRENGTHS = (0.3, 0.6, 0.9)
+SHEET = ROOT / "docs" / "passes" / "contact-sheet.jpg"
+WIDTH, HEIGHT, LABEL = 288, 192, 18  # of a picture on the sheet, and of the words above it
+PROMPT, OTHER = "a misty forest at twilight", "clear mountains at sunset"
+PARAMS = GenerationParams(prompt=PROMPT, width=768, height=512, steps=20, guidance_scale=3.0, seeds=(7,))
 COMBINED = replace(PARAMS, hires_fix=True, multiscale=Multiscale())
 RANK = 4  # of the LoRA, over the UNet's attention
 Row = list[tuple[str, Image.Image]]
@@ -48,29 +45,24 @@ def ignore(step: Step) -> None:
     """A step hook that wants nothing."""
 
 
-def draw(model: LoadedModel, **changes: Any) -> Image.Image:
-    return model.generate(replace(PARAMS, **changes), NoCache(), ignore).images[0]
-
-
 def rows(model: LoadedModel) -> list[Row]:
-    plain = draw(model)
-    mountains = "clear mountains at sunset"
-    upload = draw(model, prompt=mountains, seeds=(3,))
-    redrawn: Row = [
-        (f"img2img {share:g}: {PARAMS.prompt}", draw(model, img2img=Img2Img(picture=upload, denoise=share)))
-        for share in STRENGTHS
-    ]
+    def draw(**changes: Any) -> Image.Image:
+        return model.generate(replace(PARAMS, **changes), NoCache(), ignore).images[0]
+
+    upload = draw(prompt=OTHER, seeds=(3,))
     steps: list[Step] = []
     model.generate(replace(PARAMS, preview=True), NoCache(), steps.append)
     shown = [(step.index + 1, Image.open(BytesIO(step.preview))) for step in steps if step.preview is not None]
+    redrawn = {share: draw(img2img=Img2Img(picture=upload, denoise=share)) for share in (0.3, 0.6, 0.9)}
+    passes: dict[str, Any] = {
+        "plain": {},
+        "hires_fix": {"hires_fix": True},
+        "multi-scale": {"multiscale": Multiscale()},
+        "multi-scale, not intermittent": {"multiscale": Multiscale(intermittent=False)},
+    }
     return [
-        [(f"upload: {mountains}", upload), *redrawn],
-        [
-            ("plain", plain),
-            ("hires_fix", draw(model, hires_fix=True)),
-            ("multi-scale", draw(model, multiscale=Multiscale())),
-            ("multi-scale, not intermittent", draw(model, multiscale=Multiscale(intermittent=False))),
-        ],
+        [(f"upload: {OTHER}", upload), *((f"img2img {share:g}: {PROMPT}", one) for share, one in redrawn.items())],
+        [(name, draw(**changes)) for name, changes in passes.items()],
         [(f"preview, step {index}", picture) for index, picture in shown[:4]],
         detailed(model),
     ]
@@ -88,8 +80,7 @@ def detailed(model: Any) -> Row:
         drawing.images = [photograph]
         ADetailer().run(drawing)
     (box,) = faces.find(photograph)
-    frame = around(box, photograph.size)
-    boxed = photograph.copy()
+    frame, boxed = around(box, photograph.size), photograph.copy()
     pen = ImageDraw.Draw(boxed)
     pen.rectangle([box.left, box.top, box.left + box.width, box.top + box.height], outline="red", width=4)
     pen.rectangle(frame, outline="yellow", width=3)
@@ -106,10 +97,7 @@ def sheet(drawn: list[Row]) -> Image.Image:
     pen = ImageDraw.Draw(whole)
     for y, row in enumerate(drawn):
         for x, (label, picture) in enumerate(row):
-            fitted = picture.convert("RGB")
-            scale = min(WIDTH / fitted.width, HEIGHT / fitted.height)
-            size = (round(fitted.width * scale), round(fitted.height * scale))
-            fitted = fitted.resize(size, Image.Resampling.LANCZOS)
+            fitted = ImageOps.contain(picture.convert("RGB"), (WIDTH, HEIGHT), Image.Resampling.LANCZOS)
             pen.text((x * WIDTH + 4, y * (HEIGHT + LABEL) + 3), label, fill="black")
             whole.paste(fitted, (x * WIDTH + (WIDTH - fitted.width) // 2, y * (HEIGHT + LABEL) + LABEL))
     return whole
@@ -123,45 +111,42 @@ def timed(model: LoadedModel, params: GenerationParams, strategy: CacheStrategy,
 
 def lora_of(model: Any, folder: Path) -> Lora:
     """A LoRA of random numbers in PEFT's layout, small enough to leave the scene: none was trained for these models."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
+    generator, tensors = torch.Generator().manual_seed(0), {}
     for path, module in model.pipeline.unet.named_modules():
         if path.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             out, inputs = module.weight.shape
             for half, shape in (("lora_A", (RANK, inputs)), ("lora_B", (out, RANK))):
                 tensors[f"unet.{path}.{half}.weight"] = torch.randn(*shape, generator=generator) * 0.02
-    file = folder / "random.safetensors"
-    save_file(tensors, file)
-    return Lora(name="random", path=file, weight=0.8)
+    save_file(tensors, folder / "random.safetensors")
+    return Lora(name="random", path=folder / "random.safetensors", weight=0.8)
 
 
 def main(
     draw_sheet: Annotated[bool, typer.Option("--sheet/--no-sheet")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each setting, in turn.")] = 3,
 ) -> None:
-    spec = next(spec for spec in SPECS if spec.name == "tiny-sd")
-    model = SD.load(spec, "cpu")
+    model = SD.load(next(spec for spec in SPECS if spec.name == "tiny-sd"), "cpu")
     if draw_sheet:
         SHEET.parent.mkdir(exist_ok=True)
         sheet(rows(model)).save(SHEET, quality=85, optimize=True)
         print(f"{SHEET}: {SHEET.stat().st_size // 1024} kB")
     cache = DeepCache(interval=3, depth=2)
-    settings: dict[str, tuple[GenerationParams, CacheStrategy]] = {
-        "plain": (PARAMS, NoCache()),
-        "previews": (replace(PARAMS, preview=True), NoCache()),
-        "multiscale": (replace(PARAMS, multiscale=Multiscale()), NoCache()),
-        "deepcache": (PARAMS, cache),
-        "hires_fix + multiscale": (COMBINED, NoCache()),
-        "hires_fix + multiscale + deepcache": (COMBINED, cache),
-    }
     with TemporaryDirectory() as folder:
         lora = replace(COMBINED, loras=(lora_of(model, Path(folder)),))
-        settings["hires_fix + multiscale + lora"] = (lora, NoCache())
-        settings["hires_fix + multiscale + lora + deepcache"] = (lora, cache)
+        settings: dict[str, tuple[GenerationParams, CacheStrategy]] = {
+            "plain": (PARAMS, NoCache()),
+            "previews": (replace(PARAMS, preview=True), NoCache()),
+            "multiscale": (replace(PARAMS, multiscale=Multiscale()), NoCache()),
+            "deepcache": (PARAMS, cache),
+            "hires_fix + multiscale": (COMBINED, NoCache()),
+            "hires_fix + multiscale + deepcache": (COMBINED, cache),
+            "hires_fix + multiscale + lora": (lora, NoCache()),
+            "hires_fix + multiscale + lora + deepcache": (lora, cache),
+        }
         results = {name: timed(model, params, strategy, repeats) for name, (params, strategy) in settings.items()}
     for name, result in results.items():
         print(f"{name}: {result['denoise_seconds']} s, predicted ×{result['cache']['predicted_speedup']}")
-    print(json.dumps({"machine": machine("cpu"), "steps": PARAMS.steps, "seed": PARAMS.seeds[0], "results": results}))
+    print(json.dumps({"machine": machine(), "steps": PARAMS.steps, "seed": PARAMS.seeds[0], "results": results}))
 
 
 if __name__ == "__main__":

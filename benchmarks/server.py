@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.machine import ROOT
+from benchmarks.report import ROOT
 
 SERVE = ("-m", "app", "serve", "--port", "0")
 

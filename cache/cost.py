@@ -26,6 +26,10 @@ TEXT_TOKENS = 77  # CLIP's context length, at which SD1.5 to SDXL are counted
 # What was counted, by network and size: counting takes some tenths of a second and its result never changes.
 _BRANCH_COSTS: WeakKeyDictionary[nn.Module, dict[tuple[int, int], tuple[float, ...]]] = WeakKeyDictionary()
 _FIRST_BLOCK_COSTS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+# And of UNets by class, size and configuration, which is all that the skeleton is built from: a model that is loaded
+# again is not counted again.
+_OPERATIONS: dict[tuple[Any, ...], dict[str, int]] = {}
+_REMEMBERED = 64  # configurations
 
 
 def deepest_branch(costs: Sequence[float], depth: int) -> int | None:
@@ -78,7 +82,14 @@ def branch_costs(unet: UNetDenoiser) -> tuple[float, ...]:
 
 
 def _count_branches(unet: UNetDenoiser, size: tuple[int, int]) -> tuple[float, ...]:
-    operations = count(unet.root, (), _unet_inputs(unet, size))
+    config: Any = unet.root.config
+    settings = sorted((name, repr(value)) for name, value in config.items() if not name.startswith("_"))
+    key = (type(unet.root), size, *settings)
+    if key not in _OPERATIONS:
+        if len(_OPERATIONS) == _REMEMBERED:
+            _OPERATIONS.clear()
+        _OPERATIONS[key] = count(unet.root, (), _unet_inputs(unet, size))
+    operations = _OPERATIONS[key]
 
     def of(paths: Sequence[str]) -> int:
         return sum(operations.get(path, 0) for path in paths)

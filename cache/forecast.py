@@ -84,23 +84,28 @@ class History:
             value = _plus(value, difference, weight, in_place=order > 1 or onto is not None)
         return value
 
-    def ahead_of(self, value: Tensor, call: int) -> tuple[list[float], Tensor]:
-        """How many calls beyond its newest value each item's line comes nearest to `value`, and the rest.
+    def ahead_of(self, value: Tensor, call: int) -> tuple[Tensor, Tensor]:
+        """How many calls beyond its newest value each item's line comes nearest to `value` (items,), and the rest.
 
         The least-squares step along the line: 0 where there is no line yet or none that moves, never back, and at most
         FASTEST times the calls from the newest value to `call`, where a line that hardly moves would say anything. The
-        rest is `value` less that point of the line. Synchronises with a GPU.
+        rest is `value` less that point of the line, in float at least. Both lie on the device: the host waits for none.
         """
+        import torch
+
+        from .transfer import upload
+
         rest = value - self._terms[0]
         if self._square is None:
-            return [0.0] * len(self._calls), rest
+            return rest.new_zeros(len(self._calls), dtype=torch.float32), rest
         slope = self._terms[1]
-        ahead = []
-        products = zip(_products(rest, slope).tolist(), self._square.tolist(), self._calls, strict=True)
-        for product, square, anchors in products:
-            moves = anchors and square > 0 and product > 0  # false for NaN
-            ahead.append(min(product / square, FASTEST * (call - anchors[0])) if moves else 0.0)
-        return ahead, _plus(rest, slope, _by_item([-step for step in ahead], rest), in_place=True)
+        farthest = [FASTEST * (call - anchors[0]) if anchors else 0.0 for anchors in self._calls]
+        product = _products(rest, slope)
+        bound = upload(torch.tensor(farthest, dtype=product.dtype), product.device)
+        moves = (self._square > 0) & (product > 0)  # false for NaN
+        ahead = torch.where(moves, (product / self._square).minimum(bound), 0)
+        rest = rest.to(torch.promote_types(rest.dtype, ahead.dtype))
+        return ahead, rest.addcmul_(slope.to(rest.dtype), _column(ahead.to(rest.dtype), rest), value=-1)
 
     def along(self, ahead: Sequence[float], onto: Tensor | None = None) -> Tensor:
         """Each item's line `ahead` calls beyond its newest value, added to `onto`."""
@@ -114,12 +119,18 @@ class History:
         """Let go of what the next value will not need, so that the old and the new are not held at once."""
         del self._terms[self._order + self._is_damped :]
 
-    def add(self, call: int, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Keep `value` as that of `call`: of all items, or, with one row for each of them, of the items `rows`.
+    def add(self, call: int, value: Tensor, items: Sequence[int] | None = None, rows: Tensor | None = None) -> None:
+        """Keep `value` as that of `call`: of all items, or, with one row for each of them, of those in `items`.
 
-        The first value is that of all.
+        The first value is that of all. rows: `items` as an index on the device; made if it is not given.
         """
-        items = range(len(self._calls)) if rows is None else rows
+        if items is not None and rows is None:
+            import torch
+
+            from .transfer import upload
+
+            rows = upload(torch.tensor(items), value.device)
+        items = range(len(self._calls)) if items is None else items
         known = [self._calls[item] for item in items]
         new = [value]
         for order in range(min(self._order, max(map(len, known)))):
@@ -142,7 +153,7 @@ class History:
         if self._is_witness and len(self._terms) > 1:
             self._square = _products(self._terms[1], self._terms[1])
 
-    def _judge(self, slope: Tensor, rows: Sequence[int] | None) -> None:
+    def _judge(self, slope: Tensor, rows: Tensor | None) -> None:
         """Set how far to trust `slope`, by how far the one before it held."""
         shape = (-1, *(1,) * (slope.dim() - 1))
         if len(self._terms) > 1:
@@ -171,7 +182,16 @@ def _by_item(numbers: Sequence[float], like: Tensor) -> float | Tensor:
     """A number if the items share it, else a tensor of theirs that broadcasts over `like` (items, …)."""
     if len(set(numbers)) == 1:
         return numbers[0]
-    return like.new_tensor(numbers).view(-1, *(1,) * (like.dim() - 1))
+    import torch
+
+    from .transfer import upload
+
+    return _column(upload(torch.tensor(numbers, dtype=like.dtype), like.device), like)
+
+
+def _column(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number an item (items,), so that they broadcast over `like` (items, …)."""
+    return numbers.view(-1, *(1,) * (like.dim() - 1))
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:

@@ -95,6 +95,11 @@ class _Interception:
         return self.handle(Call(self.forward, args, kwargs, self.pass_name))
 
 
+def _is_intercepted(forward: Any) -> bool:
+    """Whether it is an interception, or something wrapped around one."""
+    return isinstance(forward, _Interception) or (forward is not None and _is_intercepted(getattr(forward, "__wrapped__", None)))
+
+
 @contextmanager
 def intercepted(root: nn.Module, handle: Callable[[Call], Any]) -> Iterator[None]:
     """Within the context, each call of `root` is handed to `handle`, whose result is returned to the caller.
@@ -102,7 +107,7 @@ def intercepted(root: nn.Module, handle: Callable[[Call], Any]) -> Iterator[None
     `root.cache_context(name)` is there within the context, whether or not the module brings one.
     Raises AlreadyAttached if the root is intercepted already.
     """
-    if isinstance(root.__dict__.get("forward"), _Interception):
+    if _is_intercepted(root.__dict__.get("forward")):
         raise AlreadyAttached(
             f"A cache is already attached to this {type(root).__name__}: leave its context before attaching another, "
             "or load a second model to run two at once."

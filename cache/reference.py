@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .forecast import History
+from .transfer import upload
 
 if TYPE_CHECKING:
     from .first_block import FirstBlockCache
@@ -54,8 +55,12 @@ class Reference:
     def judge(self, call: int, probe: Tensor) -> Verdict:
         """Decide for call number `call`, in which the first block added `probe`."""
         history = self._history
-        ahead, rest = history.ahead_of(probe, call) if self._guided else (None, probe - history.newest)
-        ratios: list[float] = _means(rest.abs_()).div_(self._scale).tolist()
+        if self._guided:
+            moved, rest = history.ahead_of(probe, call)
+            numbers = _means(rest.abs_()).div_(self._scale)
+            ratios, ahead = torch.stack([numbers, moved.to(numbers.dtype)]).tolist()  # read at once: the host waits
+        else:
+            ratios, ahead = _means((probe - history.newest).abs_()).div_(self._scale).tolist(), None
         changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
         rows = []
         for row, change in enumerate(changes):
@@ -68,15 +73,15 @@ class Reference:
                 history.forget(row)
         return Verdict(rows, changes, ahead)
 
-    def keep(self, call: int, probe: Tensor, rows: Sequence[int] | None) -> None:
-        """Take `probe` for the reference of the items `rows`, or of all."""
-        if rows is None:
+    def keep(self, call: int, probe: Tensor, items: Sequence[int] | None, rows: Tensor | None = None) -> None:
+        """Take `probe` for the reference of `items`, or of all. rows: `items` as an index on the device."""
+        if items is None:
             self._history.add(call, probe)
             self._scale = _means(probe.abs())
         else:
-            kept = list(rows)
-            self._history.add(call, probe[kept], kept)
-            self._scale[kept] = _means(probe[kept].abs_())
+            rows = upload(torch.tensor(items), probe.device) if rows is None else rows
+            self._history.add(call, probe[rows], items, rows)
+            self._scale[rows] = _means(probe[rows].abs_())
 
 
 def _means(sizes: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .forecast import History
 from .patching import Call, Shadow, shadowed
 from .reference import Reference
 from .strategy import CacheReport, IncompatibleDenoiser
+from .transfer import upload
 
 if TYPE_CHECKING:
     from .first_block import FirstBlockCache
@@ -118,11 +119,13 @@ class _Turn:
         self.call = call
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
+        self.index: Tensor | None = None  # those, on the device
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
         self.change: float | None = None  # the largest of them
         self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
+        self.writes: list[int] | None = None  # how often each of them had been written to by then
 
     def through(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The stand-in for the list of blocks `index`."""
@@ -153,6 +156,7 @@ class _Turn:
         taken = denoiser.inputs(args, kwargs)
         image = taken[IMAGE]
         before = image if run.in_place is False else image.clone()
+        writes = _writes({IMAGE: image})
         result = run.blocks[0][0](*args, **kwargs)
         self.packed = isinstance(result, tuple)
         self.live = denoiser.results(result)
@@ -165,7 +169,8 @@ class _Turn:
         self.head = self.live
         if run.in_place is not False:
             self.head = {name: stream.clone() for name, stream in self.live.items()}
-            run.in_place = run.in_place or not torch.equal(before, image) or None
+            run.in_place = run.in_place or writes is None or writes != _writes({IMAGE: image}) or None
+            self.writes = _writes(self.live)
         self.probe = (self.head[IMAGE] - before).detach()
         self.batch = self.probe.shape[0]
         if entry is None:
@@ -218,22 +223,33 @@ class _Turn:
                 "lists that hand the same streams on in block_lists."
             )
         if run.in_place is None:
-            run.in_place = not all(torch.equal(self.live[name], stream) for name, stream in self.head.items())
+            run.in_place = self.writes != _writes(self.live)
         entry = run.passes.get(self.call.pass_name)
         rows: list[int] | None = None
+        index: Tensor | None = None
         if entry is None:
             tails = {name: History(run.settings.forecast, self.batch) for name in streams}
             entry = _Pass(self.call.signature, Reference(run.settings, self.probe), tails)
             run.passes[self.call.pass_name] = entry
         else:
-            rows = None if len(self.rows) == self.batch else self.rows
-            entry.reference.keep(entry.now, self.probe, rows)
+            if len(self.rows) < self.batch:
+                rows, index = self.rows, self.index_of_rows()
+            entry.reference.keep(entry.now, self.probe, rows, index)
         for name, stream in streams.items():
             tail = (stream - self.head[name]).detach()
-            entry.tails[name].add(entry.now, tail if rows is None else tail[rows], rows)
+            entry.tails[name].add(entry.now, tail if index is None else tail[index], rows, index)
 
     def index_of_rows(self) -> Tensor:
-        return torch.tensor(self.rows, device=self.probe.device)
+        if self.index is None:
+            self.index = upload(torch.tensor(self.rows), self.probe.device)
+        return self.index
+
+
+def _writes(streams: Streams) -> list[int] | None:
+    """How often each tensor has been written to, which PyTorch counts; None in inference mode, where it does not."""
+    if any(stream.is_inference() for stream in streams.values()):
+        return None
+    return [stream._version for stream in streams.values()]
 
 
 def _items(value: Any, rows: Tensor, batch: int) -> Any:

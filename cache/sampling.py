@@ -37,7 +37,9 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
 
     def final(predictions: Tensor) -> Tensor:
         stepper = copy.deepcopy(scheduler)
-        stepper.timesteps = stepper.timesteps.cpu()
+        for name, value in vars(stepper).items():  # wherever its tables lie, σ above all: the predictions are here
+            if isinstance(value, Tensor):
+                setattr(stepper, name, value.cpu())
         sample = torch.zeros_like(predictions[:1])
         for timestep, prediction in zip(remaining, predictions, strict=False):
             if hasattr(stepper, "scale_model_input"):

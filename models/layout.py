@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,7 +32,10 @@ class Layout(Protocol):
         ...
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        """The call's arguments with another grid, perhaps of another size, and timestep in them."""
+        """The call's arguments with another grid, perhaps of another size, and timestep in them.
+
+        What is made of numbers alone lies on the CPU, as a run's timesteps do (`PipelineModel.scheduled`).
+        """
         ...
 
 
@@ -54,7 +58,7 @@ class Spatial:
         return named["sample"], _number(named["timestep"])
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        changed = {"sample": grid, "timestep": grid.new_tensor(timestep)}
+        changed = {"sample": grid, "timestep": torch.tensor(timestep)}
         by_position = [changed.pop(name) for name, _ in zip(_NAMES, args, strict=False)]
         return (*by_position, *args[len(_NAMES) :]), {**kwargs, **changed}
 
@@ -81,8 +85,7 @@ class Packed:
         from diffusers import FluxPipeline
 
         rows, columns = grid.shape[-2] // 2, grid.shape[-1] // 2
-        old = kwargs["img_ids"]
-        positions = FluxPipeline._prepare_latent_image_ids(len(grid), rows, columns, old.device, old.dtype)
+        positions = FluxPipeline._prepare_latent_image_ids(len(grid), rows, columns, "cpu", kwargs["img_ids"].dtype)
         changed = {
             "hidden_states": self.flat(grid),
             "timestep": kwargs["timestep"].new_full((len(grid),), timestep),

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -248,13 +248,19 @@ class PipelineModel(ABC):
 
     @contextmanager
     def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
-        """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards."""
-        saved = pipeline.scheduler
+        """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards.
+
+        The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
+        """
+        from cache.patching import shadowed
+
+        saved, root = pipeline.scheduler, self._denoiser.root
         pipeline.scheduler = samplers.build(
             saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
-            yield pipeline.scheduler
+            with shadowed([(root, "forward", _uploading(root.forward, self.device))]):
+                yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
 
@@ -284,6 +290,22 @@ class PipelineModel(ABC):
     @abstractmethod
     def _warnings(self, params: GenerationParams) -> list[str]:
         """What of the request this family cannot honour."""
+
+
+def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`forward` for arguments of which some lie on the CPU."""
+    from torch import Tensor
+
+    from cache.transfer import upload
+
+    def placed(value: Any) -> Any:
+        return upload(value, device) if isinstance(value, Tensor) else value
+
+    @wraps(forward)  # pipelines read the signature
+    def uploaded(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+
+    return uploaded
 
 
 def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:

@@ -116,11 +116,13 @@ def build(
 ) -> Any:
     """A scheduler for one run, with the noise schedule and prediction type of the model's `saved` one.
 
-    Without names it is a fresh instance of the saved one. `seeds` has one entry an image of the batch.
-    Raises UnsupportedSampler.
+    Its timesteps lie on the CPU (`schedulers.on_host`). Without names it is a fresh instance of the saved one. `seeds`
+    has one entry an image of the batch. Raises UnsupportedSampler.
     """
+    from . import schedulers
+
     if sampler is None and scheduler is None:
-        return type(saved).from_config(saved.config)
+        return schedulers.on_host(getattr(schedulers, type(saved).__name__, type(saved))).from_config(saved.config)
     check(choices(samplers), sampler, scheduler)
     choice = samplers[sampler or DEFAULT_SAMPLER]
     cls = scheduler_class(choice.scheduler_class)
@@ -129,7 +131,7 @@ def build(
         settings[choice.noise_seeds] = list(seeds)
     if choice.scheduler_class == "LCMScheduler":
         settings["original_inference_steps"] = _lcm_origin(steps, saved.config.num_train_timesteps)
-    return cls.from_config(saved.config, **settings)
+    return schedulers.on_host(cls).from_config(saved.config, **settings)
 
 
 def names(saved: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:

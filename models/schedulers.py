@@ -1,12 +1,81 @@
-"""Two schedulers that diffusers lacks or gets wrong."""
+"""What diffusers' schedulers lack or get wrong: three classes of our own, and steps for which no host waits."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import scheduling_dpmsolver_sde
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from cache.transfer import upload
+
+
+@functools.cache
+def on_host(scheduler_class: Any) -> Any:
+    """`scheduler_class` with its schedule in main memory, wherever the latents lie.
+
+    diffusers puts the timesteps on the device and looks them up in tables on the CPU: each look waits until the device
+    has done all that is queued, up to seven times a step. Timesteps, σ and what follows from them are a few numbers
+    that the host needs and that a device takes from it as arguments of its kernels. So `set_timesteps` leaves them
+    where they are made; a denoiser is called with a timestep that lies on the CPU. What `step` sends to the device
+    all the same, noise above all, goes there without waiting. The arithmetic is the class's own, bit for bit.
+
+    A run begins at the schedule's first step unless a pipeline says otherwise. diffusers would look for the place of
+    its first timestep, takes the second where one stands there twice, and then runs over the end (`beta`, many steps).
+    """
+    own = inspect.signature(scheduler_class.set_timesteps)
+
+    @functools.wraps(scheduler_class.set_timesteps)  # pipelines read the signature
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = own.bind(self, *args, **kwargs)
+        bound.arguments["device"] = "cpu"
+        scheduler_class.set_timesteps(*bound.args, **bound.kwargs)
+        if hasattr(self, "set_begin_index"):
+            self.set_begin_index(0)
+
+    @functools.wraps(scheduler_class.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _WithoutWaiting():
+            return scheduler_class.step(self, *args, **kwargs)
+
+    members = {"set_timesteps": set_timesteps, "step": step, "__module__": scheduler_class.__module__}
+    return type(scheduler_class.__name__, (scheduler_class,), members)
+
+
+class _WithoutWaiting(TorchFunctionMode):
+    """Copies to a device go through pinned memory, and a system of equations (UniPC's) is not read to be checked."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.linalg.solve:
+            return torch.linalg.solve_ex(*args, **kwargs)[0]
+        if func is Tensor.to and args[0].device.type == "cpu":
+            device, dtype, _, memory_format = torch._C._nn._parse_to(*args[1:], **kwargs)
+            if device is not None and device.type != "cpu" and memory_format is None:
+                return upload(args[0] if dtype is None else args[0].to(dtype), device)
+        return func(*args, **kwargs)
+
+
+class DPMSolverSDEScheduler(scheduling_dpmsolver_sde.DPMSolverSDEScheduler):
+    """DPM-Solver++(SDE) with its Brownian motion on the CPU, where every other sampler's noise is drawn.
+
+    diffusers' own, which this one takes the place of, grows it on the latents' device, whose generator draws other
+    numbers for the same seed: a picture would depend on the device.
+    """
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.noise_sampler is None:
+            lowest, highest = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()
+            like, device = torch.empty(sample.shape, dtype=sample.dtype), sample.device
+            tree = scheduling_dpmsolver_sde.BrownianTreeNoiseSampler(like, lowest, highest, self.noise_sampler_seed)
+            self.noise_sampler = lambda sigma, target: tree(sigma, target).to(device)
+        return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
 class FlowMatchHeunScheduler(FlowMatchEulerDiscreteScheduler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from app.machine import share_cores
+from app.engine.runner import share_cores
 
 share_cores()
+os.environ["XDG_DATA_HOME"] = os.devnull  # what the user of this machine has calibrated changes no picture here
 
 HAS_RAY = find_spec("ray") is not None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import shlex
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -60,6 +63,76 @@ def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
+
+
+def test_the_name_is_not_that_of_another_companys_package_and_the_command_stays() -> None:
+    assert canonicalize_name(PROJECT["name"]) not in ("wavespeed", *(requirement.name for requirement in DIRECT))
+    assert PROJECT["scripts"] == {"wavespeed": "app.__main__:main"}
+
+
+def asked_of_the_index(line: str) -> list[str]:
+    """What a `pip install` takes that is neither an option nor a path."""
+    words = shlex.split(line, comments=True)
+    named = []
+    for before, word in itertools.pairwise(["", *words]):
+        if word in ("&&", ";", "|"):
+            break
+        is_value = before in ("--constraint", "-c", "--requirement", "-r", "--index-url", "--extra-index-url", "--dest")
+        if not is_value and not word.startswith(("-", ".", "/", "git+")):
+            named.append(re.split(r"[\[=<>]", word)[0])
+    return named
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--constraint constraints.txt --editable '.[otel]'", []),
+        ('"wavespeed[ray]"', ["wavespeed"]),
+        ("-c x.txt wavespeed-diffusion-server==0.1 openai", ["wavespeed-diffusion-server", "openai"]),
+        ("/srv/wavespeed && wavespeed serve", []),
+    ],
+)
+def test_what_pip_asks_the_index_for_is_seen(line: str, named: list[str]) -> None:
+    assert asked_of_the_index(line) == named
+
+
+def test_documents_install_the_project_from_a_checkout() -> None:
+    """On the package index its name may be anybody's."""
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    lines = [
+        line
+        for document in documents
+        for line in re.findall(r"pip install ((?:[^`\n]|\\\n)*)", document.read_text(encoding="utf-8"))
+    ]
+    named = {name for line in lines for name in asked_of_the_index(line.replace("\\\n", " "))}
+    assert len(lines) > 3
+    assert {name for name in named if "wavespeed" in name} == set()
+
+
+def test_the_quick_tests_are_where_the_script_says() -> None:
+    """A file that moves would else be an error of pytest's in the edit loop alone, which CI does not run."""
+    script = (ROOT / "scripts" / "test").read_text(encoding="utf-8")
+    listed = re.search(r"^quick=\(\n(.*?)^\)", script, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    paths = listed[1].split()
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_public_runner_runs_the_suite_on_the_oldest_python_without_secrets() -> None:
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the word `on` as a truth value
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in text
+    (job,) = workflow["jobs"].values()
+    checkout, python, suite = job["steps"]
+    assert checkout["uses"].startswith("actions/checkout@")
+    assert python["uses"].startswith("actions/setup-python@")
+    assert f">={python['with']['python-version']}" == PROJECT["requires-python"]
+    assert python["with"]["cache"] == "pip"
+    assert all((ROOT / path).is_file() for path in python["with"]["cache-dependency-path"].split())
+    assert suite["run"].split()[0] == "scripts/test"
 
 
 # Declared, and used by diffusers on our behalf instead of being imported here.

@@ -1,19 +1,23 @@
-"""`python -m app calibrate`: a model, the combinations to calibrate, a progress bar, the file they are kept in."""
+"""`python -m app calibrate` and `threshold`: settings that are found by drawing, with a progress bar."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from app.cli import Bar, bar
+from app.cli.options import check_early, with_fields
 from app.errors import ServiceError
 from app.http.resolve import Limits, resolve
 from app.http.schemas import parse
-from app.settings import Settings
+from app.settings import Settings, read_settings
 from cache import FirstBlockCache
-from models import threshold
 from models.base import Step
 
 if TYPE_CHECKING:
@@ -21,6 +25,55 @@ if TYPE_CHECKING:
 
 PROMPTS = ("a snowy island at noon", "misty mountains at sunset", "a clear desert at dawn", "a stormy forest at night")
 FIRST_SEED = 100
+# What the search sets itself, and what it has no use for.
+_LEFT_OUT = "deepcache_.*|fbcache_(enabled|threshold)|prompt|model|num_images|batch_size|output_format|enable_preview"
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A UNet model's name, as `models` lists it.")],
+    sampler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["euler"],  # noqa: B006
+    scheduler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["normal"],  # noqa: B006
+    steps: Annotated[list[int], typer.Option(min=2, help="Repeat for several.")] = [20],  # noqa: B006
+    interval: Annotated[list[int], typer.Option(min=2, max=10, help="Repeat for several.")] = [2, 3, 5],  # noqa: B006
+    depth: Annotated[int, typer.Option(min=0, max=12, help="DeepCache's depth.")] = 2,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Of each prompt, denoised together.")] = 2,
+    width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+) -> None:
+    """Find where DeepCache's computed steps lie best and keep it for the model, for `deepcache_schedule: auto`."""
+    settings = read_settings()
+    combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
+    for one, other, count in combinations:
+        values = {"prompt": "", "model": model, "sampler": one, "scheduler": other, "steps": count}
+        check_early(parse(values), settings)
+    path = calibrated(
+        model,
+        settings,
+        combinations,
+        intervals=interval,
+        depth=depth,
+        prompts=prompt,
+        seeds=pictures,
+        size=None if width is None and height is None else (width or height or 0, height or width or 0),
+        guidance_scale=guidance_scale,
+    )
+    print(path)
+
+
+@with_fields(leave=_LEFT_OUT)
+def threshold(
+    model: Annotated[str, typer.Argument(help="A transformer model's name, as `models` lists it.")],
+    speedup: Annotated[float, typer.Option(min=1.01, help="Wished speed-up of the denoising, by operations.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
+    *,
+    fields: dict[str, Any],
+) -> None:
+    """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
+    given = {"model": model, "seed": 0, "fbcache_enabled": True, **fields}
+    found = found_for(speedup, given, read_settings(), prompt)
+    print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))
 
 
 def calibrated(
@@ -101,9 +154,11 @@ def found_for(
     Raises ServiceError and ModelError, which say what to ask instead.
     """
     from app.engine.runner import runner_here
+    from models import threshold
 
     prompts = prompts or threshold.PROMPTS
     request = parse({"prompt": prompts[0], **given})
+    check_early(request, settings)
     with bar("starting") as progress:
         runner = runner_here(settings)
         job = resolve(request, runner.catalogue(), Limits.of(settings), "command-line", request.output_format)

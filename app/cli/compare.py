@@ -3,34 +3,74 @@
 from __future__ import annotations
 
 import io
+import json
+import platform
 import statistics
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 from PIL import Image
 
 from app import __version__
 from app.cli import bar
+from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
+from app.cli.options import check_early, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import Limits, pick_model, resolve
 from app.http.schemas import PRESETS, parse
-from app.machine import processor, versions
-from app.settings import Settings, available_cores
+from app.images import encode, format_of
+from app.settings import Settings, available_cores, read_settings
 from models.base import Step
 from models.nearness import psnr
 
 if TYPE_CHECKING:
     from app.engine.runner import RegistryRunner
 
-
-from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once
 _ORDER = ("max_quality", "balanced", "max_speed", "partial")
+# What the rows set, and what a sheet of one picture a row has no use for.
+_LEFT_OUT = "(deepcache|fbcache|cache)_.*|prompt|num_images|batch_size|output_format|enable_preview|deadline_seconds"
+
+
+@with_fields(leave=_LEFT_OUT)
+def compare(
+    prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The sheet: .png, .jpg or .webp.")] = Path(
+        "comparison.png"
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each setting; their median time counts.")] = 1,
+    difference: Annotated[bool, typer.Option("--difference", help="Show how far each is from uncached.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    *,
+    fields: dict[str, Any],
+) -> None:
+    """Draw one prompt uncached and under the presets, on a sheet with times, PSNR, hit rates and every decision.
+
+    Without a size the model's own is taken, without a seed 0.
+    """
+    output_format = format_of(output)
+    given, settings = {"prompt": prompt, "seed": 0, **fields}, read_settings()
+    check_early(parse(given), settings)
+    comparison = compared(given, settings, repeats)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(encode(sheet(comparison, difference=difference), output_format))
+    for sentence in comparison.warnings:
+        print(f"note: {sentence}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**comparison.as_dict(), "sheet": str(output)}))
+        return
+    for row in comparison.rows:
+        likeness = "identical" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
+        print(f"{row.name:<15} {row.seconds:6.2f} s {row.speedup:5.2f}× {likeness:>10}  {row.decisions}")
+    print(output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +271,27 @@ def _machine(runner: RegistryRunner, threads: int) -> dict[str, Any]:
         "versions": versions(("torch", "diffusers")),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
+
+
+def processor() -> str:
+    """The CPU's name; Linux keeps it where `platform` does not look."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of each distribution, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 _MARGIN, _GAP = 28, 20

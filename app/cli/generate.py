@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from app.cli import Bar, bar
+from app.cli.options import check_early, with_fields
 from app.client import ApiError, Client, Event, Generated, Job
-from app.errors import ServiceError
-from app.settings import Settings
+from app.http.resolve import Limits, resolve
+from app.http.schemas import parse
+from app.images import format_of
+from app.settings import Settings, read_settings
+from models.base import Step
+
+
+@with_fields(leave="prompt|output_format|enable_preview")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; several get -0, -1, …")] = Path(
+        "image.png"
+    ),
+    server: Annotated[str | None, typer.Option(help="Let the service at this address draw, not this process.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="WAVESPEED_KEY", help="The server's API key.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    *,
+    fields: dict[str, Any],
+) -> None:
+    """Draw pictures in this process, with the checks and the code of the server, or by a server."""
+    given = {"prompt": prompt, **fields, "output_format": format_of(output)}
+    if "deepcache_preset" in given:
+        given.setdefault("deepcache_enabled", True)
+    drawn = drawn_here(given, read_settings()) if server is None else drawn_there(given, server, key)
+    paths, report = written(drawn, output), drawn.report
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in paths], **report}))
+        return
+    for path, seed_used in zip(paths, report["seeds"], strict=True):
+        print(f"{path} seed={seed_used}")
+    for sentence in report["warnings"]:
+        print(f"note: {sentence}", file=sys.stderr)
+    cache, timings = report["cache"], report["timings"]
+    print(
+        f"cache strategy={cache['strategy']} computed={cache['computed']} reused={cache['reused']} "
+        f"hit_rate={cache['hit_rate']:.2f} denoise_seconds={timings['denoise_seconds']:.2f}"
+    )
 
 
 def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
     """With the checks and the code of the server. Raises ServiceError, ModelError."""
     from app.engine.runner import runner_here
-    from app.http.resolve import Limits, resolve
-    from app.http.schemas import parse
     from app.jobs.record import drawn
-    from models.base import Step
 
     request = parse(values)
+    check_early(request, settings)
     with bar("starting") as progress:
         runner = runner_here(settings)
         limits = Limits.of(settings)
@@ -82,14 +120,3 @@ def written(generated: Generated, output: Path) -> list[Path]:
     for path, picture in zip(paths, generated.images, strict=True):
         path.write_bytes(picture)
     return paths
-
-
-def lora(text: str) -> dict[str, Any]:
-    """NAME or NAME:WEIGHT. Raises ServiceError."""
-    name, _, weight = text.rpartition(":")
-    if not name:
-        return {"name": text}
-    try:
-        return {"name": name, "weight": float(weight)}
-    except ValueError:
-        raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None

@@ -9,14 +9,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cli.canvas import COMPUTED, INK, PALE, REUSED, RULE, Canvas, width_of, wrapped
 from app.errors import ServiceError
+from app.images import encode, format_of
 
 _TOLD = ("interval", "depth", "start", "end", "schedule", "guidance", "threshold", "max_consecutive", "forecast")
 _REMEDY = "Give the JSON of an answer or of a job that is done, or a PNG as the service wrote it."
+
+
+def plot(
+    source: Annotated[Path, typer.Argument(help="An answer's JSON, or a PNG that the service wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plot: .png, .jpg or .webp.")] = Path("plot.png"),
+) -> None:
+    """Plot what the cache did in one request: each call's decision, and what it was decided by."""
+    picture = encode(timeline(read(source)), format_of(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(picture)
+    print(output)
 
 
 class Report(BaseModel):

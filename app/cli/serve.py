@@ -1,13 +1,53 @@
-"""`python -m app serve`: the service on this machine."""
+"""`python -m app serve`, and `models`, what it would serve."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from app.cli import bar
 from app.errors import CannotStart
+from app.settings import read_settings
+
+_log = logging.getLogger("app")
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; overrides WAVESPEED_PORT.")] = None,
+) -> None:
+    """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
+    from app.engine.runner import runner_factory
+    from app.engine.supervisor import local_engine
+    from app.http.app import create_app
+    from app.http.server import serve_until_told
+    from app.log import logging_to
+
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = read_settings(**given)
+    check_devices(settings.devices)
+    factory = runner_factory(settings)
+    with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True) as path:
+        _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
+        engine = local_engine(settings, factory)
+        serve_until_told(create_app(settings, engine), settings, engine)
+
+
+def models() -> None:
+    """List the models as GET /api/models does, as JSON."""
+    from app.engine.runner import runner_factory
+
+    with bar("reading the models"):
+        catalogue = runner_factory(read_settings())("cpu").catalogue()
+    print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
 
 
 def check_devices(devices: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,13 +31,24 @@ from app.engine.types import (
 from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks
-from app.machine import share_cores
 from app.settings import Settings, available_cores
 from cache import CacheReport
 from models.base import Generation, LoadedModel, PassReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 _log = logging.getLogger(__name__)
+SPINS = "30000"
+
+
+def share_cores() -> None:
+    """Let this process's idle threads give up their cores soon. To be called before torch is imported.
+
+    At the end of each parallel loop, thousands in a picture, GNU's OpenMP, which torch computes with on Linux, lets the
+    threads that are done spin for the last one, 300 000 rounds. Where another program wants the cores the last one
+    waits for them (docs/decisions/spinning-threads.md). What the operator says in OpenMP's own variables stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 class Models(Protocol):

@@ -39,6 +39,26 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+_HOME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>WaveSpeed</title>
+<link rel="icon" href="docs/favicon.png">
+</head>
+<body>
+<h1>WaveSpeed</h1>
+<p>This is the API of an image generation service.</p>
+<ul>
+<li><a href="docs">docs</a>: every address and field, to be tried out</li>
+<li><a href="api/models">api/models</a>: what it draws with</li>
+<li><a href="readyz">readyz</a>: whether it can draw now</li>
+</ul>
+<p>A page to draw on is a program of its own: <code>scripts/ui</code>, or <code>docker compose up ui</code>.</p>
+</body>
+</html>
+"""
 _START = """SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#swagger-ui",
@@ -47,6 +67,11 @@ _START = """SwaggerUIBundle({
   presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
 });
 """
+
+
+@router.get("/", include_in_schema=False)
+async def home() -> HTMLResponse:
+    return HTMLResponse(_HOME, headers={"Content-Security-Policy": _POLICY})
 
 
 @router.get("/docs", include_in_schema=False)

@@ -1,133 +1,95 @@
-"""The command line: measures, prints a table a model, and one JSON object as the last line."""
+"""The command line: measures, prints a table a model, and one JSON object as the last line.
+
+python -m benchmarks.cache          the presets: time, counted operations and quality, in a few minutes
+python -m benchmarks.cache --full   the whole grid with every peer; writes docs/benchmarks.md and its plots
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from app.cli import bar
-from benchmarks.cache.claims import forecast_time, of_intervals, of_overheads, of_thresholds
+from benchmarks.cache.claims import counted, forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import first_block_overheads, overheads
-from benchmarks.cache.page import Section, write
-from benchmarks.cache.presets import counted
+from benchmarks.cache.page import COLUMNS, Section, draw, row, write
 from benchmarks.cache.settings import Grid, Setting, full, presets
-from benchmarks.cache.store import Store, fingerprint
-from benchmarks.claim import Claim
 from benchmarks.geometry import FLUX_BLOCK, TransformerHost
-from benchmarks.machine import ROOT, machine
+from benchmarks.report import ROOT, Claim, machine, show
 from cache import DeepCache, FirstBlockCache
 from cache.cost import deepest_branch
-from models.base import GenerationParams, ModelSpec
+from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 
-QUICK_PICTURES, FULL_PICTURES = 8, 32
+_MEASURED_CODE = ("cache/*.py", "models/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
 BATCH = 4  # pictures denoised together where quality is measured and the cache's decisions allow it
 OVERHEAD_REPEATS = 40
 WIDE_REPEATS = 8  # of a step that takes a second or more
 FORECAST_REPEATS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    grid: Grid
-    whole: bool
-    pictures: int
-    repeats: int
-    steps: int | None
-    sampler: str | None
-    device: str
-    store: Path
+def fingerprint(conditions: Mapping[str, Any], weights: Path) -> str:
+    """Changes with the conditions, the code that is measured or measures, and the model's files."""
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True, default=str).encode())
+    code = sorted(file for pattern in _MEASURED_CODE for file in ROOT.glob(pattern))
+    for file in (*code, *sorted(file for file in weights.rglob("*") if file.is_file())):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def table(title: str, results: Sequence[Result]) -> Table:
-    columns = ("setting", "denoise s", "speed-up", "operations", "predicted", "hit rate", "PSNR dB", "95 %", "SSIM")
-    shown = Table(*columns, title=title)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for result in results:
-        row = result.row()
-        predicted = "–" if row["predicted_speedup"] is None else f"{row['predicted_speedup']:.2f}×"
-        same = result.identical == len(result.psnr_db)
-        low, high = row["psnr_interval"]
-        shown.add_row(
-            result.name,
-            f"{row['denoise_seconds']:.3f}",
-            f"{row['speedup']:.2f}×",
-            f"{row['operations_speedup']:.2f}×",
-            predicted,
-            f"{row['hit_rate']:.2f}",
-            "same" if same else f"{row['psnr_db']:.1f}",
-            "" if same else f"{low:.1f}–{high:.1f}",
-            f"{row['ssim']:.3f}",
-        )
-    return shown
+class Store:
+    """One JSON line a measurement in `file`; a setting's last one counts, those of another fingerprint are not read."""
+
+    def __init__(self, file: Path, mark: str) -> None:
+        self.file, self.mark = file, mark
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        found = [Result(**entry["result"]) for entry in map(json.loads, lines) if entry["mark"] == mark]
+        self.results = {result.name: result for result in found}
+
+    def add(self, result: Result) -> None:
+        self.results[result.name] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"mark": self.mark, "result": asdict(result)}) + "\n")
 
 
-def bench_of(registry: Registry, name: str, options: Options) -> tuple[Bench, list[Setting], Store]:
+def bench_of(registry: Registry, name: str, pictures: int, steps: int | None) -> Bench:
     spec, family = registry.spec(name), registry.family(name)
     width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
+    guidance = family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale
     params = GenerationParams(
-        prompt="",
-        width=width,
-        height=height,
-        steps=options.steps or spec.steps or family.steps,
-        guidance_scale=family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale,
-        sampler=options.sampler,
+        prompt="", width=width, height=height, steps=steps or spec.steps or family.steps, guidance_scale=guidance
     )
-    model: Any = registry.get(name)
-    bench = Bench(model, params, pairs(options.pictures), BATCH)
-    settings = full(model.denoiser, params.steps, options.grid) if options.whole else presets(family.cache)
-    conditions = {
-        "params": asdict(params),
-        "pairs": bench.pairs,
-        "batch": bench.batch,
-        "repeats": options.repeats,
-        "machine": {**machine(options.device), "commit": None},
-    }
-    return bench, settings, Store(options.store, fingerprint(conditions, spec.source))
+    return Bench(registry.get(name), params, pairs(pictures), BATCH)
 
 
-def measure(bench: Bench, settings: Sequence[Setting], store: Store, repeats: int, seconds: float) -> list[Result]:
-    """Each setting's result, from the store where it is there: first all qualities, then all times.
-
-    No quality is begun after two thirds of `seconds`, and no timing after all of them; what is incomplete then is
-    left out.
-    """
-    started = time.monotonic()
+def measure(bench: Bench, settings: Sequence[Setting], store: Store, repeats: int) -> list[Result]:
+    """Each setting's result, from the store where it is there: first all qualities, then all times."""
     with bar("measuring") as progress:
 
-        def going_on(stage: str, todo: list[Setting], until: float) -> Iterator[Setting]:
+        def each(stage: str, todo: list[Setting]) -> Iterator[Setting]:
             progress.show(stage, completed=0, total=len(todo))
             for setting in todo:
-                if time.monotonic() - started > until:
-                    return
                 progress.show(f"{stage} {setting.name}")
                 yield setting
                 progress.advance()
 
-        unseen = [setting for setting in settings if setting.name not in store.results]
-        for setting in going_on("quality", unseen, seconds * 2 / 3):
+        for setting in each("quality", [one for one in settings if one.name not in store.results]):
             store.add(bench.quality(setting))
-        untimed = [s for s in settings if s.name in store.results and not store.results[s.name].seconds]
-        for setting in going_on("time", untimed, seconds):
-            result = store.results[setting.name]
-            bench.timing(result, setting, repeats)
-            store.add(result)
-    found = [store.results[setting.name] for setting in settings if setting.name in store.results]
-    return [result for result in found if result.seconds]
+        for setting in each("time", [one for one in settings if not store.results[one.name].seconds]):
+            bench.timing(store.results[setting.name], setting, repeats)
+            store.add(store.results[setting.name])
+    return [store.results[setting.name] for setting in settings]
 
 
 def demands(
@@ -141,11 +103,9 @@ def demands(
     if branch is None:
         return []
     claims = of_intervals(results, branch)
-    own = {  # evenly placed, both of them
-        one.forecast: one
-        for one in settings
-        if one.ours and not one.default and (one.interval, one.branch) == (strategy.interval, branch)
-    }
+    here = (strategy.interval, branch)
+    even = [one for one in settings if one.ours and not one.default and (one.interval, one.branch) == here]
+    own = {one.forecast: one for one in even}
     if {strategy.forecast, "none"} <= own.keys():
         claims.append(forecast_time(bench, own[strategy.forecast], own["none"], FORECAST_REPEATS))
     return claims
@@ -154,65 +114,31 @@ def demands(
 def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> list[dict[str, Any]]:
     """The overhead of a reuse step: at each branch that `depths` choose, or after a transformer's first block."""
     pipeline = bench.model.pipeline
+    forecasts = dict.fromkeys(((DeepCache() if costs else FirstBlockCache()).forecast, "none"))
     if not costs:
-        forecasts = dict.fromkeys((FirstBlockCache().forecast, "none"))
         wide = TransformerHost(FLUX_BLOCK, str(pipeline.device), torch.float32)
-        arguments = wide.arguments(wide.inputs["latents"], torch.tensor(500.0))
+        arguments = wide.arguments(wide.latents, torch.tensor(500.0))
         return [
             first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS),
             first_block_overheads(wide.transformer, arguments, forecasts, WIDE_REPEATS, FLUX_BLOCK.name),
         ]
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    scale = pipeline.vae_scale_factor
-    size = (bench.params.height // scale, bench.params.width // scale)
-    chosen = dict.fromkeys(deepest_branch(costs, depth) for depth in depths)
-    first = {branch: next(d for d in depths if deepest_branch(costs, d) == branch) for branch in chosen}
-    return [
-        overheads(
-            pipeline.unet, scheduler, depth, dict.fromkeys((DeepCache().forecast, "none")), OVERHEAD_REPEATS, size
-        )
-        for branch, depth in first.items()
-        if branch is not None
-    ]
+    size = (bench.params.height // pipeline.vae_scale_factor, bench.params.width // pipeline.vae_scale_factor)
+    first = {deepest_branch(costs, depth): depth for depth in reversed(depths)}
+    branches = dict.fromkeys(deepest_branch(costs, depth) for depth in depths)
+    chosen = [first[branch] for branch in branches if branch is not None]
+    return [overheads(pipeline.unet, scheduler, depth, forecasts, OVERHEAD_REPEATS, size) for depth in chosen]
 
 
-def conditions(spec: ModelSpec, bench: Bench) -> str:
-    params = bench.params
-    scheduler = bench.model.pipeline.scheduler
-    seeds = [seed for _, seed in bench.pairs]
+def conditions(name: str, bench: Bench) -> str:
+    params, seeds = bench.params, [seed for _, seed in bench.pairs]
     return (
-        f"`{spec.name}`, {params.width} × {params.height}, {params.steps} steps, guidance {params.guidance_scale}, "
-        f"{params.sampler or type(scheduler).__name__}, {len(seeds)} pictures of {len({p for p, _ in bench.pairs})} "
-        f"prompts, seeds {min(seeds)} to {max(seeds)}. Where quality is measured they are denoised {bench.batch} at a "
-        "time, except under a cache that decides for its batch as a whole."
+        f"`{name}`, {params.width} × {params.height}, {params.steps} steps, guidance {params.guidance_scale}, "
+        f"{type(bench.model.pipeline.scheduler).__name__}, {len(seeds)} pictures of "
+        f"{len({prompt for prompt, _ in bench.pairs})} prompts, seeds {min(seeds)} to {max(seeds)}. Where quality is "
+        f"measured they are denoised {bench.batch} at a time, except under a cache that decides for its batch as a "
+        "whole."
     )
-
-
-def left_out(options: Options) -> str:
-    """What the defaults of the full grid would measure besides."""
-    whole = Grid()
-    parts = []
-    for name in ("intervals", "depths", "thresholds", "forecasts"):
-        missing = [str(value) for value in getattr(whole, name) if value not in getattr(options.grid, name)]
-        if missing:
-            parts.append(f"{name} {', '.join(missing)}")
-    return "; ".join(parts) + ("." if parts else "")
-
-
-def numbers(text: str | None, kind: type[int] | type[float], default: Sequence[float]) -> tuple[Any, ...]:
-    """A comma-separated list, or the default."""
-    try:
-        return tuple(default) if text is None else tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no comma-separated list of numbers") from None
-
-
-def known(text: str | None, names: Sequence[str]) -> tuple[str, ...]:
-    """A comma-separated choice of `names`, or all of them."""
-    chosen = tuple(names) if text is None else tuple(text.split(","))
-    if wrong := set(chosen) - set(names):
-        raise typer.BadParameter(f"{', '.join(sorted(wrong))}: there are {', '.join(names)}")
-    return chosen
 
 
 def main(
@@ -221,7 +147,6 @@ def main(
     pictures: Annotated[int | None, typer.Option(min=1, help="Prompts with seeds. Default: 8, with --full 32.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a setting, each beside an uncached one.")] = 5,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps. Default: the model's.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="A sampler's name. Default: the model's own.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     intervals: Annotated[str | None, typer.Option(help="With --full: some of 2,3,4,5,6,7,8.")] = None,
     depths: Annotated[str | None, typer.Option(help="With --full: some of 0,1,2,3,4.")] = None,
@@ -229,58 +154,41 @@ def main(
     forecasts: Annotated[str | None, typer.Option(help="With --full: of none,linear,quadratic,damped,probe.")] = None,
     fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
     cached_fewer: Annotated[str | None, typer.Option(help="With --full: the same, under our cache.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Begin no setting after that, divided among models.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
-    store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = ROOT
-    / "out"
-    / "benchmark-cache.jsonl",
+    store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = (
+        ROOT / "out" / "benchmark-cache.jsonl"
+    ),
 ) -> None:
     """Measure the caches on the embedded models, beside their published peers with --full."""
-    whole_grid = Grid()
-    grid = Grid(
-        intervals=numbers(intervals, int, whole_grid.intervals),
-        depths=numbers(depths, int, whole_grid.depths),
-        thresholds=numbers(thresholds, float, whole_grid.thresholds),
-        fewer=numbers(fewer, float, whole_grid.fewer),
-        cached_fewer=numbers(cached_fewer, float, whole_grid.cached_fewer),
-        forecasts=known(forecasts, whole_grid.forecasts),
-    )
-    pictures = pictures or (FULL_PICTURES if whole else QUICK_PICTURES)
-    options = Options(grid, whole, pictures, repeats, steps, sampler, device, store)
-    registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device)
-    console = Console(stderr=True)
+    chosen = {"intervals": intervals, "depths": depths, "thresholds": thresholds, "forecasts": forecasts}
+    grid = Grid().narrowed(**chosen, fewer=fewer, cached_fewer=cached_fewer)
+    pictures = pictures or (32 if whole else 8)
+    registry, measured = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device), machine(device)
     sections: list[Section] = []
-    started, names = time.monotonic(), tuple(model or registry.names)
-    for turn, name in enumerate(names):
-        left = math.inf if minutes is None else (60 * minutes - (time.monotonic() - started)) / (len(names) - turn)
+    for name in model or registry.names:
         with bar(f"loading {name}"):
-            bench, settings, kept = bench_of(registry, name, options)
-        results = measure(bench, settings, kept, repeats, left)
-        said = conditions(registry.spec(name), bench)
-        Console(width=130).print(table(said, results))
-        section = Section(name, said, results, f"images/pareto-{name}.png")
-        section.missing = sorted({setting.name for setting in settings} - {result.name for result in results})
+            bench = bench_of(registry, name, pictures, steps)
+        kind, costs = registry.family(name).cache, registry.reuse_costs(name)
+        settings = full(bench.model.denoiser, bench.params.steps, grid) if whole else presets(kind)
+        known = {"params": asdict(bench.params), "pairs": bench.pairs, "batch": BATCH, "repeats": repeats}
+        mark = fingerprint({**known, "machine": {**measured, "commit": None}}, registry.spec(name).source)
+        results = measure(bench, settings, Store(store, mark), repeats)
+        section = Section(name, conditions(name, bench), results)
+        show(section.conditions, COLUMNS, map(row, results))
         if whole:
-            costs = registry.reuse_costs(name)
             section.overhead = reuse_steps(bench, costs, grid.depths)
             section.claims = demands(bench, settings, results, costs)
             section.claims += of_overheads(section.overhead, (DeepCache() if costs else FirstBlockCache()).forecast)
-            from benchmarks.cache.plot import draw  # matplotlib, which only the page needs
-
-            draw(said, results, page.parent / section.plot)
+            draw(section.conditions, results, page.parent / section.plot)
         sections.append(section)
-    measured = machine(device)
     if whole:
-        command = " ".join(["python -m benchmarks.cache", *sys.argv[1:]])
-        write(page, command, measured, sections, counted(), left_out(options))
-        console.print(f"wrote {page}")
+        write(page, " ".join(["python -m benchmarks.cache", *sys.argv[1:]]), measured, sections, counted())
     models = {
         section.model: {
             "conditions": section.conditions,
             "settings": {result.name: result.row() for result in section.results},
             "demands": [asdict(claim) for claim in section.claims],
             "overhead": section.overhead,
-            "missing": section.missing,
         }
         for section in sections
     }

@@ -7,30 +7,27 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
-from benchmarks.claim import Claim
+from benchmarks.geometry import SD15, SDXL
+from benchmarks.report import Claim
+from cache import UNetDenoiser
+from cache.cost import deepest_branch, interval_speedup
 
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time
 EXTRA_TIME = 0.02  # that a forecast may cost
 OVERHEAD = 0.05  # of a reuse step's time that may be ours
-PEER = "the published helper's"
-
-
-def _hit_rate(result: Result) -> float:
-    return result.hit_rate
-
-
-UNITS: dict[str, tuple[Axis, float]] = {"hit rate": (_hit_rate, 0.0), "speed-up in operations": (in_operations, 1.0)}
+PRESETS = {"balanced": (3, 2, 2.0), "max_speed": (5, 3, 2.78), "max_quality": (2, 1, 1.5)}
+"""Interval, depth, and the speed-up that it is to reach at least."""
+UNITS: dict[str, tuple[Axis, float]] = {
+    "hit rate": (lambda one: one.hit_rate, 0.0),
+    "speed-up in operations": (in_operations, 1.0),
+}
 """What settings are matched by, with its value for an uncached run."""
-
-
-def gain(ours: Result, other: Result) -> tuple[str, float, float]:
-    """The mean difference in PSNR with its interval, as text, and the mean and the lower end as numbers."""
-    mean, low, high = difference(ours, other)
-    return f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]", mean, low
 
 
 def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
@@ -40,29 +37,31 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
     """
     claims = []
     whole = [one for one in results if one.steps == results[0].steps]
-    at_branch = [one for one in whole if one.branch == branch or one.method == NO_LAYER]
     for interval, wanted in GAINS.items():
-        here = [one for one in at_branch if one.interval == interval]
+        here = [one for one in whole if one.interval == interval and (one.branch == branch or one.method == NO_LAYER)]
         own = next((one for one in here if one.default), None)
         if own is None:
             continue
-        where = f"interval {interval}, branch {branch}"
-        for plain in (one for one in here if one.ours and one.forecast == "none" and not one.default):
-            text, mean, low = gain(own, plain)
-            sentence = f"{where}: the default over plain reuse, at least {wanted} dB"
-            claims.append(Claim(sentence, text, mean >= wanted and low > 0))
-        for peer in (one for one in here if not one.ours):
-            text, _, low = gain(own, peer)
-            claims.append(Claim(f"{where}: the default over {peer.method}", text, low > 0))
+        where = f"interval {interval}, branch {branch}: "
+        for other in sorted(here, key=lambda one: not one.ours):
+            mean, low, high = difference(own, other)
+            measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
+            if not other.ours:
+                claims.append(Claim(f"{where}the default over {other.method}", measured, low > 0))
+            elif other.forecast == "none" and not other.default:
+                sentence, holds = (
+                    f"{where}the default over plain reuse, at least {wanted} dB",
+                    mean >= wanted and low > 0,
+                )
+                claims.append(Claim(sentence, measured, holds))
         for one in (one for one in here if one.ours):
             if (fewer := shortened(results, in_operations, one.operations_speedup)) is not None:
-                text, mean, _ = gain(one, fewer)
-                sentence = (
-                    f"{where}: {'the default' if one.default else one.method}, {one.operations_speedup:.2f}× in "
-                    f"operations, over {fewer.label} steps at that speed"
-                )
-                demand = f", at least {OVER_FEWER:.0f} dB" if one.default else ""
-                claims.append(Claim(sentence + demand, text, mean >= OVER_FEWER if one.default else None))
+                mean, low, high = difference(one, fewer)
+                name, demand = ("the default", f", at least {OVER_FEWER:.0f} dB") if one.default else (one.method, "")
+                speed = f"{one.operations_speedup:.2f}× in operations, over {fewer.label} steps at that speed"
+                measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
+                holds = mean >= OVER_FEWER if one.default else None
+                claims.append(Claim(f"{where}{name}, {speed}{demand}", measured, holds))
     return claims
 
 
@@ -75,11 +74,11 @@ def forecast_time(bench: Bench, forecast: Setting, plain: Setting, repeats: int)
 
 def of_overheads(rows: Sequence[Mapping[str, Any]], default: str) -> list[Claim]:
     """What the default forecast's reuse step takes above its bare layers, and against the published helper's."""
-    claims = []
+    claims, bound = [], f"at most {OVERHEAD:.0%} and below the published helper's"
     for row in rows:
         own = row["excess"][f"ours, {default}"]
         (published,) = (excess for name, excess in row["excess"].items() if not name.startswith("ours"))
-        sentence = f"{row['layers']}: a reuse step above its bare layers, at most {OVERHEAD:.0%} and below {PEER}"
+        sentence = f"{row['layers']}: a reuse step above its bare layers, {bound}"
         claims.append(Claim(sentence, f"{own:+.1%} against {published:+.1%}", own <= OVERHEAD and own < published))
     return claims
 
@@ -109,15 +108,31 @@ def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:
     return claims
 
 
-def _against(sentence: str, couples: list[tuple[Result, Result | None]]) -> Claim:
-    matched = [(peer, own) for peer, own in couples if own is not None]
-    if not matched:
+def _against(sentence: str, couples: Sequence[tuple[Result, Result | None]]) -> Claim:
+    gains = [(difference(own, peer), own, peer) for peer, own in couples if own is not None]
+    if not gains:
         return Claim(sentence, f"none of its {len(couples)} points has one of ours to be held against")
-    gains = [(difference(own, peer), peer, own) for peer, own in matched]
     won = sum(mean > 0 for (mean, _, _), _, _ in gains)
-    (mean, low, high), peer, own = min(gains, key=lambda entry: entry[0][0])
+    (mean, low, high), own, peer = min(gains, key=lambda entry: entry[0][0])
     measured = (
-        f"{won} of {len(matched)} points ({len(couples) - len(matched)} without a counterpart); the worst "
+        f"{won} of {len(gains)} points ({len(couples) - len(gains)} without a counterpart); the worst "
         f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}], {own.label} against {peer.label}"
     )
-    return Claim(sentence, measured, won == len(matched))
+    return Claim(sentence, measured, won == len(gains))
+
+
+def counted() -> list[Claim]:
+    """The presets on the shapes of large models, without weights: a claim a preset, at each model's native size."""
+    from diffusers import UNet2DConditionModel
+
+    claims = []
+    for model, config in (("SD1.5", SD15), ("SDXL", SDXL)):
+        with torch.device("meta"):
+            costs = UNetDenoiser(UNet2DConditionModel(**config)).branch_costs
+        for name, (interval, depth, wanted) in PRESETS.items():
+            if (branch := deepest_branch(costs, depth)) is not None:
+                speedup = interval_speedup(interval, costs[branch])
+                measured = f"{speedup:.2f}×, branch {branch}, a reuse step at {costs[branch]:.3f} of a full one"
+                sentence = f"{model}, {name} (interval {interval}, depth {depth}): at least {wanted}×"
+                claims.append(Claim(sentence, measured, speedup >= wanted))
+    return claims

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from benchmarks.cache.measure import Result
 from benchmarks.cache.settings import FEWER
@@ -26,9 +26,8 @@ AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
 def pareto(results: Iterable[Result], axis: Axis) -> list[Result]:
     """Those that no other beats in both speed-up and mean PSNR, slowest first; what spares nothing is left out."""
     front: list[Result] = []
-    for result in sorted(
-        (one for one in results if one.acts), key=lambda one: (axis(one), one.mean_psnr), reverse=True
-    ):
+    acting = (one for one in results if one.acts)
+    for result in sorted(acting, key=lambda one: (axis(one), one.mean_psnr), reverse=True):
         if not front or result.mean_psnr > front[-1].mean_psnr:
             front.append(result)
     return front[::-1]
@@ -39,11 +38,8 @@ def height(front: Sequence[Result], axis: Axis, speedup: float) -> float | None:
     for left, right in itertools.pairwise(front):
         low, high = axis(left), axis(right)
         if low <= speedup <= high:
-            share = (speedup - low) / (high - low)
-            return left.mean_psnr + share * (right.mean_psnr - left.mean_psnr)
-    if len(front) == 1 and axis(front[0]) == speedup:
-        return front[0].mean_psnr
-    return None
+            return left.mean_psnr + (speedup - low) / (high - low) * (right.mean_psnr - left.mean_psnr)
+    return front[0].mean_psnr if len(front) == 1 and axis(front[0]) == speedup else None
 
 
 def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
@@ -51,40 +47,25 @@ def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
     return pareto((one for one in results if one.ours and one.hit_rate > 0), axis)
 
 
-@dataclass(frozen=True, slots=True)
-class Above:
-    """A peer's point that our front does not cover: `by` dB above it, or None where our front has ended."""
+def above(results: Sequence[Result], axis: Axis) -> Iterator[tuple[Result, float | None]]:
+    """Points of peers, fewer steps included, that our front does not cover, and by how many dB they lie above it.
 
-    peer: Result
-    speedup: float
-    by: float | None
-
-
-def above(results: Sequence[Result], axis: Axis) -> list[Above]:
-    """Points of peers, fewer steps included, that lie above our front or beyond an end of it.
-
-    A point beyond the fast end counts whatever its quality; one beyond the slow end only if it is nearer to the
-    uncached pictures than all of ours.
+    None beyond an end of it. A point beyond the fast end counts whatever its quality; one beyond the slow end only if
+    it is nearer to the uncached pictures than all of ours.
     """
     front = our_front(results, axis)
-    found = []
-    for peer in results:
-        if peer.ours or not peer.acts:
-            continue
-        speedup = axis(peer)
-        level = height(front, axis, speedup)
-        if level is not None:
-            if peer.mean_psnr > level:
-                found.append(Above(peer, speedup, peer.mean_psnr - level))
-        elif not any(axis(one) >= speedup and one.mean_psnr >= peer.mean_psnr for one in front):
-            found.append(Above(peer, speedup, None))
-    return found
+    for peer in (one for one in results if one.acts and not one.ours):
+        level = height(front, axis, axis(peer))
+        if level is None:
+            if not any(axis(one) >= axis(peer) and one.mean_psnr >= peer.mean_psnr for one in front):
+                yield peer, None
+        elif peer.mean_psnr > level:
+            yield peer, peer.mean_psnr - level
 
 
 def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result | None:
     """The result that reaches `wanted` by the least, or None."""
-    enough = [one for one in results if measure(one) >= wanted]
-    return min(enough, key=measure, default=None)
+    return min((one for one in results if measure(one) >= wanted), key=measure, default=None)
 
 
 def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result | None:
@@ -93,12 +74,10 @@ def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result |
     Its `label` says the steps. The slower run itself where it is as fast or no faster one is known; None without one.
     """
     fewer = sorted((one for one in results if one.method == FEWER), key=axis)
-    slower = [one for one in fewer if axis(one) <= speedup]
-    if not slower:
-        return None
-    near, far = slower[-1], next((one for one in fewer if axis(one) > speedup), None)
-    if far is None or axis(near) == speedup:
-        return replace(near, label=str(near.steps))
+    near = next((one for one in reversed(fewer) if axis(one) <= speedup), None)
+    far = next((one for one in fewer if axis(one) > speedup), None)
+    if near is None or far is None or axis(near) == speedup:
+        return near and replace(near, label=str(near.steps))
     share = (speedup - axis(near)) / (axis(far) - axis(near))
     between = [a + share * (b - a) for a, b in zip(near.psnr_db, far.psnr_db, strict=True)]
     return replace(near, label=f"{near.steps} to {far.steps}", psnr_db=between)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from benchmarks.cache.judge import agreement
 from benchmarks.cache.peers import slot_of
-from benchmarks.cache.quality import interval, ssim
 from benchmarks.cache.settings import Setting, uncached
+from benchmarks.report import interval
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
-from models.nearness import psnr
+from models.embedded import FOLDER
+from models.embedded.recipe.autoencoder import to_tensor
+from models.embedded.recipe.judges import Judge
+from models.nearness import PEAK, psnr
 
 PROMPTS = (
     "a misty forest at twilight",
@@ -36,6 +41,40 @@ PROMPTS = (
 REUSED_BELOW = 0.995  # of the run's costliest call, in operations
 
 Pictures = NDArray[np.uint8]  # (pictures, height, width, 3)
+
+
+def ssim(reference: ArrayLike, picture: ArrayLike) -> float:
+    """Mean structural similarity of the lumas of two 8-bit pictures (height, width, 3), each side 11 pixels or more.
+
+    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", equations 13 to 17:
+    Gaussian window of 11 × 11 with σ = 1.5, K₁ = 0.01, K₂ = 0.03, windows that lie whole in the picture.
+    """
+    x, y = (np.asarray(image, float) @ (0.299, 0.587, 0.114) for image in (reference, picture))  # ITU-R BT.601
+
+    def blurred(plane: NDArray[np.float64]) -> NDArray[np.float64]:
+        whole: NDArray[np.float64] = gaussian_filter(plane, 1.5, radius=5)[5:-5, 5:-5]
+        return whole
+
+    mean_x, mean_y = blurred(x), blurred(y)
+    variance_x, variance_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    above = (2 * mean_x * mean_y + c1) * (2 * (blurred(x * y) - mean_x * mean_y) + c2)
+    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return float((above / below).mean())
+
+
+def agreement(reference: Pictures, pictures: Pictures) -> float:
+    """Share of pictures that show the same weather, place and time as their references.
+
+    So the embedded models' own classifiers say, which saw no generated picture.
+    """
+    judge = Judge()
+    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(FOLDER / "judges.safetensors").items()})
+    judge.eval()
+    with torch.no_grad():
+        heads = [judge(to_tensor(images).cpu()) for images in (reference, pictures)]
+    seen = [torch.stack([head.argmax(-1) for head in found]) for found in heads]  # (3, pictures)
+    return float((seen[0] == seen[1]).all(0).float().mean())
 
 
 class Operations(TorchDispatchMode):
@@ -99,11 +138,8 @@ class Watched:
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
-        with ExitStack() as stack:
-            report = stack.enter_context(self.strategy.attach(denoiser))
+        with self.strategy.attach(denoiser) as report, self._counted() if self.counting else nullcontext():
             self.reports.append(report)
-            if self.counting:
-                stack.enter_context(self._counted())
             started = now()
             yield report
             self.seconds = now() - started
@@ -111,24 +147,19 @@ class Watched:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         network: torch.nn.Module = getattr(self.host, slot_of(self.host))  # the twin, where a peer runs
-        operations = Operations()
-        before = [0]
-        calls: list[int] = []
-        self.runs.append(calls)
+        operations, totals = Operations(), []  # before and after each call
 
-        def begin(*_: Any) -> None:
-            before[0] = operations.total
+        def count(*_: Any) -> None:
+            totals.append(operations.total)
 
-        def end(*_: Any) -> None:
-            calls.append(operations.total - before[0])
-
-        hooks = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+        hooks = [network.register_forward_pre_hook(count), network.register_forward_hook(count)]
         try:
             with operations:
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+        self.runs.append([after - before for before, after in zip(totals[::2], totals[1::2], strict=True)])
 
 
 def now() -> float:
@@ -184,23 +215,21 @@ class Result:
     def mean_psnr(self) -> float:
         return statistics.mean(self.psnr_db)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def row(self) -> dict[str, Any]:
         """The summary, ready for JSON."""
-        low, high = interval(self.psnr_db)
+
+        def rounded(value: float | None, digits: int = 3) -> float | None:
+            return None if value is None else round(value, digits)
+
         return {
-            "denoise_seconds": round(statistics.median(self.seconds), 4),
-            "speedup": round(self.speedup, 3),
-            "operations_speedup": round(self.operations_speedup, 3),
-            "predicted_speedup": None if self.predicted_speedup is None else round(self.predicted_speedup, 3),
-            "hit_rate": round(self.hit_rate, 3),
-            "psnr_db": round(self.mean_psnr, 2),
-            "psnr_interval": [round(low, 2), round(high, 2)],
-            "ssim": round(statistics.mean(self.ssim), 4),
+            "denoise_seconds": rounded(statistics.median(self.seconds), 4),
+            "speedup": rounded(self.speedup),
+            **{name: rounded(getattr(self, name)) for name in ("operations_speedup", "predicted_speedup", "hit_rate")},
+            "psnr_db": rounded(self.mean_psnr, 2),
+            "psnr_interval": [rounded(bound, 2) for bound in interval(self.psnr_db)],
+            "ssim": rounded(statistics.mean(self.ssim), 4),
             "identical": self.identical,
-            "agreement": None if self.agreement is None else round(self.agreement, 3),
+            "agreement": rounded(self.agreement),
         }
 
 
@@ -229,14 +258,9 @@ class Bench:
         reference, plain = self.reference(batch)
         pictures, watched = (reference, plain) if setting == uncached() else self._pictures(setting, batch)
         couples = list(zip(reference, pictures, strict=True))
+        names = ("method", "label", "interval", "branch", "threshold", "forecast", "default")
         return Result(
-            setting.method,
-            setting.label,
-            interval=setting.interval,
-            branch=setting.branch,
-            threshold=setting.threshold,
-            forecast=setting.forecast,
-            default=setting.default,
+            **{name: getattr(setting, name) for name in names},
             steps=setting.steps or self.params.steps,
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
@@ -289,13 +313,8 @@ class Bench:
         return Watched(setting.make(pipeline, setting.steps or self.params.steps), pipeline, counting)
 
     def _draw(self, setting: Setting, watched: Watched, prompt: str, *seeds: int) -> list[Any]:
-        params = replace(
-            self.params,
-            prompt=prompt,
-            seeds=seeds,
-            steps=setting.steps or self.params.steps,
-            batch_size=len(seeds),
-        )
+        given: Any = {"prompt": prompt, "seeds": seeds, "batch_size": len(seeds)}
+        params = replace(self.params, steps=setting.steps or self.params.steps, **given)
         images: list[Any] = self.model.generate(params, watched, lambda step: None).images
         return images
 
@@ -314,16 +333,9 @@ def pairs(number: int) -> list[tuple[str, int]]:
 
 def grouped(all_pairs: Iterable[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
     """Runs of up to `batch` seeds of one prompt."""
-    seeds: list[int] = []
-    last: str | None = None
-    for prompt, seed in all_pairs:
-        if seeds and (prompt != last or len(seeds) == batch):
-            yield str(last), seeds
-            seeds = []
-        last = prompt
-        seeds.append(seed)
-    if seeds:
-        yield str(last), seeds
+    for prompt, same in itertools.groupby(all_pairs, key=lambda pair: pair[0]):
+        seeds = [seed for _, seed in same]
+        yield from ((prompt, seeds[at : at + batch]) for at in range(0, len(seeds), batch))
 
 
 def difference(ours: Result, other: Result) -> tuple[float, float, float]:

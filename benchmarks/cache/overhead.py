@@ -9,8 +9,8 @@ a computed call are new ones, those of the reused call after it are the same but
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from benchmarks.cache.measure import now
 from benchmarks.cache.peers import DiffusersHook, PublishedDeepCache, twin
 from benchmarks.cache.settings import with_forecast
-from cache import DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
+from cache import CacheStrategy, DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.patching import shadowed
 
 WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second
 
-Step = Callable[[int], Any]
+Call = Callable[[Any, int], Any]  # of a network, with the index of a step
 
 
 def overheads(
@@ -42,27 +42,33 @@ def overheads(
     branch = deepest_branch(view.branch_costs, depth)
     if branch is None:
         raise ValueError(f"At depth {depth} no layer runs, so that there is no step to compare with.")
-    generator = torch.Generator().manual_seed(0)
-    device = next(unet.parameters()).device
-    dtype = next(unet.parameters()).dtype
-    latents = torch.randn(2, unet.config.in_channels, *size, generator=generator).to(device, dtype)
-    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator).to(device, dtype)
+    generator, like = torch.Generator().manual_seed(0), next(unet.parameters())
+    latents = torch.randn(2, unet.config.in_channels, *size, generator=generator).to(like)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator).to(like)
+    kept: list[Tensor] = []
 
-    def call(network: nn.Module, index: int) -> Any:
+    def call(network: Any, index: int) -> Any:
         return network(latents, scheduler.timesteps[index], encoder_hidden_states=text, return_dict=False)
 
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
     with torch.no_grad(), ExitStack() as stack:
-        steps: dict[str, Step] = {"bare": stack.enter_context(_bare(view, branch, call))}
+        hook = view.source(branch).register_forward_hook(keep)  # the state that a full call leaves
+        call(view.root, 0)
+        hook.remove()
+        layers = view.branch_pass(branch)  # entered for good, which its own `run` does anew for each call
+        layers._middle.state = kept[0]
+        stack.enter_context(shadowed(layers._shadows))
+        steps = {"bare": _reused(view, call)}
         for forecast in forecasts:
-            own = UNetDenoiser(twin(unet)).sampled(lambda: [1.0] * 2 * (repeats + WARM_UP))
-            stack.enter_context(with_forecast(DeepCache(interval=2, depth=depth), forecast).attach(own))
-            steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)
+            strategy = with_forecast(DeepCache(interval=2, depth=depth), forecast)
+            steps[f"ours, {forecast}"], _ = _ours(UNetDenoiser(twin(unet)), strategy, call, repeats, stack)
         host = SimpleNamespace(unet=unet, scheduler=scheduler)
         peer = PublishedDeepCache(host, repeats, interval=2, branch=branch)
         stack.enter_context(peer.attach(UNetDenoiser(unet)))
         steps["DeepCache 0.1.1"] = lambda index: call(host.unet, index)
-        seconds = _timed(steps, repeats)
-    return _row(f"branch {branch}", seconds)
+        return _timed(f"branch {branch}", steps, repeats)
 
 
 def first_block_overheads(
@@ -77,25 +83,21 @@ def first_block_overheads(
     arguments: of one call of `transformer`, by name. layers: what the row calls the layers that run.
     """
     view = TransformerDenoiser(twin(transformer))
-    generator = torch.Generator().manual_seed(0)
-    like = arguments["hidden_states"]
+    generator, like = torch.Generator().manual_seed(0), arguments["hidden_states"]
     starts = torch.randn(repeats + WARM_UP, *like.shape, generator=generator).to(like)
 
-    def call(network: nn.Module, index: int) -> Any:
-        hidden = starts[index // 2] * (1 + 1e-4 * (index % 2))
-        return network(**{**arguments, "hidden_states": hidden})
+    def call(network: Any, index: int) -> Any:
+        return network(**{**arguments, "hidden_states": starts[index // 2] * (1 + 1e-4 * (index % 2))})
 
     with torch.no_grad(), ExitStack() as stack:
         lists = enumerate(zip(view.block_lists, view.blocks, strict=True))
         shadows = [(view.root, name, blocks[:1] if index == 0 else []) for index, (name, blocks) in lists]
         stack.enter_context(shadowed(shadows))
-        steps: dict[str, Step] = {"bare": lambda index: call(view.root, index) if index % 2 else None}
-        reports = []
+        steps, reports = {"bare": _reused(view, call)}, []
         for forecast in forecasts:
-            own = TransformerDenoiser(twin(transformer)).sampled(lambda: [1.0] * 2 * (repeats + WARM_UP))
-            strategy = with_forecast(FirstBlockCache(), forecast)
-            reports.append(stack.enter_context(strategy.attach(own)))
-            steps[f"ours, {forecast}"] = lambda index, own=own: call(own.root, index)
+            strategy, own = with_forecast(FirstBlockCache(), forecast), TransformerDenoiser(twin(transformer))
+            steps[f"ours, {forecast}"], report = _ours(own, strategy, call, repeats, stack)
+            reports.append(report)
         host = SimpleNamespace(transformer=transformer)
         peer = DiffusersHook(host, repeats, config=FirstBlockCacheConfig(threshold=FirstBlockCache().threshold))
         stack.enter_context(peer.attach(TransformerDenoiser(transformer)))
@@ -104,45 +106,24 @@ def first_block_overheads(
             with host.transformer.cache_context("cond"):
                 return call(host.transformer, index)
 
-        steps["diffusers FirstBlockCache"] = hooked
-        seconds = _timed(steps, repeats)
-    expected = "CR" * (repeats + WARM_UP)
-    if any(report.decisions != expected for report in reports):
+        row = _timed(layers, {**steps, "diffusers FirstBlockCache": hooked}, repeats)
+    if any(report.decisions != "CR" * (repeats + WARM_UP) for report in reports):
         raise RuntimeError("the calls did not compute and reuse in turn, so that what was timed is no reuse step")
-    return _row(layers, seconds)
+    return row
 
 
-def _row(layers: str, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    return {
-        "layers": layers,
-        "milliseconds": {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()},
-        "excess": {
-            name: round(statistics.median(a / b - 1 for a, b in zip(values, seconds["bare"], strict=True)), 4)
-            for name, values in seconds.items()
-            if name != "bare"
-        },
-    }
+def _reused(view: Any, call: Call) -> Callable[[int], Any]:
+    return lambda index: call(view.root, index) if index % 2 else None
 
 
-@contextmanager
-def _bare(view: UNetDenoiser, branch: int, call: Callable[[nn.Module, int], Any]) -> Iterator[Step]:
-    """A step over the branch's layers alone, around the state that a full call left."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
-
-    hook = view.source(branch).register_forward_hook(keep)
-    call(view.root, 0)
-    hook.remove()
-    layers = view.branch_pass(branch)  # entered for good, which its own `run` does anew for each call
-    layers._middle.state = kept[0]
-    with shadowed(layers._shadows):
-        yield lambda index: call(view.root, index) if index % 2 else None
+def _ours(view: Any, strategy: CacheStrategy, call: Call, repeats: int, stack: ExitStack) -> tuple[Any, Any]:
+    sampled = view.sampled(lambda: [1.0] * 2 * (repeats + WARM_UP))
+    report = stack.enter_context(strategy.attach(sampled))
+    return lambda index: call(sampled.root, index), report
 
 
-def _timed(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each one's reused calls, which are those of odd index."""
+def _timed(layers: str, steps: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, Any]:
+    """Of each one's reused calls, which are those of odd index."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for index in range(2 * (repeats + WARM_UP)):
@@ -153,4 +134,12 @@ def _timed(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
                 seconds[name].append(now() - started)
         if index % 2:
             order = order[1:] + order[:1]
-    return seconds
+    bare = seconds["bare"]
+    over = {
+        name: [a / b - 1 for a, b in zip(own, bare, strict=True)] for name, own in seconds.items() if name != "bare"
+    }
+    return {
+        "layers": layers,
+        "milliseconds": {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()},
+        "excess": {name: round(statistics.median(values), 4) for name, values in over.items()},
+    }

@@ -101,11 +101,11 @@ class DiffusersHook(Peer):
 
     config: Any = None
 
-    def patch(self, network: nn.Module) -> None:
-        network.enable_cache(self.config)  # type: ignore[operator]
+    def patch(self, network: Any) -> None:
+        network.enable_cache(self.config)
 
-    def begin(self, network: nn.Module) -> None:
-        network._reset_stateful_cache()  # type: ignore[operator]  # as the pipelines do after a whole run
+    def begin(self, network: Any) -> None:
+        network._reset_stateful_cache()  # as the pipelines do after a whole run
 
 
 @dataclass(eq=False)
@@ -121,22 +121,16 @@ class CacheDiT(Peer):
     taylor: int = 0
 
     def patch(self, network: nn.Module) -> None:
+        self._told("enable_cache", network)
+
+    def begin(self, network: nn.Module) -> None:
+        self._told("refresh_context", network)
+
+    def _told(self, what: str, network: nn.Module) -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # it writes to stdout, where our JSON line goes
         import cache_dit
 
-        cache_dit.enable_cache(network, **self._configs())
-
-    def begin(self, network: nn.Module) -> None:
-        import cache_dit
-
-        cache_dit.refresh_context(network, **self._configs())
-
-    def _configs(self) -> dict[str, Any]:
-        import cache_dit
-
-        configs: dict[str, Any] = {
-            "cache_config": cache_dit.DBCacheConfig(num_inference_steps=self.steps, **self.settings)
-        }
+        configs: Any = {"cache_config": cache_dit.DBCacheConfig(num_inference_steps=self.steps, **self.settings)}
         if self.taylor:
             configs["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.taylor)
-        return configs
+        getattr(cache_dit, what)(network, **configs)

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import typer
+
 from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache
-from cache import (
-    CacheStrategy,
-    DeepCache,
-    Denoiser,
-    FirstBlockCache,
-    NoCache,
-    TransformerDenoiser,
-    UNetDenoiser,
-)
+from cache import CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.deepcache import DEEPEST
 from cache.forecast import ORDERS, WITHOUT_WITNESS
@@ -75,17 +69,30 @@ class Grid:
     fewer: Sequence[float] = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
     cached_fewer: Sequence[float] = (0.8, 0.6, 0.5, 0.4, 0.3)
 
+    def narrowed(self, **chosen: str | None) -> Grid:
+        """With lists that commas separate for some of it. Raises typer.BadParameter."""
+        found = {}
+        for name, text in chosen.items():
+            if text is not None:
+                known = getattr(self, name)
+                try:
+                    found[name] = tuple(type(known[0])(part) for part in text.split(","))
+                except ValueError:
+                    raise typer.BadParameter(f"{text!r} is no comma-separated list of numbers") from None
+                if name == "forecasts" and not set(found[name]) <= set(known):
+                    raise typer.BadParameter(f"{text}: there are {', '.join(known)}")
+        return dataclasses.replace(self, **found)
+
 
 def ours(strategy: CacheStrategy) -> Make:
     return lambda host, steps: strategy
 
 
-def _plain(host: Any, steps: int) -> CacheStrategy:
-    return NoCache()
-
-
 def uncached() -> Setting:
-    return Setting(UNCACHED, "", _plain)
+    return Setting(UNCACHED, "", _PLAIN)
+
+
+_PLAIN = ours(NoCache())
 
 
 def presets(kind: str) -> list[Setting]:
@@ -139,53 +146,40 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
                 yield here(f"{OURS}, {forecast}, evenly placed", label, ours(even), forecast=forecast)
             for count in shares(steps, grid.cached_fewer):
                 yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", ours(half), steps=count)
-            published = partial(_published, interval=interval, branch=branch)
+            published = partial(PublishedDeepCache, interval=interval, branch=branch)
             yield here("DeepCache 0.1.1", f"N{interval} b{branch}", published)
 
 
 def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
     """Ours with each forecast, the default also in shortened runs, beside the published ones."""
-    from diffusers import FirstBlockCacheConfig
+    import torch
+    from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
     for threshold in grid.thresholds:
         for forecast in forecasts(FirstBlockCache, grid):
             strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
-            method = f"{OURS}, {forecast}"
+            method, default = f"{OURS}, {forecast}", strategy == FirstBlockCache(threshold=threshold)
             here = partial(Setting, make=ours(strategy), threshold=threshold, forecast=forecast)
-            default = strategy == FirstBlockCache(threshold=threshold)
             yield here(method, f"{threshold}", default=default)
             for count in shares(steps, grid.cached_fewer) if default else ():
                 yield here(f"{method}, fewer steps", f"{count} {threshold}", steps=count)
-        hook = partial(_hook, config=FirstBlockCacheConfig(threshold=threshold))
+        hook = partial(DiffusersHook, config=FirstBlockCacheConfig(threshold=threshold))
         yield Setting("diffusers FirstBlockCache", f"{threshold}", hook, threshold=threshold, alone=True)
-    yield from _taylorseer(grid.intervals)
-    yield from _cache_dit(blocks, grid.thresholds)
-
-
-def _taylorseer(intervals: Iterable[int]) -> Iterator[Setting]:
-    """diffusers' TaylorSeer: its default (attention outputs) and its lite mode (the whole output)."""
-    import torch
-    from diffusers import TaylorSeerCacheConfig
-
-    for interval in intervals:
+    for interval in grid.intervals:
         for method, lite in (("diffusers TaylorSeer", False), ("diffusers TaylorSeer lite", True)):
-            # Their factors in float32: bfloat16, the default, would be a handicap beside float32 networks.
-            config = TaylorSeerCacheConfig(
-                cache_interval=interval, use_lite_mode=lite, taylor_factors_dtype=torch.float32
-            )
-            yield Setting(method, f"N{interval}", partial(_hook, config=config), interval=interval)
-
-
-def _cache_dit(blocks: int, thresholds: Iterable[float]) -> Iterator[Setting]:
-    """DBCache as it comes (8 first blocks, 8 warm-up calls), and with one first block and 4 warm-up calls."""
-    for threshold in thresholds:
-        for first, warmup in ((8, 8), (1, 4)):
+            # Attention outputs, its default, or the whole output. Factors in float32, as our networks are: bfloat16,
+            # the default, would be a handicap.
+            pace: Any = {"cache_interval": interval, "use_lite_mode": lite, "taylor_factors_dtype": torch.float32}
+            hook = partial(DiffusersHook, config=TaylorSeerCacheConfig(**pace))
+            yield Setting(method, f"N{interval}", hook, interval=interval)
+    for threshold in grid.thresholds:
+        for first, warmup in ((8, 8), (1, 4)):  # DBCache as it comes, and with one first block and 4 warm-up calls
             if first >= blocks:
                 continue  # it would skip nothing
             settings = {"residual_diff_threshold": threshold, "Fn_compute_blocks": first, "max_warmup_steps": warmup}
             for taylor in (0, 1):
                 method = f"cache-dit F{first}W{warmup}{' Taylor' if taylor else ''}"
-                make = partial(_dbcache, settings=settings, taylor=taylor)
+                make = partial(CacheDiT, settings=settings, taylor=taylor)
                 yield Setting(method, f"{threshold}", make, threshold=threshold, alone=True)
 
 
@@ -206,15 +200,3 @@ def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:
     wanted = {"forecast": forecast, "schedule": "uniform"}
     changed: CacheStrategy = dataclasses.replace(strategy, **{k: v for k, v in wanted.items() if k in names})
     return changed
-
-
-def _published(host: Any, steps: int, interval: int, branch: int) -> CacheStrategy:
-    return PublishedDeepCache(host, steps, interval=interval, branch=branch)
-
-
-def _hook(host: Any, steps: int, config: Any) -> CacheStrategy:
-    return DiffusersHook(host, steps, config=config)
-
-
-def _dbcache(host: Any, steps: int, settings: dict[str, Any], taylor: int) -> CacheStrategy:
-    return CacheDiT(host, steps, settings=settings, taylor=taylor)

@@ -1,4 +1,4 @@
-"""The command line: measures, prints a table, and one JSON object as the last line.
+"""Where DeepCache's compute calls lie: the automatic schedule beside the uniform one. The last line is one JSON object.
 
 Every figure is a distance to the uncached picture of the same prompt and seed, and placements are compared at the same
 number of compute calls, picture by picture. `auto` takes what the model's placements.json says; no prompt and no seed
@@ -12,24 +12,19 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import ArrayLike
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.cache.measure import grouped, pairs
-from benchmarks.cache.quality import interval as confidence
-from benchmarks.machine import ROOT, machine
 from benchmarks.placement import pixel
+from benchmarks.report import interval, machine, show
 from cache import CacheStrategy, DeepCache, NoCache, UNetDenoiser
 from cache.cost import deepest_branch
-from cache.schedule import Placement
 from models.base import GenerationParams
 from models.calibration import calibrate
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
@@ -48,83 +43,75 @@ CALIBRATION_SEEDS, TEST_SEEDS = range(16), range(1000, 1032)  # of the pixel-spa
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """PSNR to the uncached pictures, dB, one value a picture and in the same order for all three."""
+    """PSNR to the uncached pictures, dB, one value a picture and in the same order for all.
+
+    decisions: of auto. plain: uniform and without a forecast. fewer: no cache, but as many steps as the time of auto
+    allows. These two are empty where they were not measured.
+    """
 
     model: str
     sampler: str
     steps: int
     interval: int
-    decisions: str  # of auto
+    decisions: str
     auto: list[float]
     uniform: list[float]
-    plain: list[float]  # uniform and without a forecast; empty where it was not measured
-    fewer: list[float]  # no cache, but as many steps as the time of auto allows; empty where it was not measured
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.model, self.sampler, self.steps, self.interval, len(self.auto))
+    plain: list[float] = field(default_factory=list)
+    fewer: list[float] = field(default_factory=list)
 
     def gain(self, over: str) -> tuple[float, float, float] | None:
         """Mean gain of auto over another, with its 95 % confidence interval."""
         others: list[float] = getattr(self, over)
         gains = [own - other for own, other in zip(self.auto, others, strict=bool(others))]
-        return (statistics.mean(gains), *confidence(gains)) if gains else None
+        return (statistics.mean(gains), *interval(gains)) if gains else None
+
+    def cells(self) -> str:
+        found = (self.gain(over) for over in ("uniform", "plain", "fewer"))
+        gains = " | ".join("" if gain is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain) for gain in found)
+        computed = " ".join(str(call) for call, letter in enumerate(self.decisions) if letter == "C")
+        means = f"{statistics.mean(self.uniform):.2f} | {statistics.mean(self.auto):.2f}"
+        return f"{self.model} | {self.sampler} | {self.steps} | {self.interval} | {means} | {gains} | {computed}"
 
 
-def tiny_sd(model: Any, number: int, size: tuple[int, int], sampler: str, steps: int) -> Draw:
-    params = GenerationParams(
-        prompt="", width=size[0], height=size[1], steps=steps, guidance_scale=3.0, sampler=sampler
-    )
-
-    def draw(strategy: CacheStrategy) -> tuple[list[ArrayLike], str]:
-        pictures: list[ArrayLike] = []
-        decisions = ""
-        for prompt, seeds in grouped(pairs(number), 4):
-            one = replace(params, prompt=prompt, seeds=tuple(seeds), batch_size=len(seeds))
-            drawn = model.generate(one, strategy, lambda step: None)
-            pictures += [np.asarray(image) for image in drawn.images]
-            decisions = drawn.reports[-1].decisions
-        return pictures, decisions
-
-    return draw
+def near(reference: Sequence[ArrayLike], pictures: Sequence[ArrayLike]) -> list[float]:
+    return [psnr(*couple) for couple in zip(reference, pictures, strict=True)]
 
 
-def row(model: str, sampler: str, steps: int, interval: int, draw: Draw, reference: Sequence[ArrayLike]) -> Row:
-    def nearness(strategy: CacheStrategy) -> tuple[list[float], str]:
-        pictures, decisions = draw(strategy)
-        return [psnr(*couple) for couple in zip(reference, pictures, strict=True)], decisions
-
-    auto, decisions = nearness(DeepCache(interval))
-    even = "".join("R" if call % interval else "C" for call in range(len(decisions)))
-    uniform = auto if decisions == even else nearness(DeepCache(interval, schedule="uniform"))[0]
-    return Row(model, sampler, steps, interval, decisions, auto, uniform, [], [])
-
-
-def with_baselines(found: Row, draw_at: Callable[[int], Draw], costs: Sequence[float], reference: Any) -> Row:
-    """`found` with plain reuse, and with fewer steps at no less than its operations."""
-    branch = deepest_branch(costs, DeepCache().depth)
-    share = 0.0 if branch is None else costs[branch]
-    steps = math.ceil(found.decisions.count("C") + share * found.decisions.count("R"))
-    plain, _ = draw_at(found.steps)(DeepCache(found.interval, schedule="uniform", forecast="none"))
-    fewer, _ = draw_at(steps)(NoCache())
-    near = [[psnr(*couple) for couple in zip(reference, pictures, strict=True)] for pictures in (plain, fewer)]
-    return replace(found, plain=near[0], fewer=near[1])
+def row(model: str, sampler: str, steps: int, every: int, draw: Draw, reference: Sequence[ArrayLike]) -> Row:
+    pictures, decisions = draw(DeepCache(every))
+    even = "".join("R" if call % every else "C" for call in range(len(decisions)))
+    others = pictures if decisions == even else draw(DeepCache(every, schedule="uniform"))[0]
+    return Row(model, sampler, steps, every, decisions, near(reference, pictures), near(reference, others))
 
 
 def of_tiny_sd(samplers: Sequence[str], steps: Sequence[int], number: int, size: tuple[int, int]) -> Iterator[Row]:
     model: Any = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
+    given: Any = {"width": size[0], "height": size[1], "guidance_scale": 3.0}
+
+    def drawing(sampler: str, count: int) -> Draw:
+        def draw(strategy: CacheStrategy) -> tuple[list[ArrayLike], str]:
+            pictures: list[ArrayLike] = []
+            for prompt, seeds in grouped(pairs(number), 4):
+                asked = GenerationParams(prompt=prompt, seeds=tuple(seeds), batch_size=len(seeds), steps=count, **given)
+                drawn = model.generate(replace(asked, sampler=sampler), strategy, lambda step: None)
+                pictures += [np.asarray(image) for image in drawn.images]
+            return pictures, drawn.reports[-1].decisions
+
+        return draw
+
+    branch, costs = deepest_branch(model.denoiser.branch_costs, DeepCache().depth), model.denoiser.branch_costs
     for count in steps:
         for sampler in samplers:
-            draw = tiny_sd(model, number, size, sampler, count)
+            draw = drawing(sampler, count)
             reference, _ = draw(NoCache())
-            for interval in INTERVALS:
-                found = row(DEFAULT, sampler, count, interval, draw, reference)
-                if (sampler, count) == ("ddim", 20):
-
-                    def draw_at(other: int) -> Draw:
-                        return tiny_sd(model, number, size, "ddim", other)
-
-                    found = with_baselines(found, draw_at, model.denoiser.branch_costs, reference)
+            for every in INTERVALS:
+                found = row(DEFAULT, sampler, count, every, draw, reference)
+                if (sampler, count) == ("ddim", 20):  # besides plain reuse and, at no less operations, fewer steps
+                    share = 0.0 if branch is None else costs[branch]
+                    short = math.ceil(found.decisions.count("C") + share * found.decisions.count("R"))
+                    plain, _ = draw(DeepCache(every, schedule="uniform", forecast="none"))
+                    fewer, _ = drawing(sampler, short)(NoCache())
+                    found = replace(found, plain=near(reference, plain), fewer=near(reference, fewer))
                 yield found
 
 
@@ -133,78 +120,41 @@ def of_pixels() -> Iterator[Row]:
     pipeline = pixel.load()
 
     def drawn(strategy: CacheStrategy, seeds: Sequence[int], view: UNetDenoiser) -> tuple[Sequence[ArrayLike], str]:
+        noise: Any = [torch.Generator().manual_seed(seed) for seed in seeds]
         with strategy.attach(view) as report:
-            pictures = pipeline(
-                batch_size=len(seeds),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                num_inference_steps=PIXEL_STEPS,
-                output_type="np",
-            ).images
+            given = {"batch_size": len(seeds), "num_inference_steps": PIXEL_STEPS, "output_type": "np"}
+            pictures = pipeline(generator=noise, **given).images
         return list((pictures * 255).round()), report.decisions
 
     plain = UNetDenoiser(pipeline.unet)
-    known = calibrate(
-        lambda strategy: drawn(strategy, CALIBRATION_SEEDS, plain)[0],
-        plain,
-        pipeline.scheduler,
-        sampler=("ddim", "normal"),
-        steps=PIXEL_STEPS,
-        intervals=INTERVALS,
-    )
-
-    def rule(timestep: float, interval: int, branch: int | None) -> Placement:
-        return place(known, "ddim", "normal", PIXEL_STEPS, interval, branch)
-
-    view = plain.ruled(rule, guided=False)
+    pace: Any = {"sampler": ("ddim", "normal"), "steps": PIXEL_STEPS, "intervals": INTERVALS}
+    known = calibrate(lambda one: drawn(one, CALIBRATION_SEEDS, plain)[0], plain, pipeline.scheduler, **pace)
+    view = plain.ruled(lambda at, every, to: place(known, "ddim", "normal", PIXEL_STEPS, every, to), guided=False)
 
     def draw(strategy: CacheStrategy) -> tuple[Sequence[ArrayLike], str]:
         return drawn(strategy, TEST_SEEDS, view)
 
     reference, _ = draw(NoCache())
-    for interval in INTERVALS:
-        yield row("pixel", "ddim", PIXEL_STEPS, interval, draw, reference)
-
-
-def table(rows: Sequence[Row]) -> Table:
-    shown = Table("model", "sampler", "steps", "N", "uniform", "auto", "gain", "over plain", "over fewer", "computed")
-    for one in rows:
-        gains = [one.gain(over) for over in ("uniform", "plain", "fewer")]
-        shown.add_row(
-            one.model,
-            one.sampler,
-            str(one.steps),
-            str(one.interval),
-            f"{statistics.mean(one.uniform):.2f}",
-            f"{statistics.mean(one.auto):.2f}",
-            *("" if gain is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain) for gain in gains),
-            " ".join(str(call) for call, letter in enumerate(one.decisions) if letter == "C"),
-        )
-    return shown
+    for every in INTERVALS:
+        yield row("pixel", "ddim", PIXEL_STEPS, every, draw, reference)
 
 
 def main(
     samplers: Annotated[str, typer.Option(help="Some of euler,ddim,dpmpp_2m,heun.")] = ",".join(SAMPLERS),
     steps: Annotated[str, typer.Option(help="Denoising steps, separated by commas.")] = ",".join(map(str, STEPS)),
     pictures: Annotated[int, typer.Option(min=2, help="Prompts with seeds.")] = 16,
-    width: int = 192,
-    height: int = 128,
     pixels: Annotated[bool, typer.Option(help="Also the pixel-space UNet, calibrated first.")] = True,
-    store: Annotated[Path, typer.Option(help="Where rows are added; empty it to begin anew.")] = ROOT
-    / "out"
-    / "placement.jsonl",
 ) -> None:
     """Measure the automatic placement of compute calls beside the uniform one."""
-    store.parent.mkdir(parents=True, exist_ok=True)
     rows = []
-    sources = [of_tiny_sd(samplers.split(","), [int(n) for n in steps.split(",")], pictures, (width, height))]
+    sources = [of_tiny_sd(samplers.split(","), [int(n) for n in steps.split(",")], pictures, (192, 128))]
     for source in [*sources, *([of_pixels()] if pixels else [])]:
         for found in source:
             rows.append(found)
-            with store.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(found)) + "\n")
-            print(*found.key, found.gain("uniform"), file=sys.stderr)
-    Console(width=180).print(table(rows))
-    print(json.dumps({"benchmark": "placement", "machine": machine("cpu"), "rows": [asdict(one) for one in rows]}))
+            print(found.cells(), file=sys.stderr)
+    columns = "model | sampler | steps | N | uniform | auto | gain | over plain | over fewer | computed"
+    show("PSNR to the uncached pictures, dB", columns, (found.cells() for found in rows))
+    print(json.dumps({"benchmark": "placement", "machine": machine(), "rows": [asdict(one) for one in rows]}))
 
 
 if __name__ == "__main__":

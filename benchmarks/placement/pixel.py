@@ -30,15 +30,9 @@ BATCH = 32
 
 
 def build() -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=SIZE,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-        norm_num_groups=8,
-    )
+    down, up = ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")
+    shape = {"sample_size": SIZE, "block_out_channels": (16, 32, 64), "layers_per_block": 2}
+    return UNet2DModel(down_block_types=down, up_block_types=up, attention_head_dim=16, norm_num_groups=8, **shape)
 
 
 def scheduler() -> DDIMScheduler:
@@ -54,18 +48,13 @@ def load() -> DDIMPipeline:
     return pipeline
 
 
-def _pictures() -> Tensor:
-    """(n, 3, SIZE, SIZE) in -1 … 1, every scene of the grammar equally often."""
-    drawn = [render(TRIPLES[i % len(TRIPLES)], 500_000_000 + i, SIZE, SIZE) for i in range(PICTURES)]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
 def main(work: Path = Path("out/pixel")) -> None:
     """Train (resuming from `work`'s checkpoint) and write the weights."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     unet = build().to(DEVICE)
-    pictures = _pictures()
+    scenes = [render(TRIPLES[i % len(TRIPLES)], 500_000_000 + i, SIZE, SIZE) for i in range(PICTURES)]  # equally often
+    pictures = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2) / 127.5 - 1  # (n, 3, SIZE, SIZE) in -1 … 1
     alphas = scheduler().alphas_cumprod.to(DEVICE)
     typer.echo(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters, {len(pictures)} pictures")
 

@@ -1,27 +1,60 @@
-"""From measured service times to a fleet: the workers that a rate and an objective take, and what an image costs.
+"""From measured service times to latencies, and to a fleet: the workers that a rate takes, and what an image costs.
 
-A fleet is machines of some workers each, every machine with a queue of its own (`app.engine.supervisor`). A balancer that
-knows nothing of queues splits Poisson arrivals into Poisson arrivals, so one simulated machine speaks for all.
+A fleet is machines of some workers each, every machine with a queue of its own. A balancer that knows nothing of queues
+splits Poisson arrivals into Poisson arrivals, so one simulated machine speaks for all.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.serving.figures import percentile
-from benchmarks.serving.kept import setting
-from benchmarks.serving.queueing import allen_cunneen
-from benchmarks.serving.service import ServiceTimes
-from benchmarks.serving.simulation import Machine, poisson_kinds, simulate
+from benchmarks.report import percentile
+from benchmarks.serving.load import spread
+from benchmarks.serving.service import Kinds, Times, mean, rest, sample
+from benchmarks.serving.simulation import Machine, Outcome, allen_cunneen, poisson_kinds, pollaczek_khinchine, simulate
 
 ARRIVALS = 20_000
 HALVINGS = 12
+REPLICAS = 200  # simulated runs as long as the measured one
+REPLAYS = 20
+NAMES = ("mean", "p50", "p95")
 
-Kinds = Sequence[tuple[str, float]]
+
+def setting(entry: Mapping[str, Any]) -> str:
+    """An entry's name among those of its load; of a server that is not ours, only what the requests asked."""
+    rules = entry["rules"]
+    caches = f"caches {'on' if rules['caches'] else 'off'}"
+    return f"{caches}, batches of {rules['max_batch']}" if rules["max_batch"] else caches
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a measured open loop says of a machine: its rules, the mix of kinds and their service times."""
+
+    name: str
+    machine: Machine
+    kinds: Kinds
+    times: Times
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], workers: int = 1) -> Setting:
+        machine = Machine(workers, entry["rules"]["max_batch"], entry["rules"]["queue"])
+        return cls(setting(entry), machine, [(name, share) for name, share in entry["mix"]], entry["times"])
+
+    def simulated(self, rate: float) -> tuple[list[Outcome], float]:
+        """Those of `ARRIVALS` that were accepted, and the seconds in which they came: denser at a higher rate."""
+        source = random.Random(0)
+        arrivals = poisson_kinds(rate, ARRIVALS, self.kinds, source)
+        return [one for one in simulate(self.machine, arrivals, self.times, source) if one], arrivals[-1][0]
+
+    def within(self, rate: float, objective: float) -> float:
+        """The share of requests that are answered in time; a refused one is not."""
+        return sum(one.latency <= objective for one in self.simulated(rate)[0]) / ARRIVALS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,65 +79,37 @@ class Fleet:
     """
 
     name: str
-    machine: Machine
-    per_machine: float
-    busy: float
-    machines: int | None
-    cost: float | None
-    pooled: int | None
-
-    @property
-    def workers(self) -> int | None:
-        return None if self.machines is None else self.machines * self.machine.workers
+    per_machine: float = 0.0
+    busy: float = 0.0
+    machines: int | None = None
+    workers: int | None = None
+    cost: float | None = None
+    pooled: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Operated:
-    """A machine at a rate. within: the share of requests that keep the objective; busy: that of its workers' time."""
-
-    within: float
-    busy: float
-
-
-def operated(
-    machine: Machine, rate: float, kinds: Kinds, times: ServiceTimes, objective: float, seed: int = 0
-) -> Operated:
-    """A refused request is not in time. Arrivals are the same at each rate, only denser."""
-    source = random.Random(seed)
-    arrivals = poisson_kinds(rate, ARRIVALS, kinds, source)
-    found = [one for one in simulate(machine, arrivals, times, source) if one is not None]
-    good = sum(one.latency <= objective for one in found)
-    seconds = arrivals[-1][0]
-    return Operated(good / ARRIVALS, sum(one.occupied for one in found) / (machine.workers * seconds))
+def fleet(one: Setting, demand: Demand) -> Fleet:
+    machine, rate = one.machine, highest_rate(one, demand)
+    if not rate:
+        return Fleet(one.name)
+    found, seconds = one.simulated(rate)
+    busy = sum(outcome.occupied for outcome in found) / (machine.workers * seconds)
+    machines = math.ceil(demand.rate / rate)
+    workers = machines * machine.workers
+    single = sample(one.times, one.kinds, ARRIVALS, random.Random(0))
+    wait = allen_cunneen(rate, single, machine.workers)
+    pooled = None if machine.max_batch > 1 else pooled_workers(demand.rate, single, wait)
+    return Fleet(one.name, rate, busy, machines, workers, 1000 * workers * demand.price / (3600 * demand.rate), pooled)
 
 
-def highest_rate(machine: Machine, kinds: Kinds, times: ServiceTimes, demand: Demand, seed: int = 0) -> float:
+def highest_rate(one: Setting, demand: Demand) -> float:
     """Requests a second at which one machine still keeps the objective; 0 if an idle one does not."""
-    low, high = 0.0, machine.workers * machine.max_batch / times.mean(kinds)
-
-    def keeps(rate: float) -> bool:
-        return operated(machine, rate, kinds, times, demand.objective, seed).within >= demand.share
-
-    if not keeps(high / 1000):
+    low, high = 0.0, one.machine.workers * one.machine.max_batch / mean(one.times, one.kinds)
+    if one.within(high / 1000, demand.objective) < demand.share:
         return 0.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if keeps(middle) else (low, middle)
+        low, high = (middle, high) if one.within(middle, demand.objective) >= demand.share else (low, middle)
     return low
-
-
-def fleet(name: str, machine: Machine, kinds: Kinds, times: ServiceTimes, demand: Demand, seed: int = 0) -> Fleet:
-    rate = highest_rate(machine, kinds, times, demand, seed)
-    if not rate:
-        return Fleet(name, machine, 0.0, 0.0, None, None, None)
-    busy = operated(machine, rate, kinds, times, demand.objective, seed).busy
-    machines = math.ceil(demand.rate / rate)
-    cost = 1000 * machines * machine.workers * demand.price / (3600 * demand.rate)
-    source = random.Random(seed)
-    single = times.sample(kinds, ARRIVALS, source)
-    wait = allen_cunneen(rate, single, machine.workers)
-    pooled = None if machine.max_batch > 1 else pooled_workers(demand.rate, single, wait)
-    return Fleet(name, machine, rate, busy, machines, cost, pooled)
 
 
 def pooled_workers(rate: float, service: Sequence[float], wait: float) -> int:
@@ -115,24 +120,67 @@ def pooled_workers(rate: float, service: Sequence[float], wait: float) -> int:
     return workers
 
 
-def curve(
-    machine: Machine, kinds: Kinds, times: ServiceTimes, rates: Sequence[float], share: float, seed: int = 0
-) -> list[float]:
+def curve(one: Setting, rates: Sequence[float], share: float) -> list[float]:
     """The latency that `share` of the accepted requests do not exceed, at each rate."""
-    found = []
-    for rate in rates:
-        source = random.Random(seed)
-        outcomes = simulate(machine, poisson_kinds(rate, ARRIVALS, kinds, source), times, source)
-        found.append(percentile([one.latency for one in outcomes if one is not None], share))
-    return found
+    return [percentile([found.latency for found in one.simulated(rate)[0]], share) for rate in rates]
 
 
-def settings(entries: Sequence[Mapping[str, Any]], workers: int) -> list[tuple[str, Machine, Kinds, ServiceTimes]]:
-    """A name, the machine, its mix and its service times for each measured open loop."""
-    found = []
-    for entry in entries:
-        rules = entry["rules"]
-        machine = Machine(workers, rules["max_batch"], rules["queue"])
-        kinds = [(kind, weight) for kind, weight in entry["mix"]]
-        found.append((setting(entry), machine, kinds, ServiceTimes.from_dict(entry["times"])))
-    return found
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Latencies in seconds, each of `NAMES`, at the load that there was: `load`, a share of one worker's time.
+
+    model: of all simulated runs together, with as many arrivals as there were; low, high: between which 95 % of single
+    runs lie, by the luck of when they come. replay: of the very arrivals. closed_form: the mean, where there is one:
+    one worker without batches.
+    """
+
+    load: float
+    measured: dict[str, float]
+    model: dict[str, float]
+    low: dict[str, float]
+    high: dict[str, float]
+    replay: dict[str, float]
+    closed_form: float | None
+
+    def error(self, name: str) -> float:
+        return self.model[name] / self.measured[name] - 1
+
+    def replay_error(self, name: str) -> float:
+        return self.replay[name] / self.measured[name] - 1
+
+
+def predict(entry: Mapping[str, Any]) -> Prediction:
+    """What the model says of `entry`, an open loop that was measured, with its service times."""
+    one, source = Setting.of(entry), random.Random(0)
+    real = [(scheduled, kind) for scheduled, _, _, kind, *_ in entry["points"]]
+    rate = len(real) / entry["seconds"]
+
+    def latencies(arrivals: Sequence[tuple[float, str]]) -> list[float]:
+        outcomes = zip(arrivals, simulate(one.machine, arrivals, one.times, source), strict=True)
+        return [found.latency for (at, _), found in outcomes if found and at >= entry["warm_up"]]
+
+    def at_random() -> list[tuple[float, str]]:
+        """Of a Poisson process whose number of arrivals is known each comes at any time, as likely as at another."""
+        kinds = source.choices([name for name, _ in one.kinds], [weight for _, weight in one.kinds], k=len(real))
+        return list(zip(sorted(source.uniform(0, entry["seconds"]) for _ in real), kinds, strict=True))
+
+    runs = [latencies(at_random()) for _ in range(REPLICAS)]
+    spreads: Any = [spread(found) for found in runs]
+    pooled: Any = spread([latency for found in runs for latency in found])
+    replays: Any = [spread(latencies(real)) for _ in range(REPLAYS)]
+    single = sample(one.times, one.kinds, ARRIVALS, source)
+    besides = sum(rest(one.times[kind]) * weight for kind, weight in one.kinds) / sum(share for _, share in one.kinds)
+    wait = pollaczek_khinchine(rate, single) if one.machine.max_batch == 1 else None
+
+    def between(name: str, share: float) -> float:
+        return sorted(float(found[name]) for found in spreads)[int(share * REPLICAS)]
+
+    return Prediction(
+        load=rate / entry["capacity"],
+        measured={name: entry["figures"]["latency"][name] for name in NAMES},
+        model={name: pooled[name] for name in NAMES},
+        low={name: between(name, 0.025) for name in NAMES},
+        high={name: between(name, 0.975) for name in NAMES},
+        replay={name: statistics.fmean(found[name] for found in replays) for name in NAMES},
+        closed_form=None if wait is None else wait + statistics.fmean(single) + besides,
+    )

@@ -1,21 +1,25 @@
-"""A machine's queue and workers, simulated event by event, under the rules of the service's own engine.
+"""A machine's queue and workers, simulated with SimPy under the rules of the service's own engine; and closed forms.
 
-One queue, oldest first, bounded; what goes into a batch, and whether a free worker waits for more, is asked of
-`app.engine.queue` itself. A request is for one image.
+One queue, oldest first, bounded; what goes into a batch, and whether a free worker waits for more, is asked of the
+engine itself. A request is for one image.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import simpy
 
 from app.engine.queue import Grouping
-from benchmarks.serving.service import ServiceTimes
+from benchmarks.serving.service import Kinds, Times, factor, rest
+
+_ONE_IMAGE = SimpleNamespace(params=SimpleNamespace(seeds=(0,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,7 @@ class Machine:
     batch_timeout: float = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Seconds. `batch`: with how many, itself included, it was denoised; `occupied`: its part of that batch's time."""
 
     wait: float
@@ -38,99 +41,115 @@ class Outcome:
     occupied: float
 
 
-Arrival = tuple[float, str]
-"""When, in seconds, and the kind."""
-
-
-_ONE_IMAGE = SimpleNamespace(params=SimpleNamespace(seeds=(0,)))
-
-
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """What of a JobHandle decides on its group."""
+    """What of a job decides on its group. `kind`: None groups with none."""
 
     number: int
     at: float
     name: str
-    kind: str | None  # None: groups with none
+    kind: str | None
     attempts: int = 0
-    job: SimpleNamespace = field(default_factory=lambda: _ONE_IMAGE)
+    job: Any = field(default_factory=lambda: _ONE_IMAGE)
 
 
 def simulate(
-    machine: Machine, arrivals: Iterable[Arrival], times: ServiceTimes, source: random.Random
+    machine: Machine, arrivals: Iterable[tuple[float, str]], times: Times, source: random.Random
 ) -> list[Outcome | None]:
-    """In the order of `arrivals`, which must be that of time; None: refused."""
-    return _Simulation(machine, times, source).run(arrivals)
+    """In the order of `arrivals`, seconds and kinds, which must be that of time; None: refused."""
+    world = simpy.Environment()
+    grouping: Any = Grouping(machine.max_batch, machine.batch_timeout, lambda: world.now)
+    besides = {name: rest(one) for name, one in times.items()}
+    waiting: list[_Waiting] = []  # by age
+    groups: list[list[_Waiting]] = []  # in the workers
+    outcomes: list[Outcome | None] = []
+    later = math.inf  # when to look again at a group that waits for company
 
+    def running() -> list[_Waiting]:
+        return [one for group in groups for one in group]
 
-class _Simulation:
-    def __init__(self, machine: Machine, times: ServiceTimes, source: random.Random) -> None:
-        self.machine, self.times, self.source = machine, times, source
-        self.now = 0.0
-        self.grouping = Grouping(machine.max_batch, machine.batch_timeout, lambda: self.now)
-        self.waiting: list[_Waiting] = []  # by age
-        self.ends: list[tuple[float, int, list[_Waiting]]] = []  # of the groups in the workers; a heap
-        self.groups = itertools.count()
-        self.later = math.inf  # when to look again at a group that waits for company
-        self.outcomes: list[Outcome | None] = []
-
-    def run(self, arrivals: Iterable[Arrival]) -> list[Outcome | None]:
-        coming = iter(arrivals)
-        following = next(coming, None)
-        while following is not None or self.waiting or self.ends:
-            arrives = following[0] if following is not None else math.inf
-            ends = self.ends[0][0] if self.ends else math.inf
-            self.now = min(arrives, ends, self.later)
-            if ends <= self.now:
-                for one in heapq.heappop(self.ends)[2]:
-                    self.grouping.ended(one)  # type: ignore[arg-type]
-            elif following is not None and arrives <= self.now:
-                self._arrive(*following)
-                following = next(coming, None)
-            self._dispatch()
-        return self.outcomes
-
-    def _arrive(self, at: float, name: str) -> None:
-        self.outcomes.append(None)
-        if len(self.waiting) >= self.machine.queue_size:
-            return
-        one = _Waiting(len(self.outcomes) - 1, at, name, name if self.machine.max_batch > 1 else None)
-        self.waiting.append(one)
-        self.grouping.arrived(one, self.waiting, self._running())  # type: ignore[arg-type]
-
-    def _dispatch(self) -> None:
-        """As `app.engine.supervisor` does."""
-        self.later = math.inf
-        free = self.machine.workers - len(self.ends)
-        while free and self.waiting:
+    def dispatch() -> None:
+        nonlocal later
+        later, free = math.inf, machine.workers - len(groups)
+        while free and waiting:
             free -= 1
-            group, seconds = self.grouping.choose(self.waiting, self._running(), idle=free)  # type: ignore[arg-type]
+            group, seconds = grouping.choose(waiting, running(), idle=free)
             if not group:
-                self.later = self.now + seconds
+                later = world.now + seconds
+                world.process(look_again(seconds))
                 return
-            self._begin(group)  # type: ignore[arg-type]
+            name, size = group[0].name, len(group)
+            busy = source.choice(times[name]["busy"]) * factor(times[name], size)
+            for one in group:
+                waiting.remove(one)
+                wait = world.now - one.at
+                outcomes[one.number] = Outcome(wait, wait + busy + besides[name], size, busy / size)
+            groups.append(group)
+            world.process(draw(group, busy))
 
-    def _begin(self, group: Sequence[_Waiting]) -> None:
-        busy = self.times.busy(group[0].name, len(group), self.source)
+    def look_again(seconds: float) -> Iterator[simpy.Event]:
+        yield world.timeout(seconds)
+        if world.now >= later:
+            dispatch()
+
+    def draw(group: list[_Waiting], busy: float) -> Iterator[simpy.Event]:
+        yield world.timeout(busy)
+        groups.remove(group)
         for one in group:
-            self.waiting.remove(one)
-            wait = self.now - one.at
-            self.outcomes[one.number] = Outcome(
-                wait, wait + busy + self.times.rest(one.name), len(group), busy / len(group)
-            )
-        heapq.heappush(self.ends, (self.now + busy, next(self.groups), list(group)))
+            grouping.ended(one)
+        dispatch()
 
-    def _running(self) -> list[_Waiting]:
-        return [one for _, _, group in self.ends for one in group]
+    def arrive() -> Iterator[simpy.Event]:
+        for at, name in arrivals:
+            yield world.timeout(max(0.0, at - world.now))
+            outcomes.append(None)
+            if len(waiting) < machine.queue_size:
+                waiting.append(_Waiting(len(outcomes) - 1, at, name, name if machine.max_batch > 1 else None))
+                grouping.arrived(waiting[-1], waiting, running())
+            dispatch()
+
+    world.process(arrive())
+    world.run()
+    return outcomes
 
 
-def poisson_kinds(rate: float, count: int, kinds: Sequence[tuple[str, float]], source: random.Random) -> list[Arrival]:
+def poisson_kinds(rate: float, count: int, kinds: Kinds, source: random.Random) -> list[tuple[float, str]]:
     """`count` arrivals of a Poisson process, each of a kind drawn by the kinds' weights."""
-    names, weights = [name for name, _ in kinds], [weight for _, weight in kinds]
-    at = 0.0
-    arrivals = []
-    for kind in source.choices(names, weights, k=count):
+    at, arrivals = 0.0, []
+    for kind in source.choices([name for name, _ in kinds], [weight for _, weight in kinds], k=count):
         at += source.expovariate(rate)
         arrivals.append((at, kind))
     return arrivals
+
+
+# Closed forms, of Poisson arrivals, know no batches and no bounded queue; the simulation is held against them where
+# both apply. Seconds, and requests a second; `service`: equally likely service times.
+
+
+def pollaczek_khinchine(rate: float, service: Sequence[float]) -> float:
+    """Mean wait before one worker, exact (M/G/1; Kleinrock, Queueing Systems I, 5.6): λ E[S²] / (2 (1 − ρ))."""
+    times = np.asarray(service)
+    load = rate * times.mean()
+    return float(rate * (times**2).mean() / (2 * (1 - load))) if load < 1 else math.inf
+
+
+def erlang_c(workers: int, load: float) -> float:
+    """Probability that an arrival has to wait (M/M/k); `load` is λ E[S], the workers that are busy on average."""
+    if load >= workers:
+        return 1.0
+    blocked = 1.0  # Erlang B by its recursion: factorials of large fleets overflow
+    for worker in range(1, workers + 1):
+        blocked = load * blocked / (worker + load * blocked)
+    return blocked / (1 - load / workers * (1 - blocked))
+
+
+def allen_cunneen(rate: float, service: Sequence[float], workers: int) -> float:
+    """Mean wait before `workers` with one queue (M/G/k), approximately: that of M/M/k times (1 + c²) / 2.
+
+    Allen, Probability, Statistics and Queueing Theory, 2nd ed., 5.3. Exact for one worker.
+    """
+    times = np.asarray(service)
+    mean = float(times.mean())
+    if (load := rate * mean) >= workers:
+        return math.inf
+    return erlang_c(workers, load) * mean / (workers - load) * (1 + float(times.var()) / mean**2) / 2

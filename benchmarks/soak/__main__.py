@@ -1,4 +1,4 @@
-"""python -m benchmarks.soak --minutes 10: is the server after a siege what it was before?
+"""Is the server after a siege what it was before?
 
 Prints a table and, last, one JSON line. Ends non-zero when a good picture differed from the quiet server's, a request
 got no or a wrong answer, resident memory grew by more than 5 %, or descriptors or threads grew at all.
@@ -6,56 +6,68 @@ got no or a wrong answer, resident memory grew by more than 5 %, or descriptors 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from typing import Annotated
 
-from benchmarks.server import wait_for
+import typer
+
+from benchmarks.report import show
+from benchmarks.server import SERVE, Server, wait_for
 from benchmarks.soak.clients import Crowd, Pictures, good_requests, pictures
 from benchmarks.soak.hostile import rows
-from benchmarks.soak.server import SERVE, Held, Server, running
+from benchmarks.soak.server import Held, running
 from benchmarks.soak.wire import exchange, request
 
 GROWTH = 1.05
 ROUNDING = 2  # levels of 255: what a batch's size may change in a picture
+Moments = dict[str, dict[str, Held]]
 
 
-def main() -> None:
-    options = _options()
-    command = ("-m", options.serve) if options.serve else SERVE
-    if options.table:
+def main(
+    minutes: Annotated[float, typer.Option(help="Of the siege; the quiet server comes before.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the crowd's choices.")] = 0,
+    together: Annotated[
+        bool, typer.Option("--together", help="Draw together; pictures may differ by rounding.")
+    ] = False,
+    serve: Annotated[str | None, typer.Option(help="Module to run as the server instead of `app serve`.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Send each bad input once and print the answers.")] = False,
+) -> None:
+    command = ("-m", serve) if serve else SERVE
+    if table:
         sys.exit(_table(command))
     # Requests drawn together differ from the same ones alone by rounding (docs/decisions/batching.md): bytes do not.
-    batches: dict[str, str] = {} if options.together else {"LD_MAX_BATCH_SIZE": "1"}
+    batches: dict[str, str] = {} if together else {"LD_MAX_BATCH_SIZE": "1"}
     with running(command, **batches) as quiet:
         expected = _drawn(quiet)
     print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
     # What is kept of jobs is bounded low, so that it is full when the first measure is taken.
     kept = {"WAVESPEED_RESULT_SECONDS": "20", "WAVESPEED_RESULT_BYTES": str(2**20), "WAVESPEED_JOBS_FOLDER": "jobs"}
     with running(command, WAVESPEED_QUEUE_SIZE="8", **batches, **kept) as server:
-        crowd = Crowd(server, expected, rows(), seed=options.seed, levels=ROUNDING if options.together else 0)
-        moments = _besiege(server, crowd, options.minutes * 60)
+        crowd = Crowd(server, expected, rows(), seed=seed, levels=ROUNDING if together else 0)
+        moments = _besiege(server, crowd, minutes * 60)
         crowd.end()
         alive = server.process.poll() is None and server.get("/livez").status_code == 200
         traces = server.log.count("Traceback")
     failed = failures(moments, crowd, alive)
-    _show(moments, crowd)
+    held = (f"{name} | {part} | {one}" for name, parts in moments.items() for part, one in parts.items())
+    show("held", "moment | process | resident MB | descriptors | threads", held)
+    show("answers", "answer | count", (f"{word} | {count}" for word, count in sorted(crowd.tally.items())))
     for sentence in [*crowd.faults[:20], *failed]:
         print(f"! {sentence}")
     result = {
-        "server": options.serve or "app serve",
-        "minutes": options.minutes,
-        "seed": options.seed,
-        "together": options.together,
+        "server": serve or "app serve",
+        "minutes": minutes,
+        "seed": seed,
+        "together": together,
         "kills": crowd.kills,
         "answers": dict(sorted(crowd.tally.items())),
         "faults": len(crowd.faults),
         "tracebacks_in_log": traces,
-        "moments": {name: {part: asdict(held) for part, held in parts.items()} for name, parts in moments.items()},
+        "moments": {name: {part: one._asdict() for part, one in parts.items()} for name, parts in moments.items()},
         "failed": failed,
     }
     print(json.dumps(result))
@@ -84,19 +96,23 @@ def _drawn(server: Server) -> dict[str, Pictures]:
     for name, body in good_requests().items():
         answer = exchange(server.address, [request(json.dumps(body))], seconds=240)
         if answer is not None and answer.status == 200:
-            found[name] = pictures(answer)
+            found[name] = pictures(answer.body)
         else:
             print(f"left out: {name}: {answer.body.decode() if answer else 'no answer'}")
     return found
 
 
-def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str, Held]]:
+def _besiege(server: Server, crowd: Crowd, seconds: float) -> Moments:
     """Measured in quiet moments: after warming up, when the last killed worker's successor is warm, at the end.
 
     The worker is compared between the last two, the server between the first and the last.
     """
-    moments: dict[str, dict[str, Held]] = {}
-    _fill_threads(server)
+    moments: Moments = {}
+    # Threads of a pool are made when all others are busy, and stay: as many long bodies at once as wake them all.
+    long = request(json.dumps({"prompt": "x" * 900_000}))
+    for _ in range(3):
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(lambda _: exchange(server.address, [long]), range(24)))
     crowd.start()
     started = time.monotonic()
     for name, share in (("warm", 0.25), ("no more kills", 0.4), ("worker warm", 0.65), ("end", 1.0)):
@@ -107,35 +123,19 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> dict[str, dict[str
         if name == "no more kills":
             crowd.killing = False
         else:
-            _check_quietly(crowd)
+            for good in crowd.requests:  # once, alone: after all that, are its bytes what they were?
+                crowd.ask(good)
             time.sleep(6)  # longer than idle connections are kept
-            worker = wait_for(server.worker, 120, "a worker")
-            moments[name] = {
-                "server": Held.settled(server.process.pid),
-                "worker": Held.settled(int(str(worker))),
-            }
+            worker = int(str(wait_for(server.worker, 120, "a worker")))
+            moments[name] = {"server": Held.settled(server.process.pid), "worker": Held.settled(worker)}
             counts = f"{sum(crowd.tally.values())} answers, {crowd.kills} kills, {len(crowd.faults)} faults"
-            print(f"{name}: {moments[name]}, {counts}", flush=True)
+            print(f"{name}: {counts}", flush=True)
         if name != "end":
             crowd.resume()
     return moments
 
 
-def _fill_threads(server: Server) -> None:
-    """Threads of a pool are made when all others are busy, and stay: as many bodies at once as wake the whole pool."""
-    long = request(json.dumps({"prompt": "x" * 900_000}))  # long bodies are parsed in threads
-    for _ in range(3):
-        with ThreadPoolExecutor(24) as pool:
-            list(pool.map(lambda _: exchange(server.address, [long]), range(24)))
-
-
-def _check_quietly(crowd: Crowd) -> None:
-    """Every good request once, alone: after all that, are its bytes what they were?"""
-    for name, body in crowd.requests.items():
-        crowd.judge(name, exchange(crowd.server.address, [request(json.dumps(body))], seconds=240))
-
-
-def failures(moments: dict[str, dict[str, Held]], crowd: Crowd, alive: bool) -> list[str]:
+def failures(moments: Moments, crowd: Crowd, alive: bool) -> list[str]:
     failed = [] if alive else ["the server is gone"]
     if crowd.faults:
         failed.append(f"{len(crowd.faults)} requests were not answered as they should")
@@ -149,30 +149,5 @@ def failures(moments: dict[str, dict[str, Held]], crowd: Crowd, alive: bool) -> 
     return failed
 
 
-def _show(moments: dict[str, dict[str, Held]], crowd: Crowd) -> None:
-    print(f"\n{'moment':<14} {'process':<8} {'resident MB':>12} {'descriptors':>12} {'threads':>8}")
-    for name, parts in moments.items():
-        for part, held in parts.items():
-            print(f"{name:<14} {part:<8} {held.resident / 1e6:>12.1f} {held.descriptors:>12} {held.threads:>8}")
-    print(f"\n{'answer':<44} {'count':>6}")
-    for word, count in sorted(crowd.tally.items()):
-        print(f"{word:<44} {count:>6}")
-    print(f"{'workers killed':<44} {crowd.kills:>6}\n")
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the siege; the quiet server comes before")
-    parser.add_argument("--seed", type=int, default=0, help="of the crowd's choices")
-    parser.add_argument(
-        "--together",
-        action="store_true",
-        help="let requests be drawn together, as is the default; their pictures may then differ by rounding",
-    )
-    parser.add_argument("--serve", help="module to run as the server instead of `app serve`")
-    parser.add_argument("--table", action="store_true", help="send each bad input once and print the answers instead")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)

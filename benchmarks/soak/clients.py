@@ -12,19 +12,20 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import psutil
 from PIL import Image
 
+from benchmarks.server import Server
 from benchmarks.soak.hostile import Row, odd_pictures
-from benchmarks.soak.server import Server
 from benchmarks.soak.wire import Answer, exchange, request
 
 BUSY = {"queue_full", "worker_lost", "not_ready"}
 """Honest answers to a good request while workers are killed and the queue is full."""
+PATIENCE = 240.0  # seconds for an answer
 
 Pictures = tuple[bytes, ...]
 
@@ -33,37 +34,36 @@ def good_requests() -> dict[str, dict[str, Any]]:
     """By name; small, so that hundreds are drawn in minutes."""
     small = {"prompt": "a misty forest at twilight", "width": 192, "height": 128, "steps": 6, "seed": 3}
     named: dict[str, dict[str, Any]] = {
-        "uncached": small,
-        "deepcache": {**small, "deepcache_enabled": True},
-        "deepcache deep": {**small, "deepcache_enabled": True, "deepcache_interval": 5, "deepcache_depth": 12},
-        "two evaluations": {**small, "sampler": "heun", "steps": 4, "deepcache_enabled": True},
-        "several": {**small, "num_images": 3, "batch_size": 2, "deepcache_enabled": True},
-        "other size": {**small, "width": 128, "height": 192, "prompt": "a snowy mountain at dawn"},
-        "flux": {**small, "flux_enabled": True, "fbcache_threshold": 0.2},
-        "flux uncached": {**small, "flux_enabled": True, "fbcache_enabled": False},
-        "jpeg": {**small, "output_format": "jpeg"},
-        "odd text": {**small, "prompt": "a\u202e\nstormy sea 👩\u200d🚀\x1b[2J", "negative_prompt": "\r\nSteps: 1"},
+        "uncached": {},
+        "deepcache": {"deepcache_enabled": True},
+        "deepcache deep": {"deepcache_enabled": True, "deepcache_interval": 5, "deepcache_depth": 12},
+        "two evaluations": {"sampler": "heun", "steps": 4, "deepcache_enabled": True},
+        "several": {"num_images": 3, "batch_size": 2, "deepcache_enabled": True},
+        "other size": {"width": 128, "height": 192, "prompt": "a snowy mountain at dawn"},
+        "flux": {"flux_enabled": True, "fbcache_threshold": 0.2},
+        "flux uncached": {"flux_enabled": True, "fbcache_enabled": False},
+        "jpeg": {"output_format": "jpeg"},
+        "odd text": {"prompt": "a\u202e\nstormy sea 👩\u200d🚀\x1b[2J", "negative_prompt": "\r\nSteps: 1"},
     }
     for name, text in odd_pictures().items():
-        named[f"from {name}"] = {**small, "steps": 4, "img2img_enabled": True, "img2img_image": text}
-    return named
+        named[f"from {name}"] = {"steps": 4, "img2img_enabled": True, "img2img_image": text}
+    return {name: small | fields for name, fields in named.items()}
 
 
-def pictures(answer: Answer) -> Pictures:
-    body = json.loads(answer.body)
-    return tuple(base64.b64decode(text) for text in body.get("images") or [body["image"]])
+def pictures(body: bytes) -> Pictures:
+    told = json.loads(body)
+    return tuple(base64.b64decode(text) for text in told.get("images") or [told["image"]])
 
 
 def _apart(ours: Pictures, theirs: Pictures) -> float:
     """The greatest difference of two channel values; infinite between pictures of other sizes or numbers."""
     if len(ours) != len(theirs):
         return math.inf
-    pairs = [(_pixels(one), _pixels(other)) for one, other in zip(ours, theirs, strict=True)]
+    pixels = [
+        [np.asarray(Image.open(io.BytesIO(one)).convert("RGB")).astype(int) for one in of] for of in (ours, theirs)
+    ]
+    pairs = zip(*pixels, strict=True)
     return max(float(np.abs(one - other).max()) if one.shape == other.shape else math.inf for one, other in pairs)
-
-
-def _pixels(picture: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
 
 
 class Crowd:
@@ -74,35 +74,25 @@ class Crowd:
     """
 
     def __init__(
-        self, server: Server, expected: Mapping[str, Pictures], rows: list[Row], *, seed: int, levels: int = 0
+        self, server: Server, expected: Mapping[str, Pictures], rows: Sequence[Row], *, seed: int, levels: int = 0
     ) -> None:
         self.server = server
         self.requests = {name: body for name, body in good_requests().items() if name in expected}
-        self.expected = expected
-        self.rows = rows
-        self.levels = levels
+        self.expected, self.rows, self.levels = expected, rows, levels
         self.tally: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.kills = 0
-        self.killing = True
-        self._seed = seed
-        self._lock = threading.Lock()
-        self._open = threading.Event()
-        self._ended = threading.Event()
+        self.kills, self.killing = 0, True
+        self._lock, self._open, self._ended = threading.Lock(), threading.Event(), threading.Event()
         self._busy: Counter[str] = Counter()
-        self._threads: list[threading.Thread] = []
-
-    def start(self, good: int = 3) -> None:
-        kinds: list[tuple[str, Callable[[random.Random], None]]] = [
-            *((f"good {index}", self.ask_well) for index in range(good)),
-            ("bad", self.ask_badly),
-            ("leaver", self.leave),
-            ("killer", self.kill),
-            ("jobs", self.ask_later),
+        acts = [*[self.ask_well] * 3, self.ask_badly, self.leave, self.kill, self.ask_later]
+        self._threads = [
+            threading.Thread(
+                target=self._loop, args=(f"{act.__name__} {number}", act, seed * 1000 + number), daemon=True
+            )
+            for number, act in enumerate(acts)
         ]
-        for number, (name, act) in enumerate(kinds):
-            source = random.Random(self._seed * 1000 + number)
-            self._threads.append(threading.Thread(target=self._loop, args=(name, act, source), name=name, daemon=True))
+
+    def start(self) -> None:
         self._open.set()
         for thread in self._threads:
             thread.start()
@@ -125,7 +115,8 @@ class Crowd:
         for thread in self._threads:
             thread.join(60)
 
-    def _loop(self, name: str, act: Callable[[random.Random], None], source: random.Random) -> None:
+    def _loop(self, name: str, act: Any, seed: int) -> None:
+        source = random.Random(seed)
         while True:
             self._open.wait()
             self._busy[name] = 1
@@ -147,6 +138,12 @@ class Crowd:
         with self._lock:
             self.faults.append(sentence[:300])
 
+    def _exchange(self, body: Mapping[str, Any], **how: Any) -> Answer | None:
+        return exchange(self.server.address, [request(json.dumps(body), **how)], seconds=PATIENCE)
+
+    def ask(self, name: str) -> None:
+        self.judge(name, self._exchange(self.requests[name]))
+
     def judge(self, name: str, answer: Answer | None) -> None:
         if answer is None:
             self._fault(f"{name}: no answer")
@@ -154,7 +151,7 @@ class Crowd:
             self._count(f"good {answer.status} {answer.type}")
             if answer.type not in BUSY:
                 self._fault(f"{name}: {answer.status} {answer.body[:200]!r}")
-        elif (found := pictures(answer)) == self.expected[name]:
+        elif (found := pictures(answer.body)) == self.expected[name]:
             self._count("good 200, the quiet server's bytes")
         elif (apart := _apart(found, self.expected[name])) <= self.levels and self.levels:
             self._count(f"good 200, {apart:g} levels from the quiet server's")
@@ -162,17 +159,16 @@ class Crowd:
             self._fault(f"{name}: not the quiet server's picture, {apart:g} levels from it")
 
     def ask_well(self, source: random.Random) -> None:
-        name = source.choice(list(self.requests))
-        self.judge(name, exchange(self.server.address, [request(json.dumps(self.requests[name]))], seconds=240))
+        self.ask(source.choice(list(self.requests)))
 
     def ask_badly(self, source: random.Random) -> None:
         row = source.choice(self.rows)
-        answer = exchange(self.server.address, row.parts(), leave=row.leave, seconds=240)
-        status = answer.status if answer else None
-        if 200 in row.status and answer is not None and answer.type in BUSY:
-            self._count(f"odd {status} {answer.type}")
+        answer = exchange(self.server.address, row.parts(), leave=row.leave, seconds=PATIENCE)
+        status, kind = (answer.status, answer.type) if answer else (None, None)
+        if 200 in row.status and kind in BUSY:
+            self._count(f"odd {status} {kind}")
         elif not row.accepts(answer):
-            self._fault(f"{row.name}: {status} {answer.type if answer else ''}, not {row.status} {row.type}")
+            self._fault(f"{row.name}: {status} {kind}, not {row.status} {row.type}")
         else:
             self._count("left" if row.leave else f"odd {status}" if status == 200 else f"bad {status}")
 
@@ -196,18 +192,18 @@ class Crowd:
     def ask_later(self, source: random.Random) -> None:
         """Through /api/jobs: fetched, or cancelled twice at a random moment."""
         name = source.choice(list(self.requests))
-        made = exchange(self.server.address, [request(json.dumps(self.requests[name]), path="/api/jobs")])
+        made = self._exchange(self.requests[name], path="/api/jobs")
         if made is None or made.status != 202:
             self.judge(name, made)
             return
-        path = f"/api/jobs/{json.loads(made.body)['id']}"
+        path, deadline = f"/api/jobs/{json.loads(made.body)['id']}", time.monotonic() + PATIENCE
         if source.random() < 0.3:
             time.sleep(source.choice([0.0, 0.1, 0.5]))
-            statuses = [self._status(path, "DELETE"), self._status(path, "DELETE")]
+            answers = [self._exchange({}, method="DELETE", path=path) for _ in range(2)]
+            statuses = [answer and answer.status for answer in answers]
             self._count(f"cancelled twice {statuses}")
             if not set(statuses) <= {200, 202, 409}:
                 self._fault(f"cancelled twice: {statuses}")
-        deadline = time.monotonic() + 240
         while (seen := self._look(path))["state"] in ("queued", "running"):
             if time.monotonic() > deadline:
                 self._fault(f"job {name}: still {seen['state']}")
@@ -221,12 +217,8 @@ class Crowd:
             if seen["state"] != "cancelled" and kind not in BUSY:
                 self._fault(f"job {name}: {seen['state']} {kind}")
 
-    def _status(self, path: str, method: str) -> int | None:
-        answer = exchange(self.server.address, [request("", method=method, path=path)])
-        return answer.status if answer else None
-
     def _look(self, path: str) -> dict[str, Any]:
-        answer = exchange(self.server.address, [request("", method="GET", path=path)])
+        answer = self._exchange({}, method="GET", path=path)
         if answer is None or answer.status != 200:
             raise RuntimeError(f"{path}: {answer}")
         found: dict[str, Any] = json.loads(answer.body)

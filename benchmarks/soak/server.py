@@ -1,20 +1,18 @@
-"""A server process to be treated badly, and what it holds."""
+"""A server process to be treated badly, and what a process holds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from benchmarks import server
 from benchmarks.server import SERVE, Server
 from benchmarks.soak.hostile import BODY_LIMIT, BODY_SECONDS
-
-__all__ = ["SERVE", "Held", "Server", "running"]
 
 SETTINGS = {
     "WAVESPEED_DEVICE": "cpu",
@@ -23,29 +21,25 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """By a process at one moment. `resident`: bytes."""
 
     resident: int
     descriptors: int
     threads: int
 
+    def __str__(self) -> str:
+        return f"{self.resident / 1e6:.1f} | {self.descriptors} | {self.threads}"
+
     @classmethod
     def settled(cls, pid: int, seconds: float = 3.0) -> Held:
         """The least of each over some seconds: a connection that is being closed is not held."""
-        seen = []
-        until = time.monotonic() + seconds
+        process, seen, until = psutil.Process(pid), [], time.monotonic() + seconds
         while time.monotonic() < until:
-            seen.append(cls.of(pid))
+            with process.oneshot():
+                seen.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
             time.sleep(0.1)
-        return cls(*(min(getattr(held, part) for held in seen) for part in ("resident", "descriptors", "threads")))
-
-    @classmethod
-    def of(cls, pid: int) -> Held:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            return cls(process.memory_info().rss, process.num_fds(), process.num_threads())
+        return cls(*map(min, zip(*seen, strict=True)))
 
 
 def running(command: Sequence[str] = SERVE, **settings: str) -> AbstractContextManager[Server]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cache.patching import shadowed
+from cache.transfer import upload
 
 from .prediction import Prediction
 
@@ -56,6 +57,7 @@ class Scales:
     letters: str = ""
     share: float = 1.0
     details: dict[str | None, Tensor] = field(default_factory=dict)
+    bases: tuple[Tensor, Tensor] | None = None  # the reduced size's, for both sides: (height', height), (width', width)
 
     @contextmanager
     def attached(self) -> Iterator[Scales]:
@@ -80,7 +82,9 @@ class Scales:
         latents, timestep = layout.input_of(args, kwargs)
         grid, level = layout.grid(latents, self.height, self.width), prediction.at(timestep)
         name = getattr(forward, "pass_name", None)  # conditional and unconditional, where they are called apart
-        down, across = self._bases(grid)
+        if self.bases is None:
+            self.bases = self._bases(grid)
+        down, across = self.bases
         if not is_reduced(self.settings, self.step, self.steps):
             self.letters += "F"
             output = forward(*args, **kwargs)
@@ -103,11 +107,11 @@ class Scales:
         return (layout.flat(prediction.output(grid, clean, level)),)
 
     def _bases(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """The reduced size's bases for both sides: (height', height) and (width', width)."""
         multiple = self.model.layout.multiple
         sides = (self.height, self.width)
         sizes = [max(1, round(side * self.settings.factor / multiple)) * multiple for side in sides]
-        down, across = (low_frequencies(side, size).to(grid) for side, size in zip(sides, sizes, strict=True))
+        rows = (low_frequencies(side, size).to(grid.dtype) for side, size in zip(sides, sizes, strict=True))
+        down, across = (upload(one, grid.device) for one in rows)
         return down, across
 
 

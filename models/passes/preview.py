@@ -94,7 +94,7 @@ def decoder_of(model: PipelineModel) -> Decoder:
         from diffusers import AutoencoderTiny
 
         tiny = AutoencoderTiny.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        tiny = tiny.to(device=vae.device, dtype=vae.dtype).eval()
+        tiny = tiny.to(device=model.device, dtype=vae.dtype).eval()
         return lambda clean: tiny.decode(clean.to(tiny.dtype), return_dict=False)[0]
     if sum(parameter.numel() for parameter in vae.decoder.parameters()) > SMALL_DECODER:
         return linear(model)
@@ -118,7 +118,7 @@ def linear(model: PipelineModel) -> Decoder:
     with quiet():
         try:
             vae.to(dtype=torch.float32)  # Stable Diffusion XL's encoder overflows in half precision
-            clean = vae.encode(picture.to(vae.device)).latent_dist.mode()  # (1, channels, latents, latents)
+            clean = vae.encode(picture.to(model.device)).latent_dist.mode()  # (1, channels, latents, latents)
         finally:
             vae.to(dtype=dtype)
     clean = (clean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
+import app.cli.generate
 import app.engine.runner
+from app.errors import ServiceError
+from app.http.schemas import GenerateRequest
 from tests.app.fakes import fake_runner
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -75,6 +84,79 @@ def test_what_the_server_refuses_is_refused_in_one_line(
     assert not [line for line in progress if words in line or "Traceback" in line]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "a", "--model", "nope"], "There is no model 'nope'. There is: tiny-sd, tiny-flux."),
+        (["generate", "a", "--sampler", "nope"], "There is no sampler 'nope' for this model. It has: euler, "),
+        (
+            ["generate", "a", "--deepcache-interval", "11"],
+            "deepcache_interval: input should be less than or equal to 10.",
+        ),
+        (["generate", "a", "--width", "513"], "multiple of 8"),
+        (["generate", "a", "--img2img-enabled", "--img2img-image", "none.png"], "none.png: No such file or directory."),
+        (
+            ["compare", "a", "--flux", "--sampler", "lms"],
+            "There is no sampler 'lms' for this model. It has: euler, heun.",
+        ),
+        (["calibrate", "nope"], "There is no model 'nope'."),
+        (["calibrate", "tiny-sd", "--sampler", "nope"], "There is no sampler 'nope' for this model."),
+        (["threshold", "nope", "--speedup", "2"], "There is no model 'nope'."),
+    ],
+)
+def test_what_is_known_to_be_wrong_is_said_before_torch_is_imported(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    code = (
+        f"import sys; sys.argv[1:] = {arguments}; from app.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(*sorted({'torch', 'diffusers'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout.strip()) == (1, ""), ran.stderr
+    assert words in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_every_simple_field_of_a_request_is_an_option_with_its_description() -> None:
+    told = " ".join(CliRunner().invoke(command_line.cli, ["generate", "--help"]).output.split())
+    for name, field in GenerateRequest.model_fields.items():
+        if name not in ("prompt", "output_format", "enable_preview", "loras"):
+            assert f"--{name.replace('_', '-')}" in told, name
+            assert str(field.description) in told
+    for short in ("flux", "deepcache", "preset", "interval", "depth", "fbcache", "threshold", "lora NAME:WEIGHT"):
+        assert f"--{short}" in told
+
+
+@pytest.mark.usefixtures("_fake_models")
+def test_fields_arrive_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def seen_here(values: dict[str, object], settings: object) -> None:
+        seen.update(values)
+        raise ServiceError("seen")
+
+    monkeypatch.setattr(app.cli.generate, "drawn_here", seen_here)
+    Path("a.png").write_bytes(b"bytes")
+    options = ["--depth", "3", "--no-multiscale-intermittent", "--lora", "ink:0.5", "--lora", "wash", "--seed", "-1"]
+    options += ["--img2img-image", "a.png", "--guidance-scale", "3.5", "--attention", "sdpa"]
+    CliRunner().invoke(command_line.cli, ["generate", "a", *options, "-o", "x.webp"])
+    assert seen == {
+        "prompt": "a",
+        "deepcache_depth": 3,
+        "multiscale_intermittent": False,
+        "loras": [{"name": "ink", "weight": 0.5}, {"name": "wash"}],
+        "seed": -1,
+        "img2img_image": base64.b64encode(b"bytes").decode(),
+        "guidance_scale": 3.5,
+        "attention": "sdpa",
+        "output_format": "webp",
+    }
+
+
 @pytest.mark.usefixtures("_fake_models")
 def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LD_SERVER_LOGLEVEL", "LOUD")
@@ -89,9 +171,9 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fine", "--speedup", "2"], "Use DeepCache"),
+        (["tiny-sd", "--speedup", "2"], "Use DeepCache"),
         (["nothing", "--speedup", "2"], "There is no model"),
-        (["flux", "--speedup", "2", "--forecast", "cubic"], "cache_forecast"),
+        (["tiny-flux", "--speedup", "2", "--max-consecutive", "51"], "fbcache_max_consecutive"),
     ],
 )
 def test_a_threshold_is_not_searched_where_there_is_none(

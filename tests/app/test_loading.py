@@ -29,7 +29,7 @@ async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCap
     [
         ("WAVESPEED_MODELS_FILE", "models.toml", "no key 'famly'. The nearest is 'family'"),
         ("WAVESPEED_MODELS_FILE", "absent.toml", "absent.toml"),
-        ("WAVESPEED_MODEL", "tiny-df", "no such model but tiny-sd, tiny-flux"),
+        ("WAVESPEED_MODEL", "tiny-df", "there is no model 'tiny-df', but tiny-sd, tiny-flux."),
     ],
 )
 def test_a_wrong_configuration_ends_the_start_in_one_line(
@@ -48,7 +48,7 @@ def test_a_wrong_configuration_ends_the_start_in_one_line(
     monkeypatch.setattr("sys.argv", ["app", *command])
     with pytest.raises(SystemExit) as caught:
         command_line.main()
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1

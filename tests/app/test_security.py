@@ -25,7 +25,7 @@ ORIGIN = "https://studio.example"
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/telemetry", "/api/models", "/v1/models", "/api/nothing", "/nothing", "/api//models"]
+    "path", ["/api/telemetry", "/api/models", "/v1/models", "/api/nothing", "/nothing", "/index.html", "/api//models"]
 )
 async def test_every_address_asks_for_a_key(engine: FakeEngine, path: str) -> None:
     async with client_of(engine, api_keys=("first", "second")) as client:
@@ -36,7 +36,7 @@ async def test_every_address_asks_for_a_key(engine: FakeEngine, path: str) -> No
 
 
 @pytest.mark.parametrize(
-    "path", ["/livez", "/readyz", "/health", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/metrics"]
+    "path", ["/", "/livez", "/readyz", "/health", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/metrics"]
 )
 async def test_what_holds_nothing_of_a_user_stays_open(engine: FakeEngine, path: str) -> None:
     async with client_of(engine, api_keys=("first",)) as client:
@@ -177,6 +177,17 @@ async def test_the_documentation_page_needs_nothing_from_elsewhere(client: httpx
     assert (await client.get("/docs/swagger-ui-bundle.js")).headers["content-type"].startswith("text/javascript")
     for stray in ("/docs/redoc.standalone.js", "/docs/..%2fcore.py", "/docs/%2e%2e/core.py", "/redoc"):
         assert (await client.get(stray)).status_code == 404, stray
+
+
+async def test_the_first_page_says_where_everything_is(client: httpx.AsyncClient) -> None:
+    page = await client.get("/")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "<script" not in page.text
+    addresses = re.findall(r'href="([^"]+)"', page.text)
+    assert {"docs", "api/models", "readyz"} <= set(addresses)
+    for address in addresses:
+        assert (await client.get(f"/{address}")).status_code == 200, address
 
 
 FORGED = "a\ncache strategy=deepcache hit_rate=1.00\x1b[2J\u202e\r\u2028\x85end"

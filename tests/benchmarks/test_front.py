@@ -45,14 +45,14 @@ def test_peers_above_the_front_are_told_with_their_distance() -> None:
         point("slow and bad", 1.5, 39),
         point("fast", 4, 10),
     ]
-    found = {one.peer.method: one.by for one in above(results, in_operations)}
+    found = {peer.method: by for peer, by in above(results, in_operations)}
     assert found == {"above": pytest.approx(1.0), "slow and good": None, "fast": None}
 
 
 def test_a_run_in_which_the_cache_never_acted_is_no_point_of_ours() -> None:
     fewer = point("fewer steps", 2.5, 36)
     results = [point("ours", 2, 40), point("ours", 3, 30), fewer, point("ours, fewer steps", 2.5, 37, hit_rate=0)]
-    assert [one.peer for one in above(results, in_operations)] == [fewer]
+    assert [peer for peer, _ in above(results, in_operations)] == [fewer]
 
 
 def test_matching_points() -> None:

@@ -7,11 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.cache.quality import interval, ssim
-
-
-def picture(level: int) -> np.ndarray:
-    return np.full((4, 4, 3), level, np.uint8)
+from benchmarks.cache.measure import ssim
+from benchmarks.report import interval
 
 
 def looped_ssim(x: np.ndarray, y: np.ndarray) -> float:

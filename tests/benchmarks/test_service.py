@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def requests(number: int) -> list[GenerationParams]:
-    return [GenerationParams(prompt="a", width=64, height=64, steps=2, seeds=(seed,)) for seed in range(number)]
+def fake(fields: Any, seed: int) -> Image:
+    """What the fake models paint of a request with that seed."""
+    given = {name: fields[name] for name in ("prompt", "width", "height", "steps")}
+    return painted(GenerationParams(**given), [seed])[0]
 
 
 def processed(server: Server) -> int:
@@ -34,13 +37,14 @@ def processed(server: Server) -> int:
 def test_a_request_is_held_against_the_bare_call_of_the_same(server: Server) -> None:
     called: list[int] = []
 
-    def draw(params: GenerationParams) -> Image:
-        called.append(params.seeds[0])
-        return painted(params, [100] if params.seeds == (5,) else params.seeds)[0]  # one is wrong
+    def draw(asked: Sequence[Any]) -> list[Image]:
+        (fields,) = asked
+        called.append(fields["seed"])
+        return [fake(fields, 100 if fields["seed"] == 5 else fields["seed"])]  # one is wrong
 
     before = processed(server)
     with server.client() as client:
-        found = cost.pairs(client, draw, requests(7))
+        found = cost.pairs(client, draw, [cost.request(seed, 2, 64) for seed in range(7)])
     assert called == list(range(7))
     assert [pair.same for pair in found] == [True, True, True, False, True]  # the first two warm up
     assert all(pair.stages == pytest.approx(600) for pair in found), "what the fake says of its stages"
@@ -67,11 +71,10 @@ def test_neighbouring_requests_have_other_prompts() -> None:
 
 
 def test_requests_at_once_are_counted_and_their_pictures_kept_apart(server: Server) -> None:
-    with server.client() as http:
-        found = batching.at_once(batching.Client(http), clients=3, requests=6, steps=2, cached=True)
+    found = batching.at_once(server, clients=3, requests=6, steps=2, cached=True)
     assert found["images_per_batch"] == 1  # this server draws each by itself
     assert found["images_per_second"] > 0
     for number, picture in enumerate(found["pictures"]):
-        prompt = batching.body(number, 2, cached=True)["prompt"]
-        asked = GenerationParams(prompt=prompt, width=512, height=512, seeds=(number,))
-        assert np.array_equal(picture, np.asarray(painted(asked, asked.seeds)[0]))
+        assert np.array_equal(picture, np.asarray(fake(cost.request(number, 2), number)))
+    assert batching.apart(found["pictures"], found["pictures"]) == 0
+    assert batching.apart([[[0, 9]]], [[[4, 2]]]) == 7

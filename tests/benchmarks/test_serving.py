@@ -2,80 +2,87 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
-import selectors
-from collections.abc import Coroutine, Iterable
-from itertools import pairwise, repeat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request, Response
 from typer.testing import CliRunner
 
-from benchmarks.server import running
+from benchmarks.report import percentile
+from benchmarks.server import Server, running
+from benchmarks.serving import load as loads
 from benchmarks.serving.__main__ import cli
-from benchmarks.serving.api import Answer, Native, OpenAI
-from benchmarks.serving.figures import figures, percentile
-from benchmarks.serving.load import Sample, closed_loop, open_loop, poisson
-from benchmarks.serving.mix import MIXED, SQUARE, drawn, with_caches, with_fields
-from benchmarks.serving.mix import Request as Asked
+from benchmarks.serving.load import Load, Sample, Target, entry, figures, latency, poisson
+from benchmarks.serving.requests import MIXED, SQUARE, drawn, with_fields
 from benchmarks.serving.service import spacing
-from benchmarks.serving.target import Load, Run, Target, reaching
-from benchmarks.serving.watch import Look
 from tests.benchmarks.lindley import lindley
 
-ONE = Asked("one", {"prompt": "a"})
+needs_locust = pytest.mark.skipif(find_spec("locust") is None, reason="needs the bench extra")
+PICTURE = {"image": "AAAA", "timings": {"queue_seconds": 0, "total_seconds": 0}, "cache": {"computed": 1, "reused": 0}}
+Answer = Callable[[dict[str, Any]], tuple[int, dict[str, str], object]]
 
 
-class Leap(selectors.DefaultSelector):
-    """Waits by moving the clock."""
+@contextmanager
+def answering(answer: Answer) -> Iterator[str]:
+    """The address of a server whose answers `answer` gives: status, headers and body."""
 
-    now = 0.0
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    def select(self, timeout: float | None = None) -> list[Any]:
-        assert timeout is not None, "nothing is going to happen any more"
-        self.now += timeout
-        return list(super().select(0))
+        def do_GET(self) -> None:
+            self.send_error(404)
 
+        def do_POST(self) -> None:
+            status, headers, body = answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {**headers, "content-length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
 
-class LeapingLoop(asyncio.SelectorEventLoop):
-    """Sleeps take no time, and everything happens exactly when it is due."""
+        def log_message(self, *_: Any) -> None:
+            pass
 
-    def __init__(self) -> None:
-        self.leap = Leap()
-        super().__init__(self.leap)
-
-    def time(self) -> float:
-        return self.leap.now
-
-
-def in_no_time(work: Coroutine[Any, Any, list[Sample]]) -> list[Sample]:
-    loop = LeapingLoop()
-    try:
-        return loop.run_until_complete(work)
-    finally:
-        loop.close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 class OneWorker:
-    """Answers one request after the other, each in the next of `seconds`."""
+    """Draws one request after the other, each for at least `seconds` of its number."""
 
-    def __init__(self, seconds: Iterable[float]) -> None:
-        self.seconds = iter(seconds)
-        self.lock = asyncio.Lock()
-        self.most = self.here = 0
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds, self.worker, self.guard = seconds, threading.Lock(), threading.Lock()
+        self.most = self.here = self.drawn = 0
 
-    async def __call__(self, request: Asked) -> Answer:
-        self.here += 1
-        self.most = max(self.most, self.here)
-        async with self.lock:
-            await asyncio.sleep(next(self.seconds))
-        self.here -= 1
-        return Answer(200, 1)
+    def __call__(self, body: dict[str, Any]) -> tuple[int, dict[str, str], object]:
+        with self.guard:
+            self.here += 1
+            self.most = max(self.most, self.here)
+        with self.worker:
+            self.drawn += 1
+            time.sleep(self.seconds(self.drawn - 1))
+        with self.guard:
+            self.here -= 1
+        return 200, {}, PICTURE
+
+
+def a_load(**given: Any) -> Load:
+    usual = {"name": "x", "mix": SQUARE, "seconds": 2.0, "warm_up": 0.0, "objective": 2.0, "seed": 1}
+    return Load(**{**usual, **given})
 
 
 @pytest.mark.parametrize("count", [1, 2, 19, 20, 21, 100])
@@ -101,52 +108,46 @@ def test_arrivals_are_poisson_and_the_seed_s() -> None:
     assert gaps[len(gaps) // 2] == pytest.approx(math.log(2) / 20, rel=0.05)  # the median of an exponential
 
 
-def test_an_open_loop_counts_from_the_schedule_through_a_stall() -> None:
-    """One request that takes 20 seconds; a client that waited for it before asking on would see one bad latency."""
-    arrivals = poisson(2.0, 60.0, seed=1)
-    services = [20.0 if number == 30 else 0.2 for number in range(len(arrivals))]
-    samples = in_no_time(open_loop(OneWorker(services), arrivals, repeat(ONE)))
-    expected = lindley(arrivals, services)
-    assert [one.latency for one in samples] == pytest.approx(expected)
-    assert [one.sent for one in samples] == pytest.approx(arrivals)
-    assert sum(one.latency > 5 for one in samples) > 20
+@needs_locust
+@pytest.mark.parametrize("users", [1000, 1])
+def test_an_open_loop_counts_from_the_schedule_through_a_stall(users: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request that takes a second; a client that waited for it before asking on would see one bad latency.
+
+    So would one that is held up itself, with a single connection, if it counted from its own sending. A worker that is
+    slower than it is told makes latencies longer, so what follows of its least times is a lower bound for them.
+    """
+    monkeypatch.setattr(loads, "MOST_USERS", users)
+    arrivals = poisson(20.0, 2.0, seed=1)
+    services = [1.0 if number == 10 else 0.01 for number in range(len(arrivals))]
+    with answering(OneWorker(services.__getitem__)) as url:
+        samples, _ = Target(url).run(a_load(rate=20.0))
+    assert [one["scheduled"] for one in samples] == arrivals
+    bound = lindley(arrivals, services)
+    assert all(latency(one) > least - 1e-3 for one, least in zip(samples, bound, strict=True))
+    assert sum(latency(one) > 0.4 for one in samples) >= sum(least > 0.4 for least in bound) > 8
+    assert {one["status"] for one in samples} == {200}
 
 
-def test_a_client_that_is_held_up_does_not_make_the_server_look_fast() -> None:
-    arrivals = [0.0, 0.1, 0.2, 0.3]
-
-    class HeldUp:
-        """A pool of one connection: a request is sent when the one before is answered."""
-
-        def __init__(self) -> None:
-            self.worker = OneWorker(repeat(1.0))
-            self.pool = asyncio.Semaphore(1)
-
-        async def __call__(self, request: Asked) -> Answer:
-            async with self.pool:
-                return await self.worker(request)
-
-    samples = in_no_time(open_loop(HeldUp(), arrivals, repeat(ONE)))
-    assert [one.latency for one in samples] == pytest.approx([1.0, 1.9, 2.8, 3.7])
-
-
+@needs_locust
 def test_a_closed_loop_keeps_its_clients_busy_and_no_more() -> None:
-    worker = OneWorker(repeat(0.5))
-    samples = in_no_time(closed_loop(worker, 3, repeat(ONE), seconds=10))
+    worker = OneWorker(lambda number: 0.05)
+    with answering(worker) as url:
+        samples, _ = Target(url).run(a_load(clients=3, seconds=1.0))
     assert worker.most == 3
-    assert [one.latency for one in samples[3:-3]] == pytest.approx([1.5] * (len(samples) - 6))
-    assert len(in_no_time(closed_loop(OneWorker(repeat(0.5)), 3, repeat(ONE), count=7))) == 7
+    assert 3 <= len(samples) == worker.drawn <= 1 / 0.05 + 3
+    assert all(one["sent"] == one["scheduled"] < 1.0 for one in samples)
 
 
 def test_two_clients_show_how_long_a_request_occupies_the_worker() -> None:
-    services = [0.3, 0.5, 0.2, 0.7, 0.4]
-    samples = in_no_time(closed_loop(OneWorker(services), 2, repeat(ONE), count=5))
-    assert spacing(samples) == pytest.approx(services[1:])
+    services = [0.3, 0.5, 0.2, 0.7]
+    ends = [sum(services[: number + 1]) for number in range(4)]
+    assert spacing([(0.0, end) for end in reversed(ends)]) == pytest.approx(services[1:])
 
 
-def sample(at: float, latency: float, status: int = 200, **answer: Any) -> Sample:
-    told = {"images": 1 if status == 200 else 0, "retry_after": status == 429} | answer
-    return Sample("one", at, at + 0.01, at + latency, Answer(status, **told))
+def sample(at: float, seconds: float, status: int = 200, **answer: Any) -> Sample:
+    told = {"images": 1 if status == 200 else 0, "retry_after": status == 429, "queue": None, "service": None}
+    when = {"kind": "one", "scheduled": at, "sent": at + 0.01, "finished": at + seconds, "status": status}
+    return {**when, **told, "computed": 0, "reused": 0, **answer}
 
 
 def test_figures_are_those_of_the_window() -> None:
@@ -160,30 +161,27 @@ def test_figures_are_those_of_the_window() -> None:
         sample(9.5, 1.5, images=2),  # finished after the end
     ]
     found = figures(samples, [(1.0, 10.0)], objective=2.0)
-    assert (found.requests, found.statuses) == (6, {"0": 1, "200": 3, "429": 2})
-    assert found.offered == pytest.approx(6 / 9)
-    assert found.finished == pytest.approx((5 + 1 + 1) / 9)
-    assert found.latency is not None
-    assert (found.latency.mean, found.latency.p50, found.latency.p99) == pytest.approx((5.5 / 3, 1.5, 3.0))
-    assert found.wait is not None
-    assert (found.wait.mean, found.wait.p95) == (0.5, 0.75)
-    assert (found.within, found.goodput) == pytest.approx((2 / 6, 2 / 9))  # refused and lost ones are misses
-    assert found.hit_rate == 0.5
-    assert found.without_retry_after == 1
-    assert found.late == pytest.approx(0.01)
+    assert (found["requests"], found["statuses"]) == (6, {"0": 1, "200": 3, "429": 2})
+    assert found["offered"] == pytest.approx(6 / 9)
+    assert found["finished"] == pytest.approx((5 + 1 + 1) / 9)
+    assert [found["latency"][name] for name in ("mean", "p50", "p99")] == pytest.approx([5.5 / 3, 1.5, 3.0])
+    assert (found["wait"]["mean"], found["wait"]["p95"]) == (0.5, 0.75)
+    assert (found["within"], found["goodput"]) == pytest.approx((2 / 6, 2 / 9))  # refused and lost ones are misses
+    assert found["hit_rate"] == 0.5
+    assert found["without_retry_after"] == 1
+    assert found["late"] == pytest.approx(0.01)
 
 
 def test_rounds_are_joined_and_their_median_counts() -> None:
-    load = Load(name="x", mix=SQUARE, seconds=4.0, warm_up=2.0, objective=2.0, rate=1.0)
     slow, usual, quick = (
-        Run(load, [sample(at, 0.5) for at in (0.1, *times)], [Look(3.0, 1, 1, None)])
+        ([sample(at, 0.5) for at in (0.1, *times)], [(3.0, 1, 1, None)])
         for times in ([2.1], [2.1, 2.6], [2.1, 2.2, 2.3, 2.4, 3.9])
     )
-    whole = Run.joined([slow, usual, quick])
-    assert [end for window in whole.windows for end in window] == pytest.approx([2, 4, 6, 8, 10, 12])
-    assert (whole.figures.requests, whole.figures.seconds) == (8, pytest.approx(6.0))
-    assert whole.figures.finished == pytest.approx(1.0)  # of 0.5, 1 and 2 a second; the last one ends after its round
-    assert [look.at for look in whole.looks] == [3.0, 7.0, 11.0]
+    whole = entry(a_load(seconds=4.0, warm_up=2.0, rate=1.0), [slow, usual, quick])
+    assert (whole["figures"]["requests"], whole["figures"]["seconds"]) == (8, pytest.approx(6.0))
+    assert whole["figures"]["finished"] == pytest.approx(1.0)  # of 0.5, 1 and 2 a second; the last ends after its round
+    assert [look[0] for look in whole["looks"]] == [3.0, 7.0, 11.0]
+    assert whole["rounds"] == 3
 
 
 def test_kinds_come_as_often_as_they_should_and_each_asks_for_something_else() -> None:
@@ -191,91 +189,90 @@ def test_kinds_come_as_often_as_they_should_and_each_asks_for_something_else() -
     first = [next(requests) for _ in range(2000)]
     again = drawn(MIXED, seed=3)
     assert first == [next(again) for _ in range(2000)]
-    for kind in MIXED:
-        share = sum(one.kind == kind.name for one in first) / 2000
-        assert share == pytest.approx(kind.weight, abs=4 * math.sqrt(kind.weight * (1 - kind.weight) / 2000))
-    assert len({one.fields["seed"] for one in first}) == 2000
-    assert len({one.fields["prompt"] for one in first}) > 100
+    for name, weight, _ in MIXED:
+        share = sum(kind == name for kind, _ in first) / 2000
+        assert share == pytest.approx(weight, abs=4 * math.sqrt(weight * (1 - weight) / 2000))
+    assert len({fields["seed"] for _, fields in first}) == 2000
+    assert len({fields["prompt"] for _, fields in first}) > 100
 
 
-def test_every_kind_is_a_request_that_the_service_takes() -> None:
-    from app.http.schemas import parse
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """With four places, of which each request takes 0.1 s of steps."""
+    with running(("-m", "tests.e2e.fake_server"), WAVESPEED_QUEUE_SIZE="4", LD_MAX_BATCH_SIZE="1") as server:
+        yield server
 
+
+def test_every_kind_is_a_request_that_the_service_takes(server: Server) -> None:
+    target = Target(server.url)
     for caches in (False, True):
-        for kind in with_caches(with_fields(MIXED, steps=8), caches):
-            fields = parse(dict(next(drawn([kind], 0)).fields))
-            flux = "flux" in kind.name
-            assert (fields.fbcache_enabled if flux else fields.deepcache_enabled) is caches
+        for kind in with_fields(MIXED, caches, steps=2):
+            assert (target.ask(next(drawn([kind], 0))[1])["reused"] > 0) is caches
 
 
-def peer(seen: list[dict[str, Any]]) -> FastAPI:
-    app = FastAPI()
+@needs_locust
+def test_a_peer_is_asked_in_openai_s_tongue() -> None:
+    seen: list[dict[str, Any]] = []
 
-    @app.post("/v1/images/generations")
-    async def images(request: Request) -> Any:
-        body = await request.json()
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, str], object]:
         seen.append(body)
         if body["prompt"].startswith("a starry"):
-            return Response(status_code=429, headers={"retry-after": "1"})
-        if body["prompt"].startswith("a snowy"):
-            return {"data": [{"url": "https://elsewhere"}]}
-        return {"created": 1, "data": [{"b64_json": "AAAA"}] * body["n"]}
+            return 429, {"retry-after": "1"}, {}
+        picture = {"url": "https://elsewhere"} if body["prompt"].startswith("a snowy") else {"b64_json": "AAAA"}
+        return 200, {}, {"created": 1, "data": [picture] * body["n"]}
 
-    return app
-
-
-async def test_a_peer_is_asked_in_openai_s_tongue() -> None:
-    seen: list[dict[str, Any]] = []
-    transport = httpx.ASGITransport(app=peer(seen))
-    async with httpx.AsyncClient(transport=transport, base_url="http://peer") as client:
-        target = Target(client, OpenAI({"num_inference_steps": 4}))
-        mix = with_fields(SQUARE, num_images=2)
-        load = Load(name="x", mix=mix, seconds=0.5, warm_up=0.0, objective=2.0, rate=80.0)
-        run = await target.run(load)
+    load = a_load(mix=with_fields(SQUARE, num_images=2), seconds=0.5, rate=80.0)
+    with answering(answer) as url:
+        samples, looks = Target(url, api="openai", extra={"num_inference_steps": 4}).run(load)
+    found = entry(load, [(samples, looks)])["figures"]
     asked = [body["prompt"].split()[1] for body in seen]
     expected = {"429": asked.count("starry"), "0": asked.count("snowy")}
     expected["200"] = len(asked) - sum(expected.values())
-    assert run.figures.statuses == expected
+    assert found["statuses"] == expected
     assert all(count > 0 for count in expected.values())
-    assert sum(one.answer.images for one in run.samples) == 2 * expected["200"]
-    assert (run.figures.wait, run.figures.hit_rate, run.figures.without_retry_after) == (None, None, 0)
+    assert sum(one["images"] for one in samples) == 2 * expected["200"]
+    assert (found["wait"], found["hit_rate"], found["without_retry_after"]) == (None, None, 0)
     assert {key: value for key, value in seen[0].items() if key != "prompt"} == {
         "n": 2, "size": "128x128", "response_format": "b64_json", "num_inference_steps": 4,
     }  # fmt: skip
 
 
-async def test_overload_is_refused_and_its_queue_stays_bounded() -> None:
-    places, rate, seconds = 4, 40.0, 1.5  # 0.1 s of steps a request: four times what the server can do
-    mix = with_fields(SQUARE, model="slow", steps=5)
-    with running(("-m", "tests.e2e.fake_server"), WAVESPEED_QUEUE_SIZE=str(places), LD_MAX_BATCH_SIZE="1") as server:
-        host, port = server.address
-        async with reaching(f"http://{host}:{port}", Native(), server.process.pid) as target:
-            await target.warm(mix)
-            run = await target.run(Load(name="x", mix=mix, seconds=seconds, warm_up=0.0, objective=2.0, rate=rate))
-        load = ["load", "--url", f"http://{host}:{port}", "--clients", "1", "--seconds", "1", "--warm-up", "0"]
-        asked = ["--extra", '{"model": "slow", "steps": 2}', "--pid", str(server.process.pid)]
-        command = await asyncio.to_thread(CliRunner().invoke, cli, [*load, *asked])
-    found, held = run.figures, run.held()
-    assert found.statuses.keys() == {"200", "429"}
-    assert found.statuses["429"] > found.statuses["200"] / 2
-    assert found.without_retry_after == 0
-    assert held["waiting_most"] <= places
+@needs_locust
+def test_overload_is_refused_and_its_queue_stays_bounded(server: Server) -> None:
+    load = a_load(mix=with_fields(SQUARE, model="slow", steps=5), seconds=1.5, rate=40.0)  # four times what it can do
+    target = Target(server.url, server.process.pid)
+    target.warm(load.mix)
+    found = entry(load, [target.run(load)])
+    figures, held = found["figures"], found["held"]
+    assert figures["statuses"].keys() == {"200", "429"}
+    assert figures["statuses"]["429"] > figures["statuses"]["200"] / 2
+    assert figures["without_retry_after"] == 0
+    assert held["waiting_most"] <= 4
     assert held["server_mb"] > 10
     assert held["workers_mb"] > 10
-    by_command = json.loads(command.stdout.splitlines()[-1])
-    assert by_command["figures"]["statuses"].keys() == {"200"}
-    assert by_command["held"]["workers_mb"] > 10
-    waits = [one.answer.queue for one in run.samples if one.answer.queue is not None]
+    waits = [wait for *_, wait, _ in found["points"] if wait is not None]
     # A place is served at a time; one service more than there are places is room for what dispatching takes.
-    assert max(waits) <= (places + 1) * held["service_longest"]
+    assert max(waits) <= (4 + 1) * held["service_longest"]
 
 
-async def test_no_answer_is_counted_as_none() -> None:
-    async with reaching("http://127.0.0.1:9", Native()) as target:
-        run = await target.run(Load(name="x", mix=SQUARE, seconds=0.2, warm_up=0.0, objective=2.0, rate=20.0))
-        assert run.figures.statuses.keys() <= {"0"}
-        with pytest.raises(RuntimeError, match="answered 0, ConnectError"):
-            await target.warm(SQUARE)
+@needs_locust
+def test_one_load_by_the_command(server: Server) -> None:
+    given = ["load", "--url", server.url, "--clients", "1", "--seconds", "1", "--warm-up", "0"]
+    more = ["--extra", '{"model": "slow", "steps": 2}', "--pid", str(server.process.pid)]
+    told = json.loads(CliRunner().invoke(cli, [*given, *more]).stdout.splitlines()[-1])
+    assert told["figures"]["statuses"].keys() == {"200"}
+    assert told["held"]["workers_mb"] > 10
+    assert "points" not in told
+
+
+@needs_locust
+def test_no_answer_is_counted_as_none() -> None:
+    target, load = Target("http://127.0.0.1:9"), a_load(seconds=0.2, rate=20.0)
+    samples, _ = target.run(load)
+    assert {one["status"] for one in samples} == {0}
+    assert "refused" in samples[0]["error"]
+    with pytest.raises(httpx.ConnectError):
+        target.warm(SQUARE)
 
 
 @pytest.mark.parametrize(

@@ -11,84 +11,68 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import kept as store
+from benchmarks.serving import __main__ as command
 from benchmarks.serving import page, plan
-from benchmarks.serving.__main__ import marked
-from benchmarks.serving.api import Answer
-from benchmarks.serving.load import Sample
-from benchmarks.serving.mix import Kind
-from benchmarks.serving.prediction import NAMES, predict
-from benchmarks.serving.scenarios import Measured, Rules
-from benchmarks.serving.service import Occupied, ServiceTimes
+from benchmarks.serving.load import Load, growth
+from benchmarks.serving.plan import NAMES, predict
+from benchmarks.serving.scenarios import measured as told
 from benchmarks.serving.simulation import Machine, poisson_kinds, simulate
-from benchmarks.serving.target import Load, Run
-from benchmarks.serving.verdict import of_closed, of_overload, of_prediction
-from benchmarks.serving.watch import Look, growth
+from tests.benchmarks.test_serving import sample
+
+TIMES = {"one": {"alone": [0.5], "busy": [0.5], "batches": {"1": 1.0}}}
 
 
-def sample(at: float, latency: float, status: int = 200, **answer: Any) -> Sample:
-    told = {"images": 1 if status == 200 else 0, "retry_after": status == 429} | answer
-    return Sample("one", at, at + 0.01, at + latency, Answer(status, **told))
-
-
-def entry(rules: Rules, samples: list[Sample], *, rate: float | None = None, **given: Any) -> dict[str, Any]:
-    load = Load(
-        name="a load",
-        mix=(Kind("one", 1.0),),
-        seconds=100.0,
-        warm_up=5.0,
-        objective=2.0,
-        rate=rate,
-        clients=None if rate else 8,
-    )
-    looks = [Look(at, 60_000_000, 70_000_000 + at * 1000, 2) for at in range(100)]
-    return Measured(rules, Run(load, samples, looks), **given).as_dict()
+def entry(caches: bool, size: int, samples: list[Any], rate: float | None = None, queue: int = 64, **given: Any) -> Any:
+    loop: Any = {"rate": rate, "clients": None if rate else 8}
+    load = Load(name="a load", mix=[("one", 1.0, {})], seconds=100.0, warm_up=5.0, objective=2.0, **loop)
+    looks = [(at, 60_000_000, 70_000_000 + at * 1000, 2) for at in range(100)]
+    return json.loads(json.dumps(told(load, [(samples, looks)], caches, size, queue, **given)))
 
 
 def measured() -> dict[str, Any]:
     """As the scenarios leave it, of loads that were computed instead of measured."""
     source = random.Random(0)
-    times = ServiceTimes({"one": Occupied([0.5], [0.5])})
     arrivals = poisson_kinds(1.4, 130, [("one", 1.0)], source)
-    outcomes = simulate(Machine(), arrivals, times, source)
+    outcomes = zip(arrivals, simulate(Machine(), arrivals, TIMES, source), strict=True)
     samples = [
         sample(at, one.latency, queue=one.wait, service=one.latency - one.wait)
-        for (at, _), one in zip(arrivals, outcomes, strict=True)
+        for (at, _), one in outcomes
         if one is not None and at < 100
     ]
     refused = [sample(at + 0.5, 0.01, 429) for at in range(100)]
-    at_load = entry(Rules(False, 1), samples, rate=1.4, times=times, drift=0.01, capacity=2.0)
-    over = entry(Rules(False, 1, queue_size=8), [*samples, *refused], rate=6.0, capacity=1.4)
-    busy = [entry(Rules(on, size), samples) for on in (False, True) for size in (1, 4)]
-    return {name: {"command": "command", "conditions": "Here.", "entries": list(those)} for name, those in (
-        ("closed", busy), ("open", [at_load]), ("overload", [over]),
-    )}  # fmt: skip
+    scenarios = {
+        "closed": [entry(on, size, samples) for on in (False, True) for size in (1, 4)],
+        "open": [entry(False, 1, samples, 1.4, times=TIMES, drift=0.01, capacity=2.0)],
+        "overload": [entry(False, 1, [*samples, *refused], 6.0, 8, capacity=1.4)],
+    }
+    return {name: {"command": "command", "conditions": "Here.", "entries": those} for name, those in scenarios.items()}
 
 
 def test_what_is_kept_is_read_back_and_its_summary_is_short(tmp_path: Path) -> None:
     kept = measured()
-    store.write(tmp_path / "kept.json", kept)
-    assert store.read(tmp_path / "kept.json") == json.loads(json.dumps(kept))
-    assert store.read(tmp_path / "none.json") == {}
-    assert "points" not in store.summary(kept)["open"]["entries"][0]
+    command.write(tmp_path / "kept.json", kept)
+    assert command.read(tmp_path / "kept.json") == kept
+    assert command.read(tmp_path / "none.json") == {}
+    assert "points" not in command.short(kept["open"]["entries"][0])
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the bench extra")
 def test_page_and_plots_are_drawn_from_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "ARRIVALS", 1000)
-    from benchmarks.serving.plot import DRAWN, load_curves
-
-    kept = measured()
-    for name, one in kept.items():
-        DRAWN[name](one["entries"], tmp_path / f"{name}.png")
-    load_curves(kept["open"]["entries"], 2, 0.95, 2.0, tmp_path / "curves.png")
-    assert all(file.stat().st_size > 10_000 for file in tmp_path.glob("*.png"))
-    assert len(list(tmp_path.glob("*.png"))) == 4
-    page.write(tmp_path / "page.md", kept, {"open": "open.png"})
+    kept, data = measured(), tmp_path / "kept.json"
+    command.write(data, kept)
+    command.again(data, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| a load | caches off, batches of 1 |" in text
-    assert "![open](open.png)" in text
+    assert "![open](images/serving-open.png)" in text
     assert "nan" not in text
+    planned = tmp_path / "plan.md"
+    planned.write_text("<!-- times -->\n<!-- /times -->\n<!-- fleet -->\n<!-- /fleet -->\n")
+    command.planned(rate=10.0, objective=2.0, share=0.95, price=2.0, workers=2, data=data, file=planned)
+    assert "| caches off, batches of 1 |" in planned.read_text(encoding="utf-8")
+    pictures = list((tmp_path / "images").glob("*.png"))
+    assert len(pictures) == 4
+    assert all(file.stat().st_size > 10_000 for file in pictures)
 
 
 def test_a_run_is_predicted_by_its_own_service_times() -> None:
@@ -98,12 +82,12 @@ def test_a_run_is_predicted_by_its_own_service_times() -> None:
         assert found.replay_error(name) == pytest.approx(0, abs=1e-4)  # simulated with these times and arrivals
     assert found.closed_form == pytest.approx(found.model["mean"], rel=0.1)
     far = replace(found, measured={name: 2 * value for name, value in found.model.items()})
-    assert [claim.holds for claim in of_prediction("x", far)] == [False] * 3
+    assert [claim.holds for claim in page.of_prediction("x", far)] == [False] * 3
 
 
 def test_overload_is_held_to_its_bounds() -> None:
     good = measured()["overload"]["entries"][0]
-    assert all(claim.holds for claim in of_overload(good))
+    assert all(claim.holds for claim in page.of_overload(good))
     wrongs: list[tuple[str, str, Any]] = [
         ("figures", "statuses", {"200": 1, "500": 1}),
         ("figures", "without_retry_after", 1),
@@ -115,7 +99,7 @@ def test_overload_is_held_to_its_bounds() -> None:
     ]
     for part, name, value in wrongs:
         bad = {**good, part: {**good[part], name: value}}
-        assert [claim.holds for claim in of_overload(bad)].count(False) == 1
+        assert [claim.holds for claim in page.of_overload(bad)].count(False) == 1
 
 
 def test_gains_are_over_neither_caches_nor_batches() -> None:
@@ -123,7 +107,7 @@ def test_gains_are_over_neither_caches_nor_batches() -> None:
         {"name": "x", "rules": {"caches": on, "max_batch": size}, "figures": {"finished": finished}}
         for on, size, finished in ((False, 1, 2.0), (False, 4, 3.0), (True, 1, 4.0), (True, 4, 6.0))
     ]
-    assert [claim.measured for claim in of_closed(entries)] == ["1.50×", "2.00×", "3.00×"]
+    assert [claim.measured for claim in page.of_closed(entries)] == ["1.50×", "2.00×", "3.00×"]
 
 
 def test_growth_is_of_medians_a_third_apart() -> None:
@@ -134,6 +118,6 @@ def test_growth_is_of_medians_a_third_apart() -> None:
 
 def test_marked_tables_are_replaced_and_nothing_else() -> None:
     text = "before\n<!-- fleet -->\nold\n<!-- /fleet -->\nafter\n"
-    assert marked(text, {"fleet": ["new", ""]}) == "before\n<!-- fleet -->\n\nnew\n<!-- /fleet -->\nafter\n"
+    assert page.marked(text, {"fleet": ["new", ""]}) == "before\n<!-- fleet -->\n\nnew\n<!-- /fleet -->\nafter\n"
     with pytest.raises(ValueError, match="'times' 0 times"):
-        marked(text, {"times": []})
+        page.marked(text, {"times": []})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -10,9 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.serving import page, plan
-from benchmarks.serving.queueing import allen_cunneen, erlang_c, pollaczek_khinchine
-from benchmarks.serving.service import Occupied, ServiceTimes
-from benchmarks.serving.simulation import Machine, Outcome, poisson_kinds, simulate
+from benchmarks.serving.service import Times, factor
+from benchmarks.serving.simulation import Machine, allen_cunneen, erlang_c, poisson_kinds, pollaczek_khinchine, simulate
 from tests.benchmarks.lindley import lindley
 
 
@@ -41,10 +39,11 @@ def test_allen_cunneen_is_exact_for_one_worker() -> None:
     assert allen_cunneen(3.0, services, 4) == math.inf
 
 
-def fixed(*seconds: float, **batches: float) -> ServiceTimes:
+def fixed(*seconds: float, **batches: float) -> Times:
     """Kinds a, b, … that always take so long; x3: what a batch of three takes, over one."""
-    factors = {1: 1.0} | {int(size[1:]): factor for size, factor in batches.items()}
-    return ServiceTimes({name: Occupied([one], [one], factors) for name, one in zip("abcdef", seconds, strict=False)})
+    factors = {"1": 1.0} | {size[1:]: factor for size, factor in batches.items()}
+    named = zip("abcdef", seconds, strict=False)
+    return {name: {"alone": [one], "busy": [one], "batches": factors} for name, one in named}
 
 
 class Recorded(random.Random):
@@ -60,7 +59,7 @@ class Recorded(random.Random):
 
 
 def test_the_simulation_of_one_worker_is_lindley_s_recursion() -> None:
-    times = ServiceTimes({"a": Occupied([1.0], [0.2, 0.5, 0.9, 2.0])})
+    times = {"a": {"alone": [1.0], "busy": [0.2, 0.5, 0.9, 2.0], "batches": {"1": 1.0}}}
     source = Recorded(2)
     arrivals = poisson_kinds(0.8, 500, [("a", 1.0)], source)
     outcomes = simulate(Machine(queue_size=500), arrivals, times, source)
@@ -84,7 +83,7 @@ def test_the_simulation_of_several_workers_is_the_recursion_of_the_earliest_free
 def test_the_simulated_mean_wait_comes_to_the_closed_form() -> None:
     source = random.Random(5)
     services = [0.2, 0.4, 1.5]
-    times = ServiceTimes({"a": Occupied([0.4], services)})
+    times = {"a": {"alone": [0.4], "busy": services, "batches": {"1": 1.0}}}
     arrivals = poisson_kinds(0.7 / 0.7, 40_000, [("a", 1.0)], source)
     waits = [one.wait for one in simulate(Machine(queue_size=10_000), arrivals, times, source) if one]
     assert sum(waits) / len(waits) == pytest.approx(pollaczek_khinchine(1.0, services), rel=0.05)
@@ -102,7 +101,7 @@ def test_a_batch_is_the_oldest_one_s_kind_up_to_its_size() -> None:
     for timeout, waited in ((0.0, 0.0), (0.8, 0.1)):  # for company of the kind that came just now: an eighth of it
         machine = Machine(max_batch=3, batch_timeout=timeout)
         found = simulate(machine, arrivals, fixed(1.0, 2.0, x3=2.0), random.Random(0))
-        outcomes = [one for one in found if isinstance(one, Outcome)]
+        outcomes = [one for one in found if one]
         assert [one.batch for one in outcomes] == [1, 3, 2, 3, 2, 3, 1]
         assert [one.latency + at for one, (at, _) in zip(outcomes, arrivals, strict=True)] == pytest.approx(
             [1.0, 5.0, 6.5, 5.0, 6.5, 5.0, 8.5 + waited]
@@ -111,21 +110,17 @@ def test_a_batch_is_the_oldest_one_s_kind_up_to_its_size() -> None:
 
 def test_a_batch_that_was_not_measured_is_not_guessed() -> None:
     with pytest.raises(ValueError, match="batches of 5 were not measured"):
-        fixed(1.0, x4=2.0).factor("a", 5)
-
-
-def test_service_times_come_back_from_json() -> None:
-    times = fixed(1.0, 2.5, x4=2.0)
-    assert ServiceTimes.from_dict(json.loads(json.dumps(times.as_dict()))) == times
+        factor(fixed(1.0, x4=2.0)["a"], 5)
 
 
 def test_a_fleet_keeps_its_objective_and_one_step_more_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "ARRIVALS", 4000)
     times, kinds, machine = fixed(0.5, 1.0), [("a", 3.0), ("b", 1.0)], Machine(workers=4)
     demand = plan.Demand(rate=100.0, objective=2.0, share=0.95, price=1.8)
-    one = plan.fleet("x", machine, kinds, times, demand)
-    assert plan.operated(machine, one.per_machine, kinds, times, 2.0).within >= 0.95
-    assert plan.operated(machine, one.per_machine * 1.01, kinds, times, 2.0).within < 0.95
+    setting = plan.Setting("x", machine, kinds, times)
+    one = plan.fleet(setting, demand)
+    assert setting.within(one.per_machine, 2.0) >= 0.95
+    assert setting.within(one.per_machine * 1.01, 2.0) < 0.95
     assert one.machines == math.ceil(100 / one.per_machine)
     assert one.workers == 4 * one.machines
     assert one.busy == pytest.approx(one.per_machine * 0.625 / 4, rel=0.03)  # of finitely many arrivals
@@ -136,6 +131,6 @@ def test_a_fleet_keeps_its_objective_and_one_step_more_does_not(monkeypatch: pyt
 
 def test_no_fleet_keeps_an_objective_below_the_service_time() -> None:
     demand = plan.Demand(rate=1.0, objective=0.4, share=0.95, price=1.0)
-    one = plan.fleet("x", Machine(), [("a", 1.0)], fixed(0.5), demand)
+    one = plan.fleet(plan.Setting("x", Machine(), [("a", 1.0)], fixed(0.5)), demand)
     assert (one.per_machine, one.machines, one.cost) == (0.0, None, None)
     assert "misses the objective" in "\n".join(page.planning([], [one], demand)["fleet"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,11 +48,11 @@ def error(status: int, kind: str) -> Answer:
 @pytest.mark.parametrize(
     ("part", "end", "words"),
     [
-        ("server", replace(WARM, resident=105_000_001), "memory grew by 5.0%"),
-        ("worker", replace(WARM, resident=120_000_000), "memory grew by 20.0%"),
-        ("server", replace(WARM, descriptors=21), "descriptors went from 20 to 21"),
-        ("worker", replace(WARM, threads=10), "threads went from 9 to 10"),
-        ("server", replace(WARM, resident=104_999_999), None),
+        ("server", WARM._replace(resident=105_000_001), "memory grew by 5.0%"),
+        ("worker", WARM._replace(resident=120_000_000), "memory grew by 20.0%"),
+        ("server", WARM._replace(descriptors=21), "descriptors went from 20 to 21"),
+        ("worker", WARM._replace(threads=10), "threads went from 9 to 10"),
+        ("server", WARM._replace(resident=104_999_999), None),
         ("server", Held(90_000_000, 19, 8), None),
     ],
 )

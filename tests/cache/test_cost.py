@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, view_of
+from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, cost, view_of
 from cache.cost import deepest_branch, interval_speedup
 from tests.cache.networks import (
     conditioning,
@@ -139,6 +139,19 @@ def test_the_native_size_decides_the_costs() -> None:
     large = UNetDenoiser(network, native_size=(64, 64)).branch_costs
     assert UNetDenoiser(network).branch_costs == small
     assert small != large  # attention grows faster than convolution
+
+
+def test_a_network_of_a_known_configuration_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = UNetDenoiser(tiny_sd()).branch_costs
+    counted: list[nn.Module] = []
+    count = cost.count
+    monkeypatch.setattr(cost, "count", lambda root, *inputs: counted.append(root) or count(root, *inputs))
+    assert UNetDenoiser(tiny_sd()).branch_costs == known
+    assert counted == []
+    other = tiny_sd()
+    other.register_to_config(sample_size=24)
+    assert UNetDenoiser(other).branch_costs != known
+    assert counted == [other]
 
 
 def test_a_size_that_no_config_names_must_be_given() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,11 +11,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from app.client import Client
+from app.client import Client, Fields
 from app.http.app import create_app
 from app.http.schemas import GenerateRequest
 from app.settings import Settings
@@ -128,40 +128,17 @@ def test_the_errors_of_the_table_are_those_that_there_are() -> None:
     assert {kind for kind, status in there.items() if status not in told[kind]} == set()
 
 
-def written(schema: dict[str, Any]) -> str:
-    """A field's values as the tables have them, from its JSON Schema."""
-    match next((one for one in schema.get("anyOf", ()) if one["type"] != "null"), schema):
-        case {"enum": values}:
-            return ", ".join(f"`{value}`" for value in values)
-        case {"type": "boolean"}:
-            return "true or false"
-        case {"minimum": least, "maximum": most}:
-            return f"{least} to {most}"
-        case {"exclusiveMinimum": least, **rest}:
-            return f"above {least}" + (f", to {rest['maximum']}" if "maximum" in rest else "")
-        case {"type": "array", "maxItems": most}:
-            return f'up to {most} of `{{"name", "weight"}}`'
-        case {"minLength": 1}:
-            return "a name"
-        case {"type": "string", "maxLength": most}:
-            return f"up to {most} characters"
-        case _:
-            return "base64 or a data URL"
-
-
-def test_every_field_is_listed_with_its_values_and_its_default() -> None:
-    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    fields = text[text.index("### Fields") : text.index("## Jobs")]
-    listed = {
-        name: (values, default)
-        for name, values, default in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", fields, re.M)
-    }
-    in_words = {"prompt": "required", "negative_prompt": "empty", "loras": "none"}
-    properties = GenerateRequest.model_json_schema()["properties"]
-    assert listed == {
-        name: (written(schema), in_words.get(name) or f"`{json.dumps(schema['default'])}`".replace('"', ""))
-        for name, schema in properties.items()
-    }
+def test_the_clients_types_and_the_tables_of_fields_are_those_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python docs/fields.py` writes them."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    fields = importlib.import_module("fields")
+    for path, written in ((fields.CLIENT, fields.client), (fields.PAGE, fields.page)):
+        text = path.read_text(encoding="utf-8")
+        assert written(text) == text, path.name
+    assert {"prompt", *Fields.__annotations__} == set(GenerateRequest.model_fields)
+    listed = re.findall(r"^\| `(\w+)` \| .+? \| .+? \| .+ \|$", fields.PAGE.read_text(encoding="utf-8"), re.M)
+    assert set(GenerateRequest.model_fields) <= set(listed)
+    sys.modules.pop("fields")
 
 
 def test_fields_named_in_the_document_exist() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import AliasChoices
 
-from app.settings import Settings
+from app.http.server import _ANSWERING
+from app.log import ENDING
+from app.settings import Settings, variable, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -30,11 +31,7 @@ def mounts(service: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def settings() -> set[str]:
-    names = set()
-    for name, field in Settings.model_fields.items():
-        alias = field.validation_alias
-        names |= set(map(str, alias.choices)) if isinstance(alias, AliasChoices) else {f"WAVESPEED_{name.upper()}"}
-    return names
+    return {name for field in Settings.model_fields for name in variables(field)}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -66,15 +63,49 @@ def test_our_containers_can_do_little(name: str) -> None:
 def test_the_service_has_time_to_end_and_folders_that_it_may_write(name: str) -> None:
     service = SERVICES[name]
     least = Settings.model_fields["drain_seconds"].default + Settings.model_fields["stop_seconds"].default
+    least += _ANSWERING + 2 * ENDING
     assert int(service["stop_grace_period"].removesuffix("s")) > least
     targets = {target: mode for _, target, mode in mounts(service)}
     made = re.search(r"mkdir --parents (.*?) &&", DOCKERFILE)
     assert made is not None
     assert set(targets) == set(made[1].split()), "a volume's owner is that of the folder it is laid over"
-    for variable in ("WAVESPEED_JOBS_FOLDER", "WAVESPEED_LORA_FOLDER", "WAVESPEED_EMBEDDING_FOLDER"):
-        path = PurePosixPath(service["environment"][variable])
+    for folder in ("WAVESPEED_JOBS_FOLDER", "WAVESPEED_LORA_FOLDER", "WAVESPEED_EMBEDDING_FOLDER"):
+        path = PurePosixPath(service["environment"][folder])
         [mode] = [mode for target, mode in targets.items() if path.is_relative_to(target)]
-        assert mode == ("rw" if variable == "WAVESPEED_JOBS_FOLDER" else "ro")
+        assert mode == ("rw" if folder == "WAVESPEED_JOBS_FOLDER" else "ro")
+
+
+@pytest.mark.parametrize("name", ["wavespeed", "wavespeed-gpu"])
+def test_every_setting_is_passed_on(name: str) -> None:
+    """But those that the image fixes: where it listens, and the folder of the log's volume."""
+    passed = set(SERVICES[name]["environment"])
+    assert {variable(field) for field in Settings.model_fields if field not in ("host", "port", "log_folder")} <= passed
+
+
+@pytest.mark.parametrize("name", ["wavespeed", "wavespeed-gpu"])
+def test_a_model_of_the_hub_can_be_fetched_and_kept(name: str) -> None:
+    environment = SERVICES[name]["environment"]
+    assert environment["HF_HUB_OFFLINE"] == "${HF_HUB_OFFLINE:-1}"
+    assert environment["HF_TOKEN"] is None  # from the shell
+    (cache,) = re.findall(r"HF_HOME=(\S+)", DOCKERFILE)
+    assert {target: mode for _, target, mode in mounts(SERVICES[name])}[cache] == "rw"
+
+
+def test_the_pages_image_holds_what_the_page_imports() -> None:
+    lines = (ROOT / "deploy/ui/Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {source for line in lines if line.startswith("COPY app") for source in line.split()[1:-1]}
+    assert all((ROOT / source).exists() for source in copied)
+    seen: set[str] = set()
+    waiting = {"app.client", *(f"app.ui.{path.stem}" for path in (ROOT / "app/ui").glob("*.py"))}
+    while waiting - seen:
+        name = (waiting - seen).pop()
+        seen.add(name)
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            waiting |= set(re.findall(r"^from (app[\w.]*) import", text, re.MULTILINE))
+            assert str(path.relative_to(ROOT)) in copied or name.startswith("app.ui."), name
+    assert "app.errors" in seen
 
 
 def test_prometheus_and_grafana_find_what_they_look_for() -> None:

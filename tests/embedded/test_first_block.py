@@ -13,7 +13,7 @@ from models.base import GenerationParams, LoadedModel, ModelError
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.nearness import psnr
 from models.registry import Registry
-from models.threshold import find
+from models.threshold import PROMPTS, find
 
 PICTURES = (("a snowy forest at night", 40), ("misty hills at dawn", 41), ("a stormy sea at sunset", 42))
 PARAMS = GenerationParams(prompt="", width=192, height=128, steps=28, guidance_scale=3.0)
@@ -52,7 +52,7 @@ def test_a_threshold_that_was_found_gives_the_wished_speed_up_on_other_prompts_a
     model: LoadedModel, wish: float
 ) -> None:
     """Within a tenth: each of some 28 calls is worth a thirtieth of the time."""
-    found = find(model, PARAMS, wish, FirstBlockCache(), lambda step: None)
+    found = find(model, PARAMS, wish, FirstBlockCache(), lambda step: None, PROMPTS[:2])
     assert wish <= found.speedup < wish * 1.1
     _, reports = drawn(model, FirstBlockCache(found.threshold))
     reached = np.mean([report.predicted_speedup for report in reports])

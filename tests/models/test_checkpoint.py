@@ -20,7 +20,10 @@ from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadFailed, ModelSpec, Step
 from models.registry import FAMILIES
 from tests.models import original
-from tests.models.test_generation import PARAMS, ignore, pixels
+from tests.models.test_generation import PARAMS as FOUR_STEPS
+from tests.models.test_generation import ignore, pixels
+
+PARAMS = replace(FOUR_STEPS, steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Compiled layers: the same pictures within rounding, under every cache, and the bytes of before when they are off.
 
-Most tests compile with `aot_eager`, which traces and guards as the default does and leaves out code generation; one
-runs the default, Inductor, on a single layer.
+Most tests compile with `aot_eager`, which traces and guards as the default does and leaves out code generation, or with
+`eager`, where it is dynamo's doing alone; one runs the default, Inductor, on a single layer.
 """
 
 from __future__ import annotations
@@ -28,13 +28,23 @@ COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
 PLAIN = replace(COMPILED, compiled=False)
 
 
+def load(folder: Path, backend: Any = "aot_eager") -> Any:
+    """A model of the caller's own: its compiled layers are kept with it."""
+    loaded: Any = SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu")
+    loaded.compile_backend = backend
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def model(small_folders: dict[str, Path]) -> Any:
-    """A model of this module's own: its compiled layers are kept with it."""
     torch._dynamo.reset()
-    loaded: Any = SD.load(ModelSpec(name="random-sd", family="sd", source=small_folders["epsilon"]), "cpu")
-    loaded.compile_backend = "aot_eager"
-    return loaded
+    return load(small_folders["epsilon"])
+
+
+@pytest.fixture(scope="module")
+def traced(small_folders: dict[str, Path]) -> Any:
+    """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations as they are, and the bits."""
+    return load(small_folders["epsilon"], "eager")
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +96,7 @@ def test_compiling_is_timed_apart_and_happens_once_a_shape(model: Any) -> None:
 
 def test_a_picture_does_not_depend_on_the_shapes_before_it(model: Any, small_folders: dict[str, Path]) -> None:
     """torch would compile for any shape once it has seen two; then history would show in the last bits."""
-    fresh: Any = SD.load(ModelSpec(name="random-sd", family="sd", source=small_folders["epsilon"]), "cpu")
-    fresh.compile_backend = "aot_eager"
+    fresh = load(small_folders["epsilon"])
     wide = replace(COMPILED, width=128)
     after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (model, fresh))
     assert np.array_equal(pixels(after_others.images), pixels(alone.images))
@@ -104,7 +113,7 @@ def test_a_cancel_leaves_the_layers_as_they_were(model: Any) -> None:
     assert model.generate(COMPILED, DeepCache(), ignore).images
 
 
-def test_another_attention_kernel_composes(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_attention_kernel_composes(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.models.test_attention import CODE, KERNELS, attention, install
 
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -112,27 +121,26 @@ def test_another_attention_kernel_composes(model: Any, tmp_path: Path, monkeypat
         attention.KERNELS, "sage", replace(KERNELS["sage"], devices=("cpu",), dtypes=("float32",))
     )
     install(tmp_path, "sageattention", CODE["sageattention"].replace("calls.append(q.shape)", "pass"))
-    plain = model.generate(replace(PLAIN, attention="sdpa"), DeepCache(interval=2), ignore)
+    plain = traced.generate(replace(PLAIN, attention="sdpa"), DeepCache(interval=2), ignore)
     try:
-        both = model.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
+        both = traced.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
     finally:
         sys.modules.pop("sageattention", None)
     assert both.attention == "sage"
     difference = pixels(both.images).astype(int) - pixels(plain.images)
     assert np.abs(difference).max() <= 1
-    without = model.generate(replace(COMPILED, attention="sdpa"), DeepCache(interval=2), ignore)
+    without = traced.generate(replace(COMPILED, attention="sdpa"), DeepCache(interval=2), ignore)
     assert without.attention == "sdpa"
 
 
-def test_a_lora_composes_and_is_gone_afterwards(model: Any, tmp_path: Path) -> None:
-    before = model.generate(COMPILED, DeepCache(interval=2), ignore)
-    added = (saved(tmp_path, "style", kohya(random_pairs(model))),)
-    plain = model.generate(replace(PLAIN, loras=added), DeepCache(interval=2), ignore)
-    both = model.generate(replace(COMPILED, loras=added), DeepCache(interval=2), ignore)
-    difference = pixels(both.images).astype(int) - pixels(plain.images)
-    assert np.abs(difference).max() <= 1
+def test_a_lora_composes_and_is_gone_afterwards(traced: Any, tmp_path: Path) -> None:
+    before = traced.generate(COMPILED, DeepCache(interval=2), ignore)
+    added = (saved(tmp_path, "style", kohya(random_pairs(traced))),)
+    plain = traced.generate(replace(PLAIN, loras=added), DeepCache(interval=2), ignore)
+    both = traced.generate(replace(COMPILED, loras=added), DeepCache(interval=2), ignore)
+    assert np.array_equal(pixels(both.images), pixels(plain.images))
     assert not np.array_equal(pixels(both.images), pixels(before.images))
-    after = model.generate(COMPILED, DeepCache(interval=2), ignore)
+    after = traced.generate(COMPILED, DeepCache(interval=2), ignore)
     assert np.array_equal(pixels(after.images), pixels(before.images))
 
 
@@ -145,8 +153,7 @@ def test_a_compiler_that_fails_is_a_sentence_and_leaves_no_trace(small_folders: 
     def broken(graph: object, inputs: object) -> Any:
         raise RuntimeError("ld: cannot find -lgomp")
 
-    loaded: Any = SD.load(ModelSpec(name="random-sd", family="sd", source=small_folders["epsilon"]), "cpu")
-    loaded.compile_backend = broken
+    loaded = load(small_folders["epsilon"], broken)
     before = loaded.generate(PLAIN, NoCache(), ignore)
     with pytest.raises(CompilationFailed, match="Leave it out"):
         loaded.generate(COMPILED, NoCache(), ignore)

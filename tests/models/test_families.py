@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,10 @@ from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadedModel, LoadFailed, ModelSpec
 from models.registry import FAMILIES, Registry
 from models.texts import TextCache
-from tests.models.test_generation import PARAMS, ignore, pixels, plain
+from tests.models.test_generation import PARAMS as FOUR_STEPS
+from tests.models.test_generation import ignore, pixels, plain
+
+PARAMS = replace(FOUR_STEPS, steps=3)
 
 PUBLISHED = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
 
@@ -25,6 +29,12 @@ def loaded(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
         name: FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu")
         for name in PUBLISHED
     }
+
+
+@functools.cache
+def uncached(model: LoadedModel) -> np.ndarray:
+    """The pictures of the module's first run of PARAMS."""
+    return pixels(model.generate(PARAMS, NoCache(), ignore).images)
 
 
 def expected(model: Any, **changes: Any) -> np.ndarray:
@@ -50,12 +60,12 @@ def test_without_a_cache_the_plain_pipelines_pictures_come_out(
 def test_its_cache_acts_and_leaves_no_trace(loaded: dict[str, LoadedModel], name: str) -> None:
     model = loaded[name]
     strategy = DeepCache(interval=2) if FAMILIES[name].cache == "deepcache" else FirstBlockCache(threshold=1.0)
-    before = model.generate(PARAMS, NoCache(), ignore)
+    before = uncached(model)
     cached = model.generate(PARAMS, strategy, ignore)
     assert cached.reports[0].reused > 0
-    assert not np.array_equal(pixels(cached.images), pixels(before.images))
+    assert not np.array_equal(pixels(cached.images), before)
     after = model.generate(PARAMS, NoCache(), ignore)
-    assert np.array_equal(pixels(after.images), pixels(before.images))
+    assert np.array_equal(pixels(after.images), before)
 
 
 def test_sd21_predicts_velocity_and_deepcache_knows_its_network(loaded: dict[str, LoadedModel]) -> None:
@@ -74,7 +84,7 @@ def test_sdxl_has_nine_branches_and_reads_two_texts(
         len(layer.transformer_blocks) for block in model.pipeline.unet.down_blocks[1:] for layer in block.attentions
     ]
     assert depths == [2, 2, 10, 10]
-    one = model.generate(PARAMS, NoCache(), ignore)
+    one = uncached(model)
     monkeypatch.setattr(model, "_texts", TextCache(entries=0))  # what encoders that change have read is not kept
     for encoder in ("text_encoder", "text_encoder_2"):
         whole = getattr(model.pipeline, encoder)
@@ -83,7 +93,7 @@ def test_sdxl_has_nine_branches_and_reads_two_texts(
         weight.data.mul_(3)
         other = model.generate(PARAMS, NoCache(), ignore)
         weight.data.copy_(saved)
-        assert not np.array_equal(pixels(other.images), pixels(one.images)), encoder
+        assert not np.array_equal(pixels(other.images), one), encoder
 
 
 def test_schnell_runs_once_a_step_and_dev_takes_the_scale_as_an_input(loaded: dict[str, LoadedModel]) -> None:
@@ -141,7 +151,7 @@ def test_decoding_in_slices_and_tiles_is_the_autoencoders_own(
     assert tiled.pipeline.vae.use_slicing
     drawn = pixels(tiled.generate(PARAMS, NoCache(), ignore).images)
     assert np.array_equal(drawn, expected(tiled))
-    whole = pixels(loaded["sd15"].generate(PARAMS, NoCache(), ignore).images)
+    whole = uncached(loaded["sd15"])
     assert not np.array_equal(drawn, whole), "tiles of 32 pixels were blended"
     tiled.pipeline.vae.disable_tiling()
     sliced = pixels(tiled.generate(PARAMS, NoCache(), ignore).images)

@@ -246,18 +246,24 @@ def test_a_cache_sees_the_changed_network(sd: LoadedModel, flux: LoadedModel, tm
 
 
 def test_compiled_layers_see_the_lora_and_its_end(small_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Without one, with one, with two, without, with another: each time the picture is the uncompiled one."""
+    """Without one, with one, with two, without, with another: each time the picture is the uncompiled one.
+
+    The files change the layers of the first level and the middle, so that no others are compiled again. Dynamo decides
+    that, whatever compiles behind it; "eager" leaves the operations as they are, and the bits too.
+    """
     model = SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu")
-    model.compile_backend = "aot_eager"  # type: ignore[attr-defined]
-    first = saved(tmp_path, "first", peft_layout(random_pairs(model, 1)))
-    second = saved(tmp_path, "second", peft_layout(random_pairs(model, 2, lambda index: 5)))
-    chains: tuple[tuple[Lora, ...], ...] = ((), (first,), (first, second), (), (second,))
+    model.compile_backend = "eager"  # type: ignore[attr-defined]
+    first, second = (
+        {name: pair for name, pair in pairs.items() if name[1].startswith(("down_blocks.0.", "mid_block."))}
+        for pairs in (random_pairs(model, 1), random_pairs(model, 2, lambda index: 5))
+    )
+    one, other = saved(tmp_path, "first", peft_layout(first)), saved(tmp_path, "second", peft_layout(second))
+    chains: tuple[tuple[Lora, ...], ...] = ((), (one,), (one, other), (), (other,))
     drawn = []
     for loras in chains:
         params = replace(PARAMS, loras=loras, steps=2)
         plain = pixels(model.generate(params, NoCache(), ignore))
-        compiled = pixels(model.generate(replace(params, compiled=True), NoCache(), ignore))
-        assert np.abs(plain - compiled).max() <= 2  # aot_eager rounds differently
+        assert np.array_equal(plain, pixels(model.generate(replace(params, compiled=True), NoCache(), ignore)))
         drawn.append(plain)
     assert np.array_equal(drawn[0], drawn[3])
     assert np.abs(drawn[0] - drawn[4]).max() > 20

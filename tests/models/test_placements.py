@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cache import DeepCache
 from cache.schedule import GROWTH, Placement, warped
-from models.base import GenerationParams, LoadFailed, ModelSpec, Step
+from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.placements import Calibrated, place, read, stretched, write
 from models.unet import SD
@@ -79,6 +79,33 @@ def test_what_is_written_is_read_and_replaced(tmp_path: Path) -> None:
     single = replace(spec, source=tmp_path / "model.safetensors")
     assert write(single, [FOUND]).name == "model.placements.json"
     assert read(single) == (FOUND,)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (SPECS[0].source, "tiny-sd.json"),
+        (Hub("some/model", "refs/pr/3"), "some--model@refs--pr--3.json"),
+    ],
+    ids=["embedded", "hub"],
+)
+def test_what_a_user_calibrates_of_a_model_that_is_not_theirs_lies_in_their_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path | Hub, name: str
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    spec = replace(SPECS[0], source=source)
+    brought = read(spec)
+    assert bool(brought) == isinstance(source, Path)
+    shipped = SPECS[0].source / "placements.json"
+    before = shipped.read_bytes()
+    mine = replace(FOUND, steps=20, calls=20, computed=(0, 2, 4, 6, 8, 10, 12))
+    assert write(spec, [mine]) == tmp_path / "wavespeed" / "placements" / name
+    assert shipped.read_bytes() == before
+    assert place(read(spec), "ddim", "normal", 20, 3, 0).computed == mine.computed
+    others = {one.key: one for one in brought if one.key != mine.key}
+    assert {one.key: one for one in read(spec)} == others | {mine.key: mine}
+    monkeypatch.setenv("XDG_DATA_HOME", "/dev/null")  # a home that cannot be looked into serves what was brought
+    assert read(spec) == brought
 
 
 @pytest.mark.parametrize(

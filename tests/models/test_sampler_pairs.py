@@ -16,7 +16,7 @@ from models.base import LoadedModel, ModelSpec
 from models.registry import FAMILIES
 from tests.models.test_generation import PARAMS, ignore, pixels
 
-STEPS = 4
+STEPS = 3
 SMALL = replace(PARAMS, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
 SECOND_ORDER = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # two evaluations a step, but for the last
 
@@ -68,6 +68,20 @@ def test_every_pair_draws_with_deepcache_off_and_on(
     small: dict[str, LoadedModel], sampler: str, scheduler: str
 ) -> None:
     check(small["epsilon"], sampler, scheduler, DeepCache(interval=2, depth=0))
+
+
+@pytest.mark.parametrize("rounding", [-1e-3, 1e-3])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "deis"])
+def test_a_run_begins_at_its_first_timestep_however_a_processor_rounds_it(
+    small: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch, sampler: str, rounding: float
+) -> None:
+    """Of "beta" the first two timesteps are 998.99… and 998.5: one integer, or two where the first one is 999."""
+    kind = samplers.scheduler_class(samplers.DIFFUSION[sampler].scheduler_class)
+    exact = kind._sigma_to_t
+    monkeypatch.setattr(kind, "_sigma_to_t", lambda *arguments: np.minimum(exact(*arguments) + rounding, 999.0))
+    params = replace(SMALL, sampler=sampler, scheduler="beta", steps=50)
+    drawn = small["epsilon"].generate(params, NoCache(), ignore)
+    assert drawn.reports[0].decisions == "C" * 50
 
 
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)

@@ -103,7 +103,7 @@ def test_the_table_leaves_out_nothing_that_a_class_takes(sampler: str) -> None:
 
 def test_without_names_the_models_own_scheduler_is_built_afresh(saved: DDIMScheduler) -> None:
     own = samplers.build(saved, samplers.DIFFUSION, None, None, steps=8, seeds=[0])
-    assert type(own) is DDIMScheduler
+    assert type(own).__base__ is DDIMScheduler  # its schedule is kept on the host
     assert own is not saved
     assert dict(own.config) == dict(saved.config)
 

@@ -18,7 +18,7 @@ from models.text import TooFewLayers
 
 WINDOW = 16  # tokens of the tiny encoder, two of them at the ends
 LONG = "a misty forest, a snowy hill, a stormy sea"  # a token a letter
-PARAMS = GenerationParams(prompt="forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
+PARAMS = GenerationParams(prompt="forest", width=64, height=64, steps=2, guidance_scale=3.0, seeds=(7,))
 
 
 def ignore(step: Step) -> None:
@@ -117,7 +117,7 @@ def test_guidance_rescale_is_diffusers(sd: LoadedModel) -> None:
     expected = sd.pipeline(
         "forest",
         negative_prompt="",
-        num_inference_steps=3,
+        num_inference_steps=PARAMS.steps,
         guidance_scale=3.0,
         guidance_rescale=0.7,
         width=64,

@@ -1,0 +1,481 @@
+"""A simulated accelerator: tensors with shape, data type, storage and place, but no data. CPU tensors stay real.
+
+What it tells, at any size and within seconds:
+
+* tensors of two devices in one operation, as CUDA refuses them (a number, that is a CPU tensor of no dimension, may go
+  with any), an index on the wrong side, a generator of the wrong device, networks and inputs of unequal precision;
+* where the host waits, by the line of our code or of a library's that made it: a value read (`item`, `tolist`,
+  `bool`), a copy from the device, a copy to it out of ordinary memory, a result whose shape depends on values;
+* launches: operations that write, each at least one kernel;
+* bytes: live storages and their peak. Attention is one operation that keeps no matrix of scores.
+
+What it cannot tell: time; values, so no picture (tensors of up to SMALL numbers carry a CPU copy, so that schedulers
+compute and masks have their shape; what is read from larger ones is asked of `script`); the workspaces of kernels and
+the allocator's rounding and fragments; several kernels behind one operation, or one behind several (compilation);
+whether a kernel exists for a type on a certain GPU; overlap between a copy and computing.
+
+It stands on PyTorch's PrivateUse1 device with guards written in Python (`torch.utils.backend_registration`, made for
+this), a tensor subclass around a meta tensor, which knows the shapes of all operations' results, and a dispatch mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "simulated"
+SMALL = 4096  # numbers: tensors up to that many have values
+PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/", "/peft/")
+"""Folders whose lines a wait is charged to: the innermost one of them on the stack."""
+
+aten = torch.ops.aten
+Script = Callable[[torch.Size], float | Tensor]
+"""What is read from a tensor of that shape whose values are not known: a number, or a tensor of that shape."""
+
+_MADE_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli"}
+_OF_ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_group_norm", "native_layer_norm"}
+_READS = {"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"}
+_INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
+_CHANGES_SHAPE = {"resize_", "set_", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_"}
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened on the device while this was being counted. waits: by `kind file:line`. peak: bytes."""
+
+    waits: Counter[str] = field(default_factory=Counter)
+    launches: int = 0
+    peak: int = 0
+
+
+class DeviceTensor(Tensor):
+    """twin: on the meta device, of the same shape and strides. values: on the CPU, if known."""
+
+    twin: Tensor
+    block: _Block
+    _values: Tensor | None
+
+    @staticmethod
+    def __new__(cls, twin: Tensor, block: _Block, values: Tensor | None) -> DeviceTensor:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            twin.shape,
+            strides=twin.stride(),
+            storage_offset=twin.storage_offset(),
+            dtype=twin.dtype,
+            device=f"{NAME}:0",
+        )
+
+    def __init__(self, twin: Tensor, block: _Block, values: Tensor | None) -> None:
+        self.twin, self.block, self._values = twin, block, values
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._values if self.block.known else None
+
+    def __repr__(self, **_: Any) -> str:
+        return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = (one for one in tree_leaves((args, kwargs)) if isinstance(one, DeviceTensor))
+        return next(tensors).block.device.run(func, args, kwargs or {})
+
+
+class _Block:
+    """A storage on the device, which all tensors that view it hold. known: whether their values are."""
+
+    def __init__(self, device: Accelerator, storage: Any) -> None:
+        self.device, self.storage, self.key = device, storage, storage._cdata
+        self.bytes, self.known = storage.nbytes(), True
+        device.live += self.bytes
+        for counts in device._counting:
+            counts.peak = max(counts.peak, device.live)
+
+    def __del__(self) -> None:
+        self.device.live -= self.bytes
+
+
+class _Backend(backend_registration._DummyBackendModule):  # type: ignore[no-untyped-call]
+    """There only within an Accelerator's context, so that nobody else's code takes it for a device of the machine."""
+
+    def is_available(self) -> bool:
+        return Accelerator.current is not None
+
+    def empty_cache(self) -> None:
+        pass
+
+
+class _Hooks(backend_registration._DummyPrivateUse1Hook):  # type: ignore[no-untyped-call]
+    def is_available(self) -> bool:
+        return Accelerator.current is not None
+
+
+@functools.cache
+def _register() -> None:
+    """Once a process: PyTorch's one spare device cannot be renamed back."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend(), _Hooks())  # type: ignore[no-untyped-call]
+
+
+class Accelerator:
+    """The device. Within its context `torch.device(NAME)` is there; its tensors live on between contexts.
+
+    live: bytes of the storages that are alive. script: see Script; it may be exchanged at any time.
+    """
+
+    current: Accelerator | None = None
+
+    def __init__(self, script: Script = lambda shape: 0.01) -> None:
+        self.script = script
+        self.live = 0
+        self._blocks: WeakValueDictionary[int, _Block] = WeakValueDictionary()
+        self._counting: list[Counts] = []
+        self._made: dict[Any, list[tuple[Any, ...]]] = {}  # by operation and arguments: its results' shapes and types
+        self._pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Accelerator:
+        if Accelerator.current is not None:
+            raise RuntimeError("there is one simulated device at a time")
+        _register()
+        with ExitStack() as stack:
+            future = torch.__future__
+            stack.callback(future.set_overwrite_module_params_on_conversion, False)
+            future.set_overwrite_module_params_on_conversion(True)  # a module's parameters are exchanged, not rewritten
+            stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+            torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=): its copy to the device is to be seen
+            stack.callback(setattr, Accelerator, "current", None)
+            Accelerator.current = self
+            stack.enter_context(_Dispatch(self))
+            stack.enter_context(_Functions(self))
+            stack.enter_context(patch.object(torch, "Generator", _Generator))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def counting(self) -> Iterator[Counts]:
+        counts = Counts(peak=self.live)
+        self._counting.append(counts)
+        try:
+            yield counts
+        finally:
+            self._counting = [one for one in self._counting if one is not counts]
+
+    def wait(self, kind: str) -> None:
+        if self._counting:
+            place = f"{kind} {_place()}"
+            for counts in self._counting:
+                counts.waits[place] += 1
+
+    def launch(self) -> None:
+        for counts in self._counting:
+            counts.launches += 1
+
+    def wrap(self, twin: Tensor, values: Tensor | None) -> DeviceTensor:
+        storage = twin.untyped_storage()
+        block = self._blocks.get(storage._cdata)
+        if block is None:
+            block = _Block(self, storage)
+            self._blocks[block.key] = block
+        return DeviceTensor(twin, block, values if values is not None and values.numel() <= SMALL else None)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation: `func` on arguments of which some are on the device, or with a result there."""
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        ours = [one for one in tensors if isinstance(one, DeviceTensor)]
+        target = kwargs.get("device")
+        made_here = target is not None and torch.device(target).type == NAME
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_pin_memory", "is_pinned"):
+            return self._pin(name, args[0])
+        if not ours and not made_here:
+            return func(*args, **kwargs)
+        if name in _READS:
+            _check_places(func, tensors)
+            self.wait("read")
+            if name == "equal":  # what nobody knows counts as equal
+                return any(one.values is None for one in ours) or func(*(one.values for one in ours))
+            return func(self._read(ours[0]), *args[1:], **kwargs)
+        if name in ("_to_copy", "copy_") and (moved := self._moved(name, args, kwargs, made_here)) is not None:
+            return moved
+        _check_places(func, tensors)
+        if name in _OF_ONE_TYPE and len(types := {one.dtype for one in tensors}) > 1:
+            raise RuntimeError(f"{name}: expected one data type, found {', '.join(sorted(map(str, types)))}")
+        if name in _INDEXING:
+            args = (args[0], [self._index(one, name, args[2:]) for one in args[1]], *args[2:])
+        elif name in ("nonzero", "masked_select", "_unique2", "unique_dim"):
+            self.wait("shape")
+            results = func(*tree_map(_known, args), **kwargs)
+            return tree_map(lambda one: self.wrap(torch.empty_like(one, device="meta"), one), results)
+        return self._computed(func, name, args, kwargs, ours, made_here)
+
+    def _computed(
+        self, func: Any, name: str, args: Any, kwargs: Any, ours: list[DeviceTensor], made_here: bool
+    ) -> Any:
+        out = self._shapes(func, args, {**kwargs, "device": "meta"} if made_here else kwargs, ours)
+        changes = func._schema.is_mutable
+        if changes and name in _CHANGES_SHAPE:
+            raise NotImplementedError(f"{name} would change the shape of a tensor of the simulated device")
+        if name not in _MADE_WITHOUT_KERNEL and (changes or self._is_new(out, ours)):
+            self.launch()
+        values = None
+        if name not in _RANDOM and all(one.values is not None for one in ours):
+            small = all(one.numel() <= SMALL for one in _tensors([out]))
+            if small or changes:
+                on_cpu = {**kwargs, "device": "cpu"} if made_here else kwargs
+                real_args, real_kwargs = tree_map(lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu))
+                values = func(*real_args, **real_kwargs)
+        elif changes:
+            for one in _written(func, args, kwargs):
+                one.block.known = False
+        by_twin = {id(one.twin): one for one in ours}
+
+        def answer(twin: Any, value: Any) -> Any:
+            if not isinstance(twin, Tensor):
+                return twin
+            return by_twin.get(id(twin)) if id(twin) in by_twin else self.wrap(twin, value)
+
+        if isinstance(out, tuple | list):
+            return type(out)(map(answer, out, values if values is not None else [None] * len(out)))
+        return answer(out, values)
+
+    def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
+        """`func` on the meta device. Remembered, where no result is a view: its kernels are slow."""
+        key = (func, _key(args), _key([*kwargs.items()]))
+        made = self._made.get(key)
+        if made is not None:
+            out = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in made]
+            return out if len(out) > 1 else out[0]
+        out = func(*_twin(args), **{name: _twin(one) for name, one in kwargs.items()})
+        results = out if isinstance(out, tuple | list) else [out]
+        if all(isinstance(one, Tensor) for one in results) and not func._schema.is_mutable and self._is_new(out, ours):
+            self._made[key] = [(one.shape, one.stride(), one.dtype) for one in results]
+        return out
+
+    def _is_new(self, out: Any, ours: list[DeviceTensor]) -> bool:
+        """Whether any result lies in a storage of its own: views need no kernel."""
+        held = {one.block.key for one in ours}
+        results = out if isinstance(out, tuple | list) else [out]
+        return any(one.untyped_storage()._cdata not in held for one in results if isinstance(one, Tensor))
+
+    def _moved(self, name: str, args: Any, kwargs: Any, made_here: bool) -> Tensor | None:
+        """A copy between the device and the host; None if it is none."""
+        if name == "copy_":
+            target, source = args[:2]
+            non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            if isinstance(target, DeviceTensor) == isinstance(source, DeviceTensor):
+                return None
+            if isinstance(target, DeviceTensor):
+                self._upload(source, non_blocking)
+                target.block.known = target.block.known and target.values is not None
+                if target.values is not None:
+                    target.values.copy_(source)
+                return target
+            self.wait("from device")
+            return target.copy_(self._read(source))
+        source, device, dtype = args[0], kwargs.get("device"), kwargs.get("dtype") or args[0].dtype
+        if not isinstance(source, DeviceTensor):
+            self._upload(source, kwargs.get("non_blocking", False))
+            twin = torch.empty_like(source, device="meta", dtype=dtype, memory_format=_format(kwargs))
+            return self.wrap(twin, source.to(dtype, copy=True) if source.numel() <= SMALL else None)
+        if made_here or device is None:
+            return None
+        if torch.device(device).type == "meta":
+            return torch.empty_like(source.twin, dtype=dtype)
+        self.wait("from device")
+        if isinstance(source, nn.Parameter):  # weights that are put aside: nobody reads them there
+            return hollow(source.shape, dtype)
+        return self._read(source).to(dtype, copy=True)
+
+    def _upload(self, source: Tensor, non_blocking: bool) -> None:
+        if source.is_meta:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        self.launch()
+        if not (non_blocking and id(source) in self._pinned):  # else the driver waits for the stream
+            self.wait("to device")
+
+    def _pin(self, name: str, tensor: Tensor) -> Any:
+        if name == "is_pinned":
+            return id(tensor) in self._pinned
+        copy = tensor.clone()
+        self._pinned[id(copy)] = copy
+        return copy
+
+    def _read(self, tensor: DeviceTensor) -> Tensor:
+        """On the CPU: the values that are known, or what the script says."""
+        if tensor.values is not None:
+            return tensor.values
+        said = self.script(tensor.shape)
+        return torch.as_tensor(said).to(tensor.dtype).expand(tensor.shape).contiguous()
+
+    def _index(self, index: Any, name: str, rest: tuple[Any, ...]) -> Any:
+        """An index as positions on the device."""
+        if not isinstance(index, Tensor):
+            return index
+        if index.dtype in (torch.bool, torch.uint8):
+            if name.startswith("index_put") and rest and rest[0].numel() == 1:
+                return index  # a fill under a mask
+            self.wait("shape")
+            (positions,) = _known(index).nonzero(as_tuple=True)
+            return self.wrap(torch.empty_like(positions, device="meta"), positions)
+        if not isinstance(index, DeviceTensor):
+            self._upload(index, False)
+            return self.wrap(torch.empty_like(index, device="meta"), index)
+        return index
+
+
+def _known(one: Any) -> Any:
+    if isinstance(one, DeviceTensor):
+        if one.values is None:
+            raise NotImplementedError("the result's shape depends on values that the simulated device does not have")
+        return one.values
+    return one
+
+
+def _twin(one: Any) -> Any:
+    if isinstance(one, DeviceTensor):
+        return one.twin
+    if isinstance(one, tuple | list):
+        return type(one)(map(_twin, one))
+    return one.to("meta") if isinstance(one, Tensor) and one.dim() else one
+
+
+def _key(one: Any) -> Any:
+    """What the shape and type of an operation's results follow from."""
+    if isinstance(one, Tensor):
+        return (one.shape, one.stride(), one.dtype, one.device.type)
+    return tuple(map(_key, one)) if isinstance(one, tuple | list) else (type(one), one)  # 1, 1.0 and True are equal
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for one in arguments:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, tuple | list):
+            yield from _tensors(one)
+
+
+def _format(kwargs: dict[str, Any]) -> torch.memory_format:
+    return kwargs.get("memory_format") or torch.preserve_format
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[DeviceTensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (one for one in tree_leaves(given) if isinstance(one, DeviceTensor))
+
+
+def _check_places(func: Any, tensors: list[Tensor]) -> None:
+    """As CUDA: all on the device, but for numbers, which must not be written to, and for indices."""
+    name = func._schema.name.removeprefix("aten::")
+    for number, one in enumerate(tensors):
+        if isinstance(one, DeviceTensor):
+            continue
+        written = number == 0 and func._schema.is_mutable
+        index = name in _INDEXING and number > 0 and not one.dtype.is_floating_point
+        if written or one.is_meta or not (one.dim() == 0 or index):
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found {NAME}:0 and {one.device} in {name}: "
+                f"{', '.join(str(tuple(each.shape)) for each in tensors)}"
+            )
+
+
+def _place() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if any(place in file for place in PLACES) and "/tests/" not in file:
+            start = max(file.rfind(place) for place in PLACES if place in file)
+            return f"{file[start + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
+
+
+class _Dispatch(TorchDispatchMode):
+    def __init__(self, device: Accelerator) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._device.run(func, args, kwargs or {})
+
+
+class _Generator(torch.Generator):
+    """PyTorch's own cannot be made for a device without a backend in C++."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu" if torch.device(device).type == NAME else device)
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self.place = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+
+class _Functions(TorchFunctionMode):
+    """Attention as the fused kernels of a GPU do it: no scores are kept, the heads of a token lie side by side in the
+    result. And a look at generators, of which a dispatch mode sees copies."""
+
+    def __init__(self, device: Accelerator) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if given["query"].device.type == NAME:
+                return self._attention(*(given.get(name) for name in names))
+        if (generator := kwargs.get("generator")) is not None:
+            place = kwargs.get("device") or (args[0].device if args and isinstance(args[0], Tensor) else "cpu")
+            if torch.device(place).type != generator.device.type:
+                raise RuntimeError(f"Expected a {place} generator but found one of {generator.device}")
+        return func(*args, **kwargs)
+
+    def _attention(self, query: Any, key: Any, value: Any, mask: Any) -> Tensor:
+        operands = [one for one in (query, key, value, mask) if one is not None]
+        _check_places(aten.add.Tensor, operands)
+        if not query.dtype == key.dtype == value.dtype:
+            raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
+        *batch, heads, tokens, _ = query.shape
+        twin = torch.empty((*batch, tokens, heads, value.shape[-1]), dtype=query.dtype, device="meta")
+        self._device.launch()
+        return self._device.wrap(twin, None).transpose(-3, -2)
+
+
+def hollow(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of any size in the memory of one number: for weights that wait there. It cannot be written to."""
+    return torch.zeros((), dtype=dtype).expand(shape)

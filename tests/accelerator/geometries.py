@@ -1,0 +1,228 @@
+"""Stable Diffusion 1.5, 2.1, XL and Flux in the sizes that they were published in, on the simulated device.
+
+The configurations are those of the published repositories, written down here because nothing is fetched; numbers of
+parameters are held against the published ones by test_device.py. Weights wait on the CPU in the memory of one number
+each (`hollow`) and are put in place by the server's own loader, so that offloading is what it is there.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from cache import TransformerDenoiser, UNetDenoiser
+from models.base import LoadedModel, ModelSpec
+from models.flux import FluxModel
+from models.loading import _settle, quiet
+from models.samplers import DIFFUSION, FLOW_MATCHING
+from models.sdxl import SDXLModel
+from models.unet import StableDiffusionModel
+
+from .device import NAME, hollow
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SAVED = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """width, height: pixels of the document's benchmark. build: the pipeline, its networks on the meta device."""
+
+    name: str
+    family: str
+    width: int
+    height: int
+    dtype: torch.dtype
+    guidance_scale: float
+    build: Callable[[], Any]
+
+    def load(self, **options: Any) -> LoadedModel:
+        """On the simulated device, within an Accelerator's context. options: of the ModelSpec."""
+        spec = ModelSpec(name=self.name, family=self.family, source=Path("nowhere"), **options)
+        with quiet():
+            with torch.device("meta"):
+                pipeline = self.build()
+            for part in pipeline.components.values():
+                if isinstance(part, nn.Module):
+                    _materialise(part, self.dtype)
+            _settle(pipeline, spec, NAME)
+        if self.family.startswith("flux"):
+            return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+        if spec.offload is None:
+            pipeline.unet.to(memory_format=torch.channels_last)
+        model = SDXLModel if self.family == "sdxl" else StableDiffusionModel
+        return model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION)
+
+
+def _materialise(network: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters of the meta device on the CPU, in `dtype` but for what the class keeps in float32."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for name, module in network.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                own = torch.float32 if any(part in f"{name}.{key}".split(".") for part in kept) else dtype
+                module._parameters[key] = nn.Parameter(hollow(parameter.shape, own), requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                if key != "position_ids":
+                    raise NotImplementedError(f"{name}.{key}: a buffer whose values the meta device has lost")
+                module._buffers[key] = torch.arange(buffer.numel(), device="cpu").view(buffer.shape)
+    network.eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    characters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + ","]
+    vocabulary = {word: index for index, word in enumerate(["<|startoftext|>", "<|endoftext|>", *characters])}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def _clip(cls: Any, width: int, layers: int, heads: int, **changes: Any) -> Any:
+    return cls(
+        CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            **{"projection_dim": 768, **changes},
+        )
+    )
+
+
+def _autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=channels,
+        **changes,
+    )
+
+
+def _stable_diffusion(unet: dict[str, Any], text: Any, scheduler: Any, side: int) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=_autoencoder(4, sample_size=side),
+        text_encoder=text,
+        tokenizer=_clip_tokenizer(),
+        unet=UNet2DConditionModel(
+            sample_size=side // 8,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            **unet,
+        ),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _on_cpu(make: Callable[..., Any], **settings: Any) -> Any:
+    with torch.device("cpu"):
+        return make(**settings)
+
+
+def _sd15() -> StableDiffusionPipeline:
+    pndm = _on_cpu(PNDMScheduler, **SAVED, skip_prk_steps=True)
+    unet = {"attention_head_dim": 8, "cross_attention_dim": 768}
+    return _stable_diffusion(unet, _clip(CLIPTextModel, 768, 12, 12), pndm, 512)
+
+
+def _sd21() -> StableDiffusionPipeline:
+    ddim = _on_cpu(DDIMScheduler, **SAVED, prediction_type="v_prediction", clip_sample=False)
+    unet = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
+    return _stable_diffusion(unet, _clip(CLIPTextModel, 1024, 23, 16, hidden_act="gelu"), ddim, 768)
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    tokenizer = _clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=_autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=_clip(CLIPTextModel, 768, 12, 12),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=_on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def _flux(distilled: bool) -> FluxPipeline:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    text = T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    text.encoder.embed_tokens = text.shared  # one matrix, also where parameters are exchanged for others
+    flow: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True} if distilled else {"shift": 1.0}
+    return FluxPipeline(
+        scheduler=_on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
+        vae=_autoencoder(16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=_clip(CLIPTextModel, 768, 12, 12),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=text,
+        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512 if distilled else 256),
+        transformer=FluxTransformer2DModel(guidance_embeds=distilled),
+    )
+
+
+SD15 = Geometry("sd15", "sd15", 768, 512, torch.float16, 7.5, _sd15)
+SD21 = Geometry("sd21", "sd21", 768, 768, torch.float16, 7.5, _sd21)
+SDXL = Geometry("sdxl", "sdxl", 1024, 1024, torch.float16, 5.0, _sdxl)
+FLUX_DEV = Geometry("flux-dev", "flux-dev", 832, 1216, torch.bfloat16, 3.5, lambda: _flux(True))
+FLUX_SCHNELL = Geometry("flux-schnell", "flux-schnell", 832, 1216, torch.bfloat16, 0.0, lambda: _flux(False))
+ALL = (SD15, SD21, SDXL, FLUX_DEV, FLUX_SCHNELL)
