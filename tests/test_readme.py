@@ -142,6 +142,17 @@ def test_links_into_the_repository_lead_somewhere() -> None:
                 assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
 
 
+def test_files_that_the_documents_name_are_there() -> None:
+    folders = "app|benchmarks|cache|deploy|docs|models|scripts|tests"
+    missing = {
+        f"{document.relative_to(ROOT)}: {path}"
+        for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+        for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text(encoding="utf-8"))
+        if not (ROOT / path).exists()
+    }
+    assert missing == set()
+
+
 def test_the_index_of_documents_lists_every_page() -> None:
     """A new page is listed in docs/README.md, or in the README of its own folder, which is listed there."""
     for folder in (ROOT / "docs", ROOT / "docs" / "decisions"):

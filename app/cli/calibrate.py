@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli import Bar, bar
-from app.cli.options import check_early, with_fields
+from app.cli.generate import check_early, with_fields
 from app.errors import ServiceError
 from app.http.resolve import Limits, resolve
 from app.http.schemas import parse

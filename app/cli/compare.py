@@ -21,7 +21,7 @@ from PIL import Image
 from app import __version__
 from app.cli import bar
 from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-from app.cli.options import check_early, with_fields
+from app.cli.generate import check_early, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import Limits, pick_model, resolve
 from app.http.schemas import PRESETS, parse

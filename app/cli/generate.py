@@ -1,23 +1,156 @@
-"""The command `generate`: pictures drawn in this process, or by a server; both say what they do meanwhile."""
+"""The command `generate`: pictures drawn here or by a server; and the fields of a request as options of any command.
+
+The options are made from the model of the body, so that there is one list of fields.
+"""
 
 from __future__ import annotations
 
+import base64
+import functools
+import inspect
 import json
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from app.cli import Bar, bar
-from app.cli.options import check_early, with_fields
 from app.client import ApiError, Client, Event, Generated, Job
+from app.engine import runner
+from app.engine.types import Catalogue, ModelInfo
+from app.errors import ServiceError
 from app.http.resolve import Limits, resolve
-from app.http.schemas import parse
+from app.http.schemas import GenerateRequest, parse
 from app.images import format_of
 from app.settings import Settings, read_settings
-from models.base import Step
+from models.base import ModelSpec, Step
+from models.registry import FAMILIES
+
+SHORT = {
+    "flux_enabled": "flux",
+    "deepcache_enabled": "deepcache",
+    "deepcache_preset": "preset",
+    "deepcache_interval": "interval",
+    "deepcache_depth": "depth",
+    "fbcache_enabled": "fbcache",
+    "fbcache_threshold": "threshold",
+    "fbcache_max_consecutive": "max-consecutive",
+    "cache_forecast": "forecast",
+}
+PICTURES = ("img2img_image", "mask")  # files here, base64 in the body
+Command = Callable[..., None]
+
+
+def with_fields(leave: str) -> Callable[[Command], Command]:
+    """Gives a command an option for each field of a request that has a simple value and no name that matches `leave`.
+
+    Those that are given arrive as `fields`; the others are left to the request's defaults.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "fields"]
+        options = [
+            option
+            for name in GenerateRequest.model_fields
+            if not re.fullmatch(leave, name) and (option := _option(name)) is not None
+        ]
+
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            given = {option.name: values.pop(option.name) for option in options}
+            command(**values, fields={name: _value(name, value) for name, value in given.items() if value is not None})
+
+        called.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter | None:
+    field = GenerateRequest.model_fields[name]
+    schema = GenerateRequest.model_json_schema()["properties"][name]
+    schema = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
+    kind, names, metavar = _kind(field.annotation), [name.replace("_", "-")], None
+    if name in SHORT:
+        names.append(SHORT[name])
+    if name in PICTURES:
+        kind, metavar = Path, "FILE"
+    elif name == "loras":
+        kind, names, metavar = list[str], ["lora"], "NAME:WEIGHT"
+    elif "enum" in schema:
+        metavar = "|".join(schema["enum"])
+    elif "minimum" in schema and "maximum" in schema:
+        metavar = f"{schema['minimum']}..{schema['maximum']}"
+    if kind is None:
+        return None
+    flags = [f"--{one}/--no-{one}" if kind is bool else f"--{one}" for one in names]
+    default = "" if field.default in (None, "", False, []) else f" Default: {field.default}."
+    told = typer.Option(*flags, help=f"{field.description}{default}", metavar=metavar, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, told]
+    )
+
+
+def _kind(annotation: Any) -> Any:
+    """bool, int, float or str; None for a field that takes something else."""
+    if NoneType in get_args(annotation):
+        [annotation] = [one for one in get_args(annotation) if one is not NoneType] or [None]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return str
+    return annotation if annotation in (bool, int, float, str) else None
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "loras":
+        return [_lora(text) for text in value]
+    if name in PICTURES:
+        try:
+            return base64.b64encode(value.read_bytes()).decode()
+        except OSError as error:
+            raise ServiceError(f"--{name.replace('_', '-')} {value}: {error.strerror}.") from None
+    return value
+
+
+def _lora(text: str) -> dict[str, Any]:
+    """NAME or NAME:WEIGHT. Raises ServiceError."""
+    name, _, weight = text.rpartition(":")
+    if not name:
+        return {"name": text}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
+
+
+def check_early(request: GenerateRequest, settings: Settings) -> None:
+    """What is wrong with a request, as far as it shows before torch is imported. Raises ServiceError, CannotStart."""
+    configuration = runner.runner_arguments(settings)["configuration"]
+    models = {spec.name: _info(spec) for spec in configuration.specs}
+    catalogue = Catalogue(models=models, default=configuration.default, default_flux=configuration.default_flux)
+    resolve(request, catalogue, Limits.of(settings), "command-line", request.output_format)
+
+
+def _info(spec: ModelSpec) -> ModelInfo:
+    """Without branches and kernels: those take torch to count and to ask."""
+    family = FAMILIES[spec.family]
+    return ModelInfo(
+        name=spec.name,
+        family=spec.family,
+        native_size=spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size),
+        size_multiple=family.size_multiple,
+        cache=family.cache,
+        steps=spec.steps or family.steps,
+        guidance_scale=family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale,
+        samplers=family.samplers,
+        render_sizes=spec.render_sizes,
+    )
 
 
 @with_fields(leave="prompt|output_format|enable_preview")
@@ -54,24 +187,22 @@ def generate(
 
 def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
     """With the checks and the code of the server. Raises ServiceError, ModelError."""
-    from app.engine.runner import runner_here
     from app.jobs.record import drawn
 
     request = parse(values)
     check_early(request, settings)
     with bar("starting") as progress:
-        runner = runner_here(settings)
-        limits = Limits.of(settings)
-        job = resolve(request, runner.catalogue(), limits, "command-line", request.output_format)
-        runner.watch_loading(progress.loading)
-        runner.load(job.model)
+        here = runner.runner_here(settings)
+        job = resolve(request, here.catalogue(), Limits.of(settings), "command-line", request.output_format)
+        here.watch_loading(progress.loading)
+        here.load(job.model)
         progress.show(job.model)
 
         def on_step(step: Step) -> None:
             progress.show(job.model, completed=step.index + 1, total=step.total, note=step.decision)
 
         begun = time.monotonic()
-        result = runner.run(job, on_step)
+        result = here.run(job, on_step)
     one = drawn(job, result, queue_seconds=0.0, total_seconds=time.monotonic() - begun)
     return Generated(one.images, one.report)
 

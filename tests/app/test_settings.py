@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from app.cli.serve import check_devices
 from app.errors import CannotStart
 from app.settings import OTHERS, Settings, faults, read_settings
 from app.ui.settings import PageSettings
@@ -184,3 +188,35 @@ def test_an_env_file_that_is_no_text_is_said(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / ".env").write_bytes(b"WAVESPEED_PORT=\xff\n")
     with pytest.raises(CannotStart, match=r"^\.env cannot be read: 'utf-8' codec"):
         read_settings()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or Path("/dev/kfd").exists(), reason="only NVIDIA's driver is asked")
+@pytest.mark.parametrize("count", [None, 0, 2])
+def test_a_cuda_device_is_one_that_the_driver_counts(monkeypatch: pytest.MonkeyPatch, count: int | None) -> None:
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return 0
+
+        def cuDeviceGetCount(self, found: Any) -> int:
+            found._obj.value = count
+            return 0
+
+    def driver(name: str) -> Driver:
+        if count is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return Driver()
+
+    monkeypatch.setattr(ctypes, "CDLL", driver)
+    check_devices(("auto", "cpu", *(f"cuda:{number}" for number in range(count or 0))))
+    missing = "cuda" if not count else f"cuda:{count}"
+    with pytest.raises(
+        CannotStart, match=rf"^WAVESPEED_DEVICES: there is no '{missing}'; .* {count or 0} CUDA devices"
+    ):
+        check_devices((missing,))
+
+
+def test_the_page_too_refuses_a_variable_that_there_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WAVESPEED_UI_SEVER", "http://elsewhere")
+    with pytest.raises(ValidationError, match=r"UI_SEVER is no variable that is read here; .* is WAVESPEED_UI_SERVER"):
+        PageSettings()
