@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ def simulate(
     world = simpy.Environment()
     grouping: Any = Grouping(machine.max_batch, machine.batch_timeout, lambda: world.now)
     besides = {name: rest(one) for name, one in times.items()}
+    longer = cache(lambda name, size: factor(times[name], size))
     waiting: list[_Waiting] = []  # by age
     groups: list[list[_Waiting]] = []  # in the workers
     outcomes: list[Outcome | None] = []
@@ -79,7 +81,7 @@ def simulate(
                 world.process(look_again(seconds))
                 return
             name, size = group[0].name, len(group)
-            busy = source.choice(times[name]["busy"]) * factor(times[name], size)
+            busy = source.choice(times[name]["busy"]) * longer(name, size)
             for one in group:
                 waiting.remove(one)
                 wait = world.now - one.at
