@@ -216,6 +216,6 @@ async def test_a_job_that_ended_leaves_no_picture_behind(model: str, deadline: f
             assert heard
             if model == "hangs":  # until its worker is given up, it is that worker's job
                 await until(lambda: device(engine).restarts == 1)
-            assert seen() is None
+            await until(lambda: seen() is None)  # the writer's thread may not have had its turn since
         finally:
             gc.enable()
