@@ -83,7 +83,7 @@ def _option(name: str) -> inspect.Parameter | None:
     elif name == "loras":
         kind, names, metavar = list[str], ["lora"], "NAME:WEIGHT"
     elif "enum" in schema:
-        metavar = "|".join(schema["enum"])
+        metavar = "|".join(map(str, schema["enum"]))
     elif "minimum" in schema and "maximum" in schema:
         metavar = f"{schema['minimum']}..{schema['maximum']}"
     if kind is None:
