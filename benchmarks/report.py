@@ -81,7 +81,7 @@ def show(title: str, columns: str, rows: Iterable[str]) -> None:
         shown.add_column(column, justify="right" if number else "left")
     for row in rows:
         shown.add_row(*row.split(" | "))
-    Console(width=190).print(shown)
+    Console(width=200).print(shown)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

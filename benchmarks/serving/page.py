@@ -144,10 +144,6 @@ def of_prediction(where: str, one: Prediction) -> list[Claim]:
     ]
 
 
-def _overload(entries: Sequence[Entry]) -> list[str]:
-    return judged(claim for entry in entries for claim in of_overload(entry))
-
-
 def of_overload(entry: Entry) -> list[Claim]:
     """Whether the server, asked for too much, does what it can and refuses the rest at once."""
     found, held, rules = entry["figures"], entry["held"], entry["rules"]
