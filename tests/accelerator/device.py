@@ -179,7 +179,7 @@ class Accelerator:
             stack.enter_context(_Dispatch(self))
             stack.enter_context(_Functions(self))
             stack.enter_context(patch.object(torch, "Generator", _Generator))
-            stack.enter_context(patch.object(TorchDeviceBackend, "_detect_device_type", lambda: NAME))
+            stack.enter_context(patch.object(TorchDeviceBackend, "_detect_device_type", lambda *_: NAME))
             self._stack = stack.pop_all()
         return self
 

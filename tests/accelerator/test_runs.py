@@ -164,7 +164,7 @@ def test_a_distilled_decoder_lies_where_the_latents_do(
         assert all(step.preview for step in steps)
     finally:
         model.spec = spec
-        del model.preview_decoder
+        vars(model).pop("preview_decoder", None)
         if known is not None:
             model.preview_decoder = known
 
