@@ -37,6 +37,7 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
 
     def final(predictions: Tensor) -> Tensor:
         stepper = copy.deepcopy(scheduler)
+        vars(stepper).pop("step", None)  # of whoever watches the steps; it would move the scheduler itself
         for name, value in vars(stepper).items():  # wherever its tables lie, σ above all: the predictions are here
             if isinstance(value, Tensor):
                 setattr(stepper, name, value.cpu())

@@ -31,6 +31,7 @@ from unittest.mock import patch
 from weakref import WeakValueDictionary
 
 import torch
+from diffusers.utils.torch_utils import TorchDeviceBackend
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -71,7 +72,9 @@ class DeviceTensor(Tensor):
     _values: Tensor | None
 
     @staticmethod
-    def __new__(cls, twin: Tensor, block: _Block, values: Tensor | None) -> DeviceTensor:
+    def __new__(cls, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> Any:
+        if block is None:  # accelerate makes a parameter anew by the class of the one that was there
+            return nn.Parameter(twin, requires_grad=requires_grad)
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             twin.shape,
@@ -81,8 +84,9 @@ class DeviceTensor(Tensor):
             device=f"{NAME}:0",
         )
 
-    def __init__(self, twin: Tensor, block: _Block, values: Tensor | None) -> None:
-        self.twin, self.block, self._values = twin, block, values
+    def __init__(self, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> None:
+        if block is not None:
+            self.twin, self.block, self._values = twin, block, values
 
     @property
     def values(self) -> Tensor | None:
@@ -175,6 +179,7 @@ class Accelerator:
             stack.enter_context(_Dispatch(self))
             stack.enter_context(_Functions(self))
             stack.enter_context(patch.object(torch, "Generator", _Generator))
+            stack.enter_context(patch.object(TorchDeviceBackend, "_detect_device_type", lambda *_: NAME))
             self._stack = stack.pop_all()
         return self
 
@@ -218,6 +223,8 @@ class Accelerator:
         if name in ("_pin_memory", "is_pinned"):
             return self._pin(name, args[0])
         if not ours and not made_here:
+            if name in _OF_ONE_TYPE and any(one.numel() > SMALL and not any(one.stride()) for one in tensors):
+                raise RuntimeError(f"{name} on the CPU, with weights that only wait there")
             return func(*args, **kwargs)
         if name in _READS:
             _check_places(func, tensors)

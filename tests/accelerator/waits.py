@@ -10,10 +10,26 @@ from unittest.mock import patch
 
 from diffusers import DiffusionPipeline
 
-from cache import CacheStrategy
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import Generation, GenerationParams, LoadedModel, Step
 
 from .device import Accelerator
+
+STRATEGIES: dict[str, dict[str, CacheStrategy]] = {
+    "deepcache": {
+        "none": NoCache(),
+        "default": DeepCache(interval=2),
+        "published": DeepCache(interval=2, forecast="none", schedule="uniform"),
+        "half guidance": DeepCache(interval=2, guidance="reuse"),
+    },
+    "first_block": {
+        "none": NoCache(),
+        "default": FirstBlockCache(),
+        "published": FirstBlockCache(forecast="none"),
+        "damped": FirstBlockCache(forecast="damped"),
+    },
+}
+"""By the cache that acts on a family."""
 
 
 class Waits:

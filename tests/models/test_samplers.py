@@ -6,6 +6,7 @@ import inspect
 from itertools import pairwise
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -39,6 +40,11 @@ def velocity(sample: torch.Tensor, timestep: float) -> torch.Tensor:
 
 def draw(saved: DDIMScheduler, sampler: str, scheduler: str | None, steps: int) -> torch.Tensor:
     chosen = samplers.build(saved, samplers.DIFFUSION, sampler, scheduler, steps=steps, seeds=[0])
+    return loop(chosen, scheduler, steps)
+
+
+def loop(chosen: Any, scheduler: str | None, steps: int) -> torch.Tensor:
+    """diffusers' own, by hand."""
     timesteps = samplers.custom_timesteps(scheduler, steps)
     chosen.set_timesteps(**({"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps}))
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +67,26 @@ def test_every_pair_samples_gaussian_data_of_the_right_spread(
     with quiet():
         spread = float(draw(saved, sampler, scheduler, steps).std())
     assert spread == pytest.approx(SPREAD, rel=tolerance)
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), PAIRS)
+def test_a_schedule_on_the_host_changes_no_bit(saved: DDIMScheduler, sampler: str, scheduler: str) -> None:
+    """The oracle is diffusers' own class in the same loop (for the third order our own, whose update differs)."""
+    with quiet():
+        ours = samplers.build(saved, samplers.DIFFUSION, sampler, scheduler, steps=8, seeds=[0])
+        theirs = getattr(diffusers, type(ours).__name__, type(ours).__base__).from_config(ours.config)
+        assert torch.equal(loop(ours, scheduler, 8), loop(theirs, scheduler, 8))
+
+
+def test_a_schedule_whose_first_timestep_stands_twice_is_run_to_its_end(saved: DDIMScheduler) -> None:
+    """diffusers' own begins at the second place of 998, and looks for a 152nd sigma in the end."""
+    with quiet():
+        ours = samplers.build(saved, samplers.DIFFUSION, "dpmpp_2m", "beta", steps=150, seeds=[0])
+        theirs = diffusers.DPMSolverMultistepScheduler.from_config(ours.config)
+        assert loop(ours, "beta", 150).isfinite().all()
+        assert ours.timesteps[0] == ours.timesteps[1]
+        with pytest.raises(IndexError):
+            loop(theirs, "beta", 150)
 
 
 def test_the_third_order_sde_sampler_converges(saved: DDIMScheduler) -> None:

@@ -1,0 +1,94 @@
+"""No step makes the host wait: every sampler with every strategy, at full size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler
+
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from cache.sampling import responses
+from models import samplers
+from models.base import GenerationParams, Multiscale
+from models.loading import quiet
+from tests.accelerator.conftest import Load
+from tests.accelerator.device import NAME, Accelerator
+from tests.accelerator.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from tests.accelerator.waits import STRATEGIES, Waits, waits
+
+
+def params(geometry: Geometry, **changes: Any) -> GenerationParams:
+    settings = {"steps": 3, "prompt": "a cat", "width": geometry.width, "height": geometry.height}
+    return GenerationParams(**{**settings, "guidance_scale": geometry.guidance_scale, **changes})
+
+
+@pytest.fixture
+def run(device: Accelerator, load: Load) -> Any:
+    def run(geometry: Geometry, strategy: CacheStrategy, **changes: Any) -> Waits:
+        return waits(device, load(geometry), params(geometry, **changes), strategy)
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES["deepcache"], ids=str)
+@pytest.mark.parametrize("sampler", samplers.DIFFUSION)
+def test_no_sampler_waits_with_or_without_deepcache(run: Any, sampler: str, strategy: str) -> None:
+    found = run(SD15, STRATEGIES["deepcache"][strategy], sampler=sampler)
+    assert len(found.steps) == 3
+    assert found.places == {}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES["first_block"], ids=str)
+@pytest.mark.parametrize("sampler", samplers.FLOW_MATCHING)
+def test_a_first_block_decision_is_read_once(run: Any, sampler: str, strategy: str) -> None:
+    found = run(FLUX_DEV, STRATEGIES["first_block"][strategy], sampler=sampler)
+    (report,) = found.generation.reports
+    decisions = len(report.decisions) - 1 if report.residuals else 0  # at the first call there is nothing to decide
+    assert sum(found.places.values()) == decisions
+    assert all(place.startswith("from device cache/reference.py:") for place in found.places)
+
+
+def test_what_else_runs_in_a_step_does_not_wait(run: Any) -> None:
+    settings = Multiscale(fullres_start=1, fullres_end=1, intermittent=False)
+    for geometry in (SD15, FLUX_SCHNELL):
+        assert run(geometry, NoCache(), multiscale=settings).places == {}
+    assert run(SDXL, DeepCache(start=100, end=900)).places == {}  # the window reads each call's timestep
+    assert run(SD15, DeepCache(), scheduler="karras", sampler="dpmpp_2m", seeds=(1, 2), batch_size=2).places == {}
+
+
+def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator) -> None:
+    def script(shape: torch.Size) -> torch.Tensor:
+        told = torch.full(shape, 0.01)
+        told[..., 1::2] = 0.5
+        return told
+
+    device.script = script
+    found = run(FLUX_SCHNELL, FirstBlockCache(correction=False), seeds=(1, 2), batch_size=2)
+    assert found.generation.reports[0].item_decisions == ["CRR", "CCC"]
+    assert [sum(step.values()) for step in found.steps] == [0, 1, 1]
+
+
+def test_a_preview_is_read_once(run: Any) -> None:
+    found = run(SD15, DeepCache(), preview=True)
+    assert {place.split(":")[0] for place in found.places} == {"from device models/passes/preview.py"}
+    assert [sum(step.values()) for step in found.steps] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_responses_are_known_wherever_a_scheduler_has_its_tables(device: Accelerator, scheduler_class: Any) -> None:
+    with quiet():
+        here, there = scheduler_class(), scheduler_class()
+        here.set_timesteps(5, device=NAME)
+        there.set_timesteps(5)
+    assert here.timesteps.device.type == NAME
+    expected = responses(there)
+    assert expected is not None
+    assert responses(here) == expected
+
+
+def test_the_correction_acts_off_the_cpu(run: Any) -> None:
+    for sampler in ("euler", "dpmpp_2m", "dpm2", "ddim"):
+        assert run(SD15, DeepCache(interval=2), sampler=sampler).generation.reports[0].settings["correction"] is True
+    assert run(FLUX_DEV, FirstBlockCache(), sampler="euler").generation.reports[0].settings["correction"] is True
