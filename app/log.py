@@ -92,7 +92,8 @@ def _printable(line: str) -> str:
 class _Outlet(threading.Thread):
     """Carries lines to `write`, which may never come back, or raise OSError or ValueError. A daemon, for the former.
 
-    `room`: bytes that may wait. `notice`: what stands in the place of so many lines that did not fit or failed.
+    `room`: bytes that may wait. `notice`: what stands in the place of so many lines that did not fit. A line that
+    could not be written is tried again.
     """
 
     def __init__(self, name: str, write: Callable[[bytes], object], room: int, notice: Callable[[int], bytes]) -> None:
@@ -117,23 +118,27 @@ class _Outlet(threading.Thread):
 
     def run(self) -> None:
         while (item := self._next()) is not None:
-            line, lines = item
+            line, lost = item
             try:
                 self._write(line)
             except (OSError, ValueError):  # no room on the disk, nobody at the other end, a stream that is closed
                 with self._news:
-                    self._lost += lines
-                if self._ending.wait(_RETRY):
+                    self._lost += lost
+                    if not lost:
+                        self._lines.appendleft(line)
+                        self._bytes += len(line)
+                if self._ending.is_set():
                     return
+                self._ending.wait(_RETRY)
 
     def _next(self) -> tuple[bytes, int] | None:
-        """A line, and how many it stands for."""
+        """A line, and how many lost ones it tells of."""
         with self._news:
             self._news.wait_for(lambda: self._lines or self._lost or self._ending.is_set())
             if self._lines:
                 line = self._lines.popleft()
                 self._bytes -= len(line)
-                return line, 1
+                return line, 0
             lost, self._lost = self._lost, 0
             return (self._notice(lost), lost) if lost else None
 
@@ -170,7 +175,11 @@ class _File:
                 with suppress(FileNotFoundError):
                     newer.replace(older)
             self._open()
-        _write_all(self._descriptor, line)
+        try:
+            _write_all(self._descriptor, line)
+        except OSError:
+            os.ftruncate(self._descriptor, size)  # no half lines
+            raise
 
     def close(self) -> None:
         os.close(self._descriptor)

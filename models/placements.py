@@ -1,8 +1,8 @@
 """Calibrated placements of DeepCache's compute calls: a JSON file a model, and what a run takes from it.
 
 The file lies with the model and moves with it: `placements.json` in its folder, or NAME.placements.json beside a single
-file NAME. What a user calibrates of an embedded model or one of the hub's lies in ~/.local/share/wavespeed/placements. It
-holds one line for each combination that was calibrated (`models/calibration.py`).
+file NAME; what a user calibrates of an embedded model or the hub's, in ~/.local/share/wavespeed/placements. It holds
+one line for each combination that was calibrated (`models/calibration.py`).
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ def test_a_disk_that_takes_nothing_holds_nobody_up_and_goes_on_when_it_takes_aga
 ) -> None:
     write, full = os.write, threading.Event()
     monkeypatch.setattr(app.log, "_RETRY", 0.01)
+    monkeypatch.setattr(app.log, "_FILE_ROOM", 200)  # bytes: three lines
 
     def to_a_full_disk(descriptor: int, data: bytes) -> int:
         if full.is_set():
@@ -146,17 +147,42 @@ def test_a_disk_that_takes_nothing_holds_nobody_up_and_goes_on_when_it_takes_aga
         while "before" not in path.read_text():
             time.sleep(0.01)
         full.set()
-        for number in range(3):
-            log.info("lost %d", number)
+        for number in range(10):
+            log.info("line %d", number)
         time.sleep(0.1)
         full.clear()
         while "missing" not in path.read_text():
             time.sleep(0.01)
         log.info("after")
-    before, notice, after = logged(tmp_path)
-    assert "3 lines are missing here" in notice
+    before, *waited, notice, after = logged(tmp_path)
+    assert [line[-6:] for line in waited] == [f"line {number}" for number in range(len(waited))]
+    assert 0 < len(waited) < 10
+    assert f" {10 - len(waited)} lines are missing here" in notice
     assert (before.endswith("before"), after.endswith("after")) == (True, True)
-    assert capsys.readouterr().err.count("lost") == 3
+    assert capsys.readouterr().err.count("line ") == 10
+
+
+def test_a_line_that_a_disk_has_room_for_half_of_is_written_whole_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, room = os.write, [20]  # bytes
+    monkeypatch.setattr(app.log, "_RETRY", 0.01)
+    path = tmp_path / "server.log"
+
+    def to_a_small_disk(descriptor: int, data: bytes) -> int:
+        if not os.path.samestat(os.fstat(descriptor), path.stat()) or room[0] > 1000:
+            return write(descriptor, data)
+        if not (fits := data[: room[0] - os.fstat(descriptor).st_size]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, fits)
+
+    monkeypatch.setattr(os, "write", to_a_small_disk)
+    with logging_to(tmp_path, "INFO"):
+        logging.getLogger("app").info("a line")
+        time.sleep(0.1)
+        assert path.stat().st_size in (0, 20)
+        room[0] = 10**6
+    assert [line.partition(" INFO ")[2] for line in logged(tmp_path)] == ["   request=- app: a line"]
 
 
 def test_a_disk_that_hangs_does_not_keep_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
