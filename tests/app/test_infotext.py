@@ -96,6 +96,7 @@ def test_every_scheduler_has_the_label_that_is_read_there() -> None:
         assert restored(infotext(params(sampler="euler", scheduler=ours), 0, "m", "none"))["Schedule type"] == label
 
 
+@pytest.mark.parametrize("engine", ["fake"], indirect=True)  # replicas tell of their own models
 @pytest.mark.parametrize(
     ("fields", "pair"),
     [
