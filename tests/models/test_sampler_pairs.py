@@ -16,7 +16,7 @@ from models.base import LoadedModel, ModelSpec
 from models.registry import FAMILIES
 from tests.models.test_generation import PARAMS, ignore, pixels
 
-STEPS = 3
+STEPS = 4
 SMALL = replace(PARAMS, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
 SECOND_ORDER = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # two evaluations a step, but for the last
 
