@@ -63,6 +63,12 @@ class PipelineModel(ABC):
     def _dtype(self) -> str:
         return str(self._denoiser.root.dtype).removeprefix("torch.")
 
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """What the autoencoder decodes in."""
+        dtype: torch.dtype = self.pipeline.vae.dtype
+        return dtype
+
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         from .memory import decode_bytes
 
@@ -70,7 +76,7 @@ class PipelineModel(ABC):
         pixels, vae = width * height, self.pipeline.vae
         if self.spec.vae_tiling:
             pixels = min(pixels, vae.tile_sample_min_size**2)
-        return decode_bytes(vae, pixels * (1 if self.spec.vae_slicing else images))
+        return decode_bytes(vae, pixels * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.
