@@ -31,8 +31,9 @@ def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int
     counted = _DECODE_BYTES.setdefault(vae, {})
     if dtype not in counted:
         counted[dtype] = _count(vae, dtype)
-    grown = dtype.itemsize - vae.dtype.itemsize
-    return round(counted[dtype] * pixels) + grown * sum(parameter.numel() for parameter in vae.parameters())
+    lying = sum(parameter.numel() for parameter in vae.parameters() if not parameter.is_meta)  # else layer by layer
+    grown: int = (dtype.itemsize - vae.dtype.itemsize) * lying
+    return round(counted[dtype] * pixels) + grown
 
 
 def _count(vae: Any, dtype: torch.dtype) -> float:

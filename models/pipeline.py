@@ -73,10 +73,10 @@ class PipelineModel(ABC):
         from .memory import decode_bytes
 
         width, height = limits.render_size(self.spec, params.width, params.height)
-        pixels, vae = width * height, self.pipeline.vae
+        vae = self.pipeline.vae
         if self.spec.vae_tiling:
-            pixels = min(pixels, vae.tile_sample_min_size**2)
-        return decode_bytes(vae, pixels * (1 if self.spec.vae_slicing else images), self.decode_dtype)
+            width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
+        return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.

@@ -17,7 +17,12 @@ from .memory import peaks, strategies
 from .waits import STRATEGIES, waits
 
 STEPS = 4
-DOCUMENT = {"sd15": ("3.2", "3.4"), "sdxl": ("6.8", "7.0"), "flux-dev": ("12.5", "12.6"), "flux-schnell": ("12.5", "12.6")}
+DOCUMENT = {
+    "sd15": ("3.2", "3.4"),
+    "sdxl": ("6.8", "7.0"),
+    "flux-dev": ("12.5", "12.6"),
+    "flux-schnell": ("12.5", "12.6"),
+}
 
 
 def row(*cells: object) -> str:
@@ -46,10 +51,21 @@ def memory_table() -> Iterator[str]:
 
     plain: list[tuple[Geometry, dict[str, Any]]] = [(geometry, {}) for geometry in ALL]
     special = [(SD15, {"vae_tiling": True}), (SDXL, {"vae_tiling": True}), (FLUX_DEV, {"vae_tiling": True})]
-    offloaded = [(one, {"offload": how}) for one in (SD15, SDXL, FLUX_DEV, FLUX_SCHNELL) for how in ("model", "sequential")]
+    offloaded = [
+        (one, {"offload": how}) for one in (SD15, SDXL, FLUX_DEV, FLUX_SCHNELL) for how in ("model", "sequential")
+    ]
     document = [f"document, {name}" for name in ("none", "cache")]
     yield row(
-        "model", "options", "weights", "text", "denoise", "denoise, cache", "kept", "decode", "counted to decode", *document
+        "model",
+        "options",
+        "weights",
+        "text",
+        "denoise",
+        "denoise, cache",
+        "kept",
+        "decode",
+        "counted to decode",
+        *document,
     )
     yield row(*["---"] * 11)
     for geometry, options in [*plain, *special, *offloaded]:
