@@ -97,7 +97,9 @@ class _Interception:
 
 def _is_intercepted(forward: Any) -> bool:
     """Whether it is an interception, or something wrapped around one."""
-    return isinstance(forward, _Interception) or (forward is not None and _is_intercepted(getattr(forward, "__wrapped__", None)))
+    return isinstance(forward, _Interception) or (
+        forward is not None and _is_intercepted(getattr(forward, "__wrapped__", None))
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<variant>\.fp16)?(-\d+-of-\d+)?(?P<late>\.fp16)?\.safetensors"
 )
+DROPPED = ("model_ema.",)  # beginnings of tensor names: a training run's average, which diffusers leaves in the file
 _LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -47,14 +48,14 @@ def network_bytes(folder: Path, itemsize: int) -> dict[str, int]:
 
 
 def loaded_bytes(files: Iterable[Path], itemsize: int) -> int:
-    """Bytes of the files' floating-point tensors at `itemsize` a number; of a file without a header, its size."""
+    """Bytes of the files' tensors at `itemsize` a number, of those that are kept; of a file without a header, its size."""
     total = 0
     for file in files:
         try:
             total += sum(
                 math.prod(tensor["shape"]) * itemsize
                 for name, tensor in _header(file).items()
-                if name != "__metadata__"
+                if name != "__metadata__" and not name.startswith(DROPPED)
             )
         except (OSError, ValueError, TypeError, KeyError):
             total += file.stat().st_size if file.is_file() else 0  # the loader will say what is wrong with it

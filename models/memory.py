@@ -17,25 +17,30 @@ from torch.utils._pytree import tree_leaves
 from .loading import quiet
 
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
-_DECODE_BYTES: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+_DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()
 
 
-def decode_bytes(vae: Any, pixels: int) -> int:
+def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int:
     """Least bytes, beside the weights, to decode so many `pixels` at once by diffusers' AutoencoderKL.
 
-    In the data type of its parameters. The decoder's last levels hold several maps of 256 channels at the picture's own
+    dtype: that the decode runs in; None: that of the parameters. A wider one takes the network's weights along: what
+    they grow by is counted. The decoder's last levels hold several maps of 256 channels at the picture's own
     size: in Stable Diffusion and Flux more than a denoising step holds, see docs/decisions/memory-admission.md.
     """
-    if vae not in _DECODE_BYTES:
-        _DECODE_BYTES[vae] = _count(vae)
-    return round(_DECODE_BYTES[vae] * pixels)
+    dtype = dtype or vae.dtype
+    counted = _DECODE_BYTES.setdefault(vae, {})
+    if dtype not in counted:
+        counted[dtype] = _count(vae, dtype)
+    lying = sum(parameter.numel() for parameter in vae.parameters() if not parameter.is_meta)  # else layer by layer
+    grown: int = (dtype.itemsize - vae.dtype.itemsize) * lying
+    return round(counted[dtype] * pixels) + grown
 
 
-def _count(vae: Any) -> float:
+def _count(vae: Any, dtype: torch.dtype) -> float:
     """Bytes a pixel."""
     with torch.device("meta"), quiet():
-        skeleton = type(vae).from_config(vae.config).eval().to(dtype=vae.dtype)
-        latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=vae.dtype)
+        skeleton = type(vae).from_config(vae.config).eval().to(dtype=dtype)
+        latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
     drawn: list[Tensor] = []
     peak = peak_bytes(lambda: drawn.append(skeleton.decode(latents, return_dict=False)[0]))
     return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])

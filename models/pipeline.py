@@ -63,14 +63,20 @@ class PipelineModel(ABC):
     def _dtype(self) -> str:
         return str(self._denoiser.root.dtype).removeprefix("torch.")
 
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """What the autoencoder decodes in."""
+        dtype: torch.dtype = self.pipeline.vae.dtype
+        return dtype
+
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         from .memory import decode_bytes
 
         width, height = limits.render_size(self.spec, params.width, params.height)
-        pixels, vae = width * height, self.pipeline.vae
+        vae = self.pipeline.vae
         if self.spec.vae_tiling:
-            pixels = min(pixels, vae.tile_sample_min_size**2)
-        return decode_bytes(vae, pixels * (1 if self.spec.vae_slicing else images))
+            width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
+        return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.

@@ -122,7 +122,8 @@ def build(
     from . import schedulers
 
     if sampler is None and scheduler is None:
-        return schedulers.on_host(getattr(schedulers, type(saved).__name__, type(saved))).from_config(saved.config)
+        own: Any = type(saved)
+        return schedulers.on_host(getattr(schedulers, own.__name__, own)).from_config(saved.config)
     check(choices(samplers), sampler, scheduler)
     choice = samplers[sampler or DEFAULT_SAMPLER]
     cls = scheduler_class(choice.scheduler_class)

@@ -69,6 +69,8 @@ class DPMSolverSDEScheduler(scheduling_dpmsolver_sde.DPMSolverSDEScheduler):
     numbers for the same seed: a picture would depend on the device.
     """
 
+    noise_sampler: Any
+
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.noise_sampler is None:
             lowest, highest = self.sigmas[self.sigmas > 0].min().item(), self.sigmas.max().item()

@@ -58,15 +58,20 @@ class SDXLModel(StableDiffusionModel):
         }
         return {name: embedding for name, embedding in named.items() if embedding is not None}
 
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        """In float32 where the autoencoder's own activations overflow half precision, as its configuration says."""
+    @property
+    def decode_dtype(self) -> torch.dtype:
+        """float32 where the autoencoder's own activations overflow half precision, as its configuration says."""
         import torch
 
         vae = self.pipeline.vae
-        if vae.dtype != torch.float16 or not vae.config.force_upcast:
-            return super().decode(latents.to(vae.dtype), width, height)
-        vae.to(dtype=torch.float32)
+        return torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else super().decode_dtype
+
+    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+        vae, saved, wanted = self.pipeline.vae, self.pipeline.vae.dtype, self.decode_dtype
+        if wanted == saved:
+            return super().decode(latents.to(saved), width, height)
+        vae.to(dtype=wanted)
         try:
-            return super().decode(latents.float(), width, height)
+            return super().decode(latents.to(wanted), width, height)
         finally:
-            vae.to(dtype=torch.float16)
+            vae.to(dtype=saved)

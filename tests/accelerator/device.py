@@ -245,9 +245,7 @@ class Accelerator:
             return tree_map(lambda one: self.wrap(torch.empty_like(one, device="meta"), one), results)
         return self._computed(func, name, args, kwargs, ours, made_here)
 
-    def _computed(
-        self, func: Any, name: str, args: Any, kwargs: Any, ours: list[DeviceTensor], made_here: bool
-    ) -> Any:
+    def _computed(self, func: Any, name: str, args: Any, kwargs: Any, ours: list[DeviceTensor], made_here: bool) -> Any:
         out = self._shapes(func, args, {**kwargs, "device": "meta"} if made_here else kwargs, ours)
         changes = func._schema.is_mutable
         if changes and name in _CHANGES_SHAPE:
@@ -259,7 +257,9 @@ class Accelerator:
             small = all(one.numel() <= SMALL for one in _tensors([out]))
             if small or changes:
                 on_cpu = {**kwargs, "device": "cpu"} if made_here else kwargs
-                real_args, real_kwargs = tree_map(lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu))
+                real_args, real_kwargs = tree_map(
+                    lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu)
+                )
                 values = func(*real_args, **real_kwargs)
         elif changes:
             for one in _written(func, args, kwargs):

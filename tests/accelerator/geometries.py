@@ -82,8 +82,8 @@ class Geometry:
 
 
 def _materialise(network: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters of the meta device on the CPU, in `dtype` but for what the class keeps in float32."""
-    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    """Parameters of the meta device on the CPU, in `dtype` but for what the class keeps from overflow in float16."""
+    kept = (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, module in network.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -211,7 +211,14 @@ def _flux(distilled: bool) -> FluxPipeline:
     flow: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True} if distilled else {"shift": 1.0}
     return FluxPipeline(
         scheduler=_on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
-        vae=_autoencoder(16, sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=_autoencoder(
+            16,
+            sample_size=1024,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
         text_encoder=_clip(CLIPTextModel, 768, 12, 12),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=text,

@@ -68,7 +68,9 @@ def test_values_are_scripted_where_nobody_knows_them(device: Accelerator) -> Non
         lambda here, there: functional.linear(here[None], there[None]),
         lambda here, there: there[torch.tensor([1], device=NAME)],
         lambda here, there: there.add_(here[0]),
-        lambda here, there: functional.scaled_dot_product_attention(*[here.view(1, 1, 1, 3)] * 2, there.view(1, 1, 1, 3)),
+        lambda here, there: functional.scaled_dot_product_attention(
+            *[here.view(1, 1, 1, 3)] * 2, there.view(1, 1, 1, 3)
+        ),
     ],
 )
 def test_tensors_of_two_devices_are_refused(device: Accelerator, operation: Callable[..., Tensor]) -> None:

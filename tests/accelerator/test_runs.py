@@ -96,7 +96,7 @@ def test_long_and_weighted_prompts(load: Load) -> None:
 def lora(folder: Path, network: nn.Module, prefix: str) -> Lora:
     """Rank 4 beside the queries of the first attention layers."""
     tensors = {}
-    queries = [name for name, module in network.named_modules() if name.endswith("attn1.to_q") or name.endswith("attn.to_q")]
+    queries = [name for name, module in network.named_modules() if name.endswith(("attn1.to_q", "attn.to_q"))]
     for name in queries[:3]:
         rows, columns = network.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
         tensors[f"{prefix}.{name}.lora_A.weight"] = torch.zeros(4, columns)
@@ -151,9 +151,7 @@ def test_offloaded_with_previews(load: Load, geometry: Geometry, offload: str) -
 
 
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
-def test_a_distilled_decoder_lies_where_the_latents_do(
-    load: Load, tmp_path: Path, offload: str | None
-) -> None:
+def test_a_distilled_decoder_lies_where_the_latents_do(load: Load, tmp_path: Path, offload: str | None) -> None:
     AutoencoderTiny().save_pretrained(tmp_path / "taesd")
     model: Any = load(SD15, offload=offload)
     spec, known = model.spec, model.__dict__.pop("preview_decoder", None)

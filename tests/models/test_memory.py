@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from models.base import GenerationParams
 from models.embedded import SPECS
+from models.footprint import loaded_bytes
 from models.memory import decode_bytes, peak_bytes
 from models.unet import StableDiffusionModel
 
@@ -59,6 +62,23 @@ def test_stable_diffusions_decoder_holds_three_maps_of_256_channels(dtype: torch
     per_pixel = decode_bytes(vae, 10**6) / 10**6
     assert per_pixel == pytest.approx(3 * 256 * size, rel=0.01)
     assert decode_bytes(vae, 512 * 512) == pytest.approx(per_pixel * 512 * 512, rel=1e-6)
+
+
+def test_a_decode_in_a_wider_type_takes_its_weights_along() -> None:
+    """As Stable Diffusion XL's, whose autoencoder rests in half precision."""
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8).half()
+    weights = sum(parameter.numel() for parameter in vae.parameters())
+    narrow = decode_bytes(vae, 10**6)
+    assert decode_bytes(vae, 10**6, torch.float32) == pytest.approx(2 * narrow + 2 * weights, rel=1e-6)
+    assert decode_bytes(vae, 10**6, torch.float16) == narrow
+
+
+def test_weights_that_stay_in_the_file_are_not_counted(tmp_path: Path) -> None:
+    """A training run's average, which diffusers does not load: as large as the UNet, in files of Stable Diffusion 1."""
+    file = tmp_path / "model.safetensors"
+    kept = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(10, 10)}
+    save_file({**kept, "model_ema.diffusion_modelinput_blocks00weight": torch.zeros(10, 10)}, file)
+    assert loaded_bytes([file], 2) == 200
 
 
 def test_the_bound_is_no_more_than_torch_really_takes() -> None:
