@@ -98,6 +98,7 @@ class _Everything(Collector):
         yield states
         for name, words, names in (
             ("wavespeed_model_quarantined", "1 when no worker is given the model.", status.quarantined),
+            ("wavespeed_model_unavailable", "1 when the model cannot be loaded.", status.unavailable),
             ("wavespeed_model_loaded", "1 when some worker holds the model.", status.loaded),
         ):
             gauge = GaugeMetricFamily(name, words, labels=["model"])
