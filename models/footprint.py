@@ -48,7 +48,7 @@ def network_bytes(folder: Path, itemsize: int) -> dict[str, int]:
 
 
 def loaded_bytes(files: Iterable[Path], itemsize: int) -> int:
-    """Bytes of the tensors that are kept, at `itemsize` a number; of a file without a header, its size."""
+    """Bytes of the files' tensors that are kept, at `itemsize` a number; of a file without a header, its size."""
     total = 0
     for file in files:
         try:

@@ -37,7 +37,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from cache import TransformerDenoiser, UNetDenoiser
+from cache import TransformerDenoiser, UNetDenoiser, cost
 from models.base import LoadedModel, ModelSpec
 from models.flux import FluxModel
 from models.loading import _settle, quiet
@@ -73,12 +73,24 @@ class Geometry:
                 if isinstance(part, nn.Module):
                     _materialise(part, self.dtype)
             _settle(pipeline, spec, NAME)
+        _counted_once(self.name, pipeline.components.get("unet") or pipeline.transformer)
         if self.family.startswith("flux"):
             return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
         if spec.offload is None:
             pipeline.unet.to(memory_format=torch.channels_last)
         model = SDXLModel if self.family == "sdxl" else StableDiffusionModel
         return model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION)
+
+
+_FIRST: dict[str, nn.Module] = {}
+
+
+def _counted_once(name: str, root: nn.Module) -> None:
+    """Operations are counted for each network anew, and here all of a name are alike."""
+    first = _FIRST.setdefault(name, root)
+    cost._BRANCH_COSTS[root] = cost._BRANCH_COSTS.setdefault(first, {})
+    if first in cost._FIRST_BLOCK_COSTS:
+        cost._FIRST_BLOCK_COSTS[root] = cost._FIRST_BLOCK_COSTS[first]
 
 
 def _materialise(network: nn.Module, dtype: torch.dtype) -> None:

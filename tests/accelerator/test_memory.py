@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.accelerator.geometries import FLUX_DEV, SD15, SDXL, Geometry
-from tests.accelerator.memory import peaks, strategies
+from tests.accelerator.memory import Peaks, peaks, strategies
+
+
+@functools.cache
+def found_peaks(geometry: Geometry, strategy: str, **options: Any) -> Peaks:
+    return peaks(geometry, strategies(geometry)[strategy], **options)
+
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 
@@ -22,11 +29,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
         (SDXL, 1, {}),
         (FLUX_DEV, 1, {}),
     ],
-    ids=str,
+    ids=lambda one: getattr(one, "name", str(one)),
 )
 def test_admission_counts_what_a_decode_takes(geometry: Geometry, images: int, options: dict[str, Any]) -> None:
     """Never more than that: refused is what cannot work. SDXL's runs in float32, of weights in half precision."""
-    found = peaks(geometry, strategies(geometry)["default"], images=images, **options)
+    found = found_peaks(geometry, "default", images=images, **options)
     assert found.decode == max(found.text, found.denoise, found.decode)
     assert 0.97 <= found.working / (found.decode - found.weights) <= 1
     assert found.denoise - found.weights < found.working + 0.2e9  # what the bound leaves to the second attempt
@@ -38,7 +45,7 @@ def test_admission_counts_what_a_decode_takes(geometry: Geometry, images: int, o
 @pytest.mark.parametrize("geometry", [SD15, SDXL, FLUX_DEV], ids=lambda one: one.name)
 def test_a_cache_takes_no_more_than_the_document_says(geometry: Geometry) -> None:
     """What is kept: 0.2 GB at most beside a UNet, 0.12 beside Flux."""
-    none, cached = (peaks(geometry, strategy) for strategy in strategies(geometry).values())
+    none, cached = (found_peaks(geometry, name) for name in strategies(geometry))
     assert 0 < cached.kept < (0.12e9 if geometry is FLUX_DEV else 0.2e9)
     assert cached.denoise - none.denoise < 0.2e9
     if geometry is SD15:
@@ -46,10 +53,7 @@ def test_a_cache_takes_no_more_than_the_document_says(geometry: Geometry) -> Non
 
 
 def test_offloaded_weights_leave_room() -> None:
-    whole, model, sequential = (
-        peaks(SDXL, strategies(SDXL)["default"], **({"offload": how} if how else {}))
-        for how in (None, "model", "sequential")
-    )
-    assert model.weights == sequential.weights == 0
+    whole, model, sequential = (found_peaks(SD15, "default", offload=how) for how in (None, "model", "sequential"))
+    assert (model.weights, sequential.weights) == (0, pytest.approx(0, abs=2000))  # what lies in no layer of its own
     assert sequential.denoise < model.denoise < whole.denoise
-    assert model.denoise < 7.0e9  # the document's figure, which the weights alone come near
+    assert found_peaks(SDXL, "default", offload="model").denoise < 7.0e9  # the document's figure

@@ -130,18 +130,21 @@ def test_items_of_a_batch_decide_apart(load: Load, device: Accelerator) -> None:
         return told
 
     device.script = script
-    request = params(FLUX_SCHNELL, steps=4, seeds=(1, 2), batch_size=2)
-    for forecast in ("none", "linear", "damped", "probe"):
+    request = params(FLUX_SCHNELL, steps=3, seeds=(1, 2), batch_size=2)
+    for forecast in ("none", "damped", "probe"):
         (report,) = draw(load(FLUX_SCHNELL), request, FirstBlockCache(forecast=forecast)).reports  # type: ignore[arg-type]
-        assert report.item_decisions == ["CRRR", "CCCC"], forecast
+        assert report.item_decisions == ["CRR", "CCC"], forecast
 
 
-@pytest.mark.parametrize("geometry", [SD15, SDXL, FLUX_DEV], ids=lambda one: one.name)
-@pytest.mark.parametrize("offload", ["model", "sequential"])
+@pytest.mark.parametrize(
+    ("geometry", "offload"),
+    [(SDXL, "model"), (FLUX_DEV, "model"), (SD15, "sequential"), (FLUX_DEV, "sequential")],
+    ids=lambda one: getattr(one, "name", one),
+)
 def test_offloaded_with_previews(load: Load, geometry: Geometry, offload: str) -> None:
     model = load(geometry, offload=offload)
     steps: list[Step] = []
-    request = params(geometry, sampler="euler", preview=True)
+    request = params(geometry, steps=2, sampler="euler", preview=True)
     made = model.generate(request, cache(geometry), steps.append)
     assert made.images
     assert all(step.preview for step in steps)
