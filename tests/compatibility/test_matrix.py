@@ -31,7 +31,7 @@ def name_of(value: object) -> str:
 
 def body(row: Row, model: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     side = SIDES.get(model, 64)
-    steps = 6 if row.passes else 4  # each pass has to reuse; a later one takes a part of them
+    steps = 6 if row.passes or "multiscale_enabled" in fields else 4  # each pass reuses, and each of several sizes
     base = {"prompt": "a misty forest", "model": model, "width": side, "height": side, "steps": steps, "seed": 1}
     return filled({**base, **ON[row.cache], **fields}, model, side)
 
