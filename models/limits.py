@@ -1,4 +1,4 @@
-"""What a small model cannot draw as asked: sizes that it was not trained at, words that it never read."""
+"""What a model cannot draw as asked: sizes that it was not trained at, words that it never read, too few steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from .base import ModelSpec
+from .base import GenerationParams, ModelSpec, TooFewSteps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +26,12 @@ def render_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
         return round(aspect, 9), abs(math.log(size[0] * size[1] / (width * height)))
 
     return min(spec.render_sizes, key=distance)
+
+
+def need_two(params: GenerationParams, name: str) -> None:
+    """Raise TooFewSteps for the pass `name`, which draws over a part of the schedule: one step is all or nothing."""
+    if params.steps < 2:
+        raise TooFewSteps(f"{name} draws over the picture in a part of the steps, and 1 step has no part: use 2 or more.")
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

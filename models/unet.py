@@ -193,11 +193,8 @@ class StableDiffusionModel(PipelineModel):
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
         return {"guidance_scale": params.guidance_scale, **rescale}
 
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        vae, processor = self.pipeline.vae, self.pipeline.image_processor
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]  # (B, 3, H, W), -1 … 1
-        images: list[Image.Image] = processor.postprocess(pixels, output_type="pil")
-        return images
+    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        return latents / self.pipeline.vae.config.scaling_factor
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)

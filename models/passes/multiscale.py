@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cache.patching import shadowed
 
-from .prediction import Prediction
+from cache.prediction import Prediction
 
 if TYPE_CHECKING:
     from models.base import Multiscale

@@ -20,7 +20,7 @@ from torch import Tensor
 from cache.patching import shadowed
 from models.loading import quiet
 
-from .prediction import FlowMatching, prediction_of
+from cache.prediction import FlowMatching, prediction_of
 
 if TYPE_CHECKING:
     from models.pipeline import PipelineModel
