@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import cost
 from .patching import Call, Shadow, intercepted, shadowed
-from .sampling import calls_of, responses
+from .sampling import responses, timesteps_of
 from .schedule import GROWTH, Placement, PlacementRule, warped
 from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
 
@@ -363,8 +363,11 @@ def view_of(target: Any) -> Denoiser:
         training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
-            calls = calls_of(target.scheduler, timestep)
-            return None if calls is None else Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
+            timesteps = timesteps_of(target.scheduler, timestep)
+            if timesteps is None:
+                return None
+            calls = len(timesteps)
+            return Placement(warped(calls, interval, GROWTH, timesteps), calls, "not calibrated")
 
         def guided() -> bool:
             return bool(getattr(target, "do_classifier_free_guidance", False))

@@ -117,6 +117,8 @@ def setting(scheduler: Any, name: str) -> Any:
 
 def prediction_of(scheduler: Any) -> Prediction:
     """Read from a diffusers scheduler."""
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor) or setting(scheduler, "use_flow_sigmas"):
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor) or setting(
+        scheduler, "use_flow_sigmas"
+    ):
         return FlowMatching()
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .prediction import FlowMatching, Level, prediction_of, setting
 
+# Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
 SPREAD = 0.5
 SMALL = 1e-3  # a prediction that no scheduler clips
 
@@ -28,13 +29,13 @@ FOLLOWING = {
 }
 
 
-def calls_of(scheduler: Any, timestep: float) -> int | None:
-    """How often a diffusers pipeline calls its denoiser in a run that begins at `timestep`.
+def timesteps_of(scheduler: Any, first: float) -> list[float] | None:
+    """Those at which a diffusers pipeline calls its denoiser in a run that begins at `first`.
 
     None if that is not where the scheduler's timesteps begin: img2img runs a part of them.
     """
     timesteps = getattr(scheduler, "timesteps", None)
-    return None if timesteps is None or float(timesteps[0]) != timestep else len(timesteps)
+    return None if timesteps is None or float(timesteps[0]) != first else timesteps.tolist()
 
 
 def follows(scheduler: Any) -> bool:
@@ -50,7 +51,11 @@ def follows(scheduler: Any) -> bool:
 
 
 def responses(scheduler: Any) -> tuple[float, ...] | None:
-    """By how much each remaining call's prediction moves the final latent, all others left as they are.
+    """By how much a change of each remaining call's prediction moves the final latent.
+
+    What the later calls make of it counts: a network sees the changed latents, takes a part of the change for noise and
+    removes it with the noise. How much, is here what the best network for Gaussian pictures of spread SPREAD would do: in
+    noise σ ≫ SPREAD a change shrinks as the noise does (the estimate of the clean latents stays), below it stays.
 
     scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
     beforehand (`follows`), and where two calls share a timestep: a prediction is no function of the call's number then.

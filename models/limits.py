@@ -31,7 +31,9 @@ def render_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
 def need_two(params: GenerationParams, name: str) -> None:
     """Raise TooFewSteps for the pass `name`, which draws over a part of the schedule: one step is all or nothing."""
     if params.steps < 2:
-        raise TooFewSteps(f"{name} draws over the picture in a part of the steps, and 1 step has no part: use 2 or more.")
+        raise TooFewSteps(
+            f"{name} draws over the picture in a part of the steps, and 1 step has no part: use 2 or more."
+        )
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -51,7 +53,8 @@ def unknown_words(spec: ModelSpec, prompt: str) -> list[str]:
     """Words of `prompt`, lower-cased, once each in their order, that the model was not trained on."""
     if not spec.vocabulary:
         return []
-    return [word for word in dict.fromkeys(_WORD.findall(prompt.lower())) if word not in spec.vocabulary]
+    words = (word.lower() for word in _WORD.findall(prompt) if word != "BREAK")
+    return [word for word in dict.fromkeys(words) if word not in spec.vocabulary]
 
 
 def warnings(spec: ModelSpec, prompt: str, width: int, height: int) -> list[str]:

@@ -161,9 +161,7 @@ def names(built: Any, samplers: Mapping[str, Sampler], sampler: str | None, sche
     return sampler, scheduler
 
 
-def custom_timesteps(
-    scheduler: str | None, steps: int, published: Sequence[int] = AYS_TIMESTEPS
-) -> list[int] | None:
+def custom_timesteps(scheduler: str | None, steps: int, published: Sequence[int] = AYS_TIMESTEPS) -> list[int] | None:
     """Training timesteps, falling, for the one scheduler that is given as a list; None for the others.
 
     Align Your Steps has ten `published` for a model; other counts are read off the straight lines between them.

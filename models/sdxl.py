@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import text
 from .base import GenerationParams, LoadedModel, ModelSpec
 from .placements import read
-from .prompt import parse, plain
+from .prompt import parse, plain, windows
 from .samplers import AYS_TIMESTEPS_XL, DIFFUSION
 from .unet import StableDiffusionModel, UNetFamily
 
@@ -44,11 +44,11 @@ class SDXLModel(StableDiffusionModel):
         # Without a negative prompt the model was trained, and diffusers draws, with zeros in its place.
         zeros = not params.negative_prompt.strip() and self.pipeline.config.force_zeros_for_empty_prompt
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=plain(prompt),
+            prompt=plain(windows(prompt)[0]),  # of which the pooled text is made, as the web UI does it
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
-            negative_prompt=None if zeros else plain(negative_prompt),
+            negative_prompt=None if zeros else plain(windows(negative_prompt)[0]),
         )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
         clips = text.encoders(self.pipeline, self.device, params.clip_skip, trained=1, normed=False)
         if not text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):

@@ -158,13 +158,13 @@ class StableDiffusionModel(PipelineModel):
         return self._unet
 
     def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
-        from cache.sampling import calls_of
+        from cache.sampling import timesteps_of
 
         sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
-            calls = calls_of(scheduler, timestep)
-            return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
+            timesteps = timesteps_of(scheduler, timestep)
+            return None if timesteps is None else place(self._calibrated, *sampling, timesteps, interval, branch)
 
         guided = params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
         return self._unet.ruled(rule, guided=guided)

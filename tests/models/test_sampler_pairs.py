@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.schedulers import AysSchedules
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import samplers
@@ -138,7 +139,9 @@ def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -
         assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
 
 
-@pytest.mark.parametrize(("steps", "scheduler"), [(8, "beta"), (10, "beta"), (15, "beta"), (20, "beta"), (30, "karras")])
+@pytest.mark.parametrize(
+    ("steps", "scheduler"), [(8, "beta"), (10, "beta"), (15, "beta"), (20, "beta"), (30, "karras")]
+)
 def test_a_sampler_that_draws_noise_is_known_by_its_type(
     small: dict[str, LoadedModel], steps: int, scheduler: str
 ) -> None:
@@ -149,6 +152,18 @@ def test_a_sampler_that_draws_noise_is_known_by_its_type(
     drawn = [model.generate(params, DeepCache(2, 0), ignore) for _ in range(3)]
     assert not any(one.reports[0].settings["correction"] for one in drawn)
     assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
+
+
+@pytest.mark.parametrize(("family", "published"), [("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")])
+def test_align_your_steps_is_the_models_own(family_folders: dict[str, Path], family: str, published: str) -> None:
+    """The timesteps that the denoiser is called with, and the picture of diffusers' pipeline given them."""
+    model: Any = FAMILIES[family].load(ModelSpec(name=family, family=family, source=family_folders[family]), "cpu")
+    called: list[int] = []
+    unet = model.pipeline.unet
+    hook = unet.register_forward_pre_hook(lambda _, args, kwargs: called.append(int(args[1])), with_kwargs=True)
+    model.generate(replace(SMALL, steps=10, sampler="euler", scheduler="ays"), NoCache(), ignore)
+    hook.remove()
+    assert called == AysSchedules[f"{published}Timesteps"]
 
 
 def test_every_sampler_and_scheduler_of_the_contract_is_in_the_table() -> None:
