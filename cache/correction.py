@@ -7,9 +7,10 @@ answer is changed by what the sampler, frozen from here on, would have made of t
     ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
 
 with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
-(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls),
-and r[k] the response of the final latent to a unit of prediction at call k (`cache/sampling.py`). It is the corrector of a predictor-corrector solver (UniPC, Zhao et al. 2023,
-arXiv:2302.04867, section 3.2), as that one without another evaluation.
+(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls), and r[k]
+the response of the final latent to a unit of prediction at call k (`cache/sampling.py`). It is the corrector of a
+predictor-corrector solver (UniPC, Zhao et al. 2023, arXiv:2302.04867, section 3.2), as that one without another
+evaluation.
 
 The state of a run: three tensors of the prediction's shape and two lists of call numbers.
 """

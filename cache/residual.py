@@ -137,7 +137,7 @@ class _Turn:
             if missing := [name for name in self.head if name not in passed]:
                 raise IncompatibleDenoiser(
                     f"{type(denoiser.root).__name__} hands its {denoiser.block_lists[index]} no {missing[0]}: it joins "
-                    "its streams between its lists of blocks, which the first-block cache cannot follow. Run it uncached."
+                    "its streams between its lists of blocks, and the first-block cache cannot follow. Run it uncached."
                 )
             streams = {name: passed[name] for name in self.head}
         if len(self.rows) == self.batch:

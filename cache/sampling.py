@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import FlowMatching, Level, prediction_of, setting
+from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
 
 # Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
 SPREAD = 0.5
+EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 SMALL = 1e-3  # a prediction that no scheduler clips
 
 # Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either.
@@ -53,12 +54,14 @@ def follows(scheduler: Any) -> bool:
 def responses(scheduler: Any) -> tuple[float, ...] | None:
     """By how much a change of each remaining call's prediction moves the final latent.
 
-    What the later calls make of it counts: a network sees the changed latents, takes a part of the change for noise and
-    removes it with the noise. How much, is here what the best network for Gaussian pictures of spread SPREAD would do: in
-    noise σ ≫ SPREAD a change shrinks as the noise does (the estimate of the clean latents stays), below it stays.
+    What the later calls make of it counts: a network takes a part of the change for noise and removes it. How much is
+    here what the best network for Gaussian pictures of spread SPREAD does. In noise σ ≫ SPREAD a change shrinks as the
+    noise does (the estimate of the clean latents stays), below it stays.
 
     scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
-    beforehand (`follows`), and where two calls share a timestep: a prediction is no function of the call's number then.
+    beforehand (`follows`); where two calls share a timestep, as a prediction is no function of the call's number then;
+    and where a diffusion's timesteps are not even (EVEN), as to repay lost there about as often as it won
+    (docs/decisions/correction.md).
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not len(timesteps) or not follows(scheduler):
@@ -68,6 +71,9 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
     if calls > len(set(remaining.tolist())):
         return None
     prediction = prediction_of(scheduler)
+    steps = remaining.double().diff().abs()
+    if calls > 1 and isinstance(prediction, Diffusion) and steps.max() > EVEN * steps.mean():
+        return None
     unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
     stepper = stepping_copy(scheduler)
     sample = torch.zeros(1, calls, 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
@@ -86,10 +92,10 @@ def _likely(level: Level) -> float:
     return level.alpha * SPREAD**2 / ((level.alpha * SPREAD) ** 2 + level.sigma**2)
 
 
-def stepping_copy(scheduler: Any) -> Any:
+def stepping_copy(scheduler: object) -> Any:
     """The scheduler as it is now, on the CPU, to be stepped apart: what shadows its methods (previews) stays behind."""
     kind = type(scheduler)
-    other = kind.__new__(kind)
+    other = object.__new__(kind)
     for name, value in vars(scheduler).items():
         if not callable(getattr(kind, name, None)):
             vars(other)[name] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -15,7 +15,6 @@ from .samplers import FLOW_MATCHING, choices
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from .layout import Layout
 
@@ -147,7 +146,8 @@ class FluxModel(PipelineModel):
     def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         config = self.pipeline.vae.config
         latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        return latents / config.scaling_factor + config.shift_factor
+        scaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = self._truncation(self.pipeline.tokenizer_2, params.prompt, self._text_length)

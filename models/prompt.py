@@ -1,4 +1,4 @@
-"""The prompt syntax of AUTOMATIC1111's web UI: (word), (word:1.3), [word], a backslash for brackets that are text, BREAK.
+"""The prompt syntax of AUTOMATIC1111's web UI: (word), (word:1.3), [word], BREAK, a backslash for brackets as text.
 
 Needs neither torch nor a model, so that a request can be refused before it waits.
 """

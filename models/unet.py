@@ -27,7 +27,6 @@ from .samplers import DIFFUSION, Sampler, choices, names
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from cache import UNetDenoiser
     from cache.schedule import Placement
@@ -194,7 +193,8 @@ class StableDiffusionModel(PipelineModel):
         return {"guidance_scale": params.guidance_scale, **rescale}
 
     def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        return latents / self.pipeline.vae.config.scaling_factor
+        scaled: torch.Tensor = latents / self.pipeline.vae.config.scaling_factor
+        return scaled
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)

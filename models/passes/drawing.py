@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cache.prediction import prediction_of
 from models import finite, samplers
 from models.base import GenerationParams, PassReport, Step
 
 from .multiscale import Scales
-from cache.prediction import prediction_of
 from .preview import Previews
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cache.patching import shadowed
-
 from cache.prediction import Prediction
 
 if TYPE_CHECKING:

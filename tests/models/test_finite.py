@@ -16,7 +16,6 @@ from cache import NoCache
 from models.finite import NotFinite
 from tests.models.test_generation import PARAMS, ignore, pixels
 
-
 READ = {"text_encoder": "token_embedding", "unet": "conv_out", "transformer": "proj_out", "vae": "decoder.conv_out"}
 
 
@@ -50,7 +49,7 @@ def test_the_part_with_the_weight_is_named(model: Any, value: float) -> None:
     for number, (part, result) in enumerate(parts(model)):
         params = replace(PARAMS, prompt=f"{value} {'a' * number}")  # a text of its own: encoded texts are kept
         network = getattr(model.pipeline, part)
-        path, weights = [(name, one) for name, one in network.named_parameters() if READ[part] in name][0]
+        path, weights = next((name, one) for name, one in network.named_parameters() if READ[part] in name)
         with spoilt(weights, value), pytest.raises(NotFinite, match=f"^{result} (are|is) not finite") as failure:
             model.generate(params, NoCache(), ignore)
         assert f"the {part} holds weights that are not" in str(failure.value)
