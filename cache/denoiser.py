@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import cost
 from .patching import Call, Shadow, intercepted, shadowed
 from .sampling import responses, timesteps_of
-from .schedule import GROWTH, Placement, PlacementRule, warped
+from .schedule import Placement, PlacementRule, ruled
 from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
 
 __all__ = ["BranchPass", "Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"]
@@ -364,10 +364,7 @@ def view_of(target: Any) -> Denoiser:
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
             timesteps = timesteps_of(target.scheduler, timestep)
-            if timesteps is None:
-                return None
-            calls = len(timesteps)
-            return Placement(warped(calls, interval, GROWTH, timesteps), calls, "not calibrated")
+            return None if timesteps is None else ruled(timesteps, interval)
 
         def guided() -> bool:
             return bool(getattr(target, "do_classifier_free_guidance", False))

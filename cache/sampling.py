@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
+from .schedule import is_even
 
 # Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
 SPREAD = 0.5
-EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 SMALL = 1e-3  # a prediction that no scheduler clips
 
-# Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either.
+# Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either. LMS
+# does too, but weighs four predictions with alternating signs, and gained nothing: docs/decisions/responses.md.
 FOLLOWING = {
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -25,7 +26,6 @@ FOLLOWING = {
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 }
 
@@ -60,8 +60,8 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
 
     scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
     beforehand (`follows`); where two calls share a timestep, as a prediction is no function of the call's number then;
-    and where a diffusion's timesteps are not even (EVEN), as to repay lost there about as often as it won
-    (docs/decisions/correction.md).
+    and where a diffusion's timesteps are not even, as to repay lost there about as often as it won
+    (docs/decisions/responses.md).
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not len(timesteps) or not follows(scheduler):
@@ -71,8 +71,7 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
     if calls > len(set(remaining.tolist())):
         return None
     prediction = prediction_of(scheduler)
-    steps = remaining.double().diff().abs()
-    if calls > 1 and isinstance(prediction, Diffusion) and steps.max() > EVEN * steps.mean():
+    if isinstance(prediction, Diffusion) and not is_even(remaining.tolist()):
         return None
     unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
     stepper = stepping_copy(scheduler)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
 GROWTH = 1.2  # of `warped` where nothing is calibrated: docs/decisions/compute-call-placement.md
+LONG = 4  # intervals from which on growing gaps do not go with the correction: docs/decisions/responses.md
+EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
 Schedule = Literal["auto", "uniform"] | tuple[int, ...]
 
@@ -48,6 +50,18 @@ def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] 
         nearest = min(range(calls), key=lambda call: abs(behind[call] - wanted))
         places.append(min(max(places[-1] + 1, nearest), calls - count + k))
     return tuple(places)
+
+
+def is_even(timesteps: Sequence[float]) -> bool:
+    """Whether the steps between the timesteps of a run are about as long as each other."""
+    steps = [abs(later - earlier) for earlier, later in pairwise(timesteps)]
+    return not steps or max(steps) * len(steps) <= EVEN * sum(steps)
+
+
+def ruled(timesteps: Sequence[float], interval: int) -> Placement:
+    """Where the compute calls of a run with these timesteps lie, as far as nothing is calibrated."""
+    growth = 1.0 if interval >= LONG and is_even(timesteps) else GROWTH
+    return Placement(warped(len(timesteps), interval, growth, timesteps), len(timesteps), "not calibrated")
 
 
 def progress(timestep: float, num_train_timesteps: int = 1000) -> float:

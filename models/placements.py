@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.schedule import GROWTH, Placement, budget, warped
+from cache.schedule import Placement, budget, ruled
 
 from .base import Hub, LoadFailed, ModelSpec
 
@@ -63,7 +63,7 @@ def place(
     calls = len(timesteps)
     alike = [one for one in known if (one.sampler, one.scheduler, one.interval) == (sampler, scheduler, interval)]
     if not alike:
-        return Placement(warped(calls, interval, GROWTH, timesteps), calls, "not calibrated")
+        return ruled(timesteps, interval)
     nearest = min(alike, key=lambda one: (abs(math.log(one.calls / calls)), one.branch != branch))
     found = f"{sampler}, {scheduler}, {nearest.steps} steps"
     if nearest.calls == calls:

@@ -94,6 +94,7 @@ def diffusers_img2img(model: Any, params: GenerationParams) -> list[Image.Image]
         else:
             arguments |= {"guidance_scale": params.guidance_scale}
             if isinstance(model, SDXLModel):
+                arguments["negative_prompt"] = params.negative_prompt or None  # zeros, its own default
                 parts = {**model.pipeline.components, "add_watermarker": False}
                 pipeline = StableDiffusionXLImg2ImgPipeline(**parts)
             else:

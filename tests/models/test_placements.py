@@ -61,6 +61,11 @@ def test_what_is_not_calibrated_is_placed_where_the_noise_goes() -> None:
     assert sum(call >= 10 for call in placed.computed) > sum(call >= 10 for call in warped(20, 3, GROWTH))
 
 
+def test_long_gaps_do_not_grow_on_even_timesteps() -> None:
+    assert place([FOUND], "unipc", "normal", evenly(20), 5, 0).computed == (0, 5, 10, 15)
+    assert place([FOUND], "unipc", "normal", evenly(20), 3, 0).computed == warped(20, 3, GROWTH, evenly(20))
+
+
 def test_the_branch_decides_between_equal_lengths() -> None:
     other = replace(FOUND, branch=1, computed=(0, 4))
     assert place([FOUND, other], "ddim", "normal", evenly(6), 3, 1).computed == (0, 4)

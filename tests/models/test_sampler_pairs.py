@@ -93,7 +93,7 @@ def test_every_pair_of_flux_draws_with_the_first_block_cache_off_and_on(
     check(distilled[family], sampler, scheduler, FirstBlockCache(threshold=1.0))
 
 
-FOLLOWED = ("euler", "dpmpp_2m", "ddim", "lms", "unipc", "deis")
+FOLLOWED = ("euler", "dpmpp_2m", "ddim", "unipc", "deis")
 """Those that draw no noise and call once at a timestep, evenly: the correction acts. dpm2's calls are not even."""
 
 
