@@ -366,10 +366,6 @@ def test_a_face_is_drawn_in_one_step_at_least(sd: LoadedModel, steps: int, taken
 
 
 def test_flux_needs_two_steps_to_draw_over_a_picture(flux: LoadedModel) -> None:
-    for steps in (1, 2, 3):
-        params = few(steps, width=192, height=192, hires_fix=True)
-        if steps == 1:
-            with pytest.raises(TooFewSteps, match="use 2 or more"):
-                flux.generate(params, NoCache(), never)
-        else:
-            assert [one.name for one in flux.generate(params, NoCache(), ignore).passes] == ["base", "hires_fix"]
+    """diffusers' rounding for Flux would give one step the whole schedule: the first picture would be lost."""
+    with pytest.raises(TooFewSteps, match="use 2 or more"):
+        flux.generate(few(1, adetailer=True), NoCache(), never)
