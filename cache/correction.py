@@ -7,10 +7,10 @@ answer is changed by what the sampler, frozen from here on, would have made of t
     ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
 
 with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
-(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls),
-and r[k] the response of the final latent to a unit of prediction at call k, which for a deterministic first-order
-sampler is its step in σ. It is the corrector of a predictor-corrector solver (UniPC, Zhao et al. 2023,
-arXiv:2302.04867, section 3.2), as that one without another evaluation.
+(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls), and r[k]
+the response of the final latent to a unit of prediction at call k (`cache/sampling.py`). It is the corrector of a
+predictor-corrector solver (UniPC, Zhao et al. 2023, arXiv:2302.04867, section 3.2), as that one without another
+evaluation.
 
 The state of a run: three tensors of the prediction's shape and two lists of call numbers.
 """
@@ -30,7 +30,7 @@ from .forecast import Forecast
 from .patching import Call, answer_of
 from .strategy import CacheReport
 
-LIGHTEST = 50.0  # a call repays others that weigh up to so many times as much
+LIGHTEST = 2.0  # a call repays others that weigh up to so many times as much, in the mean
 ANCHORS = 2  # computed predictions that are kept; with the new one, a parabola
 PACE = 0.7  # of the coordinate, by measurement: docs/decisions/correction.md
 
@@ -137,10 +137,14 @@ class Correction:
         items.reused.append(number)
 
     def _can_repay(self, reused: Sequence[int], number: int) -> bool:
-        """Whether call `number` acts as the reused ones did: between the calls of a second-order step signs change."""
+        """Whether call `number` acts as the reused ones did: between the calls of a second-order step signs change.
+
+        A call whose own weight is small would have to exaggerate: its prediction would be no picture's any more.
+        """
         assert self._responses is not None
         own = self._responses[number]
-        return all(0 < self._responses[call] * own <= LIGHTEST * own**2 for call in reused)
+        weights = [self._responses[call] * own for call in reused]
+        return min(weights) > 0 and sum(weights) <= LIGHTEST * len(weights) * own**2
 
     def _computed(self, items: _Items, number: int, began: int, prediction: Tensor) -> Tensor | None:
         """Keep `prediction`; return what is to be answered in its place, if anything is owed."""

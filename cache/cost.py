@@ -32,6 +32,10 @@ _OPERATIONS: dict[tuple[Any, ...], dict[str, int]] = {}
 _REMEMBERED = 64  # configurations
 
 
+class Uncountable(IncompatibleDenoiser):
+    """A network's operations cannot be counted: it cannot be built anew, or does not run, without weights."""
+
+
 def deepest_branch(costs: Sequence[float], depth: int) -> int | None:
     """The deepest branch whose pass costs at most 1 / (depth + 2) of a full call; None if none is that cheap.
 
@@ -47,29 +51,34 @@ def interval_speedup(interval: int, reuse_cost: float) -> float:
 
 
 def count(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """Operations of one call by module path ("" for the whole). `args` and `kwargs` hold tensors on the meta device."""
-    with torch.device("meta"):
-        skeleton = _skeleton(root)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        skeleton(*args, **kwargs)
-    prefix = type(skeleton).__name__
-    return {
-        path.removeprefix(prefix).removeprefix("."): sum(operations.values())
-        for path, operations in counter.get_flop_counts().items()
-        if path != "Global"
-    }
+    """Operations of one call by module path ("" for the whole). `args` and `kwargs` hold tensors on the meta device.
 
-
-def _skeleton(root: nn.Module) -> nn.Module:
+    Raises Uncountable.
+    """
     kind: Any = type(root)
     if not hasattr(kind, "from_config"):
-        raise IncompatibleDenoiser(
+        raise Uncountable(
             f"{kind.__name__} cannot be built from its config, so that its operations cannot be counted: "
             "derive it from diffusers' ModelMixin and ConfigMixin."
         )
-    skeleton: nn.Module = kind.from_config(root.config)
-    return skeleton.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.device("meta"):
+            skeleton = kind.from_config(root.config).eval()
+        with torch.no_grad(), counter:
+            skeleton(*args, **kwargs)
+    except Exception as error:  # a network that needs its data may fail in any way without them
+        raise Uncountable(
+            f"{kind.__name__} does not run without weights, so that its operations cannot be counted: {error!r}."
+        ) from error
+    counted = {
+        path.removeprefix(kind.__name__).removeprefix("."): sum(operations.values())
+        for path, operations in counter.get_flop_counts().items()
+        if path != "Global"
+    }
+    if not counted.get(""):
+        raise Uncountable(f"{kind.__name__} multiplies no matrices of which operations could be counted.")
+    return counted
 
 
 def branch_costs(unet: UNetDenoiser) -> tuple[float, ...]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from . import cost
 from .patching import Call, Shadow, intercepted, shadowed
-from .sampling import calls_of, responses
-from .schedule import GROWTH, Placement, PlacementRule, warped
+from .sampling import responses, timesteps_of
+from .schedule import Placement, PlacementRule, ruled
 from .strategy import CacheReport, CacheStrategy, IncompatibleDenoiser
 
 __all__ = ["BranchPass", "Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"]
@@ -365,8 +365,8 @@ def view_of(target: Any) -> Denoiser:
         training = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
-            calls = calls_of(target.scheduler, timestep)
-            return None if calls is None else Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
+            timesteps = timesteps_of(target.scheduler, timestep)
+            return None if timesteps is None else ruled(timesteps, interval)
 
         def guided() -> bool:
             return bool(getattr(target, "do_classifier_free_guidance", False))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .cost import first_block_cost, on_meta
+from .cost import Uncountable, first_block_cost, on_meta
 from .denoiser import TransformerDenoiser
 from .forecast import History
 from .patching import Call, Shadow, shadowed
@@ -107,8 +107,9 @@ class ResidualRun:
             return None
         try:
             return first_block_cost(self.denoiser, *self.arguments)
-        except (IncompatibleDenoiser, RuntimeError):
-            return None  # a network that cannot run without data: the pictures are made, only the prediction is missing
+        except Uncountable as error:  # the pictures are made, only the prediction is missing
+            self.report.warn(f"No speed-up is predicted. {error}")
+            return None
 
 
 class _Turn:
@@ -136,6 +137,11 @@ class _Turn:
             blocks = blocks[1:]
         else:
             passed = denoiser.inputs(args, kwargs)
+            if missing := [name for name in self.head if name not in passed]:
+                raise IncompatibleDenoiser(
+                    f"{type(denoiser.root).__name__} hands its {denoiser.block_lists[index]} no {missing[0]}: it joins "
+                    "its streams between its lists of blocks, and the first-block cache cannot follow. Run it uncached."
+                )
             streams = {name: passed[name] for name in self.head}
         if len(self.rows) == self.batch:
             streams = self.run_blocks(blocks, streams, args, kwargs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
 GROWTH = 1.2  # of `warped` where nothing is calibrated: docs/decisions/compute-call-placement.md
+LONG = 4  # intervals from which on growing gaps do not go with the correction: docs/decisions/responses.md
+EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
 Schedule = Literal["auto", "uniform"] | tuple[int, ...]
 
@@ -29,13 +31,37 @@ def budget(calls: int, interval: int) -> int:
     return math.ceil(calls / interval)
 
 
-def warped(calls: int, interval: int, growth: float) -> tuple[int, ...]:
-    """The k-th of K compute calls at calls · (k / K) ^ growth, rounded: 1 is even, above 1 they lie closer at first."""
+def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] | None = None) -> tuple[int, ...]:
+    """The k-th of K compute calls where (k / K) ^ growth of the run lies: 1 is even, above 1 they lie closer at first.
+
+    timesteps: of the calls, falling. With them, a run is halfway between its calls and its noise schedule: karras and
+    beta spend most of their calls in noise, where little is decided. Without, or evenly spaced, it is its calls.
+    """
     count = budget(calls, interval)
+    behind = [call / calls for call in range(calls)]
+    if timesteps is not None and calls > 1 and timesteps[0] > timesteps[-1]:
+        first, last = timesteps[0], timesteps[-1]
+        end = last - min(timesteps[-2] - last, first / (calls - 1))  # where one more call would lie
+        gone = accumulate(((first - timestep) / (first - end) for timestep in timesteps), max)
+        behind = [(share + noise) / 2 for share, noise in zip(behind, gone, strict=True)]
     places = [0]
     for k in range(1, count):
-        places.append(max(places[-1] + 1, round(calls * (k / count) ** growth)))
+        wanted = (k / count) ** growth
+        nearest = min(range(calls), key=lambda call: abs(behind[call] - wanted))
+        places.append(min(max(places[-1] + 1, nearest), calls - count + k))
     return tuple(places)
+
+
+def is_even(timesteps: Sequence[float]) -> bool:
+    """Whether the steps between the timesteps of a run are about as long as each other."""
+    steps = [abs(later - earlier) for earlier, later in pairwise(timesteps)]
+    return not steps or max(steps) * len(steps) <= EVEN * sum(steps)
+
+
+def ruled(timesteps: Sequence[float], interval: int) -> Placement:
+    """Where the compute calls of a run with these timesteps lie, as far as nothing is calibrated."""
+    growth = 1.0 if interval >= LONG and is_even(timesteps) else GROWTH
+    return Placement(warped(len(timesteps), interval, growth, timesteps), len(timesteps), "not calibrated")
 
 
 def progress(timestep: float, num_train_timesteps: int = 1000) -> float:

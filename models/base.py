@@ -42,6 +42,12 @@ class UnsupportedSampler(ModelError):
     """The model has no such sampler, or that sampler cannot be paired with that scheduler."""
 
 
+class TooFewSteps(ModelError):
+    """A pass would have no step to run."""
+
+    field = "steps"
+
+
 class AdapterFailed(ModelError):
     """A LoRA or an embedding is broken or was made for another model."""
 

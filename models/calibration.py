@@ -28,7 +28,7 @@ from .nearness import psnr
 from .placements import Calibrated
 
 POWERS = (1.0, 1.5)  # of a call's weight: 1 gives the next latent's error; above it early errors count for less
-GROWTHS = (1.0, GROWTH)  # of placements that look at no features
+GROWTHS = (1.0, GROWTH)  # of placements that look at timesteps alone
 CAUTION = 1.4  # standard errors by which a gain has to exceed zero: one chance in ten with eight pictures
 LONGEST = 2.5  # gap between computed calls, in intervals
 
@@ -62,7 +62,7 @@ def calibrate(
     for interval in intervals:
         search = Search(states, DeepCache().forecast, math.ceil(LONGEST * interval))
         proposed = [search.best(budget(calls, interval), [weight**power for weight in weights]) for power in POWERS]
-        proposed += [warped(calls, interval, growth) for growth in GROWTHS]
+        proposed += [warped(calls, interval, growth, recorder.timesteps) for growth in GROWTHS]
         uniform = tuple(range(0, calls, interval))
         nearness: dict[tuple[int, ...], list[float]] = {}
         for computed in dict.fromkeys([uniform, *filter(None, proposed)]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .base import AdapterFailed, Embedding
+from .finite import is_finite
 from .loading import first_line
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _read(embedding: Embedding, widths: Sequence[int]) -> list[Tensor]:
     for matrix, width in zip(matrices, widths, strict=True):
         if matrix.dim() != 2 or len(matrix) == 0 or not matrix.is_floating_point():
             raise _failed(embedding, f"its tensor has the shape {tuple(matrix.shape)}, not (vectors, width).")
+        if not is_finite([matrix]):
+            raise _failed(embedding, "its vectors hold numbers that are not finite.")
         if matrix.shape[1] != width:
             raise _failed(embedding, f"its vectors have {matrix.shape[1]} numbers, this model's words {width}.")
     if len({len(matrix) for matrix in matrices}) != 1:

@@ -15,7 +15,6 @@ from .samplers import FLOW_MATCHING, choices
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from .layout import Layout
 
@@ -144,12 +143,11 @@ class FluxModel(PipelineModel):
     def size_multiple(self) -> int:
         return 2 * super().size_multiple
 
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        vae, processor = self.pipeline.vae, self.pipeline.image_processor
+    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        config = self.pipeline.vae.config
         latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor  # (B, C, height / 8, width / 8)
-        images: list[Image.Image] = processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
-        return images
+        scaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = self._truncation(self.pipeline.tokenizer_2, params.prompt, self._text_length)

@@ -1,4 +1,4 @@
-"""What a small model cannot draw as asked: sizes that it was not trained at, words that it never read."""
+"""What a model cannot draw as asked: sizes that it was not trained at, words that it never read, too few steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from .base import ModelSpec
+from .base import GenerationParams, ModelSpec, TooFewSteps
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +28,14 @@ def render_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
     return min(spec.render_sizes, key=distance)
 
 
+def need_two(params: GenerationParams, name: str) -> None:
+    """Raise TooFewSteps for the pass `name`, which draws over a part of the schedule: one step is all or nothing."""
+    if params.steps < 2:
+        raise TooFewSteps(
+            f"{name} draws over the picture in a part of the steps, and 1 step has no part: use 2 or more."
+        )
+
+
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """Scale `image` (Lanczos) until it covers width × height, and cut the overhang evenly from both sides."""
     from PIL import Image
@@ -45,7 +53,8 @@ def unknown_words(spec: ModelSpec, prompt: str) -> list[str]:
     """Words of `prompt`, lower-cased, once each in their order, that the model was not trained on."""
     if not spec.vocabulary:
         return []
-    return [word for word in dict.fromkeys(_WORD.findall(prompt.lower())) if word not in spec.vocabulary]
+    words = (word.lower() for word in _WORD.findall(prompt) if word != "BREAK")
+    return [word for word in dict.fromkeys(words) if word not in spec.vocabulary]
 
 
 def warnings(spec: ModelSpec, prompt: str, width: int, height: int) -> list[str]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .base import AdapterFailed, Lora
+from .finite import is_finite
 from .loading import first_line
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def _read(lora: Lora) -> tuple[dict[str, Tensor], bool]:
     for key in tensors:
         if "lora" not in key and not key.endswith(".alpha"):
             raise _failed(lora, f"it holds {key[:80]!r}, which is no low-rank matrix.")
+    if (broken := next((key for key, tensor in tensors.items() if not is_finite([tensor])), None)) is not None:
+        raise _failed(lora, f"its {broken[:80]!r} holds numbers that are not finite.")
     return tensors, described
 
 

@@ -10,7 +10,7 @@ from functools import cached_property, partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, attention, compilation, embedding, limits, samplers
+from . import adapters, attention, compilation, embedding, finite, limits, samplers
 from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
 from .loading import quiet
 from .share import Share, alike, joined
@@ -65,9 +65,11 @@ class PipelineModel(ABC):
 
     @property
     def decode_dtype(self) -> torch.dtype:
-        """What the autoencoder decodes in."""
+        """What the autoencoder decodes in: float32 where its own activations overflow half precision (`upcasts`)."""
+        import torch
+
         dtype: torch.dtype = self.pipeline.vae.dtype
-        return dtype
+        return torch.float32 if dtype == torch.float16 and self.upcasts else dtype
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         from .memory import decode_bytes
@@ -81,8 +83,8 @@ class PipelineModel(ABC):
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order.
 
-        Raises UnsupportedSampler, AdapterFailed and DetectorFailed before anything is drawn; what `on_step` raises
-        passes through, and leaves the model as it was.
+        Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
+        where it shows; what `on_step` raises passes through, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         with self._ready(params) as (written, chain):
@@ -138,11 +140,17 @@ class PipelineModel(ABC):
         clock = Clock(self.device)
         with clock("text"):
             text = written(params)
-            conditioning = self._texts.get(key_of(params), partial(self._encode, text))
+            conditioning = self._texts.get(key_of(params), partial(self._encoded, text))
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.spec, words, params.width, params.height)
             warnings += self._warnings(text)
         return Share(conditioning, warnings, clock.seconds)
+
+    def _encoded(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        encoded = self._encode(params)
+        parts = ("text_encoder", "text_encoder_2")
+        finite.check(encoded.values(), "The encoded text is", self.pipeline, parts)
+        return encoded
 
     def _progress(
         self, on_steps: Callable[[Sequence[Step]], None], params: GenerationParams, chain: Sequence[Pass], batches: int
@@ -203,11 +211,13 @@ class PipelineModel(ABC):
         """Those of a scheduler whose timesteps are set; remembered, as finding them takes a few milliseconds."""
         import torch
 
-        from cache.sampling import begun, responses
+        from cache.sampling import begun, follows, responses
 
+        if not follows(scheduler):
+            return None
         sigmas = getattr(scheduler, "sigmas", None)
         schedule = scheduler.timesteps if sigmas is None else torch.cat([scheduler.timesteps.cpu(), sigmas.cpu()])
-        key = (type(scheduler), begun(scheduler), *schedule.tolist())
+        key = (type(scheduler), repr(sorted(scheduler.config.items())), begun(scheduler), *schedule.tolist())
         if key not in self._responses:
             if len(self._responses) == REMEMBERED:
                 self._responses.clear()
@@ -232,6 +242,11 @@ class PipelineModel(ABC):
     def partial_steps(self, steps: int, strength: float) -> int:
         """How many of `steps` that pipeline takes at `strength`."""
         return min(int(steps * strength), steps)
+
+    @property
+    def published_timesteps(self) -> Sequence[int]:
+        """Ten training timesteps for the scheduler `ays`."""
+        return samplers.AYS_TIMESTEPS
 
     @cached_property
     def preview_decoder(self) -> Decoder:
@@ -289,9 +304,39 @@ class PipelineModel(ABC):
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         """The pipeline's arguments for guidance."""
 
-    @abstractmethod
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        """Pictures of width × height pixels."""
+        """Pictures of width × height pixels.
+
+        In float32 where the autoencoder's own activations overflow half precision, always (`upcasts`) or in this
+        picture. Raises NotFinite.
+        """
+        import torch
+
+        def decoded(latents: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W), -1 … 1
+            pixels: torch.Tensor = vae.decode(self.clean(latents, width, height), return_dict=False)[0]
+            return pixels
+
+        vae = self.pipeline.vae
+        dtype = vae.dtype
+        pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
+        if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
+            vae.to(dtype=torch.float32)
+            try:
+                pixels = decoded(latents.float())
+            finally:
+                vae.to(dtype=dtype)
+        finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
+        images: list[Image.Image] = self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        return images
+
+    @property
+    def upcasts(self) -> bool:
+        """Whether the autoencoder's decoder is known to overflow half precision."""
+        return False
+
+    @abstractmethod
+    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        """What the autoencoder decodes, (B, channels, height, width) of the grid."""
 
     @abstractmethod
     def _warnings(self, params: GenerationParams) -> list[str]:

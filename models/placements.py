@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.schedule import GROWTH, Placement, budget, warped
+from cache.schedule import Placement, budget, ruled
 
 from .base import Hub, LoadFailed, ModelSpec
 
@@ -53,12 +53,21 @@ class Calibrated:
 
 
 def place(
-    known: Iterable[Calibrated], sampler: str, scheduler: str, calls: int, interval: int, branch: int | None
+    known: Iterable[Calibrated],
+    sampler: str,
+    scheduler: str,
+    timesteps: Sequence[float],
+    interval: int,
+    branch: int | None,
 ) -> Placement:
-    """The calibrated compute calls; else those of the nearest length, stretched; else a rule's."""
+    """The calibrated compute calls; else those of the nearest length, stretched; else a rule's.
+
+    timesteps: of the run's calls.
+    """
+    calls = len(timesteps)
     alike = [one for one in known if (one.sampler, one.scheduler, one.interval) == (sampler, scheduler, interval)]
     if not alike:
-        return Placement(warped(calls, interval, GROWTH), calls, "not calibrated")
+        return ruled(timesteps, interval)
     nearest = min(alike, key=lambda one: (abs(math.log(one.calls / calls)), one.branch != branch))
     found = f"{sampler}, {scheduler}, {nearest.steps} steps"
     if nearest.calls == calls:

@@ -1,4 +1,4 @@
-"""The prompt syntax of AUTOMATIC1111's web UI: (word), (word:1.3), [word], a backslash for brackets that are text.
+"""The prompt syntax of AUTOMATIC1111's web UI: (word), (word:1.3), [word], BREAK, a backslash for brackets as text.
 
 Needs neither torch nor a model, so that a request can be refused before it waits.
 """
@@ -18,6 +18,9 @@ MOST_WEAKENED = 32  # parts weighted below 1: each costs one more reading of the
 _TOKEN = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|[\\:]")
 _EDIT = re.compile(r"(?<!\\)\[[^\[\]]*[:|][^\[\]]*\]")
 _LORA_TAG = re.compile(r"<\s*(?:lora|lyco)\s*:[^<>]*>", re.IGNORECASE)
+_COMPOSED = re.compile(r"\bAND\b")
+_CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _EXPLICIT = re.compile(r"(?<!\\)\([^()]*:\s*[+-]?[\d.]+\s*\)")
 
 
@@ -105,6 +108,20 @@ def plain(fragments: tuple[Fragment, ...]) -> str:
     return "".join(fragment.text for fragment in fragments)
 
 
+def windows(fragments: tuple[Fragment, ...]) -> list[tuple[Fragment, ...]]:
+    """The parts between the words BREAK, each of which an encoder is to read from the beginning of a window.
+
+    A part without words is none; at least one is returned, which may be empty.
+    """
+    parts: list[list[Fragment]] = [[]]
+    for fragment in fragments:
+        first, *others = _BREAK.split(fragment.text)
+        parts[-1].append(Fragment(first, fragment.weight))
+        parts += [[Fragment(text, fragment.weight)] for text in others]
+    kept = [tuple(one for one in part if one.text) for part in parts]
+    return [part for part in kept if plain(part).strip()] or kept[:1]
+
+
 def weighted(fragments: tuple[Fragment, ...]) -> bool:
     return any(fragment.weight != 1 for fragment in fragments)
 
@@ -117,6 +134,12 @@ def remarks(prompt: str, *, weights: bool) -> list[str]:
     sentences = []
     if _LORA_TAG.search(prompt):
         sentences.append("<lora:…> in a prompt is read as plain words; name the adapter in loras instead.")
+    if _COMPOSED.search(prompt):
+        sentences.append("AND in a prompt does not draw prompts together here; it is read as a word.")
+    if _CHOICE.search(prompt):
+        sentences.append("{a|b} in a prompt chooses nothing here; all of it is read as words.")
+    if not weights and _BREAK.search(prompt):
+        sentences.append("This model reads its text in one piece: BREAK is a word to it.")
     if weights and _EDIT.search(prompt):
         sentences.append("[a:b:0.5] and [a|b] do not edit the prompt between steps here; they only weaken their words.")
     if not weights and _EXPLICIT.search(prompt):

@@ -12,8 +12,10 @@ from typing import Any
 
 from .base import UnsupportedSampler
 
-# Align Your Steps (Sabour et al. 2024), the published ten timesteps for Stable Diffusion 1.5.
+# Align Your Steps (Sabour et al. 2024): the published ten timesteps for Stable Diffusion 1.5 and XL. diffusers has them
+# as AysSchedules, whose import would load torch; a test holds them to be equal.
 AYS_TIMESTEPS = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24)
+AYS_TIMESTEPS_XL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
 
 # Scheduler name → config flags of the diffusers class (its documentation, "Schedulers", table "Noise schedules and
 # schedule types"), for each kind of class. "normal" keeps the timestep spacing that the model was saved with.
@@ -135,29 +137,48 @@ def build(
     return schedulers.on_host(cls).from_config(saved.config, **settings)
 
 
-def names(saved: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
-    """The sampler and scheduler that a run comes down to, where a request names none or one of them."""
+def names(built: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
+    """The sampler and scheduler of a run, by what `build` made of a request that names none or one of them.
+
+    What a request leaves open is the model's own: a saved configuration may well say karras. One that says what no name
+    stands for, such as a spacing of timesteps, is `normal`.
+    """
+    config = built.config
+
+    def differences(name: str) -> int:
+        return sum(config.get(setting) != value for setting, value in samplers[name].settings.items())
+
     if sampler is None and scheduler is None:
-        kind = type(saved).__name__
-        sampler = next((name for name, choice in samplers.items() if choice.scheduler_class == kind), kind)
-    return sampler or DEFAULT_SAMPLER, scheduler or "normal"
+        for kind in type(built).__mro__:
+            alike = [name for name, choice in samplers.items() if choice.scheduler_class == kind.__name__]
+            if alike:
+                sampler = min(alike, key=differences)
+                break
+        else:
+            return type(built).__name__, "normal"
+    sampler = sampler or DEFAULT_SAMPLER
+    if scheduler is None:  # a configuration also holds what another class was saved with, and this one does not take
+        takes = samplers[sampler].schedulers
+        flagged = (name for name in ("karras", "exponential", "beta") if config.get(f"use_{name}_sigmas"))
+        scheduler = next((name for name in flagged if name in takes), "normal")
+    return sampler, scheduler
 
 
-def custom_timesteps(scheduler: str | None, steps: int) -> list[int] | None:
+def custom_timesteps(scheduler: str | None, steps: int, published: Sequence[int] = AYS_TIMESTEPS) -> list[int] | None:
     """Training timesteps, falling, for the one scheduler that is given as a list; None for the others.
 
-    Align Your Steps publishes ten; other counts are read off the straight lines between them.
+    Align Your Steps has ten `published` for a model; other counts are read off the straight lines between them.
     """
     if scheduler != "ays":
         return None
     if steps == 1:
-        return [AYS_TIMESTEPS[0]]
-    last = len(AYS_TIMESTEPS) - 1
+        return [published[0]]
+    last = len(published) - 1
     timesteps = []
     for step in range(steps):
         place = step * last / (steps - 1)
         left = min(int(place), last - 1)
-        timesteps.append(round(AYS_TIMESTEPS[left] + (place - left) * (AYS_TIMESTEPS[left + 1] - AYS_TIMESTEPS[left])))
+        timesteps.append(round(published[left] + (place - left) * (published[left + 1] - published[left])))
     return timesteps
 
 

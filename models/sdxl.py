@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import text
 from .base import GenerationParams, LoadedModel, ModelSpec
 from .placements import read
-from .prompt import parse, plain
-from .samplers import DIFFUSION
+from .prompt import parse, plain, windows
+from .samplers import AYS_TIMESTEPS_XL, DIFFUSION
 from .unet import StableDiffusionModel, UNetFamily
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 class SDXLFamily(UNetFamily):
@@ -37,19 +37,23 @@ class SDXLModel(StableDiffusionModel):
     """The pipeline itself makes the sizes that the UNet is told: as drawn, nothing cropped."""
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        import torch
+
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
         guided = params.guidance_scale > 1
+        # Without a negative prompt the model was trained, and diffusers draws, with zeros in its place.
+        zeros = not params.negative_prompt.strip() and self.pipeline.config.force_zeros_for_empty_prompt
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
-            prompt=plain(prompt),
+            prompt=plain(windows(prompt)[0]),  # of which the pooled text is made, as the web UI does it
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
-            negative_prompt=plain(negative_prompt),
+            negative_prompt=None if zeros else plain(windows(negative_prompt)[0]),
         )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
         clips = text.encoders(self.pipeline, self.device, params.clip_skip, trained=1, normed=False)
         if not text.plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = text.states(clips, [prompt, negative_prompt])
-            negative = negative if guided else None
+            negative = None if not guided else torch.zeros_like(positive) if zeros else negative
         named = {
             "prompt_embeds": positive,
             "negative_prompt_embeds": negative,
@@ -59,19 +63,9 @@ class SDXLModel(StableDiffusionModel):
         return {name: embedding for name, embedding in named.items() if embedding is not None}
 
     @property
-    def decode_dtype(self) -> torch.dtype:
-        """float32 where the autoencoder's own activations overflow half precision, as its configuration says."""
-        import torch
+    def published_timesteps(self) -> Sequence[int]:
+        return AYS_TIMESTEPS_XL
 
-        vae = self.pipeline.vae
-        return torch.float32 if vae.dtype == torch.float16 and vae.config.force_upcast else super().decode_dtype
-
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        vae, saved, wanted = self.pipeline.vae, self.pipeline.vae.dtype, self.decode_dtype
-        if wanted == saved:
-            return super().decode(latents.to(saved), width, height)
-        vae.to(dtype=wanted)
-        try:
-            return super().decode(latents.to(wanted), width, height)
-        finally:
-            vae.to(dtype=saved)
+    @property
+    def upcasts(self) -> bool:
+        return bool(self.pipeline.vae.config.force_upcast)

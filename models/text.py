@@ -3,7 +3,7 @@
 Through compel (https://github.com/damian0815/compel), from the words on: a weight above 1 moves a token's state away
 from that of the empty prompt, one below 1 blends towards the prompt without those words. A long prompt is read in
 windows of the encoder's length, cut at commas and full stops where there are some, and their states are strung
-together.
+together. The word BREAK begins a window.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .base import ModelError
-from .prompt import Fragment, plain, weighted
+from .prompt import Fragment, plain, weighted, windows
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,13 @@ class ClipEncoder:
     def window(self) -> int:
         return int(self.tokenizer.model_max_length)
 
-    def states(self, fragments: Sequence[Fragment]) -> Tensor:
+    def states(self, fragments: tuple[Fragment, ...]) -> Tensor:
         """(1, windows × tokens, D)"""
+        import torch
+
+        return torch.cat([self._unbroken(part) for part in windows(fragments)], dim=1)
+
+    def _unbroken(self, fragments: Sequence[Fragment]) -> Tensor:
         fragments = fragments or (Fragment(""),)
         states: Tensor = self._provider().get_embeddings_for_weighted_prompt_fragments(
             text_batch=[[fragment.text for fragment in fragments]],
@@ -102,7 +107,7 @@ def encoders(
 
 def plain_enough(clips: Sequence[ClipEncoder], prompts: Sequence[tuple[Fragment, ...]], clip_skip: int | None) -> bool:
     """Whether diffusers' own encoding reads all of it: nothing weighted, one window, the layer as trained."""
-    if (clip_skip or 1) > 1 or any(weighted(fragments) for fragments in prompts):
+    if (clip_skip or 1) > 1 or any(weighted(fragments) or windows(fragments) != [fragments] for fragments in prompts):
         return False
     return all(clip.tokens(fragments) <= clip.window for clip in clips for fragments in prompts)
 

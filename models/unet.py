@@ -27,7 +27,6 @@ from .samplers import DIFFUSION, Sampler, choices, names
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from cache import UNetDenoiser
     from cache.schedule import Placement
@@ -158,13 +157,13 @@ class StableDiffusionModel(PipelineModel):
         return self._unet
 
     def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
-        from cache.sampling import calls_of
+        from cache.sampling import timesteps_of
 
         sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
-            calls = calls_of(scheduler, timestep)
-            return None if calls is None else place(self._calibrated, *sampling, calls, interval, branch)
+            timesteps = timesteps_of(scheduler, timestep)
+            return None if timesteps is None else place(self._calibrated, *sampling, timesteps, interval, branch)
 
         guided = params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
         return self._unet.ruled(rule, guided=guided)
@@ -193,11 +192,9 @@ class StableDiffusionModel(PipelineModel):
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
         return {"guidance_scale": params.guidance_scale, **rescale}
 
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        vae, processor = self.pipeline.vae, self.pipeline.image_processor
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]  # (B, 3, H, W), -1 … 1
-        images: list[Image.Image] = processor.postprocess(pixels, output_type="pil")
-        return images
+    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
+        scaled: torch.Tensor = latents / self.pipeline.vae.config.scaling_factor
+        return scaled
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)

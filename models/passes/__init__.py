@@ -31,7 +31,7 @@ class Pass(Protocol):
     """A stage of a generation. Stateless: what belongs to a batch is in its Drawing."""
 
     def steps(self, model: PipelineModel, params: GenerationParams) -> int:
-        """Denoising steps for one batch, as far as they are known before it is drawn."""
+        """Denoising steps for one batch, as far as they are known before it is drawn. Raises TooFewSteps."""
         ...
 
     def run(self, drawing: Drawing) -> None: ...

@@ -35,13 +35,14 @@ class ADetailer:
     find: Callable[[Image.Image], list[faces.Box]] = faces.find
 
     def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+        limits.need_two(params, "adetailer")
         return 0  # nobody knows before the picture is there
 
     def run(self, drawing: Drawing) -> None:
         model, params = drawing.model, drawing.params
         with drawing.clock("decode"):
             found = [self.find(image)[:MOST_FACES] for image in drawing.images]
-        steps = model.partial_steps(params.steps, STRENGTH)
+        steps = model.partial_steps(params.steps, strength(params))
         drawing.progress.total += steps * sum(map(len, found))
         for index, boxes in enumerate(found):
             if not boxes:
@@ -57,13 +58,18 @@ class ADetailer:
         crop = image.crop(frame)
         size = drawing_size(drawing.model, crop.size)
         enlarged = crop.resize(size, Image.Resampling.LANCZOS)
-        latents = drawing.from_pictures("adetailer", [enlarged], STRENGTH, only=index)
+        latents = drawing.from_pictures("adetailer", [enlarged], strength(drawing.params), only=index)
         with drawing.clock("decode"):
             (drawn,) = drawing.model.decode(latents, *size)
             drawn = drawn.resize(crop.size, Image.Resampling.LANCZOS)
             result = image.copy()
             result.paste(drawn, frame[:2], feathered(box, frame))
         return result
+
+
+def strength(params: GenerationParams) -> float:
+    """One step at least."""
+    return max(STRENGTH, 1 / params.steps)
 
 
 def around(box: faces.Box, size: tuple[int, int]) -> tuple[int, int, int, int]:

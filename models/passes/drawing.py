@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from models import samplers
+from cache.prediction import prediction_of
+from models import finite, samplers
 from models.base import GenerationParams, PassReport, Step
 
 from .multiscale import Scales
-from .prediction import prediction_of
 from .preview import Previews
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Drawing:
         for setting in guidance.keys() - takes.keys():  # diffusers would take it as **kwargs, and not read it
             del guidance[setting]
             self.warnings.append(f"{setting} had no effect in the pass {name}: {type(pipeline).__name__} has none.")
-        timesteps = samplers.custom_timesteps(params.scheduler, params.steps)
+        timesteps = samplers.custom_timesteps(params.scheduler, params.steps, model.published_timesteps)
         grid = (height // model.pipeline.vae_scale_factor, width // model.pipeline.vae_scale_factor)
         previews = Previews(model.preview_decoder if params.preview else None, steps)
         with (
@@ -159,6 +159,8 @@ class Drawing:
         self.kernels.append(attention.name)
         self.warnings += attention.warnings
         latents: torch.Tensor = result.images
+        made_by = ("vae", "unet", "transformer") if "image" in start else ("unet", "transformer")
+        finite.check([latents], f"The latents of the pass {name} are", model.pipeline, made_by)
         return latents
 
     @contextmanager

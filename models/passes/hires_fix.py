@@ -30,7 +30,10 @@ class HiresFix:
 
     def steps(self, model: PipelineModel, params: GenerationParams) -> int:
         first, full = sizes(model, params)
-        return 0 if first == full else model.partial_steps(params.steps, STRENGTH)
+        if first == full:
+            return 0
+        limits.need_two(params, "hires_fix")
+        return model.partial_steps(params.steps, STRENGTH)
 
     def run(self, drawing: Drawing) -> None:
         first, full = sizes(drawing.model, drawing.params)

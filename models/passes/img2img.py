@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models import limits
+from models.base import TooFewSteps
 
 if TYPE_CHECKING:
     from models.base import GenerationParams, Img2Img
@@ -21,7 +22,12 @@ class FromPicture:
     settings: Img2Img
 
     def steps(self, model: PipelineModel, params: GenerationParams) -> int:
-        return model.partial_steps(params.steps, self.settings.denoise)
+        steps = model.partial_steps(params.steps, self.settings.denoise)
+        if steps < 1:
+            raise TooFewSteps(
+                f"A denoise of {self.settings.denoise:g} leaves no step of {params.steps} to run: raise one of them."
+            )
+        return steps
 
     def run(self, drawing: Drawing) -> None:
         picture = limits.fit(self.settings.picture, drawing.width, drawing.height)

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from cache.patching import shadowed
+from cache.prediction import Prediction
 from cache.transfer import upload
-
-from .prediction import Prediction
 
 if TYPE_CHECKING:
     from models.base import Multiscale

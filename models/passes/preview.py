@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from cache.patching import shadowed
+from cache.prediction import FlowMatching, prediction_of
 from models.loading import quiet
-
-from .prediction import FlowMatching, prediction_of
 
 if TYPE_CHECKING:
     from models.pipeline import PipelineModel

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,15 +18,19 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
 )
 from torch import Tensor, nn
 
-from cache import CacheReport, Denoiser
+from cache import CacheReport, Denoiser, correction
 from cache.correction import Correction, lagrange, wanted
-from cache.patching import Call
-from cache.sampling import responses
+from cache.patching import Call, shadowed
+from cache.sampling import SPREAD, responses
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers on NumPy 2
+pytestmark = [  # diffusers' schedulers on NumPy 2
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept"),
+]
 
 CALLS = 12
 LINEAR_STEPS = [
@@ -39,20 +47,29 @@ def sampled(scheduler: Any, predict: Callable[[int, Tensor], Tensor], start: Ten
     scheduler.set_timesteps(CALLS)
     sample = start
     for number, timestep in enumerate(scheduler.timesteps):
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(sample, timestep)
-        sample = scheduler.step(predict(number, sample), timestep, sample, return_dict=False)[0]
+        x = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        sample = scheduler.step(predict(number, x), timestep, sample, return_dict=False)[0]
     return sample
 
 
+def moved(scheduler: Any) -> list[float]:
+    """By how much each call's prediction moves the final latent, where no prediction depends on the latents."""
+    stepped = copy.deepcopy(scheduler)
+    zero = torch.zeros(1, dtype=torch.float64)
+    return [float(sampled(stepped, lambda number, _, at=at: zero + (number == at), zero)) for at in range(CALLS)]
+
+
 class Strategy:
-    """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R."""
+    """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R.
+
+    Nothing is corrected without a scheduler.
+    """
 
     def __init__(self, letters: list[str], truth: Callable[[int], Tensor], scheduler: Any) -> None:
         self.letters, self.truth = letters, truth
         self.report = CacheReport("test")
         self.last = torch.tensor(torch.nan)
-        view = Denoiser(nn.Identity()).sampled(lambda: responses(scheduler))
+        view = Denoiser(nn.Identity()).sampled(lambda: None if scheduler is None else moved(scheduler))
         self.handle = Correction(view, self.report).around(self._handle)
 
     def _handle(self, call: Call) -> tuple[Tensor]:
@@ -69,46 +86,130 @@ class Strategy:
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
 def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None:
+    """The denoiser is the exact one for Gaussian pictures of spread SPREAD around a mean."""
     torch.manual_seed(0)
-    start, *predictions = torch.randn(CALLS + 1, 1, 3, 2, 2, dtype=torch.float64)
-    plain = sampled(scheduler, lambda number, _: predictions[number], start)
+    start, mean = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
+
+    def predicted(number: int, x: Tensor, changed: int | None = None) -> Tensor:
+        timestep = float(scheduler.timesteps[number])
+        if hasattr(scheduler, "alphas_cumprod"):
+            square = float(np.interp(timestep, np.arange(1000), scheduler.alphas_cumprod.double()))
+            alpha, sigma = math.sqrt(square), math.sqrt(1 - square)
+        else:
+            alpha, sigma = 1 - timestep / 1000, timestep / 1000
+        clean = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
+        noise = (x - alpha * clean) / sigma
+        kind = scheduler.config.get("prediction_type", "flow")
+        answer = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "flow": noise - clean}[kind]
+        return answer + (number == changed)
+
+    plain = sampled(scheduler, predicted, start)
     scheduler.set_timesteps(CALLS)
     found = responses(scheduler)
     assert found is not None
     assert scheduler.step_index is None if hasattr(scheduler, "step_index") else True
     for changed in range(CALLS):
-        moved = sampled(scheduler, lambda number, _, at=changed: predictions[number] + (number == at), start) - plain
-        torch.testing.assert_close(moved, torch.full_like(moved, found[changed]), rtol=1e-3, atol=1e-4)
+        change = sampled(scheduler, partial(predicted, changed=changed), start) - plain
+        torch.testing.assert_close(change, torch.full_like(change, found[changed]), rtol=2e-2, atol=1e-3)
+
+
+class Unknown(DDIMScheduler):
+    """Somebody's own: what its step does to a prediction is nobody's to guess, and is not tried."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it was stepped to find out")
+
+
+class Unchanged(EulerDiscreteScheduler):
+    """A class of one's own whose steps are the library's."""
+
+    def index_for_timestep(self, *args: Any, **kwargs: Any) -> int:
+        index: int = super().index_for_timestep(*args, **kwargs)
+        return index
+
+
+def test_a_subclass_that_steps_as_its_parent_is_known() -> None:
+    found = []
+    for scheduler in (EulerDiscreteScheduler(), Unchanged()):
+        scheduler.set_timesteps(6)
+        found.append(responses(scheduler))
+    assert found[0] is not None
+    assert found[0] == found[1]
+
+
+def test_settings_of_another_class_count_for_nothing() -> None:
+    """diffusers keeps what a class does not take in its configuration."""
+    saved = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", thresholding=True).config
+    scheduler = EulerDiscreteScheduler.from_config(saved)
+    assert scheduler.config["algorithm_type"] == "sde-dpmsolver++"
+    scheduler.set_timesteps(6)
+    assert responses(scheduler) is not None
+
+
+def test_what_watches_a_schedulers_steps_stays_behind() -> None:
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    expected = responses(scheduler)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the live scheduler was stepped")
+
+    with shadowed([(scheduler, "step", watched)]):
+        assert responses(scheduler) == expected
+    assert scheduler.step_index is None
 
 
 @pytest.mark.parametrize(
     "kind",
-    [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler, object],
-    ids=["draws noise", "calls twice at a timestep", "is no scheduler"],
+    [
+        EulerAncestralDiscreteScheduler,
+        KDPM2AncestralDiscreteScheduler,
+        partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"),
+        partial(FlowMatchEulerDiscreteScheduler, stochastic_sampling=True),
+        partial(DDIMScheduler, thresholding=True),
+        HeunDiscreteScheduler,
+        partial(EulerDiscreteScheduler, use_karras_sigmas=True),
+        Unknown,
+        object,
+    ],
+    ids=[
+        "ancestral",
+        "ancestral in its second call",
+        "SDE",
+        "stochastic",
+        "thresholds",
+        "calls twice at a timestep",
+        "unevenly",
+        "steps in a way of its own",
+        "is no scheduler",
+    ],
 )
-def test_where_the_responses_are_not_known_nothing_is_corrected(kind: type) -> None:
+def test_where_the_responses_are_not_known_nothing_is_corrected(kind: Callable[[], Any]) -> None:
     scheduler = kind()
     if hasattr(scheduler, "set_timesteps"):
-        scheduler.set_timesteps(4)
+        scheduler.set_timesteps(CALLS)
     report = CacheReport("test")
-    correction = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
+    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
 
     def handle(call: Call) -> tuple[Tensor]:
         report.record("CRCR"[len(report.decisions)])
         return call.args
 
-    handler = correction.around(handle)
+    handler = repaying.around(handle)
     answers = [torch.randn(1, 1, 2, 2) for _ in range(4)]
     assert all(handler(Call(lambda: None, (answer,), {}, None))[0] is answer for answer in answers)
-    correction.explain(asked=False)
+    repaying.explain(asked=False)
     assert (report.settings, report.warnings) == ({"correction": False}, [])
-    correction.explain(asked=True)
+    repaying.explain(asked=True)
     assert len(report.warnings) == 1
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
-def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(scheduler: Any) -> None:
-    """Every gap begins with two computed calls before it and ends with one."""
+def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every gap begins with two computed calls before it and ends with one. However much they weigh."""
+    monkeypatch.setattr(correction, "LIGHTEST", math.inf)
     torch.manual_seed(0)
     start, *terms = torch.randn(4, 2, 3, 2, 2, dtype=torch.float64)
 
@@ -122,7 +223,7 @@ def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(scheduler: An
     assert repeats.report.settings["correction"]
     assert repeats.report.decisions == "CCRRCRCRRCRC"
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
-    plain = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, object())
+    plain = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, None)
     assert (sampled(scheduler, plain, start) - exact).abs().max() > 0.01
 
 
@@ -143,7 +244,7 @@ def test_what_a_stopped_call_leaves_is_forgotten() -> None:
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     report = CacheReport("test")
-    correction = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
+    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
 
     def handle(call: Call) -> tuple[Tensor]:
         if len(report.decisions) == 2 and call.args[0].isnan().any():
@@ -151,7 +252,7 @@ def test_what_a_stopped_call_leaves_is_forgotten() -> None:
         report.record("CRCC"[len(report.decisions)])
         return call.args
 
-    handler = correction.around(handle)
+    handler = repaying.around(handle)
     answers = [torch.full((1, 1, 2, 2), float(value)) for value in (1, 2, 3)]
     handler(Call(lambda: None, (answers[0],), {}, None))
     handler(Call(lambda: None, (answers[1],), {}, None))
@@ -172,3 +273,21 @@ def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
 def test_left_open_it_belongs_to_every_forecast_but_none() -> None:
     assert [wanted(None, name) for name in ("none", "linear", "damped", "probe")] == [False, True, True, True]
     assert [wanted(asked, name) for asked in (False, True) for name in ("none", "probe")] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("letters", "repaid"), [("CCRRC", True), ("CCRRRRRRRRRC", False)])
+def test_what_weighs_more_than_its_call_can_carry_is_not_repaid(letters: str, repaid: bool) -> None:
+    """Each call weighs 1.3 times as much as the next: two reused ones 3 times the computed one, nine 42 times."""
+    report = CacheReport("test")
+    weights = [1.3 ** (20 - call) for call in range(len(letters))]
+    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: weights), report)
+
+    def handle(call: Call) -> tuple[Tensor]:
+        report.record(letters[len(report.decisions)])
+        return call.args
+
+    handler = repaying.around(handle)
+    answers = [torch.randn(1, 1, 2, 2) for _ in letters]
+    found = [handler(Call(lambda: None, (answer,), {}, None))[0] for answer in answers]
+    assert all(one is answer for one, answer in zip(found[:-1], answers[:-1], strict=True))
+    assert torch.equal(found[-1], answers[-1]) is not repaid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import torch
@@ -168,3 +169,49 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     _ = UNetDenoiser(network).branch_costs
     assert {name: id(parameter) for name, parameter in network.named_parameters()} == before
     assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+
+
+class Adding(nn.Module):
+    """A block of somebody's own, and a network of them that no config describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + 0.1 * self.linear(hidden_states)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Adding() for _ in range(3))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
+
+
+class Configured(Plain):
+    """Looks like diffusers' until it is built."""
+
+    config: ClassVar[dict[str, object]] = {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, object]) -> nn.Module:
+        raise KeyError("_class_name")
+
+
+@pytest.mark.parametrize("kind", [Plain, Configured])
+def test_a_run_whose_operations_cannot_be_counted_is_kept(kind: type[nn.Module]) -> None:
+    network = kind()
+    start = torch.randn(1, 4, 8)
+    with torch.no_grad(), attach(network, FirstBlockCache(0.9)) as report:
+        drawn = [network(hidden_states=start)[0] for _ in range(3)]
+    assert torch.equal(drawn[0], network(hidden_states=start)[0])
+    assert (report.decisions, report.reuse_cost, report.predicted_speedup) == ("CRR", None, None)
+    assert report.as_dict()["predicted_speedup"] is None
+    (warning,) = report.warnings
+    assert warning.startswith("No speed-up is predicted.")
+    assert kind.__name__ in warning

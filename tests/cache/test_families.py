@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,3 +118,35 @@ def test_reuse_costs_equal_the_operations_of_a_reuse_call(family: ModuleType) ->
             operations.append(counter.get_total_flops())
     assert report.decisions == "CR"
     assert report.reuse_cost == pytest.approx(operations[1] / operations[0], rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own import of it
+def test_a_transformer_that_joins_its_streams_is_refused() -> None:
+    """Chroma's second list runs over text and image in one tensor."""
+    torch.manual_seed(0)
+    network = ChromaTransformer2DModel(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=64,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 8),
+        "encoder_hidden_states": torch.randn(1, 4, 16),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(4, 3),
+    }
+    expected = network(**inputs)[0]
+    with (
+        pytest.raises(IncompatibleDenoiser, match=r"no encoder_hidden_states: it joins its streams.*Run it uncached"),
+        attach(network, FirstBlockCache(0.9)),
+    ):
+        network(**inputs)
+    assert torch.equal(network(**inputs)[0], expected)

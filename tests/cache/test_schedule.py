@@ -73,6 +73,23 @@ def test_a_warped_placement_by_hand(interval: int, calls: int, expected: str) ->
     assert played(Placement(warped(calls, interval, 1.2), calls, ""), calls) == expected
 
 
+@given(interval=st.integers(1, 12), calls=st.integers(2, 150), growth=st.floats(1, 2), first=st.floats(0.5, 1000))
+def test_evenly_spaced_timesteps_place_as_none(interval: int, calls: int, growth: float, first: float) -> None:
+    even = [first * (1 - call / calls) for call in range(calls)]
+    with_them, without = warped(calls, interval, growth, even), warped(calls, interval, growth)
+    assert all(abs(one - other) <= 1 for one, other in zip(with_them, without, strict=True))  # a tie may round
+
+
+@given(gaps=st.lists(st.floats(0, 100), min_size=1, max_size=60), interval=st.integers(1, 12), growth=st.floats(0.5, 2))
+def test_any_timesteps_keep_the_budget(gaps: list[float], interval: int, growth: float) -> None:
+    timesteps = list(itertools.accumulate(reversed(gaps), initial=1.0))[::-1]
+    computed = warped(len(timesteps), interval, growth, timesteps)
+    assert computed[0] == 0
+    assert list(computed) == sorted(set(computed))
+    assert len(computed) == math.ceil(len(timesteps) / interval)
+    assert computed[-1] < len(timesteps)
+
+
 def test_a_run_longer_than_was_said_goes_on_as_densely() -> None:
     assert played(Placement((0, 1), 6, ""), 15) == "CCRRRR" + "CRRCRRCRR"
 

@@ -160,8 +160,9 @@ def test_a_name_in_the_prompt_is_not_an_unknown_word(sd: LoadedModel, tmp_path: 
         {"emb_params": torch.ones(1, WIDTH, dtype=torch.int64)},
         {"a": torch.ones(1, WIDTH), "b": torch.ones(1, WIDTH)},
         {"emb_params": torch.tensor(1.0)},
+        {"emb_params": torch.full((1, WIDTH), torch.nan)},
     ],
-    ids=["of SDXL", "three dimensions", "no vectors", "integers", "two tensors", "a number"],
+    ids=["of SDXL", "three dimensions", "no vectors", "integers", "two tensors", "a number", "NaN"],
 )
 def test_a_file_that_does_not_fit_is_named(sd: LoadedModel, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     odd = saved(tmp_path, "odd", **tensors)

@@ -43,6 +43,8 @@ def expected(model: Any, **changes: Any) -> np.ndarray:
     if model.spec.family == "flux-dev":
         guidance = {"guidance_scale": params.guidance_scale, "true_cfg_scale": 1.0, "negative_prompt": None}
         return pixels(plain(model, params, **guidance))
+    if model.spec.family == "sdxl" and not params.negative_prompt:
+        return pixels(plain(model, params, negative_prompt=None))  # as its pipeline's own default: zeros
     return pixels(plain(model, params))
 
 

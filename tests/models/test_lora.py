@@ -315,6 +315,7 @@ def misfits(model: LoadedModel) -> dict[str, dict[str, torch.Tensor]]:
         "another component's": {"prior." + key: tensor for key, tensor in peft_layout(pairs).items()},
         "no pairs": {"weights": torch.ones(3)},
         "half a pair": {one: peft_layout(pairs)[one]},
+        "NaN": {key: tensor * torch.nan for key, tensor in peft_layout(pairs).items()},
         "a DoRA": {**peft_layout(pairs), one.replace("lora_A.weight", "dora_scale"): torch.ones(3)},
         "a LoKr": {one.replace("lora_A.weight", "lokr_w1"): torch.ones(3, 3)},
     }

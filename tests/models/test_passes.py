@@ -16,7 +16,16 @@ from skimage import data
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces, samplers
-from models.base import GenerationCancelled, GenerationParams, Img2Img, LoadedModel, ModelSpec, Multiscale, Step
+from models.base import (
+    GenerationCancelled,
+    GenerationParams,
+    Img2Img,
+    LoadedModel,
+    ModelSpec,
+    Multiscale,
+    Step,
+    TooFewSteps,
+)
 from models.embedded import SPECS
 from models.flux import FluxModel
 from models.loading import quiet
@@ -85,6 +94,7 @@ def diffusers_img2img(model: Any, params: GenerationParams) -> list[Image.Image]
         else:
             arguments |= {"guidance_scale": params.guidance_scale}
             if isinstance(model, SDXLModel):
+                arguments["negative_prompt"] = params.negative_prompt or None  # zeros, its own default
                 parts = {**model.pipeline.components, "add_watermarker": False}
                 pipeline = StableDiffusionXLImg2ImgPipeline(**parts)
             else:
@@ -315,3 +325,47 @@ def test_passes_stack_with_a_cache_run_each(sd: LoadedModel) -> None:
     assert drawn.images[0].size == (192, 192)
     again = sd.generate(replace(params, batch_size=2), DeepCache(interval=3), ignore)
     assert np.array_equal(pixels(drawn.images), pixels(again.images))
+
+
+def few(steps: int, **changes: Any) -> GenerationParams:
+    return replace(PARAMS, steps=steps, seeds=(7,), **changes)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("sampler", samplers.DIFFUSION)
+def test_every_pass_runs_with_few_steps(sd: LoadedModel, sampler: str, steps: int) -> None:
+    """Or says, before anything is drawn, how many it takes."""
+    start = Img2Img(picture=picture(64, 64), denoise=0.5)
+    multiscale = Multiscale(fullres_start=0, fullres_end=0)
+    wanted: list[tuple[dict[str, Any], int]] = [({}, steps), ({"multiscale": multiscale}, steps)]
+    if steps > 1:
+        wanted += [({"img2img": start}, steps // 2), ({"hires_fix": True, "width": 192, "height": 192}, steps // 2)]
+    for changes, last in wanted:
+        drawn = sd.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
+        assert drawn.passes[-1].steps == last
+        assert pixels(drawn.images).std() > 0
+    if steps == 1:
+        refused = [{"img2img": start}, {"hires_fix": True, "width": 192, "height": 192}, {"adetailer": True}]
+        for changes in refused:
+            with pytest.raises(TooFewSteps):
+                sd.generate(few(1, sampler=sampler, **changes), NoCache(), never)
+
+
+def never(step: Step) -> None:
+    raise AssertionError("something was drawn")
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(2, 1), (3, 1), (6, 2)])
+def test_a_face_is_drawn_in_one_step_at_least(sd: LoadedModel, steps: int, taken: int) -> None:
+    told: list[Step] = []
+    drawing = drawing_of(sd, [astronaut()], told)
+    drawing.params = replace(drawing.params, steps=steps)
+    with torch.no_grad(), quiet():
+        ADetailer().run(drawing)
+    assert drawing.passes[0].steps == len(told) == taken
+
+
+def test_flux_needs_two_steps_to_draw_over_a_picture(flux: LoadedModel) -> None:
+    """diffusers' rounding for Flux would give one step the whole schedule: the first picture would be lost."""
+    with pytest.raises(TooFewSteps, match="use 2 or more"):
+        flux.generate(few(1, adetailer=True), NoCache(), never)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from diffusers import EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,11 +19,16 @@ from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.placements import Calibrated, place, read, stretched, write
 from models.unet import SD
+from tests.models.conftest import BETAS
 
 FOUND = Calibrated(
     sampler="ddim", scheduler="normal", steps=6, interval=3, branch=0, calls=6, computed=(0, 1), gain_db=1.5, pictures=8
 )
 LONGER = replace(FOUND, steps=12, calls=12, computed=(0, 1, 2, 7))
+
+
+def evenly(calls: int) -> list[float]:
+    return [1000 - 1000 * call / calls for call in range(calls)]
 
 
 def ignore(step: Step) -> None:
@@ -44,13 +50,26 @@ def ignore(step: Step) -> None:
 def test_the_nearest_calibrated_run_places(
     sampler: str, scheduler: str, calls: int, interval: int, expected: Placement
 ) -> None:
-    assert place([LONGER, FOUND], sampler, scheduler, calls, interval, 0) == expected
+    assert place([LONGER, FOUND], sampler, scheduler, evenly(calls), interval, 0) == expected
+
+
+def test_what_is_not_calibrated_is_placed_where_the_noise_goes() -> None:
+    """Half of these calls lie within the first tenth of the noise schedule."""
+    dense = [1000.0 - 10 * call for call in range(10)] + [900.0 - 90 * call for call in range(10)]
+    placed = place([FOUND], "euler", "karras", dense, 3, 0)
+    assert placed == Placement(warped(20, 3, GROWTH, dense), 20, "not calibrated")
+    assert sum(call >= 10 for call in placed.computed) > sum(call >= 10 for call in warped(20, 3, GROWTH))
+
+
+def test_long_gaps_do_not_grow_on_even_timesteps() -> None:
+    assert place([FOUND], "unipc", "normal", evenly(20), 5, 0).computed == (0, 5, 10, 15)
+    assert place([FOUND], "unipc", "normal", evenly(20), 3, 0).computed == warped(20, 3, GROWTH, evenly(20))
 
 
 def test_the_branch_decides_between_equal_lengths() -> None:
     other = replace(FOUND, branch=1, computed=(0, 4))
-    assert place([FOUND, other], "ddim", "normal", 6, 3, 1).computed == (0, 4)
-    assert place([FOUND, other], "ddim", "normal", 6, 3, None).computed == (0, 1)
+    assert place([FOUND, other], "ddim", "normal", evenly(6), 3, 1).computed == (0, 4)
+    assert place([FOUND, other], "ddim", "normal", evenly(6), 3, None).computed == (0, 1)
 
 
 @given(calls=st.integers(1, 150), other=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
@@ -139,11 +158,31 @@ def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path:
         assert report.settings["placement"] == f"calibrated: {sampler or 'ddim'}, normal, 6 steps"
 
 
+def test_a_model_saved_with_karras_is_placed_by_it(small_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Whether a request names the sampler or nothing: what is drawn is the same."""
+    folder = tmp_path / "karras"
+    shutil.copytree(small_folders["epsilon"], folder)
+    EulerDiscreteScheduler(**BETAS, steps_offset=1, use_karras_sigmas=True).save_pretrained(folder / "scheduler")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
+    spec = ModelSpec(name="karras", family="sd", source=folder)
+    plain = replace(FOUND, sampler="euler")
+    write(spec, [plain, replace(plain, scheduler="karras", computed=(0, 4))])
+    model = SD.load(spec, "cpu")
+    for sampler in (None, "euler"):
+        params = GenerationParams(prompt="a", width=64, height=64, steps=6, sampler=sampler)
+        report = model.generate(params, DeepCache(3, 3), ignore).reports[0]
+        assert (report.decisions, report.settings["placement"]) == (
+            "CRRRCR",
+            "calibrated: euler, karras, 6 steps",
+        )
+
+
 def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
     page = (Path(__file__).parents[2] / "docs" / "caching.md").read_text(encoding="utf-8")
     known = read(next(spec for spec in SPECS if spec.name == DEFAULT))
     for interval in (2, 3, 5):
-        places = place(known, "ddim", "normal", 20, interval, 0)
+        places = place(known, "ddim", "normal", evenly(20), interval, 0)
         assert places.source == "calibrated: ddim, normal, 20 steps"
         uniform, auto = (
             " ".join("C" if call in computed else "·" for call in range(20))

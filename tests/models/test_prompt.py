@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.prompt import HIGHEST, MOST_WEAKENED, BadPrompt, Fragment, parse, plain, remarks, weighted
+from models.prompt import HIGHEST, MOST_WEAKENED, BadPrompt, Fragment, parse, plain, remarks, weighted, windows
 
 CASES: dict[str, list[tuple[str, float]]] = {
     "": [],
@@ -86,6 +86,33 @@ def test_other_tools_syntax_is_spoken_of() -> None:
     assert "no weights" in sentence
     assert remarks(r"a (snowy:1.3) [misty] \[a|b\] forest", weights=True) == []
     assert remarks("a (snowy) forest", weights=False) == []
+
+
+def test_what_composes_or_chooses_elsewhere_is_spoken_of() -> None:
+    for weights in (True, False):
+        (sentence,) = remarks("a sea AND a forest", weights=weights)
+        assert sentence.startswith("AND")
+        (sentence,) = remarks("a {red|blue} sea", weights=weights)
+        assert sentence.startswith("{a|b}")
+        assert remarks("a LAND and a sea, {red}", weights=weights) == []
+    assert remarks("a sea BREAK a forest", weights=True) == []
+    (sentence,) = remarks("a sea BREAK a forest", weights=False)
+    assert "BREAK" in sentence
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("", [[]]),
+        ("a sea", [[("a sea", 1)]]),
+        ("a sea BREAK a forest", [[("a sea", 1)], [("a forest", 1)]]),
+        ("(a sea BREAK a:1.2) forest", [[("a sea", 1.2)], [("a", 1.2), (" forest", 1)]]),
+        ("BREAK a sea BREAK BREAK", [[("a sea", 1)]]),
+        ("a BREAKER break", [[("a BREAKER break", 1)]]),
+    ],
+)
+def test_break_parts_a_prompt(prompt: str, expected: list[list[tuple[str, float]]]) -> None:
+    assert [[(one.text, one.weight) for one in part] for part in windows(parse(prompt))] == expected
 
 
 def test_fragments_keep_the_words() -> None:

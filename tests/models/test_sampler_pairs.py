@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.schedulers import AysSchedules
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import samplers
@@ -104,6 +105,79 @@ def test_every_pair_of_flux_draws_with_the_first_block_cache_off_and_on(
     distilled: dict[str, LoadedModel], family: str, sampler: str, scheduler: str
 ) -> None:
     check(distilled[family], sampler, scheduler, FirstBlockCache(threshold=1.0))
+
+
+FOLLOWED = ("euler", "dpmpp_2m", "ddim", "unipc", "deis")
+"""Those that draw no noise and call once at a timestep, evenly: the correction acts. dpm2's calls are not even."""
+
+
+@pytest.mark.parametrize("sampler", samplers.DIFFUSION)
+def test_previews_change_neither_pictures_nor_correction(small: dict[str, LoadedModel], sampler: str) -> None:
+    """The responses are those of the scheduler, not of what watches its steps: asked first with previews, and again."""
+    model: Any = small["epsilon"]
+    params = replace(SMALL, steps=6, sampler=sampler)
+    drawn = []
+    for preview, forget in ((True, True), (False, False), (False, True), (True, False)):
+        if forget:
+            model._responses.clear()
+        drawn.append(model.generate(replace(params, preview=preview), DeepCache(2, 0), ignore))
+    assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
+    assert [one.reports[0].settings["correction"] for one in drawn] == 4 * [sampler in FOLLOWED]
+
+
+@pytest.mark.parametrize("sampler", samplers.FLOW_MATCHING)
+def test_previews_change_nothing_on_flux(distilled: dict[str, LoadedModel], sampler: str) -> None:
+    model: Any = distilled["flux-dev"]
+    drawn = []
+    for preview in (True, False):
+        model._responses.clear()
+        params = replace(SMALL, steps=6, sampler=sampler, preview=preview)
+        drawn.append(model.generate(params, FirstBlockCache(1.0), ignore))
+    assert np.array_equal(pixels(drawn[0].images), pixels(drawn[1].images))
+    assert [one.reports[0].settings["correction"] for one in drawn] == 2 * [sampler == "euler"]
+
+
+def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -> None:
+    """Every sampler after every other one, in both orders. dpmpp_2m and its SDE, for one, share a class."""
+    model: Any = small["epsilon"]
+
+    def picture(sampler: str) -> np.ndarray:
+        return pixels(model.generate(replace(SMALL, sampler=sampler), DeepCache(2, 0), ignore).images)
+
+    alone = {}
+    for sampler in samplers.DIFFUSION:
+        model._responses.clear()
+        alone[sampler] = picture(sampler)
+    for order in (list(samplers.DIFFUSION), list(samplers.DIFFUSION)[::-1]):
+        model._responses.clear()
+        assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "scheduler"), [(8, "beta"), (10, "beta"), (15, "beta"), (20, "beta"), (30, "karras")]
+)
+def test_a_sampler_that_draws_noise_is_known_by_its_type(
+    small: dict[str, LoadedModel], steps: int, scheduler: str
+) -> None:
+    """dpm2_ancestral draws none in its first call, which a trial would take for its nature."""
+    model: Any = small["epsilon"]
+    params = replace(SMALL, steps=steps, sampler="dpm2_ancestral", scheduler=scheduler)
+    model._responses.clear()
+    drawn = [model.generate(params, DeepCache(2, 0), ignore) for _ in range(3)]
+    assert not any(one.reports[0].settings["correction"] for one in drawn)
+    assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
+
+
+@pytest.mark.parametrize(("family", "published"), [("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")])
+def test_align_your_steps_is_the_models_own(family_folders: dict[str, Path], family: str, published: str) -> None:
+    """The timesteps that the denoiser is called with, and the picture of diffusers' pipeline given them."""
+    model: Any = FAMILIES[family].load(ModelSpec(name=family, family=family, source=family_folders[family]), "cpu")
+    called: list[int] = []
+    unet = model.pipeline.unet
+    hook = unet.register_forward_pre_hook(lambda _, args, kwargs: called.append(int(args[1])), with_kwargs=True)
+    model.generate(replace(SMALL, steps=10, sampler="euler", scheduler="ays"), NoCache(), ignore)
+    hook.remove()
+    assert called == AysSchedules[f"{published}Timesteps"]
 
 
 def test_every_sampler_and_scheduler_of_the_contract_is_in_the_table() -> None:

@@ -10,7 +10,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+from diffusers.schedulers import AysSchedules
 
 from models import samplers
 from models.base import UnsupportedSampler
@@ -152,6 +159,30 @@ def test_align_your_steps_keeps_the_published_ends_and_falls(steps: int) -> None
     assert all(later < earlier for earlier, later in pairwise(timesteps))
     if steps == 10:
         assert tuple(timesteps) == samplers.AYS_TIMESTEPS
+
+
+def test_the_published_timesteps_are_diffusers() -> None:
+    assert list(samplers.AYS_TIMESTEPS) == AysSchedules["StableDiffusionTimesteps"]
+    assert list(samplers.AYS_TIMESTEPS_XL) == AysSchedules["StableDiffusionXLTimesteps"]
+    assert samplers.custom_timesteps("ays", 10, samplers.AYS_TIMESTEPS_XL) == list(samplers.AYS_TIMESTEPS_XL)
+
+
+def test_a_run_is_named_by_the_scheduler_that_draws() -> None:
+    """What a request leaves open is as the model was saved, where the sampler's class takes it."""
+    saved = EulerDiscreteScheduler(use_karras_sigmas=True)
+
+    def named(sampler: str | None, scheduler: str | None, saved: Any = saved) -> tuple[str, str]:
+        built = samplers.build(saved, samplers.DIFFUSION, sampler, scheduler, steps=8, seeds=[0])
+        return samplers.names(built, samplers.DIFFUSION, sampler, scheduler)
+
+    assert named(None, None) == named("euler", None) == ("euler", "karras")
+    assert named("dpmpp_2m", None) == ("dpmpp_2m", "karras")
+    assert named("dpmpp_2m", "normal") == ("dpmpp_2m", "normal")
+    assert named(None, "exponential") == ("euler", "exponential")
+    assert named("ddim", None) == ("ddim", "normal")  # which has no such setting
+    noisy = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_exponential_sigmas=True)
+    assert named(None, None, noisy) == ("dpmpp_2m_sde", "exponential")
+    assert named(None, None, DPMSolverMultistepScheduler()) == ("dpmpp_2m", "normal")
 
 
 def test_lcm_takes_more_steps_than_it_was_made_for(saved: DDIMScheduler) -> None:

@@ -85,6 +85,38 @@ def test_a_long_prompt_is_read_window_by_window(sd: LoadedModel) -> None:
     assert read == len(ids)
 
 
+def test_break_begins_a_window(sd: LoadedModel) -> None:
+    """Each part encoded by itself, and the states strung together; diffusers alone would read the word."""
+    (ours,) = states(sd, "a sea BREAK red")
+    assert torch.equal(ours, torch.cat([states(sd, "a sea")[0], states(sd, "red")[0]], dim=1))
+    (weighed,) = states(sd, "a (sea BREAK red:1.3)")
+    assert torch.equal(weighed, torch.cat([states(sd, "a (sea:1.3)")[0], states(sd, "(red:1.3)")[0]], dim=1))
+    clips = text.encoders(sd.pipeline, sd.device, None)
+    assert not text.plain_enough(clips, [parse("a BREAK b")], None)
+
+
+def test_sdxl_pools_the_first_part(sdxl: LoadedModel) -> None:
+    broken, first = (sdxl._encode(replace(PARAMS, prompt=prompt)) for prompt in ("a sea BREAK red", "a sea"))
+    assert torch.equal(broken["pooled_prompt_embeds"], first["pooled_prompt_embeds"])
+    assert broken["prompt_embeds"].shape[1] == 2 * first["prompt_embeds"].shape[1]
+
+
+@pytest.mark.parametrize("prompt", ["a sea", "a (sea:1.3)", LONG], ids=["plain", "weighted", "long"])
+def test_sdxl_without_a_negative_prompt_takes_zeros(sdxl: LoadedModel, prompt: str) -> None:
+    """diffusers' force_zeros_for_empty_prompt, on the weighted path as well; with words there it reads them."""
+    for negative, zero in (("", True), (" ", True), ("rain", False)):
+        encoded = sdxl._encode(replace(PARAMS, prompt=prompt, negative_prompt=negative))
+        assert encoded["negative_prompt_embeds"].shape == encoded["prompt_embeds"].shape
+        for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
+            assert bool(encoded[name].eq(0).all()) is zero
+    config = sdxl.pipeline.config
+    sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    try:
+        assert sdxl._encode(replace(PARAMS, prompt=prompt))["negative_prompt_embeds"].ne(0).any()
+    finally:
+        sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=config["force_zeros_for_empty_prompt"])
+
+
 def test_prompts_of_unequal_length_are_filled_with_the_empty_one(sd: LoadedModel) -> None:
     long, short = states(sd, LONG, "sea")
     assert long.shape == short.shape

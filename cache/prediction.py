@@ -8,6 +8,7 @@ ratio σ / α, and so does the timestep.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -106,8 +107,18 @@ class Diffusion:
         return clean
 
 
+def setting(scheduler: Any, name: str) -> Any:
+    """What a diffusers scheduler was told; None for what its class does not take.
+
+    A configuration that went from class to class holds settings of all of them.
+    """
+    return scheduler.config.get(name) if name in inspect.signature(type(scheduler).__init__).parameters else None
+
+
 def prediction_of(scheduler: Any) -> Prediction:
     """Read from a diffusers scheduler."""
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor):
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), torch.Tensor) or setting(
+        scheduler, "use_flow_sigmas"
+    ):
         return FlowMatching()
     return Diffusion(scheduler.alphas_cumprod, scheduler.config.prediction_type)
