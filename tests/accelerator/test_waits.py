@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from cache.sampling import responses
@@ -61,7 +61,8 @@ def test_what_else_runs_in_a_step_does_not_wait(run: Any) -> None:
 def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator) -> None:
     def script(shape: torch.Size) -> torch.Tensor:
         told = torch.full(shape, 0.01)
-        told[..., 1::2] = 0.5
+        if shape:  # what is asked of all at once, such as whether it is finite, is a single number
+            told[..., 1::2] = 0.5
         return told
 
     device.script = script
@@ -76,7 +77,7 @@ def test_a_preview_is_read_once(run: Any) -> None:
     assert [sum(step.values()) for step in found.steps] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler])
 def test_responses_are_known_wherever_a_scheduler_has_its_tables(device: Accelerator, scheduler_class: Any) -> None:
     with quiet():
         here, there = scheduler_class(), scheduler_class()
@@ -89,6 +90,6 @@ def test_responses_are_known_wherever_a_scheduler_has_its_tables(device: Acceler
 
 
 def test_the_correction_acts_off_the_cpu(run: Any) -> None:
-    for sampler in ("euler", "dpmpp_2m", "dpm2", "ddim"):
+    for sampler in ("euler", "dpmpp_2m", "unipc", "ddim"):
         assert run(SD15, DeepCache(interval=2), sampler=sampler).generation.reports[0].settings["correction"] is True
     assert run(FLUX_DEV, FirstBlockCache(), sampler="euler").generation.reports[0].settings["correction"] is True
