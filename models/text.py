@@ -3,11 +3,12 @@
 Through compel (https://github.com/damian0815/compel), from the words on: a weight above 1 moves a token's state away
 from that of the empty prompt, one below 1 blends towards the prompt without those words. A long prompt is read in
 windows of the encoder's length, cut at commas and full stops where there are some, and their states are strung
-together. The word BREAK begins a window.
+together. The word BREAK begins a window. So many windows are read at most: the work of each step grows with them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ from .prompt import Fragment, plain, weighted, windows
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+MOST_WINDOWS = 32
+"""Read of one prompt. 10,000 characters of English take about thirty; 10,000 emoji would take four hundred."""
 
 
 class TooFewLayers(ModelError):
@@ -48,7 +53,32 @@ class ClipEncoder:
         """(1, windows × tokens, D)"""
         import torch
 
-        return torch.cat([self._unbroken(part) for part in windows(fragments)], dim=1)
+        return torch.cat([self._unbroken(part) for part in self.read(fragments)], dim=1)
+
+    def read(self, fragments: tuple[Fragment, ...]) -> list[tuple[Fragment, ...]]:
+        """The parts between the words BREAK, as far as MOST_WINDOWS reach."""
+        parts, room, length = [], MOST_WINDOWS, self.window - 2
+        for part in windows(fragments):
+            if room == 0:
+                break
+            taken = -(-(self.tokens(part) - 2) // length)
+            parts.append(part if taken <= room else self._cut(part, room * length))
+            room -= min(max(taken, 1), room)
+        return parts
+
+    def _cut(self, fragments: tuple[Fragment, ...], tokens: int) -> tuple[Fragment, ...]:
+        """The beginning of it that makes at most so many tokens."""
+        kept: list[Fragment] = []
+        for fragment in fragments:
+            left = tokens + 2 - self.tokens(kept)
+            if self.tokens([fragment]) - 2 > left:
+                end = bisect(range(len(fragment.text)), left, key=lambda to: self._length(fragment.text[:to])) - 1
+                return (*kept, Fragment(fragment.text[:end], fragment.weight))
+            kept.append(fragment)
+        return tuple(kept)
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text).input_ids) - 2
 
     def _unbroken(self, fragments: Sequence[Fragment]) -> Tensor:
         fragments = fragments or (Fragment(""),)
@@ -110,6 +140,12 @@ def plain_enough(clips: Sequence[ClipEncoder], prompts: Sequence[tuple[Fragment,
     if (clip_skip or 1) > 1 or any(weighted(fragments) or windows(fragments) != [fragments] for fragments in prompts):
         return False
     return all(clip.tokens(fragments) <= clip.window for clip in clips for fragments in prompts)
+
+
+def left_out(clips: Sequence[ClipEncoder], fragments: tuple[Fragment, ...]) -> int:
+    """Characters of the prompt's end that no encoder reads."""
+    read = min(sum(len(plain(part)) for part in clip.read(fragments)) for clip in clips)
+    return sum(len(plain(part)) for part in windows(fragments)) - read
 
 
 def states(clips: Sequence[ClipEncoder], prompts: Sequence[tuple[Fragment, ...]]) -> list[Tensor]:

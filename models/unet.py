@@ -198,6 +198,13 @@ class StableDiffusionModel(PipelineModel):
 
     def _warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)
+        clips = text.encoders(self.pipeline, self.device, params.clip_skip)
+        for name, prompt in (("prompt", params.prompt), ("negative prompt", params.negative_prompt)):
+            if len(prompt.encode()) > 8 * text.MOST_WINDOWS and (characters := text.left_out(clips, parse(prompt))):
+                sentences.append(
+                    f"The {name} is longer than {text.MOST_WINDOWS} windows of the text encoder: its last {characters} "
+                    "characters were not read."
+                )
         if params.negative_prompt and params.guidance_scale <= 1:
             sentences.append("The negative prompt has no effect at a guidance scale of 1 or less.")
         if params.guidance_rescale and params.guidance_scale <= 1:

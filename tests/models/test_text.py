@@ -199,3 +199,35 @@ def test_unruly_prompts_are_encoded(sd: LoadedModel) -> None:
         (found,) = states(sd, prompt)
         assert bool(found.isfinite().all()), prompt
         assert found.shape[1] % WINDOW == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("x" * 10_000, text.MOST_WINDOWS * (WINDOW - 2)),  # a token a letter
+        ("a BREAK " * 1250, text.MOST_WINDOWS),
+        (f"(red:1.3) {'x' * 10_000}", text.MOST_WINDOWS * (WINDOW - 2)),
+        (LONG * 2, len(LONG * 2)),
+    ],
+)
+def test_a_prompt_is_read_as_far_as_its_windows_reach(sd: LoadedModel, prompt: str, read: int) -> None:
+    """However long it is, a step has so much work and no more; what is left out is said."""
+    [state] = states(sd, prompt)
+    assert state.shape[1] <= (text.MOST_WINDOWS + 1) * WINDOW  # compel cuts between two words, and may need one more
+    [clip] = text.encoders(sd.pipeline, sd.device, None)
+    parts = clip.read(parse(prompt))
+    assert len(parts) <= text.MOST_WINDOWS
+    drawn = sd.generate(replace(PARAMS, prompt=prompt, steps=1), NoCache(), ignore)
+    said = [sentence for sentence in drawn.warnings if "were not read" in sentence]
+    assert bool(said) is (len(prompt) > 1000)
+    if said:
+        assert "its last" in said[0]
+        [characters] = [int(word) for word in said[0].split() if word.isdigit() and word != str(text.MOST_WINDOWS)]
+        words = len(prompt.replace("BREAK", "").replace(" ", "").replace("(", "").replace(":1.3)", ""))
+        assert words - characters == pytest.approx(read, abs=8)
+
+
+def test_what_is_read_of_a_long_prompt_is_its_beginning(sd: LoadedModel) -> None:
+    longest = "x" * (text.MOST_WINDOWS * (WINDOW - 2))
+    [whole], [cut] = states(sd, longest), states(sd, longest + "y" * 500)
+    assert torch.equal(whole, cut)
