@@ -8,24 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from app.engine.pipe import (
-    Alive,
-    Cancel,
-    Done,
-    Failed,
-    Free,
-    Known,
-    Loaded,
-    Loading,
-    Plan,
-    Progress,
-    Ready,
-    Report,
-    Run,
-    StartFailed,
-    Unavailable,
-    WorkerProcess,
-)
+from app.engine import pipe
+from app.engine.pipe import WorkerProcess
 from app.engine.queue import Grouping, JobQueue, kind_of
 from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
@@ -171,7 +155,7 @@ class LocalEngine:
         if not self._queue.remove(handle):
             for slot in self._slots:
                 if handle in slot.jobs:
-                    slot.send(Cancel(handle.job.id))
+                    slot.send(pipe.Cancel(handle.job.id))
         handle.fail(error, state)
 
     def _expire(self, handle: JobHandle) -> None:
@@ -206,7 +190,7 @@ class LocalEngine:
             slot.advance()
             slot.settle(self._draining)
             heard = frozenset(handle.job.id for handle in group if handle.on_step is not None)
-            slot.send(Run(tuple(handle.job for handle in group), heard))
+            slot.send(pipe.Run(tuple(handle.job for handle in group), heard))
 
     def _running(self) -> list[JobHandle]:
         return [handle for slot in self._slots for handle in slot.jobs]
@@ -218,7 +202,7 @@ class LocalEngine:
             slot.advance()
             _log.info("worker starts device=%s: it reads what the models are, which takes seconds", slot.device)
             avoid = frozenset(self._quarantine.reasons)
-            plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
+            plan = pipe.Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
             make = partial(self._make, factory=self._factory, device=slot.device, plan=plan)
             process = slot.process = WorkerProcess(slot.device, make)
             watch = asyncio.create_task(slot.watch(process, self._patience))
@@ -248,60 +232,60 @@ class LocalEngine:
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
-    def _hear(self, slot: Slot, report: Report | None) -> bool:
+    def _hear(self, slot: Slot, report: pipe.Report | None) -> bool:
         """False: it was the last one. Raises IllegalTransition for one that cannot be."""
         match report:
             case None:
                 return False
-            case Alive():
+            case pipe.Alive():
                 return True
-            case Known(catalogue):
+            case pipe.Known(catalogue):
                 self._catalogue = catalogue
-            case Loading(model, stage):
+            case pipe.Loading(model, stage):
                 slot.loading, slot.stage = model, stage
                 _log.info("loading model=%s device=%s: %s", model, slot.device, stage or "begins")
                 slot.advance()
-            case Loaded():
+            case pipe.Loaded():
                 self._loaded(slot)
-            case Unavailable(model, detail):
+            case pipe.Unavailable(model, detail):
                 slot.unavailable[model] = NOT_LOADED
                 slot.loading = None
                 slot.advance()
                 _log.error("model %s cannot be loaded device=%s: %s", model, slot.device, detail)
-            case Ready(condition):
+            case pipe.Ready(condition):
                 self._loaded(slot)
                 slot.learn(condition)
                 slot.up = True
                 slot.start_failures = 0
                 _log.info("worker ready device=%s pid=%s", slot.device, slot.process and slot.process.pid)
-            case StartFailed(message, detail):
+            case pipe.StartFailed(message, detail):
                 slot.loading = None  # it was told, not seen: no crash of the model
                 slot.fault = "it could not load its models; the server's log says why"
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
-            case Progress(steps):
+            case pipe.Progress(steps):
                 slot.advance()
                 for job_id, step in steps.items():
                     running = slot.drawing(job_id)
                     if running is not None and not running.settled and running.on_step is not None:
                         running.on_step(step)
-            case Free(condition):
+            case pipe.Free(condition):
                 slot.drawn()
                 slot.advance()
                 slot.loading = None
                 slot.learn(condition)
-            case Done(job_id, result):
+            case pipe.Done(job_id, result):
                 handle = self._release(slot, job_id)
                 if not handle.settled:
                     handle.succeed(result)
-            case Failed(job_id, kind, _, detail):
+            case pipe.Failed(job_id, error, detail):
                 handle = self._release(slot, job_id)
-                if kind != "cancelled":
-                    _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
+                if not isinstance(error, Cancelled):
+                    _log.warning("job failed type=%s: %s", error.type, detail, extra={"request_id": job_id})
                 elsewhere = handle.job.model in slot.unavailable.keys() - self._unavailable().keys()
                 if elsewhere and not handle.settled:
                     self._requeue(handle)
                 elif not handle.settled:
-                    handle.fail(report.error())
+                    handle.fail(error)
         slot.settle(self._draining)
         self._dispatch()
         return True
