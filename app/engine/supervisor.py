@@ -10,7 +10,7 @@ from functools import partial
 
 from app.engine import pipe
 from app.engine.pipe import WorkerProcess
-from app.engine.queue import Grouping, JobQueue, kind_of
+from app.engine.queue import Grouping, QueueingEngine, kind_of
 from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
     ATTEMPTS,
@@ -19,12 +19,9 @@ from app.engine.types import (
     Catalogue,
     EngineStatus,
     IllegalTransition,
-    Job,
     JobHandle,
     JobState,
-    StepListener,
     WorkerState,
-    deadline_passed,
     in_all,
     leaving,
     models_unknown,
@@ -40,7 +37,7 @@ _log = logging.getLogger(__name__)
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
 
 
-class LocalEngine:
+class LocalEngine(QueueingEngine):
     """See `Engine`.
 
     backoff: the first and the longest pause before a lost worker is replaced, in seconds.
@@ -62,10 +59,9 @@ class LocalEngine:
         batch_timeout: float = 0.0,
         make: Spawn = spawn,
     ) -> None:
+        super().__init__(queue_size)
         self._factory = factory
         self._slots = [Slot(device) for device in devices]
-        self._queue = JobQueue()
-        self._queue_size = queue_size
         self._groups = max_batch_size > 1
         self._grouping = Grouping(max_batch_size, batch_timeout)
         self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
@@ -76,7 +72,6 @@ class LocalEngine:
         self._make = make
         self._catalogue: Catalogue | None = None
         self._supervisors: list[asyncio.Task[None]] = []
-        self._draining = False
         self._stopping = False
 
     async def start(self) -> None:
@@ -90,9 +85,7 @@ class LocalEngine:
         for slot in self._slots:
             slot.settle(draining=True)
         self._dispatch()  # a group that waited for company
-        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
-            await asyncio.wait(pending, timeout=seconds)
-        self._answer_all()
+        await super().drain(seconds)
 
     async def stop(self) -> None:
         self._draining = self._stopping = True
@@ -116,21 +109,11 @@ class LocalEngine:
         if len(self._queue) >= self._queue_size and not promised:
             raise queue_full(self._queue_size)
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
-        handle.limit(self._expire)
-        self._queue.put(handle)
+    def _accepted(self, handle: JobHandle) -> None:
+        if self._groups:
+            handle.kind = kind_of(handle.job)
         self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
-        return handle
-
-    def cancel(self, job_id: str) -> bool:
-        for handle in self._unsettled():
-            if handle.job.id == job_id:
-                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
-                return True
-        return False
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -146,10 +129,6 @@ class LocalEngine:
     def _unsettled(self) -> list[JobHandle]:
         return [*(handle for handle in self._running() if not handle.settled), *self._queue]
 
-    def _answer_all(self) -> None:
-        for handle in self._unsettled():
-            self._give_up(handle, leaving())
-
     def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
         """Answer now; the worker is told, and takes the next job when it has reached its next step."""
         if not self._queue.remove(handle):
@@ -157,9 +136,6 @@ class LocalEngine:
                 if handle in slot.jobs:
                     slot.send(pipe.Cancel(handle.job.id))
         handle.fail(error, state)
-
-    def _expire(self, handle: JobHandle) -> None:
-        self._give_up(handle, deadline_passed(handle))
 
     def _unavailable(self) -> dict[str, str]:
         return in_all([slot.unavailable for slot in self._slots if slot.up])
@@ -340,10 +316,6 @@ class LocalEngine:
             self._requeue(handle)
         else:
             handle.fail(worker_lost(reason))
-
-    def _requeue(self, handle: JobHandle) -> None:
-        handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
-        self._queue.put(handle)  # it is promised: the bound does not apply
 
     @property
     def hopeless(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
-from app.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, WorkerLost
+from app.errors import NotReady, QueueFull, ServiceError, WorkerLost
 from app.images import OutputFormat
 from cache import CacheStrategy
 from models.base import CacheName, GenerationParams, Step, Timings
@@ -236,10 +236,10 @@ class JobHandle:
     listeners refer to the handle as a rule, and the circle would hold the job's pictures.
     """
 
-    def __init__(self, job: Job, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
+    def __init__(self, job: Job, on_step: StepListener | None = None) -> None:
         self.job = job
         self.on_step = on_step
-        self.kind = kind
+        self.kind: Hashable | None = None
         self.on_change: Callable[[], None] | None = None
         self.age = next(_ages)
         self.state = JobState.QUEUED
@@ -370,14 +370,6 @@ def leaving() -> NotReady:
 
 def queue_full(size: int) -> QueueFull:
     return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
-
-
-def deadline_passed(handle: JobHandle) -> DeadlineExceeded:
-    where = "waited" if handle.state is JobState.QUEUED else "ran"
-    return DeadlineExceeded(
-        f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline. Ask for "
-        "less, or allow more in deadline_seconds."
-    )
 
 
 def models_unknown() -> NotReady:
