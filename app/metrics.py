@@ -65,7 +65,7 @@ class _CacheTotals:
 
 
 class Metrics:
-    """Counters of one app. What the engine is at the moment is no count: see `http/telemetry.py`."""
+    """Counters of one app. What the engine is at the moment is no count: see `http/pages.py`."""
 
     def __init__(self) -> None:
         self.started = time.time()

@@ -18,7 +18,7 @@ from app.errors import Unsupported, shown
 from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, payload_schema, read_payload
 from app.http.render import errors
 from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
-from app.http.resolve import Adapters, resolved
+from app.http.resolve import Adapters
 from app.http.schemas import KNOWN
 from app.infotext import AUTOMATIC, SCHEDULERS, infotext, known, sampler_label, scheduler_label
 from app.jobs.record import Drawn, JobRecord
@@ -107,14 +107,7 @@ async def _submitted(request: Request, *, img2img: bool) -> tuple[JobRecord, str
     service = service_of(request)
     async with asked(request) as body:
         payload = read_payload(body, img2img=img2img)
-        job = await resolved(
-            payload.fields,
-            request_id_of(request),
-            service.engine,
-            service.limits,
-            service.decoders,
-            same_aspect=payload.same_aspect,
-        )
+        job = await service.resolver.job(payload.fields, request_id_of(request), same_aspect=payload.same_aspect)
         sampler = payload.sampler.name if payload.sampler is not None else sampler_label(job.params.sampler)
     return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), sampler
 

@@ -11,7 +11,6 @@ from starlette.responses import JSONResponse
 from app.errors import Incompatible
 from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import resolved
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
 from app.jobs.record import JobRecord
@@ -59,7 +58,7 @@ async def _submitted(request: Request) -> tuple[JobRecord, bool]:
     async with asked(request) as body:
         fields = parse(body)
         wanted = _picture_format(request, fields)
-        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders, wanted)
+        job = await service.resolver.job(fields, request_id_of(request), wanted)
     record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False)
     return record, wanted is not None
 

@@ -24,7 +24,7 @@ from app.engine.types import Engine, Job
 from app.errors import Invalid, ModelNotFound, ServiceError, shown
 from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import pick_model, resolved
+from app.http.resolve import pick_model
 from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, validated, without_neutral
 from app.images import OutputFormat
 from app.jobs.jobs import Jobs
@@ -119,7 +119,7 @@ async def _submitted(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
     service = service_of(request)
     async with asked(request) as body:
         options, fields = read_images(body, service.engine)
-        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders)
+        job = await service.resolver.job(fields, request_id_of(request))
     record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=options.partials > 0)
     return options, record, job
 
