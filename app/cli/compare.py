@@ -19,11 +19,10 @@ import typer
 from PIL import Image
 
 from app import __version__
-from app.cli import bar
 from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-from app.cli.generate import check_early, with_fields
+from app.cli.generate import checked_early, job_of, runner_here, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
-from app.http.resolve import Limits, pick_model, resolve
+from app.http.resolve import pick_model
 from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
 from app.settings import Settings, available_cores, read_settings
@@ -58,7 +57,7 @@ def compare(
     """
     output_format = format_of(output)
     given, settings = {"prompt": prompt, "seed": 0, **fields}, read_settings()
-    check_early(parse(given), settings)
+    checked_early(given, settings)
     comparison = compared(given, settings, repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet(comparison, difference=difference), output_format))
@@ -193,20 +192,13 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
     slows all of them. Raises ServiceError and ModelError, which say what to ask instead.
     """
     request = parse(given)
-    with bar("starting") as progress:
-        from app.engine.runner import runner_here
-
-        runner = runner_here(settings)
+    with runner_here(settings) as (progress, runner):
         catalogue = runner.catalogue()
         model = pick_model(request, catalogue)
         width, height = model.native_size
         sized = {"width": width, "height": height, **given}
         added = settings_of(model)
-        jobs = {
-            name: resolve(parse({**sized, **fields}), catalogue, Limits.of(settings), "command-line", "png")
-            for name, fields in added.items()
-        }
-        runner.watch_loading(progress.loading)
+        jobs = {name: job_of(parse({**sized, **fields}), catalogue, settings) for name, fields in added.items()}
         runner.load(model.name)
 
         def on_step(step: Step) -> None:
