@@ -236,10 +236,10 @@ class JobHandle:
     listeners refer to the handle as a rule, and the circle would hold the job's pictures.
     """
 
-    def __init__(self, job: Job, on_step: StepListener | None = None) -> None:
+    def __init__(self, job: Job, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
         self.job = job
         self.on_step = on_step
-        self.kind: Hashable | None = None
+        self.kind = kind
         self.on_change: Callable[[], None] | None = None
         self.age = next(_ages)
         self.state = JobState.QUEUED
