@@ -164,21 +164,13 @@ def text_chunks(
     params: GenerationParams, seed: int, model: str, strategy: str, cache: Mapping[str, object]
 ) -> dict[str, str]:
     """A PNG's text chunks: `parameters`, which is `infotext`, and `wavespeed`, JSON with the cache's report."""
+    asked = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "scheduler")
     report = {
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
+        **{name: getattr(params, name) for name in (*asked, "clip_skip", "guidance_rescale")},
         "model": model,
         "seed": seed,
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
-        "guidance_scale": params.guidance_scale,
-        "sampler": params.sampler,
-        "scheduler": params.scheduler,
         "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
         "embeddings": [embedding.name for embedding in params.embeddings],
-        "clip_skip": params.clip_skip,
-        "guidance_rescale": params.guidance_rescale,
         "cache": dict(cache),
         "version": __version__,
     }
