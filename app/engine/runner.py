@@ -18,16 +18,7 @@ import psutil
 from app import images
 from app.engine.memory import draw, draw_together, lighten, while_exhausted
 from app.engine.pipe import Condition
-from app.engine.types import (
-    Branch,
-    Catalogue,
-    DeviceMemory,
-    Job,
-    JobResult,
-    ModelInfo,
-    StepListener,
-    StepsListener,
-)
+from app.engine.types import Branch, Catalogue, DeviceMemory, Job, JobResult, ModelInfo, StepListener, StepsListener
 from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks

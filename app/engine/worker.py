@@ -16,20 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
+from app import errors
 from app.engine import pipe
 from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import Condition, Plan
 from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResult, StepsListener
-from app.errors import (
-    Cancelled,
-    GenerationFailed,
-    Incompatible,
-    Invalid,
-    ModelNotFound,
-    ModelUnavailable,
-    OutOfMemory,
-    ServiceError,
-)
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
@@ -280,27 +271,27 @@ def _check(job: Job, result: object) -> None:
         raise ValueError(f"{len(result.images)} pictures for {len(job.params.seeds)} seeds, or empty ones")
 
 
-def _answer(error: Exception) -> ServiceError:
+def _answer(error: Exception) -> errors.ServiceError:
     """What the client is told of it."""
     match error:
         case GenerationCancelled():
-            return Cancelled("The job was cancelled.")
+            return errors.Cancelled("The job was cancelled.")
         case UnknownModel():
-            return ModelNotFound(str(error), field="model")
+            return errors.ModelNotFound(str(error), field="model")
         case LoadFailed():  # its own message names folders of this machine
             told = f"The model is configured. {NOT_LOADED} Ask for another one."
-            return ModelUnavailable(told, field="model", retry_after=RETRY_SECONDS)
+            return errors.ModelUnavailable(told, field="model", retry_after=RETRY_SECONDS)
         case ModelError():
-            return Invalid(str(error), field=error.field)
+            return errors.Invalid(str(error), field=error.field)
         case CacheError():
-            return Incompatible(str(error))
+            return errors.Incompatible(str(error))
     if is_exhaustion(error):
-        return OutOfMemory(
+        return errors.OutOfMemory(
             "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
             "or turn off other features that hold memory.",
             retry_after=RETRY_SECONDS,
         )
-    return GenerationFailed("The model failed on this request; the server's log has the cause.")
+    return errors.GenerationFailed("The model failed on this request; the server's log has the cause.")
 
 
 def _die_with_parent() -> None:

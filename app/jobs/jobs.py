@@ -13,19 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from app import tracing
+from app import errors, tracing
 from app.engine.types import Engine, Job, JobHandle, JobState
-from app.errors import (
-    Cancelled,
-    CannotStart,
-    IdempotencyConflict,
-    JobFinished,
-    JobNotFound,
-    LostAtRestart,
-    NotReady,
-    ServiceError,
-    StorageFailed,
-)
+from app.errors import Cancelled, NotReady, ServiceError
 from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
 from app.metrics import Metrics
@@ -73,7 +63,9 @@ class Jobs:
         except (OSError, sqlite3.Error, ValueError) as error:
             busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             reason = "another server uses it" if busy else error
-            raise CannotStart(f"WAVESPEED_JOBS_FOLDER: {str(self._folder)!r} cannot be used: {reason}") from error
+            raise errors.CannotStart(
+                f"WAVESPEED_JOBS_FOLDER: {str(self._folder)!r} cannot be used: {reason}"
+            ) from error
         waiting = []
         for record in records:
             if record.state is JobState.DONE and record.id not in found:
@@ -88,7 +80,7 @@ class Jobs:
                 record.state, record.started, record.step = JobState.QUEUED, None, 0
                 waiting.append(record)
             else:
-                await self._end(record, LostAtRestart(_LOST))
+                await self._end(record, errors.LostAtRestart(_LOST))
         if waiting:
             _log.info("%d jobs of the last run are taken up again", len(waiting))
             self._resuming = asyncio.create_task(self._resume(waiting))
@@ -126,7 +118,7 @@ class Jobs:
             if key is not None and (known := self._records.get(self._keys.get(key, ""))) is not None:
                 if known.fingerprint != fingerprint:
                     conflict = "This Idempotency-Key was used for another request. Use a new one."
-                    raise IdempotencyConflict(conflict, field="Idempotency-Key")
+                    raise errors.IdempotencyConflict(conflict, field="Idempotency-Key")
                 if known.saved is not None:
                     await asyncio.shield(known.saved)
                 return known
@@ -155,7 +147,7 @@ class Jobs:
             await self._save(record)
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
-            refusal = StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
+            refusal = errors.StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
             saved.set_exception(refusal)
             saved.exception()  # a second caller may read it, or none
             self._engine.cancel(record.id)
@@ -185,7 +177,7 @@ class Jobs:
         record = self._records.get(identity)
         foreign = record is not None and record.owner.startswith(KEY_OWNER) and record.owner != owner
         if record is None or record.ephemeral or foreign:
-            raise JobNotFound("There is no such job, or it ended so long ago that it was forgotten.")
+            raise errors.JobNotFound("There is no such job, or it ended so long ago that it was forgotten.")
         return record
 
     def of(self, owner: str, api: str) -> list[JobRecord]:
@@ -198,7 +190,7 @@ class Jobs:
             return None
         body = await self._results.get(record.id)
         if body is None:
-            raise JobNotFound("The job's result is no longer kept.")
+            raise errors.JobNotFound("The job's result is no longer kept.")
         return body
 
     def leave(self, record: JobRecord) -> None:
@@ -214,7 +206,7 @@ class Jobs:
             await self._end(record, Cancelled("The job was cancelled."))
             return
         if record.ended or not self._engine.cancel(record.id):
-            raise JobFinished("The job has ended already. There was nothing to cancel.")
+            raise errors.JobFinished("The job has ended already. There was nothing to cancel.")
         if (watcher := self._watchers.get(record.id)) is not None:
             await asyncio.wait({watcher})
 
@@ -265,7 +257,7 @@ class Jobs:
             outcome = error
         except OSError as error:
             _log.error("results: %s", error)
-            outcome = StorageFailed("The pictures cannot be kept: the server's disk fails.", retry_after=30)
+            outcome = errors.StorageFailed("The pictures cannot be kept: the server's disk fails.", retry_after=30)
         except Exception:  # noqa: BLE001  # a bug of ours: whoever waits for the job must not wait for ever
             _log.exception("internal error")
             outcome = ServiceError("The server made a mistake; its log has it.")
