@@ -319,39 +319,32 @@ class Engine(Protocol):
 
     async def start(self) -> None:
         """Return at once; readiness is seen in `status`."""
-        ...
 
     async def drain(self, seconds: float) -> None:
         """Take no more jobs; return when every accepted one is settled, those not done after `seconds` with NotReady.
 
         A second call with 0 cuts the first one short, and lets `stop` end the workers at once.
         """
-        ...
 
     async def stop(self) -> None:
         """Answer what is not done with NotReady, end every process."""
-        ...
 
     def catalogue(self) -> Catalogue:
         """Raises NotReady until a first worker has told of it."""
-        ...
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         """Raises what `submit` would refuse a job for `model` with at this moment; nothing is queued."""
-        ...
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         """Queue a job. Raises QueueFull, NotReady or ModelUnavailable. `on_step` is called in the event loop after
         each step. `promised`: accepted by an earlier run of this server, so a full queue is no reason to refuse it.
         """
-        ...
 
     def cancel(self, job_id: str) -> bool:
         """Give a job up: it is settled at once, and its worker is free at the next step.
 
         False: no such job is on its way. No other job is ever touched.
         """
-        ...
 
     def status(self) -> EngineStatus: ...
 

@@ -35,11 +35,9 @@ class Runner(Protocol):
 
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         """`on_stage` hears a model's name and the part of it that is loaded next."""
-        ...
 
     def load(self, model: str) -> None:
         """Raises UnknownModel, LoadFailed."""
-        ...
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
         """Draw jobs of one kind (`grouping.kind_of`), together if they are several; leave nothing of them behind.
@@ -47,7 +45,6 @@ class Runner(Protocol):
         Each job's pictures, or its failure, come out of its `Finish`, in the jobs' order. What `on_steps` raises is
         the failure of the jobs that the step was told of. Raises what concerns all of them.
         """
-        ...
 
     def condition(self) -> Condition: ...
 

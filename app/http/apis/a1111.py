@@ -16,7 +16,7 @@ from app import __version__
 from app.engine.types import EngineStatus
 from app.errors import Unsupported, shown
 from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, Img2ImgOptions, Options, payload_schema, read_payload
-from app.http.render import errors
+from app.http.render import errors, json_body
 from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
 from app.http.resolve import Adapters
 from app.http.schemas import KNOWN
@@ -63,12 +63,11 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 def _drawing(summary: str, kind: type[Options]) -> dict[str, Any]:
     """What OpenAPI says of an address that draws."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.title}"}}}
     return {
         "summary": summary,
         "response_model": Pictures,
         "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": json_body(kind.title),
     }
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from app.errors import Incompatible
-from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors
+from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
@@ -17,17 +16,7 @@ from app.jobs.record import JobRecord
 
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
-REQUEST_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": "#/components/schemas/GenerateRequest"},
-                "examples": {"document": {"summary": "A misty forest, DeepCache balanced", "value": EXAMPLE}},
-            }
-        },
-    }
-}
+REQUEST_BODY = json_body("GenerateRequest", "A misty forest, DeepCache balanced", EXAMPLE)
 
 
 @router.post(

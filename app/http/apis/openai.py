@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from app import images
 from app.engine.types import Engine, Job
 from app.errors import Invalid, ModelNotFound, ServiceError, shown
-from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors
+from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
 from app.http.resolve import pick_model
 from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, validated, without_neutral
@@ -92,17 +92,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
         },
         **errors(401, 404, 413, 422, 429, 500, 503, 504),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/ImagesRequest"},
-                    "examples": {"cached": {"summary": "A misty forest, DeepCache", "value": EXAMPLE}},
-                }
-            },
-        }
-    },
+    openapi_extra=json_body("ImagesRequest", "A misty forest, DeepCache", EXAMPLE),
 )
 async def generations(request: Request) -> Response:
     """All fields of POST /api/generate can stand beside these: through a client's `extra_body`."""
