@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fastapi_offline
@@ -217,17 +217,17 @@ def exposition(metrics: Metrics, engine: Engine, encode: Callable[[Collector], b
     return encode(_Everything(metrics, engine.status(), models))
 
 
+@dataclass(frozen=True, slots=True)
 class _Everything(Collector):
     """The counters, and gauges of this one reading: a device or a model that is gone is not to look as it last did."""
 
-    def __init__(self, metrics: Metrics, status: EngineStatus, models: Mapping[str, ModelInfo]) -> None:
-        self._metrics = metrics
-        self._status = status
-        self._models = models
+    metrics: Metrics
+    status: EngineStatus
+    models: Mapping[str, ModelInfo]
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._metrics.registry.collect()
-        status = self._status
+        status = self.status
+        yield from self.metrics.registry.collect()
         yield GaugeMetricFamily("wavespeed_queue_depth", "Jobs waiting for a worker.", status.pending)
         yield GaugeMetricFamily("wavespeed_queue_capacity", "Jobs that may wait at once.", status.capacity)
         yield GaugeMetricFamily("wavespeed_jobs_running", "Jobs that a worker has.", status.running)
@@ -254,7 +254,7 @@ class _Everything(Collector):
             ("wavespeed_model_loaded", "1 when some worker holds the model.", status.loaded),
         ):
             gauge = GaugeMetricFamily(name, words, labels=["model"])
-            for model in self._models:
+            for model in self.models:
                 gauge.add_metric([model], model in names)
             yield gauge
 
@@ -286,15 +286,9 @@ def _resident_bytes(status: EngineStatus) -> int:
 
 def _device(device: DeviceStatus) -> dict[str, object]:
     return {
-        "device": device.device,
-        "kind": device.kind,
-        "name": device.name,
+        **{name: getattr(device, name) for name in ("device", "kind", "name", "pid", "restarts", "loading", "reason")},
         "state": device.state.value,
-        "pid": device.pid,
-        "restarts": device.restarts,
         "total_vram": round(device.memory.total / _GB, 3),
         "used_vram": round(device.memory.used / _GB, 3),
         "loaded_models": list(device.loaded),
-        "loading": device.loading,
-        "reason": device.reason,
     }

@@ -202,16 +202,12 @@ def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
     """`Pictures` as a dict. Its size makes it a thread's work."""
     pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
     job, params = drawn.job, drawn.job.params
+    same = ("prompt", "negative_prompt", "width", "height", "steps", "batch_size")
     shared = {
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
+        **{name: getattr(params, name) for name in same},
         "seed": params.seeds[0],
-        "width": params.width,
-        "height": params.height,
         "sampler_name": sampler,
         "cfg_scale": params.guidance_scale,
-        "steps": params.steps,
-        "batch_size": params.batch_size,
         "denoising_strength": params.img2img.denoise if params.img2img is not None else None,
         "styles": [],
         "restore_faces": False,
