@@ -327,11 +327,10 @@ def _hopeless() -> NotReady:
     return NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
 
 
-def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[str] | None = None) -> LocalEngine:
-    """`devices` instead of those of the settings, if given."""
+def local_engine(settings: Settings, factory: RunnerFactory) -> LocalEngine:
     return LocalEngine(
         factory,
-        settings.devices if devices is None else devices,
+        settings.devices,
         queue_size=settings.queue_size,
         stop_seconds=settings.stop_seconds,
         patience=Patience(silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds),

@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import FileResponse, Response
 
 from app.engine.types import NOT_LOADED, DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
 from app.errors import NotFound, NotReady
@@ -26,73 +26,40 @@ from app.metrics import Metrics
 
 router = APIRouter()
 
-_FOLDER = Path(fastapi_offline.__file__).parent / "static"
-_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "favicon.png": "image/png"}
+_OURS, _THEIRS = (Path(file).parent / "static" for file in (__file__, fastapi_offline.__file__))
+_FILES = {
+    "start.js": (_OURS, "text/javascript"),
+    "swagger-ui-bundle.js": (_THEIRS, "text/javascript"),
+    "swagger-ui.css": (_THEIRS, "text/css"),
+    "favicon.png": (_THEIRS, "image/png"),
+}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="docs/favicon.png">
-"""
-_PAGE = f"""{_HEAD}<title>WaveSpeed API</title>
-<link rel="stylesheet" href="docs/swagger-ui.css">
-</head>
-<body>
-<div id="swagger-ui">This page needs JavaScript; <a href="openapi.json">openapi.json</a> says the same.</div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script src="docs/start.js"></script>
-</body>
-</html>
-"""
-_HOME = f"""{_HEAD}<title>WaveSpeed</title>
-</head>
-<body>
-<h1>WaveSpeed</h1>
-<p>This is the API of an image generation service.</p>
-<ul>
-<li><a href="docs">docs</a>: every address and field, to be tried out</li>
-<li><a href="api/models">api/models</a>: what it draws with</li>
-<li><a href="readyz">readyz</a>: whether it can draw now</li>
-</ul>
-<p>A page to draw on is a program of its own: <code>scripts/ui</code>, or <code>docker compose up ui</code>.</p>
-</body>
-</html>
-"""
-_START = """SwaggerUIBundle({
-  url: "openapi.json",
-  dom_id: "#swagger-ui",
-  deepLinking: true,
-  validatorUrl: null,
-  presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
-});
-"""
+
+
+def _page(name: str) -> FileResponse:
+    return FileResponse(_OURS / name, headers={"Content-Security-Policy": _POLICY})
 
 
 @router.get("/", include_in_schema=False)
-async def home() -> HTMLResponse:
-    return HTMLResponse(_HOME, headers={"Content-Security-Policy": _POLICY})
+async def home() -> FileResponse:
+    return _page("home.html")
 
 
 @router.get("/docs", include_in_schema=False)
-async def page() -> HTMLResponse:
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
-
-
-@router.get("/docs/start.js", include_in_schema=False)
-async def start() -> Response:
-    return Response(_START, media_type="text/javascript")
+async def docs() -> FileResponse:
+    return _page("docs.html")
 
 
 @router.get("/docs/{name}", include_in_schema=False)
 async def file(name: str) -> FileResponse:
     if name not in _FILES:
         raise NotFound("There is no such file of the documentation page.")
-    return FileResponse(_FOLDER / name, media_type=_FILES[name], headers={"Cache-Control": "public, max-age=86400"})
+    path, kind = _FILES[name]
+    headers = {"Cache-Control": "public, max-age=86400"} if path is _THEIRS else None
+    return FileResponse(path / name, media_type=kind, headers=headers)
 
 
 @router.get("/health", summary="The process answers", tags=["health"])
