@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app import __version__
@@ -114,11 +114,6 @@ def sampler_label(ours: str | None) -> str | None:
 def scheduler_label(ours: str | None) -> str | None:
     """What AUTOMATIC1111 calls a scheduler of ours, the later one where it has two names."""
     return next((scheduler.label for scheduler in reversed(SCHEDULERS) if ours and scheduler.ours == ours), ours)
-
-
-def known(ours: Collection[str]) -> list[Sampler]:
-    """Those of them that are among our names `ours`."""
-    return [sampler for sampler in SAMPLERS if sampler.ours in ours]
 
 
 def _scheduler(name: str | None) -> Scheduler:

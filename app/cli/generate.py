@@ -132,7 +132,7 @@ def checked_early(values: dict[str, Any], settings: Settings) -> GenerateRequest
 
 def job_of(request: GenerateRequest, catalogue: Catalogue, settings: Settings) -> engine.Job:
     """With the checks of the server. Raises ServiceError."""
-    return resolve(request, catalogue, Limits.of(settings), "command-line", request.output_format)
+    return resolve(request, catalogue, Limits.of(settings), "command-line")
 
 
 @contextmanager

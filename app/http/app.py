@@ -136,15 +136,10 @@ def _describe(app: FastAPI) -> None:
             for method, operation in operations.items():
                 if method not in ("get", "head"):
                     operation["responses"]["403"] = _FOREIGN
-                _errors_are_json(operation["responses"])
+                for status, response in operation["responses"].items():
+                    content = response.get("content", {})
+                    if status >= "400" and "text/event-stream" in content:  # the framework calls a stream's errors one
+                        content["application/json"] = content.pop("text/event-stream")
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _errors_are_json(responses: dict[str, Any]) -> None:
-    """The framework describes a stream's errors as streams."""
-    for status, response in responses.items():
-        content = response.get("content", {})
-        if status >= "400" and "text/event-stream" in content:
-            content["application/json"] = content.pop("text/event-stream")

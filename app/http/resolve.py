@@ -15,7 +15,7 @@ from typing import Any
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
 from app.http.schemas import GenerateRequest
-from app.images import OutputFormat, read_picture
+from app.images import read_picture
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
@@ -96,13 +96,7 @@ class Limits:
 
 
 def resolve(
-    request: GenerateRequest,
-    catalogue: Catalogue,
-    limits: Limits,
-    job_id: str,
-    output_format: OutputFormat,
-    *,
-    same_aspect: bool = False,
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, *, same_aspect: bool = False
 ) -> Job:
     """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
 
@@ -152,7 +146,7 @@ def resolve(
         model=model.name,
         params=params,
         strategy=_strategy(request, model),
-        output_format=output_format,
+        output_format=request.output_format,
         warnings=tuple(warnings),
         deadline_seconds=_deadline(request, limits),
     )
@@ -177,20 +171,13 @@ class Resolver:
     limits: Limits
     decoders: Executor
 
-    async def job(
-        self,
-        request: GenerateRequest,
-        job_id: str,
-        output_format: OutputFormat | None = None,
-        *,
-        same_aspect: bool = False,
-    ) -> Job:
+    async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
         """An upload is decoded aside, once the engine has said that there is room for a job.
 
         Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
         """
-        catalogue, form = self.engine.catalogue(), output_format or request.output_format
-        work = partial(resolve, request, catalogue, self.limits, job_id, form, same_aspect=same_aspect)
+        catalogue = self.engine.catalogue()
+        work = partial(resolve, request, catalogue, self.limits, job_id, same_aspect=same_aspect)
         if request.img2img_image is None:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)

@@ -261,7 +261,8 @@ class Jobs:
         except Exception:  # noqa: BLE001  # a bug of ours: whoever waits for the job must not wait for ever
             _log.exception("internal error")
             outcome = ServiceError("The server made a mistake; its log has it.")
-        if isinstance(outcome, NotReady) and self._will_be_resumed(record):
+        resumed = self._requeue and not record.ephemeral and self._engine.status().draining
+        if isinstance(outcome, NotReady) and resumed:
             # Its row on disk still says that it waits, and the next run of the server takes it up.
             record.events.publish("error", outcome.body(record.id))
             return
@@ -273,9 +274,6 @@ class Jobs:
                 tracing.job_ended(record.id, handle.total_seconds, figures)
         await self._end(record, outcome)
         await self._erase(gone)
-
-    def _will_be_resumed(self, record: JobRecord) -> bool:
-        return self._requeue and not record.ephemeral and self._engine.status().draining
 
     def _told(self, model: str | None, outcome: Drawn | ServiceError, job_id: str | None = None) -> dict[str, object]:
         """Count and log an end, the one place where that happens; what a trace is told of it.

@@ -20,7 +20,7 @@ from app.http.render import errors, json_body
 from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
 from app.http.resolve import Adapters
 from app.http.schemas import KNOWN
-from app.infotext import AUTOMATIC, SCHEDULERS, infotext, known, sampler_label, scheduler_label
+from app.infotext import AUTOMATIC, SAMPLERS, SCHEDULERS, infotext, sampler_label, scheduler_label
 from app.jobs.record import Drawn, JobRecord
 
 
@@ -95,10 +95,10 @@ async def _submitted(request: Request, kind: type[Options]) -> tuple[JobRecord, 
     """The job, and its sampler as the client calls it."""
     service = service_of(request)
     async with asked(request) as body:
-        asks = read_payload(body, kind)
-        job = await service.resolver.job(asks.fields, request_id_of(request), same_aspect=asks.same_aspect)
-        sampler = asks.sampler.name if asks.sampler is not None else sampler_label(job.params.sampler)
-    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), sampler
+        fields, sampler, same_aspect = read_payload(body, kind)
+        job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
+    name = sampler.name if sampler is not None else sampler_label(job.params.sampler)
+    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), name
 
 
 @router.get("/progress", summary="How far the caller's request is", responses=errors(401, 422))
@@ -165,7 +165,8 @@ async def samplers(request: Request) -> list[dict[str, Any]]:
             "aliases": list(sampler.aliases),
             "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
         }
-        for sampler in known(ours)
+        for sampler in SAMPLERS
+        if sampler.ours in ours
     ]
 
 

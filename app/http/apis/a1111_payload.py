@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -131,17 +130,11 @@ class Img2ImgOptions(Options):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """`sampler` as AUTOMATIC1111 names it. `same_aspect`: the picture must have the drawing's aspect already."""
+def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateRequest, Sampler | None, bool]:
+    """The request; the sampler as AUTOMATIC1111 names it; must the picture have the drawing's aspect already?
 
-    fields: GenerateRequest
-    sampler: Sampler | None
-    same_aspect: bool = False
-
-
-def read_payload(body: dict[str, Any], kind: type[Options]) -> Payload:
-    """Raises Invalid, Unsupported or Incompatible."""
+    Raises Invalid, Unsupported or Incompatible.
+    """
     body = {name: value for name, value in without_neutral(body, kind.neutral).items() if name not in kind.idle}
     if body.get("enable_hr") is True:
         without_neutral({**_HIRES_DEFAULTS, **body}, HIRES)
@@ -167,7 +160,7 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> Payload:
         _networks(values)
     fields = parse(values, (*KNOWN, *kind.model_fields, *kind.neutral, *kind.idle))
     # Only mode 1 cuts the picture there as it is cut here.
-    return Payload(fields, sampler, isinstance(options, Img2ImgOptions) and options.resize_mode != 1)
+    return fields, sampler, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
 
 
 class _Values(dict[str, Any]):

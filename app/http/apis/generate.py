@@ -46,8 +46,9 @@ async def _submitted(request: Request) -> tuple[JobRecord, bool]:
     service = service_of(request)
     async with asked(request) as body:
         fields = parse(body)
-        wanted = _picture_format(request, fields)
-        job = await service.resolver.job(fields, request_id_of(request), wanted)
+        if (wanted := _picture_format(request, fields)) is not None:
+            fields = fields.model_copy(update={"output_format": wanted})
+        job = await service.resolver.job(fields, request_id_of(request))
     record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False)
     return record, wanted is not None
 

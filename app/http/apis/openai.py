@@ -50,7 +50,6 @@ NEUTRAL = {
     "svg": Neutral((), "Leave it out; pictures here are png, jpeg or webp."),
     "enable_preview": Neutral((False,), "Set stream and partial_images."),
 }
-_REPLACED = {"num_images": "n"}
 _Word = Annotated[str, Field(max_length=200)]
 
 
@@ -134,9 +133,8 @@ async def model(request: Request, model: str) -> ModelCard:
 
 def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, GenerateRequest]:
     """Raises Invalid, Unsupported, ModelNotFound; NotReady where the size is the model's and no model is known yet."""
-    for ours, theirs in _REPLACED.items():
-        if ours in body:
-            raise Invalid(f"{ours} is called {theirs} here.", field=ours)
+    if "num_images" in body:
+        raise Invalid("num_images is called n here.", field="num_images")
     body = without_neutral(body, NEUTRAL)
     options = validated(ImageOptions, {name: body.pop(name) for name in ImageOptions.model_fields if name in body})
     if options.partials and not options.stream:
@@ -169,8 +167,7 @@ def images_schema() -> dict[str, Any]:
     """JSON Schema of the body, for OpenAPI."""
     ours = request_schema()
     ours.pop("$defs", None)
-    for name in _REPLACED:
-        del ours["properties"][name]
+    del ours["properties"]["num_images"]
     theirs = ImageOptions.model_json_schema()["properties"]
     neutral = {name: field.schema() for name, field in NEUTRAL.items()}
     properties = {**ours["properties"], **theirs, **neutral}
