@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -18,6 +19,12 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "internal"
 
+    def __init_subclass__(cls, *, type: str, status: int | None = None) -> None:
+        """Each kind says its `type`, and its `status` where that is not its base's."""
+        cls.type = type
+        if status is not None:
+            cls.status = status
+
     def __init__(self, message: str, *, field: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -25,183 +32,113 @@ class ServiceError(Exception):
         self.retry_after = retry_after
 
     def body(self, request_id: str) -> dict[str, dict[str, str | None]]:
-        return {
-            "error": {
-                "type": self.type,
-                "message": self.message,
-                "field": self.field,
-                "request_id": request_id,
-            }
-        }
+        error = {"type": self.type, "message": self.message, "field": self.field, "request_id": request_id}
+        return {"error": error}
 
 
-class Invalid(ServiceError):
+class Invalid(ServiceError, status=422, type="invalid"):
     """The request is not one that this API knows: unknown field, wrong type, out of bounds."""
 
-    status = 422
-    type = "invalid"
 
-
-class Incompatible(ServiceError):
+class Incompatible(ServiceError, status=422, type="incompatible"):
     """Each field is good, but not together."""
 
-    status = 422
-    type = "incompatible"
 
-
-class Unsupported(ServiceError):
+class Unsupported(ServiceError, status=422, type="unsupported"):
     """A documented feature that this version, or this server's hardware and installation, has not got."""
 
-    status = 422
-    type = "unsupported"
+
+class BodyTooLarge(ServiceError, status=413, type="body_too_large"): ...
 
 
-class BodyTooLarge(ServiceError):
-    status = 413
-    type = "body_too_large"
-
-
-class PictureTooLarge(ServiceError):
+class PictureTooLarge(ServiceError, status=413, type="picture_too_large"):
     """A picture of more pixels than the server decodes."""
 
-    status = 413
-    type = "picture_too_large"
 
-
-class BodyTimeout(ServiceError):
+class BodyTimeout(ServiceError, status=408, type="body_timeout"):
     """The client did not finish sending its request."""
 
-    status = 408
-    type = "body_timeout"
+
+class Unauthorized(ServiceError, status=401, type="unauthorized"): ...
 
 
-class Unauthorized(ServiceError):
-    status = 401
-    type = "unauthorized"
-
-
-class ForeignOrigin(ServiceError):
+class ForeignOrigin(ServiceError, status=403, type="foreign_origin"):
     """A page of another web site asks for a change."""
 
-    status = 403
-    type = "foreign_origin"
 
-
-class MisdirectedRequest(ServiceError):
+class MisdirectedRequest(ServiceError, status=421, type="misdirected"):
     """The request names a host that this server is not known to go by."""
 
-    status = 421
-    type = "misdirected"
+
+class NotFound(ServiceError, status=404, type="not_found"): ...
 
 
-class NotFound(ServiceError):
-    status = 404
-    type = "not_found"
+class ModelNotFound(NotFound, type="unknown_model"): ...
 
 
-class ModelNotFound(NotFound):
-    type = "unknown_model"
-
-
-class JobNotFound(NotFound):
+class JobNotFound(NotFound, type="unknown_job"):
     """No such job, or one that ended so long ago that it is forgotten."""
 
-    type = "unknown_job"
 
-
-class JobFinished(ServiceError):
+class JobFinished(ServiceError, status=409, type="job_finished"):
     """There is nothing left to cancel."""
 
-    status = 409
-    type = "job_finished"
 
-
-class IdempotencyConflict(ServiceError):
+class IdempotencyConflict(ServiceError, status=422, type="idempotency_conflict"):
     """An Idempotency-Key came a second time with another body (draft-ietf-httpapi-idempotency-key-header-06)."""
 
-    status = 422
-    type = "idempotency_conflict"
+
+class MethodNotAllowed(ServiceError, status=405, type="method_not_allowed"): ...
 
 
-class MethodNotAllowed(ServiceError):
-    status = 405
-    type = "method_not_allowed"
+class QueueFull(ServiceError, status=429, type="queue_full"): ...
 
 
-class QueueFull(ServiceError):
-    status = 429
-    type = "queue_full"
-
-
-class NotReady(ServiceError):
+class NotReady(ServiceError, status=503, type="not_ready"):
     """No worker can take a job now: starting, failing to start, or shutting down."""
 
-    status = 503
-    type = "not_ready"
 
-
-class WorkerLost(ServiceError):
+class WorkerLost(ServiceError, status=503, type="worker_lost"):
     """The worker process died or hung under the job, and again when it was tried a second time."""
 
-    status = 503
-    type = "worker_lost"
 
-
-class LostAtRestart(ServiceError):
+class LostAtRestart(ServiceError, status=503, type="lost_at_restart"):
     """The server ended before the job was done, and is not set to take jobs up again."""
 
-    status = 503
-    type = "lost_at_restart"
 
-
-class StorageFailed(ServiceError):
+class StorageFailed(ServiceError, status=503, type="storage_failed"):
     """The disk that keeps jobs and results does not take any more."""
 
-    status = 503
-    type = "storage_failed"
+
+class OutOfMemory(ServiceError, status=503, type="out_of_memory"): ...
 
 
-class OutOfMemory(ServiceError):
-    status = 503
-    type = "out_of_memory"
-
-
-class ModelUnavailable(ServiceError):
+class ModelUnavailable(ServiceError, status=503, type="model_unavailable"):
     """The model is configured, but its files do not load, or loading it took workers down."""
 
-    status = 503
-    type = "model_unavailable"
 
-
-class DeadlineExceeded(ServiceError):
+class DeadlineExceeded(ServiceError, status=504, type="deadline_exceeded"):
     """The time that the client, or else the operator, gave the request is over."""
 
-    status = 504
-    type = "deadline_exceeded"
 
-
-class GenerationFailed(ServiceError):
+class GenerationFailed(ServiceError, type="generation_failed"):
     """The model raised. The cause is in the log, not in the answer."""
 
-    type = "generation_failed"
 
-
-class Cancelled(ServiceError):
+class Cancelled(ServiceError, status=409, type="cancelled"):
     """The job was cancelled before it was done. Seen only by whoever waits for a job that another one cancels."""
 
-    status = 409
-    type = "cancelled"
+
+def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
+    """It and all below it."""
+    yield of
+    for narrower in of.__subclasses__():
+        yield from kinds(narrower)
 
 
 def status_of(kind: str) -> int:
     """The status that errors of this type are answered with; 500 for a type that is not known."""
-    waiting = [ServiceError]
-    while waiting:
-        error = waiting.pop()
-        if error.type == kind:
-            return error.status
-        waiting += error.__subclasses__()
-    return ServiceError.status
+    return next((error.status for error in kinds() if error.type == kind), ServiceError.status)
 
 
 def shown(text: str) -> str:

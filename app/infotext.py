@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app import __version__
@@ -116,11 +116,6 @@ def scheduler_label(ours: str | None) -> str | None:
     return next((scheduler.label for scheduler in reversed(SCHEDULERS) if ours and scheduler.ours == ours), ours)
 
 
-def known(ours: Collection[str]) -> list[Sampler]:
-    """Those of them that are among our names `ours`."""
-    return [sampler for sampler in SAMPLERS if sampler.ours in ours]
-
-
 def _scheduler(name: str | None) -> Scheduler:
     found = _SCHEDULERS.get((name or AUTOMATIC.name).lower())
     if found is None:
@@ -164,21 +159,13 @@ def text_chunks(
     params: GenerationParams, seed: int, model: str, strategy: str, cache: Mapping[str, object]
 ) -> dict[str, str]:
     """A PNG's text chunks: `parameters`, which is `infotext`, and `wavespeed`, JSON with the cache's report."""
+    asked = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "scheduler")
     report = {
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
+        **{name: getattr(params, name) for name in (*asked, "clip_skip", "guidance_rescale")},
         "model": model,
         "seed": seed,
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
-        "guidance_scale": params.guidance_scale,
-        "sampler": params.sampler,
-        "scheduler": params.scheduler,
         "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
         "embeddings": [embedding.name for embedding in params.embeddings],
-        "clip_skip": params.clip_skip,
-        "guidance_rescale": params.guidance_rescale,
         "cache": dict(cache),
         "version": __version__,
     }

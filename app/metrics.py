@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from app.errors import ServiceError
+from app.errors import kinds
 
 RECENT = 100  # requests that the recent hit rate looks back on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _IMAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 _TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache"}
-
-
-def _types(error: type[ServiceError]) -> Iterator[type[ServiceError]]:
-    yield error
-    for narrower in error.__subclasses__():
-        yield from _types(narrower)
-
-
-_FAULTS = sorted({error.type for error in _types(ServiceError) if error.status >= 500 or error.status == 429})
+_FAULTS = sorted({error.type for error in kinds() if error.status >= 500 or error.status == 429})
 """Outcomes that are the server's doing, not the client's."""
 
 
@@ -73,7 +66,7 @@ class _CacheTotals:
 
 
 class Metrics:
-    """Counters of one app. What the engine is at the moment is no count: see `http/telemetry.py`."""
+    """Counters of one app. What the engine is at the moment is no count: see `http/pages.py`."""
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -83,36 +76,27 @@ class Metrics:
         self._wait_seconds = 0.0
         self._caches = {name: _CacheTotals() for name in _TELEMETRY_NAMES}
 
-        self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "wavespeed_requests_total", "Generation requests answered.", ["model", "outcome"], registry=registry
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        run = ["model", "strategy"]
+        self._requests = counter("wavespeed_requests_total", "Generation requests answered.", ["model", "outcome"])
+        self._wait = histogram("wavespeed_queue_wait_seconds", "Time a job waited for a worker.", buckets=_SECONDS)
+        self._generation = histogram(
+            "wavespeed_generation_seconds", "Time a job took on its worker.", run, buckets=_SECONDS
         )
-        self._wait = Histogram(
-            "wavespeed_queue_wait_seconds", "Time a job waited for a worker.", buckets=_SECONDS, registry=registry
+        self._batch = histogram(
+            "wavespeed_batch_images", "Images denoised together, of one job or several.", buckets=_IMAGES
         )
-        self._generation = Histogram(
-            "wavespeed_generation_seconds",
-            "Time a job took on its worker.",
-            ["model", "strategy"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._batch = Histogram(
-            "wavespeed_batch_images",
-            "Images denoised together, of one job or several.",
-            buckets=_IMAGES,
-            registry=registry,
-        )
-        self._steps = Counter(
+        self._steps = counter(
             "wavespeed_cache_steps_total",
             "Denoiser calls computed in full or served from the cache.",
-            ["model", "strategy", "outcome"],
-            registry=registry,
+            [*run, "outcome"],
         )
         self._cache_bytes = Gauge(
-            "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=registry
+            "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=self.registry
         )
-        self._images = Counter("wavespeed_images_total", "Pictures drawn.", ["model"], registry=registry)
+        self._images = counter("wavespeed_images_total", "Pictures drawn.", ["model"])
         self._expect_answers("none")
 
     def answered(self, model: str | None, outcome: str) -> None:
@@ -120,13 +104,7 @@ class Metrics:
         self._requests.labels(model or "none", outcome).inc()
 
     def generated(
-        self,
-        use: CacheUse,
-        *,
-        queue_seconds: float,
-        generation_seconds: float,
-        images: int,
-        batches: Sequence[int],
+        self, use: CacheUse, *, queue_seconds: float, generation_seconds: float, images: int, batches: Sequence[int]
     ) -> None:
         """Count a job that was done; `batches` as in JobResult."""
         self.requests_processed += 1

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -25,6 +25,12 @@ from app.errors import CannotStart
 OTHERS = ("KEY", "UI_SERVER", "UI_API_KEY", "UI_HOST", "UI_PORT")  # the client's and the page's own WAVESPEED_*
 # What Kubernetes sets in every container for a service called wavespeed-…: WAVESPEED_API_PORT_80_TCP=tcp://10.3.2.1:80.
 _OF_A_CLUSTER = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP))?(?=.*=\w+://)|_PORT_\d+_(TCP|UDP)_")
+_FORMS = {
+    "devices": (r"auto|cpu|[a-z]+(:\d+)?", "device; there are auto, cpu, cuda, and cuda:0, cuda:1, …"),
+    "allowed_hosts": (r"[\w.-]+", "name of a host, as images.example: no scheme, no port, no path, no *"),
+    "cors_origins": (r"https?://[^/*\s]+", "origin: scheme and host, as https://a.example, no path, no *"),
+}
+"""What each part of a setting looks like, and what it is not where it does not."""
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 LogFormat = Literal["console", "json"]
 
@@ -37,9 +43,7 @@ class Settings(BaseSettings):
     )
 
     host: str = Field(
-        "127.0.0.1",
-        min_length=1,
-        description="Address to listen on. Anything but loopback opens it to the network.",
+        "127.0.0.1", min_length=1, description="Address to listen on. Anything but loopback opens it to the network."
     )
     port: int = Field(7861, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     devices: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -173,20 +177,13 @@ class Settings(BaseSettings):
             raise ValueError(f"{str(value)!r} is no folder")
         return _readable(value)
 
-    @field_validator("devices")
+    @field_validator(*_FORMS)
     @classmethod
-    def _devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for device in value:
-            if not re.fullmatch(r"auto|cpu|[a-z]+(:\d+)?", device):
-                raise ValueError(f"{device!r} is no device; there are auto, cpu, cuda, and cuda:0, cuda:1, …")
-        return value
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for host in value:
-            if not re.fullmatch(r"[\w.-]+", host):
-                raise ValueError(f"{host!r} is no name of a host, as images.example: no scheme, no port, no path, no *")
+    def _formed(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        form, words = _FORMS[str(info.field_name)]
+        for part in value:
+            if not re.fullmatch(form, part):
+                raise ValueError(f"{part!r} is no {words}")
         return value
 
     @field_validator("devices", "api_keys", "allowed_hosts", "cors_origins", "proxies", mode="before")
@@ -208,14 +205,6 @@ class Settings(BaseSettings):
     def _sendable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not (key.isascii() and key.isprintable()) or " " in key for key in value):
             raise ValueError("a key is sent in a header: printable ASCII without spaces")
-        return value
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if not re.fullmatch(r"https?://[^/*\s]+", origin):
-                raise ValueError(f"{origin!r} is no origin: scheme and host, as https://a.example, no path, no *")
         return value
 
     @field_validator("proxies")

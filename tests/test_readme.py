@@ -123,7 +123,7 @@ def test_every_metric_is_named() -> None:
 
 
 def empty_exposition() -> str:
-    from app.http.telemetry import exposition
+    from app.http.pages import exposition
     from tests.app.fakes import FakeEngine
 
     return exposition(Metrics(), FakeEngine(ready=False)).decode()

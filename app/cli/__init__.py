@@ -50,6 +50,10 @@ class Bar:
         """What a runner tells of the parts that it loads."""
         self.show(f"loading {model}: {stage}")
 
+    def reach(self, work: str, stage: str) -> None:
+        """One more stage of this work."""
+        self.show(f"{work}: {stage}", completed=self.task.completed + 1)
+
     def advance(self, note: str | None = None) -> None:
         self.show(completed=self.task.completed + 1, note=note)
 

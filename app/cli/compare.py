@@ -12,26 +12,22 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from PIL import Image
 
 from app import __version__
-from app.cli import bar
 from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-from app.cli.generate import check_early, with_fields
+from app.cli.generate import checked_early, job_of, runner_here, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
-from app.http.resolve import Limits, pick_model, resolve
+from app.http.resolve import pick_model
 from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
 from app.settings import Settings, available_cores, read_settings
 from models.base import Step
 from models.nearness import psnr
-
-if TYPE_CHECKING:
-    from app.engine.runner import RegistryRunner
 
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once
@@ -58,7 +54,7 @@ def compare(
     """
     output_format = format_of(output)
     given, settings = {"prompt": prompt, "seed": 0, **fields}, read_settings()
-    check_early(parse(given), settings)
+    checked_early(given, settings)
     comparison = compared(given, settings, repeats)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(encode(sheet(comparison, difference=difference), output_format))
@@ -69,7 +65,7 @@ def compare(
         return
     for row in comparison.rows:
         likeness = "identical" if row.psnr_db is None else f"{row.psnr_db:.1f} dB"
-        print(f"{row.name:<15} {row.seconds:6.2f} s {row.speedup:5.2f}× {likeness:>10}  {row.decisions}")
+        print(f"{row.name:<15} {row.seconds:6.2f} s {row.speedup:5.2f}× {likeness:>10}  {row.cache['decisions']}")
     print(output)
 
 
@@ -88,22 +84,6 @@ class Row:
     speedup: float
     psnr_db: float | None
     reference: bool
-
-    @property
-    def decisions(self) -> str:
-        return str(self.cache["decisions"])
-
-    @property
-    def hit_rate(self) -> float:
-        return float(self.cache["hit_rate"])
-
-    @property
-    def reused(self) -> int:
-        return int(self.cache["reused"])
-
-    @property
-    def calls(self) -> int:
-        return self.reused + int(self.cache["computed"])
 
     @property
     def detail(self) -> str:
@@ -138,10 +118,6 @@ class Comparison:
     repeats: int
     machine: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
-
-    @property
-    def prompt(self) -> str:
-        return self.job.params.prompt
 
     @property
     def settings(self) -> str:
@@ -180,10 +156,7 @@ def settings_of(model: ModelInfo) -> dict[str, dict[str, Any]]:
     if model.cache == "first_block":
         cached = {f"threshold {value:g}": {"fbcache_enabled": True, "fbcache_threshold": value} for value in THRESHOLDS}
         return {"uncached": {"fbcache_enabled": False}, **cached}
-    return {
-        "uncached": {},
-        **{name: {"deepcache_enabled": True, "deepcache_preset": name} for name in _ORDER},
-    }
+    return {"uncached": {}, **{name: {"deepcache_enabled": True, "deepcache_preset": name} for name in _ORDER}}
 
 
 def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Comparison:
@@ -193,26 +166,21 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
     slows all of them. Raises ServiceError and ModelError, which say what to ask instead.
     """
     request = parse(given)
-    with bar("starting") as progress:
-        from app.engine.runner import runner_here
-
-        runner = runner_here(settings)
+    with runner_here(settings) as (progress, runner):
         catalogue = runner.catalogue()
         model = pick_model(request, catalogue)
-        width, height = model.native_size
-        sized = {"width": width, "height": height, **given}
+        sized = {**dict(zip(("width", "height"), model.native_size, strict=True)), **given}
         added = settings_of(model)
-        jobs = {
-            name: resolve(parse({**sized, **fields}), catalogue, Limits.of(settings), "command-line", "png")
-            for name, fields in added.items()
-        }
-        runner.watch_loading(progress.loading)
+        jobs = {name: job_of(parse({**sized, **fields}), catalogue, settings) for name, fields in added.items()}
         runner.load(model.name)
 
         def on_step(step: Step) -> None:
             progress.advance(step.decision)
 
-        short = {name: _short(job) for name, job in jobs.items()}
+        short = {
+            name: replace(job, params=replace(job.params, steps=min(WARM_UP_STEPS, job.params.steps)))
+            for name, job in jobs.items()
+        }
         steps = [job.params.steps for job in short.values()]
         steps += [job.params.steps for job in jobs.values()] * repeats
         progress.show(completed=0, total=sum(steps))
@@ -224,7 +192,13 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
             for name, job in jobs.items():
                 progress.show(name)
                 results[name].append(runner.run(job, on_step))
-        machine = _machine(runner, settings.threads or available_cores())
+        condition = runner.condition()
+        machine = {
+            "device": processor() if condition.kind == "cpu" else condition.name,
+            "threads": settings.threads or available_cores(),
+            "versions": versions(("torch", "diffusers")),
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        }
     said = [sentence for name, job in jobs.items() for sentence in (*job.warnings, *results[name][0].warnings)]
     return Comparison(
         job=jobs["uncached"],
@@ -235,42 +209,25 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
     )
 
 
-def _short(job: Job) -> Job:
-    return replace(job, params=replace(job.params, steps=min(WARM_UP_STEPS, job.params.steps)))
-
-
 def _rows(added: Mapping[str, Mapping[str, Any]], results: Mapping[str, list[JobResult]]) -> tuple[Row, ...]:
     pictures = {name: Image.open(io.BytesIO(runs[0].images[0])).convert("RGB") for name, runs in results.items()}
     seconds = {name: statistics.median(run.timings.denoise_seconds for run in runs) for name, runs in results.items()}
-    return tuple(
-        Row(
+    uncached = np.asarray(pictures["uncached"])
+    rows = []
+    for name, fields in added.items():
+        picture = np.asarray(pictures[name])
+        row = Row(
             name=name,
             request=fields,
             picture=pictures[name],
             cache=results[name][0].cache,
             seconds=seconds[name],
             speedup=seconds["uncached"] / seconds[name],
-            psnr_db=_likeness(pictures["uncached"], pictures[name]),
+            psnr_db=None if np.array_equal(uncached, picture) else psnr(uncached, picture),
             reference=name == "uncached",
         )
-        for name, fields in added.items()
-    )
-
-
-def _likeness(reference: Image.Image, picture: Image.Image) -> float | None:
-    """PSNR in dB of two pictures of one size; None for equal ones, where it has no end."""
-    one, other = np.asarray(reference), np.asarray(picture)
-    return None if np.array_equal(one, other) else psnr(one, other)
-
-
-def _machine(runner: RegistryRunner, threads: int) -> dict[str, Any]:
-    condition = runner.condition()
-    return {
-        "device": processor() if condition.kind == "cpu" else condition.name,
-        "threads": threads,
-        "versions": versions(("torch", "diffusers")),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
+        rows.append(row)
+    return tuple(rows)
 
 
 def processor() -> str:
@@ -307,7 +264,7 @@ def sheet(comparison: Comparison, *, difference: bool = False) -> Image.Image:
     rows = comparison.rows
     tile = _fitted(rows[0].picture.size)
     width = 2 * _MARGIN + len(rows) * tile[0] + (len(rows) - 1) * _GAP
-    title = wrapped(f"“{comparison.prompt}”", _TITLE, width - 2 * _MARGIN - 260, 2)
+    title = wrapped(f"“{comparison.job.params.prompt}”", _TITLE, width - 2 * _MARGIN - 260, 2)
     footer = wrapped(comparison.conditions, _SMALL, width - 2 * _MARGIN, 4)
     top = _MARGIN + _high(_TITLE) * len(title) + _high(_TEXT) + _GAP
     words = _high(_LARGE) + 4 * _high(_TEXT) + _GAP // 2
@@ -338,22 +295,17 @@ def sheet(comparison: Comparison, *, difference: bool = False) -> Image.Image:
 def _describe(page: Canvas, row: Row, left: int, top: int, width: int) -> None:
     page.write((left, top), row.name, _LARGE)
     top += _high(_LARGE)
+    reused, calls = row.cache["reused"], row.cache["reused"] + row.cache["computed"]
+    likeness = "identical to uncached" if row.psnr_db is None else f"{row.psnr_db:.1f} dB PSNR to uncached"
     for line, colour in (
         (row.detail, PALE),
         (f"{row.seconds:.2f} s" + (f",  {row.speedup:.2f} times as fast" if not row.reference else ""), INK),
-        (_likeness_of(row), INK),
-        (f"hit rate {row.hit_rate:.2f}  ({row.reused} of {row.calls})", INK),
+        ("what the others are held against" if row.reference else likeness, INK),
+        (f"hit rate {row.cache['hit_rate']:.2f}  ({reused} of {calls})", INK),
     ):
         page.write((left, top), line, _TEXT, colour)
         top += _high(_TEXT)
-    top += 6
-    page.strip((left, top, left + width, top + _STRIP), row.decisions)
-
-
-def _likeness_of(row: Row) -> str:
-    if row.reference:
-        return "what the others are held against"
-    return "identical to uncached" if row.psnr_db is None else f"{row.psnr_db:.1f} dB PSNR to uncached"
+    page.strip((left, top + 6, left + width, top + 6 + _STRIP), row.cache["decisions"])
 
 
 def _differences(rows: tuple[Row, ...]) -> tuple[int, list[Image.Image]]:

@@ -12,16 +12,17 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from app.cli import Bar, bar
 from app.client import ApiError, Client, Event, Generated, Job
 from app.engine import runner
+from app.engine import types as engine
 from app.engine.types import Catalogue, ModelInfo
 from app.errors import ServiceError
 from app.http.resolve import Limits, resolve
@@ -43,6 +44,8 @@ SHORT = {
     "cache_forecast": "forecast",
 }
 PICTURES = ("img2img_image", "mask")  # files here, base64 in the body
+KINDS: dict[str, Any] = {"boolean": bool, "integer": int, "number": float, "string": str}
+SCHEMAS = GenerateRequest.model_json_schema()["properties"]
 Command = Callable[..., None]
 
 
@@ -72,10 +75,10 @@ def with_fields(leave: str) -> Callable[[Command], Command]:
 
 
 def _option(name: str) -> inspect.Parameter | None:
-    field = GenerateRequest.model_fields[name]
-    schema = GenerateRequest.model_json_schema()["properties"][name]
-    schema = next((one for one in schema.get("anyOf", ()) if one.get("type") != "null"), schema)
-    kind, names, metavar = _kind(field.annotation), [name.replace("_", "-")], None
+    """None for a field that takes something else than a word, a number, yes or no."""
+    field, schema = GenerateRequest.model_fields[name], SCHEMAS[name]
+    schema = next((one for one in schema.get("anyOf", ()) if one["type"] != "null"), schema)
+    kind, names, metavar = KINDS.get(schema["type"]), [name.replace("_", "-")], None
     if name in SHORT:
         names.append(SHORT[name])
     if name in PICTURES:
@@ -91,20 +94,8 @@ def _option(name: str) -> inspect.Parameter | None:
     flags = [f"--{one}/--no-{one}" if kind is bool else f"--{one}" for one in names]
     default = "" if field.default in (None, "", False, []) else f" Default: {field.default}."
     told = typer.Option(*flags, help=f"{field.description}{default}", metavar=metavar, show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, told]
-    )
-
-
-def _kind(annotation: Any) -> Any:
-    """bool, int, float or str; None for a field that takes something else."""
-    if NoneType in get_args(annotation):
-        [annotation] = [one for one in get_args(annotation) if one is not NoneType] or [None]
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) is Literal:
-        return str
-    return annotation if annotation in (bool, int, float, str) else None
+    annotation = Annotated[kind | None, told]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -129,12 +120,28 @@ def _lora(text: str) -> dict[str, Any]:
         raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
 
 
-def check_early(request: GenerateRequest, settings: Settings) -> None:
+def checked_early(values: dict[str, Any], settings: Settings) -> GenerateRequest:
     """What is wrong with a request, as far as it shows before torch is imported. Raises ServiceError, CannotStart."""
+    request = parse(values)
     configuration = runner.runner_arguments(settings)["configuration"]
     models = {spec.name: _info(spec) for spec in configuration.specs}
     catalogue = Catalogue(models=models, default=configuration.default, default_flux=configuration.default_flux)
-    resolve(request, catalogue, Limits.of(settings), "command-line", request.output_format)
+    job_of(request, catalogue, settings)
+    return request
+
+
+def job_of(request: GenerateRequest, catalogue: Catalogue, settings: Settings) -> engine.Job:
+    """With the checks of the server. Raises ServiceError."""
+    return resolve(request, catalogue, Limits.of(settings), "command-line")
+
+
+@contextmanager
+def runner_here(settings: Settings) -> Iterator[tuple[Bar, runner.RegistryRunner]]:
+    """A bar, and what draws in this process and shows on it what is being loaded."""
+    with bar("starting") as progress:
+        here = runner.runner_here(settings)
+        here.watch_loading(progress.loading)
+        yield progress, here
 
 
 def _info(spec: ModelSpec) -> ModelInfo:
@@ -189,12 +196,9 @@ def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
     """With the checks and the code of the server. Raises ServiceError, ModelError."""
     from app.jobs.record import drawn
 
-    request = parse(values)
-    check_early(request, settings)
-    with bar("starting") as progress:
-        here = runner.runner_here(settings)
-        job = resolve(request, here.catalogue(), Limits.of(settings), "command-line", request.output_format)
-        here.watch_loading(progress.loading)
+    request = checked_early(values, settings)
+    with runner_here(settings) as (progress, here):
+        job = job_of(request, here.catalogue(), settings)
         here.load(job.model)
         progress.show(job.model)
 

@@ -18,26 +18,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
-from app.errors import (
-    Cancelled,
-    GenerationFailed,
-    Incompatible,
-    Invalid,
-    ModelNotFound,
-    ModelUnavailable,
-    OutOfMemory,
-    ServiceError,
-)
+from app.engine.types import Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
+from app.errors import ServiceError
 from models.base import Step
 
 _log = logging.getLogger(__name__)
-
-FailureKind = Literal[
-    "cancelled", "unknown_model", "load_failed", "model_error", "incompatible", "out_of_memory", "failed"
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,39 +147,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`message` is for the client, `detail` (a stack trace) for the log; `field` of the request is at fault, if any."""
+    """`error` is what the client is answered, `detail` (a stack trace) for the log."""
 
     job_id: str
-    kind: FailureKind
-    message: str
+    error: ServiceError
     detail: str
-    field: str | None = None
-
-    def error(self) -> ServiceError:
-        """What the client is answered."""
-        match self.kind:
-            case "cancelled":
-                return Cancelled("The job was cancelled.")
-            case "unknown_model":
-                return ModelNotFound(self.message, field="model")
-            case "load_failed":
-                return ModelUnavailable(  # its own message names folders of this machine
-                    f"The model is configured. {NOT_LOADED} Ask for another one.",
-                    field="model",
-                    retry_after=RETRY_SECONDS,
-                )
-            case "model_error":
-                return Invalid(self.message, field=self.field)
-            case "incompatible":
-                return Incompatible(self.message)
-            case "out_of_memory":
-                return OutOfMemory(
-                    "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
-                    "or turn off other features that hold memory.",
-                    retry_after=RETRY_SECONDS,
-                )
-            case _:
-                return GenerationFailed("The model failed on this request; the server's log has the cause.")
 
 
 Report = Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | Progress | Free | Done | Failed

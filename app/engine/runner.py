@@ -18,16 +18,7 @@ import psutil
 from app import images
 from app.engine.memory import draw, draw_together, lighten, while_exhausted
 from app.engine.pipe import Condition
-from app.engine.types import (
-    Branch,
-    Catalogue,
-    DeviceMemory,
-    Job,
-    JobResult,
-    ModelInfo,
-    StepListener,
-    StepsListener,
-)
+from app.engine.types import Branch, Catalogue, DeviceMemory, Job, JobResult, ModelInfo, StepListener, StepsListener
 from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks
@@ -258,20 +249,15 @@ def _total_bytes(device: str) -> int:
 
 
 def _info(row: dict[str, Any]) -> ModelInfo:
+    same = ("name", "family", "size_multiple", "cache", "steps", "guidance_scale", "error")
     return ModelInfo(
-        name=row["name"],
-        family=row["family"],
+        **{name: row[name] for name in same},
         native_size=(row["native_width"], row["native_height"]),
-        size_multiple=row["size_multiple"],
-        cache=row["cache"],
-        steps=row["steps"],
-        guidance_scale=row["guidance_scale"],
         samplers={name: tuple(schedulers) for name, schedulers in row["samplers"].items()},
         branches=tuple(Branch(**branch) for branch in row["branches"]),
         render_sizes=tuple((width, height) for width, height in row["render_sizes"]),
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
-        error=row["error"],
     )
 
 

@@ -8,25 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from app.engine.pipe import (
-    Alive,
-    Cancel,
-    Done,
-    Failed,
-    Free,
-    Known,
-    Loaded,
-    Loading,
-    Plan,
-    Progress,
-    Ready,
-    Report,
-    Run,
-    StartFailed,
-    Unavailable,
-    WorkerProcess,
-)
-from app.engine.queue import Grouping, JobQueue, kind_of
+from app.engine import pipe
+from app.engine.pipe import WorkerProcess
+from app.engine.queue import Grouping, QueueingEngine, kind_of
 from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
     ATTEMPTS,
@@ -35,12 +19,9 @@ from app.engine.types import (
     Catalogue,
     EngineStatus,
     IllegalTransition,
-    Job,
     JobHandle,
     JobState,
-    StepListener,
     WorkerState,
-    deadline_passed,
     in_all,
     leaving,
     models_unknown,
@@ -56,7 +37,7 @@ _log = logging.getLogger(__name__)
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
 
 
-class LocalEngine:
+class LocalEngine(QueueingEngine):
     """See `Engine`.
 
     backoff: the first and the longest pause before a lost worker is replaced, in seconds.
@@ -78,10 +59,9 @@ class LocalEngine:
         batch_timeout: float = 0.0,
         make: Spawn = spawn,
     ) -> None:
+        super().__init__(queue_size)
         self._factory = factory
         self._slots = [Slot(device) for device in devices]
-        self._queue = JobQueue()
-        self._queue_size = queue_size
         self._groups = max_batch_size > 1
         self._grouping = Grouping(max_batch_size, batch_timeout)
         self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
@@ -92,7 +72,6 @@ class LocalEngine:
         self._make = make
         self._catalogue: Catalogue | None = None
         self._supervisors: list[asyncio.Task[None]] = []
-        self._draining = False
         self._stopping = False
 
     async def start(self) -> None:
@@ -106,9 +85,7 @@ class LocalEngine:
         for slot in self._slots:
             slot.settle(draining=True)
         self._dispatch()  # a group that waited for company
-        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
-            await asyncio.wait(pending, timeout=seconds)
-        self._answer_all()
+        await super().drain(seconds)
 
     async def stop(self) -> None:
         self._draining = self._stopping = True
@@ -132,21 +109,11 @@ class LocalEngine:
         if len(self._queue) >= self._queue_size and not promised:
             raise queue_full(self._queue_size)
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step, kind_of(job) if self._groups else None)
-        handle.limit(self._expire)
-        self._queue.put(handle)
+    def _accepted(self, handle: JobHandle) -> None:
+        if self._groups:
+            handle.kind = kind_of(handle.job)
         self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
-        return handle
-
-    def cancel(self, job_id: str) -> bool:
-        for handle in self._unsettled():
-            if handle.job.id == job_id:
-                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
-                return True
-        return False
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -162,20 +129,13 @@ class LocalEngine:
     def _unsettled(self) -> list[JobHandle]:
         return [*(handle for handle in self._running() if not handle.settled), *self._queue]
 
-    def _answer_all(self) -> None:
-        for handle in self._unsettled():
-            self._give_up(handle, leaving())
-
     def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
         """Answer now; the worker is told, and takes the next job when it has reached its next step."""
         if not self._queue.remove(handle):
             for slot in self._slots:
                 if handle in slot.jobs:
-                    slot.send(Cancel(handle.job.id))
+                    slot.send(pipe.Cancel(handle.job.id))
         handle.fail(error, state)
-
-    def _expire(self, handle: JobHandle) -> None:
-        self._give_up(handle, deadline_passed(handle))
 
     def _unavailable(self) -> dict[str, str]:
         return in_all([slot.unavailable for slot in self._slots if slot.up])
@@ -206,7 +166,7 @@ class LocalEngine:
             slot.advance()
             slot.settle(self._draining)
             heard = frozenset(handle.job.id for handle in group if handle.on_step is not None)
-            slot.send(Run(tuple(handle.job for handle in group), heard))
+            slot.send(pipe.Run(tuple(handle.job for handle in group), heard))
 
     def _running(self) -> list[JobHandle]:
         return [handle for slot in self._slots for handle in slot.jobs]
@@ -218,7 +178,7 @@ class LocalEngine:
             slot.advance()
             _log.info("worker starts device=%s: it reads what the models are, which takes seconds", slot.device)
             avoid = frozenset(self._quarantine.reasons)
-            plan = Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
+            plan = pipe.Plan(heartbeat_seconds=self._patience.heartbeat, avoid=avoid)
             make = partial(self._make, factory=self._factory, device=slot.device, plan=plan)
             process = slot.process = WorkerProcess(slot.device, make)
             watch = asyncio.create_task(slot.watch(process, self._patience))
@@ -248,60 +208,60 @@ class LocalEngine:
             first, longest = self._backoff
             await asyncio.sleep(min(first * 2 ** min(slot.deaths, 16), longest))
 
-    def _hear(self, slot: Slot, report: Report | None) -> bool:
+    def _hear(self, slot: Slot, report: pipe.Report | None) -> bool:
         """False: it was the last one. Raises IllegalTransition for one that cannot be."""
         match report:
             case None:
                 return False
-            case Alive():
+            case pipe.Alive():
                 return True
-            case Known(catalogue):
+            case pipe.Known(catalogue):
                 self._catalogue = catalogue
-            case Loading(model, stage):
+            case pipe.Loading(model, stage):
                 slot.loading, slot.stage = model, stage
                 _log.info("loading model=%s device=%s: %s", model, slot.device, stage or "begins")
                 slot.advance()
-            case Loaded():
+            case pipe.Loaded():
                 self._loaded(slot)
-            case Unavailable(model, detail):
+            case pipe.Unavailable(model, detail):
                 slot.unavailable[model] = NOT_LOADED
                 slot.loading = None
                 slot.advance()
                 _log.error("model %s cannot be loaded device=%s: %s", model, slot.device, detail)
-            case Ready(condition):
+            case pipe.Ready(condition):
                 self._loaded(slot)
                 slot.learn(condition)
                 slot.up = True
                 slot.start_failures = 0
                 _log.info("worker ready device=%s pid=%s", slot.device, slot.process and slot.process.pid)
-            case StartFailed(message, detail):
+            case pipe.StartFailed(message, detail):
                 slot.loading = None  # it was told, not seen: no crash of the model
                 slot.fault = "it could not load its models; the server's log says why"
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
-            case Progress(steps):
+            case pipe.Progress(steps):
                 slot.advance()
                 for job_id, step in steps.items():
                     running = slot.drawing(job_id)
                     if running is not None and not running.settled and running.on_step is not None:
                         running.on_step(step)
-            case Free(condition):
+            case pipe.Free(condition):
                 slot.drawn()
                 slot.advance()
                 slot.loading = None
                 slot.learn(condition)
-            case Done(job_id, result):
+            case pipe.Done(job_id, result):
                 handle = self._release(slot, job_id)
                 if not handle.settled:
                     handle.succeed(result)
-            case Failed(job_id, kind, _, detail):
+            case pipe.Failed(job_id, error, detail):
                 handle = self._release(slot, job_id)
-                if kind != "cancelled":
-                    _log.warning("job failed kind=%s: %s", kind, detail, extra={"request_id": job_id})
+                if not isinstance(error, Cancelled):
+                    _log.warning("job failed type=%s: %s", error.type, detail, extra={"request_id": job_id})
                 elsewhere = handle.job.model in slot.unavailable.keys() - self._unavailable().keys()
                 if elsewhere and not handle.settled:
                     self._requeue(handle)
                 elif not handle.settled:
-                    handle.fail(report.error())
+                    handle.fail(error)
         slot.settle(self._draining)
         self._dispatch()
         return True
@@ -357,10 +317,6 @@ class LocalEngine:
         else:
             handle.fail(worker_lost(reason))
 
-    def _requeue(self, handle: JobHandle) -> None:
-        handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
-        self._queue.put(handle)  # it is promised: the bound does not apply
-
     @property
     def hopeless(self) -> bool:
         """No device's worker came up when it was started last, nor several times before."""
@@ -371,11 +327,10 @@ def _hopeless() -> NotReady:
     return NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
 
 
-def local_engine(settings: Settings, factory: RunnerFactory, devices: Sequence[str] | None = None) -> LocalEngine:
-    """`devices` instead of those of the settings, if given."""
+def local_engine(settings: Settings, factory: RunnerFactory) -> LocalEngine:
     return LocalEngine(
         factory,
-        settings.devices if devices is None else devices,
+        settings.devices,
         queue_size=settings.queue_size,
         stop_seconds=settings.stop_seconds,
         patience=Patience(silence=settings.silence_seconds, stall=settings.stall_seconds, load=settings.load_seconds),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
-from app.errors import DeadlineExceeded, NotReady, QueueFull, ServiceError, WorkerLost
+from app.errors import NotReady, QueueFull, ServiceError, WorkerLost
 from app.images import OutputFormat
 from cache import CacheStrategy
 from models.base import CacheName, GenerationParams, Step, Timings
@@ -319,39 +319,32 @@ class Engine(Protocol):
 
     async def start(self) -> None:
         """Return at once; readiness is seen in `status`."""
-        ...
 
     async def drain(self, seconds: float) -> None:
         """Take no more jobs; return when every accepted one is settled, those not done after `seconds` with NotReady.
 
         A second call with 0 cuts the first one short, and lets `stop` end the workers at once.
         """
-        ...
 
     async def stop(self) -> None:
         """Answer what is not done with NotReady, end every process."""
-        ...
 
     def catalogue(self) -> Catalogue:
         """Raises NotReady until a first worker has told of it."""
-        ...
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         """Raises what `submit` would refuse a job for `model` with at this moment; nothing is queued."""
-        ...
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         """Queue a job. Raises QueueFull, NotReady or ModelUnavailable. `on_step` is called in the event loop after
         each step. `promised`: accepted by an earlier run of this server, so a full queue is no reason to refuse it.
         """
-        ...
 
     def cancel(self, job_id: str) -> bool:
         """Give a job up: it is settled at once, and its worker is free at the next step.
 
         False: no such job is on its way. No other job is ever touched.
         """
-        ...
 
     def status(self) -> EngineStatus: ...
 
@@ -370,14 +363,6 @@ def leaving() -> NotReady:
 
 def queue_full(size: int) -> QueueFull:
     return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
-
-
-def deadline_passed(handle: JobHandle) -> DeadlineExceeded:
-    where = "waited" if handle.state is JobState.QUEUED else "ran"
-    return DeadlineExceeded(
-        f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline. Ask for "
-        "less, or allow more in deadline_seconds."
-    )
 
 
 def models_unknown() -> NotReady:

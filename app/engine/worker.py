@@ -16,31 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
+from app import errors
+from app.engine import pipe
 from app.engine.memory import is_exhaustion, lighten
-from app.engine.pipe import (
-    PROCESSES,
-    Alive,
-    Cancel,
-    Child,
-    Condition,
-    Done,
-    Failed,
-    FailureKind,
-    Free,
-    Known,
-    Loaded,
-    Loading,
-    Order,
-    Plan,
-    Progress,
-    Ready,
-    Report,
-    Run,
-    StartFailed,
-    Stop,
-    Unavailable,
-)
-from app.engine.types import Catalogue, Job, JobResult, StepsListener
+from app.engine.pipe import Condition, Plan
+from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResult, StepsListener
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
@@ -55,11 +35,9 @@ class Runner(Protocol):
 
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         """`on_stage` hears a model's name and the part of it that is loaded next."""
-        ...
 
     def load(self, model: str) -> None:
         """Raises UnknownModel, LoadFailed."""
-        ...
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
         """Draw jobs of one kind (`grouping.kind_of`), together if they are several; leave nothing of them behind.
@@ -67,7 +45,6 @@ class Runner(Protocol):
         Each job's pictures, or its failure, come out of its `Finish`, in the jobs' order. What `on_steps` raises is
         the failure of the jobs that the step was told of. Raises what concerns all of them.
         """
-        ...
 
     def condition(self) -> Condition: ...
 
@@ -79,11 +56,11 @@ RunnerFactory = Callable[[str], Runner]
 class Spawn(Protocol):
     """Makes the process that serves the other end of `connection`; it is not started yet."""
 
-    def __call__(self, connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> Child: ...
+    def __call__(self, connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> pipe.Child: ...
 
 
-def spawn(connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> Child:
-    return PROCESSES.Process(
+def spawn(connection: Connection, factory: RunnerFactory, device: str, plan: Plan) -> pipe.Child:
+    return pipe.PROCESSES.Process(
         target=main, args=(connection, factory, device, plan), name=f"worker {device}", daemon=True
     )
 
@@ -121,27 +98,27 @@ def serve(connection: Connection, factory: RunnerFactory, device: str, plan: Pla
 def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runner | None:
     try:
         runner = factory(device)
-        runner.watch_loading(lambda model, stage: line.say(Loading(model, stage)))
+        runner.watch_loading(lambda model, stage: line.say(pipe.Loading(model, stage)))
         catalogue = runner.catalogue()
-        line.say(Known(catalogue))
+        line.say(pipe.Known(catalogue))
         if catalogue.default not in plan.avoid:
             try:
                 _load(line, runner, catalogue.default)
             except LoadFailed:
                 if all(info.error for name, info in catalogue.models.items() if name != catalogue.default):
                     raise  # there is nothing to serve instead
-        line.say(Ready(runner.condition()))
+        line.say(pipe.Ready(runner.condition()))
     except _ParentGone:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a loader raises, the supervisor must be told why there is no worker
-        line.say(StartFailed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        line.say(pipe.StartFailed(f"{type(error).__name__}: {error}", traceback.format_exc()))
         return None
     return runner
 
 
 def _load(line: _Line, runner: Runner, model: str) -> None:
     """Tells of it. Raises UnknownModel; LoadFailed, whatever it was that went wrong."""
-    line.say(Loading(model))
+    line.say(pipe.Loading(model))
     try:
         runner.load(model)
     except (_ParentGone, UnknownModel):
@@ -150,16 +127,16 @@ def _load(line: _Line, runner: Runner, model: str) -> None:
         detail, message = traceback.format_exc(), f"{type(error).__name__}: {error}"
         lighten(error)
     else:
-        line.say(Loaded(model))
+        line.say(pipe.Loaded(model))
         return
-    line.say(Unavailable(model, detail))
+    line.say(pipe.Unavailable(model, detail))
     raise LoadFailed(message)
 
 
 def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
     try:
         while not ended.wait(seconds):
-            line.say(Alive())
+            line.say(pipe.Alive())
     except _ParentGone:
         return
 
@@ -171,7 +148,7 @@ class _Line:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def say(self, report: Report) -> None:
+    def say(self, report: pipe.Report) -> None:
         """Raises _ParentGone; whatever pickle raises for a report that it cannot carry."""
         packed = ForkingPickler.dumps(report)
         try:
@@ -180,9 +157,9 @@ class _Line:
         except OSError:
             raise _ParentGone from None
 
-    def hear(self) -> Order:
+    def hear(self) -> pipe.Order:
         try:
-            order: Order = self._connection.recv()
+            order: pipe.Order = self._connection.recv()
         except (EOFError, OSError):
             raise _ParentGone from None
         return order
@@ -217,7 +194,7 @@ class _Shift:
         try:
             while not self._stopped:
                 match self._line.hear():
-                    case Run(jobs, heard):
+                    case pipe.Run(jobs, heard):
                         self._heard = heard
                         self._run(jobs)
                     case order:
@@ -241,7 +218,7 @@ class _Shift:
         if self._encoding is not None:
             self._encoding.result()  # one group ahead is enough: pictures take memory
         # A device that does not even tell its condition any more ends the process here, and gets a new one.
-        self._line.say(Free(self._runner.condition()))
+        self._line.say(pipe.Free(self._runner.condition()))
         self._encoding = self._encoder.submit(self._finish, jobs, finishes)
 
     def _finish(self, jobs: Sequence[Job], finishes: Sequence[Finish]) -> None:
@@ -252,13 +229,11 @@ class _Shift:
                     raise GenerationCancelled
                 result = finish()
                 _check(job, result)
-                self._line.say(Done(job.id, result))
+                self._line.say(pipe.Done(job.id, result))
             except _ParentGone:
                 raise
             except Exception as error:  # noqa: BLE001  # as above
-                field = error.field if isinstance(error, ModelError) else None
-                detail = "".join(traceback.format_exception(error))
-                self._line.say(Failed(job.id, _kind_of(error), str(error), detail, field))
+                self._line.say(pipe.Failed(job.id, _answer(error), "".join(traceback.format_exception(error))))
             self._at_hand.discard(job.id)
             self._given_up.discard(job.id)
 
@@ -266,18 +241,18 @@ class _Shift:
         """Raises GenerationCancelled when nobody waits any more for what is being drawn."""
         heard = {job_id: step for job_id, step in steps.items() if job_id in self._heard - self._given_up}
         if heard or time.monotonic() - self._said >= self._quiet:
-            self._line.say(Progress(heard))
+            self._line.say(pipe.Progress(heard))
             self._said = time.monotonic()
         while self._line.pending():
             self._obey(self._line.hear())
         if self._stopped or self._given_up.issuperset(steps):
             raise GenerationCancelled
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: pipe.Order) -> None:
         match order:
-            case Cancel(job_id) if job_id in self._at_hand:  # else it was finished before this arrived
+            case pipe.Cancel(job_id) if job_id in self._at_hand:  # else it was finished before this arrived
                 self._given_up.add(job_id)
-            case Stop():
+            case pipe.Stop():
                 self._stopped = True
 
 
@@ -293,20 +268,27 @@ def _check(job: Job, result: object) -> None:
         raise ValueError(f"{len(result.images)} pictures for {len(job.params.seeds)} seeds, or empty ones")
 
 
-def _kind_of(error: Exception) -> FailureKind:
-    if isinstance(error, GenerationCancelled):
-        return "cancelled"
-    if isinstance(error, UnknownModel):
-        return "unknown_model"
-    if isinstance(error, LoadFailed):
-        return "load_failed"
-    if isinstance(error, ModelError):
-        return "model_error"
-    if isinstance(error, CacheError):
-        return "incompatible"
+def _answer(error: Exception) -> errors.ServiceError:
+    """What the client is told of it."""
+    match error:
+        case GenerationCancelled():
+            return errors.Cancelled("The job was cancelled.")
+        case UnknownModel():
+            return errors.ModelNotFound(str(error), field="model")
+        case LoadFailed():  # its own message names folders of this machine
+            told = f"The model is configured. {NOT_LOADED} Ask for another one."
+            return errors.ModelUnavailable(told, field="model", retry_after=RETRY_SECONDS)
+        case ModelError():
+            return errors.Invalid(str(error), field=error.field)
+        case CacheError():
+            return errors.Incompatible(str(error))
     if is_exhaustion(error):
-        return "out_of_memory"
-    return "failed"
+        return errors.OutOfMemory(
+            "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
+            "or turn off other features that hold memory.",
+            retry_after=RETRY_SECONDS,
+        )
+    return errors.GenerationFailed("The model failed on this request; the server's log has the cause.")
 
 
 def _die_with_parent() -> None:

@@ -16,15 +16,15 @@ from starlette.responses import Response
 from app import __version__
 from app.engine.types import Engine, Job
 from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
-from app.http import pages, telemetry
+from app.http import pages
 from app.http.apis import a1111, generate, openai
 from app.http.apis import jobs as jobs_api
 from app.http.apis.openai import images_schema
 from app.http.middleware import Guard, RequestContext, error_response
 from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
-from app.http.resolve import Limits, resolved
+from app.http.resolve import Limits, Resolver
 from app.http.schemas import parse, request_schema
-from app.jobs.jobs import Jobs, Keeping
+from app.jobs.jobs import Jobs
 from app.metrics import Metrics
 from app.settings import Settings, available_cores
 from app.tracing import telemetry_config
@@ -43,18 +43,12 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     metrics = Metrics()
     decoders = ThreadPoolExecutor(max(1, available_cores() // 4), "decode")  # the others are for those who draw
-    limits = Limits.of(settings)
+    resolver = Resolver(engine, Limits.of(settings), decoders)
 
     async def resolve_again(body: Mapping[str, Any], job_id: str) -> Job:
-        return await resolved(parse(dict(body)), job_id, engine, limits, decoders)
+        return await resolver.job(parse(dict(body)), job_id)
 
-    keeping = Keeping(
-        seconds=settings.result_seconds,
-        result_bytes=settings.result_bytes,
-        folder=settings.jobs_folder,
-        requeue=settings.jobs_restart == "requeue",
-    )
-    jobs = Jobs(engine, metrics, resolve_again, keeping)
+    jobs = Jobs(engine, metrics, resolve_again, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,7 +71,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         redirect_slashes=False,  # a redirect names the scheme of this process, which behind TLS is another one
     )
     uploads = Uploads(LARGEST_AT_ONCE * settings.max_body_bytes)
-    app.state.service = Service(settings, engine, metrics, jobs, limits, decoders, uploads)
+    app.state.service = Service(settings, engine, metrics, jobs, resolver, uploads)
     guard = Guard(settings.api_keys, settings.allowed_hosts, settings.cors_origins, metrics_open=settings.metrics_open)
     app.add_middleware(RequestContext, guard=guard)
     if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
@@ -91,22 +85,18 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    for module in (generate, jobs_api, openai, a1111, telemetry, pages):
+    for module in (generate, jobs_api, openai, a1111, pages):
         app.include_router(module.router)
     _describe(app)
     return app
 
 
-async def _service_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, ServiceError):
-        raise error
+async def _service_error(request: Request, error: Any) -> Response:  # of its class alone, which no type can say
     return error_response(error, request_id_of(request))
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Any) -> Response:
     """What the framework refuses by itself, in our shape."""
-    if not isinstance(error, HTTPException):
-        raise error
     ours: ServiceError
     match error.status_code:
         case 204:
@@ -123,10 +113,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _validation_error(request: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Any) -> Response:
     """An address's own parameters, which the framework checks; the client's words are left out."""
-    if not isinstance(error, RequestValidationError):
-        raise error
     fault = error.errors()[0]
     field = str(fault["loc"][-1])
     return error_response(Invalid(f"{field}: {fault['msg']}.", field=field), request_id_of(request))
@@ -148,15 +136,10 @@ def _describe(app: FastAPI) -> None:
             for method, operation in operations.items():
                 if method not in ("get", "head"):
                     operation["responses"]["403"] = _FOREIGN
-                _errors_are_json(operation["responses"])
+                for status, response in operation["responses"].items():
+                    content = response.get("content", {})
+                    if status >= "400" and "text/event-stream" in content:  # the framework calls a stream's errors one
+                        content["application/json"] = content.pop("text/event-stream")
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _errors_are_json(responses: dict[str, Any]) -> None:
-    """The framework describes a stream's errors as streams."""
-    for status, response in responses.items():
-        content = response.get("content", {})
-        if status >= "400" and "text/event-stream" in content:
-            content["application/json"] = content.pop("text/event-stream")

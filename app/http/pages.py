@@ -1,94 +1,65 @@
-"""What is asked without a job: health, the models and adapters that there are, the documentation."""
+"""What is asked without a job: health, the models and adapters that there are, the documentation, the counters."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fastapi_offline
+import psutil
 from fastapi import APIRouter, Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from prometheus_client import generate_latest
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.responses import FileResponse, Response
 
-from app.engine.types import NOT_LOADED, EngineStatus, ModelInfo
+from app.engine.types import NOT_LOADED, DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
 from app.errors import NotFound, NotReady
 from app.http.render import errors
 from app.http.request import known_models, service_of
 from app.http.resolve import Adapters
+from app.metrics import Metrics
 
 router = APIRouter()
 
-_FOLDER = Path(fastapi_offline.__file__).parent / "static"
-_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "favicon.png": "image/png"}
+_OURS, _THEIRS = (Path(file).parent / "static" for file in (__file__, fastapi_offline.__file__))
+_FILES = {
+    "start.js": (_OURS, "text/javascript"),
+    "swagger-ui-bundle.js": (_THEIRS, "text/javascript"),
+    "swagger-ui.css": (_THEIRS, "text/css"),
+    "favicon.png": (_THEIRS, "image/png"),
+}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>WaveSpeed API</title>
-<link rel="stylesheet" href="docs/swagger-ui.css">
-<link rel="icon" href="docs/favicon.png">
-</head>
-<body>
-<div id="swagger-ui">This page needs JavaScript; <a href="openapi.json">openapi.json</a> says the same.</div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script src="docs/start.js"></script>
-</body>
-</html>
-"""
-_HOME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>WaveSpeed</title>
-<link rel="icon" href="docs/favicon.png">
-</head>
-<body>
-<h1>WaveSpeed</h1>
-<p>This is the API of an image generation service.</p>
-<ul>
-<li><a href="docs">docs</a>: every address and field, to be tried out</li>
-<li><a href="api/models">api/models</a>: what it draws with</li>
-<li><a href="readyz">readyz</a>: whether it can draw now</li>
-</ul>
-<p>A page to draw on is a program of its own: <code>scripts/ui</code>, or <code>docker compose up ui</code>.</p>
-</body>
-</html>
-"""
-_START = """SwaggerUIBundle({
-  url: "openapi.json",
-  dom_id: "#swagger-ui",
-  deepLinking: true,
-  validatorUrl: null,
-  presets: [SwaggerUIBundle.presets.apis, SwaggerUIBundle.SwaggerUIStandalonePreset],
-});
-"""
+
+
+def _page(name: str) -> FileResponse:
+    return FileResponse(_OURS / name, headers={"Content-Security-Policy": _POLICY})
 
 
 @router.get("/", include_in_schema=False)
-async def home() -> HTMLResponse:
-    return HTMLResponse(_HOME, headers={"Content-Security-Policy": _POLICY})
+async def home() -> FileResponse:
+    return _page("home.html")
 
 
 @router.get("/docs", include_in_schema=False)
-async def page() -> HTMLResponse:
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
-
-
-@router.get("/docs/start.js", include_in_schema=False)
-async def start() -> Response:
-    return Response(_START, media_type="text/javascript")
+async def docs() -> FileResponse:
+    return _page("docs.html")
 
 
 @router.get("/docs/{name}", include_in_schema=False)
 async def file(name: str) -> FileResponse:
     if name not in _FILES:
         raise NotFound("There is no such file of the documentation page.")
-    return FileResponse(_FOLDER / name, media_type=_FILES[name], headers={"Cache-Control": "public, max-age=86400"})
+    path, kind = _FILES[name]
+    headers = {"Cache-Control": "public, max-age=86400"} if path is _THEIRS else None
+    return FileResponse(path / name, media_type=kind, headers=headers)
 
 
 @router.get("/health", summary="The process answers", tags=["health"])
@@ -165,3 +136,127 @@ def _row(model: ModelInfo, status: EngineStatus) -> dict[str, object]:
     del row["error"]
     reason = status.quarantined.get(model.name) or _not_loaded(model, status)
     return {**row, "available": reason is None, "reason": reason, "loaded": model.name in status.loaded}
+
+
+_MB, _GB = 2**20, 2**30
+
+
+@router.get("/api/telemetry", tags=["telemetry"], summary="What the service has done and what it holds")
+async def telemetry(request: Request) -> dict[str, object]:
+    """`total_vram`, `used_vram`, `free_vram` are in GB, the other memory figures in MB; `*_ts` in Unix seconds.
+
+    `cache` says for each strategy how many denoiser calls were computed and reused: in all, in the last request and
+    over the last 100.
+    """
+    service = service_of(request)
+    metrics, status = service.metrics, service.engine.status()
+    return {
+        "uptime_seconds": round(time.time() - metrics.started, 3),
+        "server_start_ts": metrics.started,
+        "pending_count": status.pending,
+        "running_count": status.running,
+        "worker_running": status.ready,
+        "requests_processed": metrics.requests_processed,
+        "images_produced": metrics.images_produced,
+        "batches_processed": metrics.batches_processed,
+        "avg_processed_wait_s": round(metrics.average_wait_seconds, 4),
+        "memory_info": await asyncio.to_thread(_memory_info, status),
+        "devices": [_device(device) for device in status.devices],
+        "loaded_models": sorted(status.loaded),
+        "cache": metrics.cache_report(),
+    }
+
+
+@router.get("/metrics", tags=["telemetry"], summary="Prometheus text", response_class=Response)
+async def prometheus(request: Request) -> Response:
+    """In the form that Accept asks for: OpenMetrics, or the plain text format."""
+    service = service_of(request)
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    text = exposition(service.metrics, service.engine, encode)
+    return Response(text, headers={"Content-Type": content_type})
+
+
+def exposition(metrics: Metrics, engine: Engine, encode: Callable[[Collector], bytes] = generate_latest) -> bytes:
+    """What was counted, and what the engine is now."""
+    models = known_models(engine)
+    for name, info in models.items():
+        metrics.expect(name, info.cache)
+    return encode(_Everything(metrics, engine.status(), models))
+
+
+@dataclass(frozen=True, slots=True)
+class _Everything(Collector):
+    """The counters, and gauges of this one reading: a device or a model that is gone is not to look as it last did."""
+
+    metrics: Metrics
+    status: EngineStatus
+    models: Mapping[str, ModelInfo]
+
+    def collect(self) -> Iterator[Metric]:
+        status = self.status
+        yield from self.metrics.registry.collect()
+        yield GaugeMetricFamily("wavespeed_queue_depth", "Jobs waiting for a worker.", status.pending)
+        yield GaugeMetricFamily("wavespeed_queue_capacity", "Jobs that may wait at once.", status.capacity)
+        yield GaugeMetricFamily("wavespeed_jobs_running", "Jobs that a worker has.", status.running)
+        by_device: dict[tuple[str, str], Callable[[DeviceStatus], float]] = {
+            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use."): lambda device: device.memory.used,
+            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is."): lambda device: device.memory.total,
+            ("wavespeed_worker_restarts", "Workers started after the first."): lambda device: device.restarts,
+            ("wavespeed_worker_ready", "1 when the device's worker can take jobs."): lambda device: device.ready,
+        }
+        for (name, words), value in by_device.items():
+            gauge = GaugeMetricFamily(name, words, labels=["device"])
+            for device in status.devices:
+                gauge.add_metric([device.device], value(device))
+            yield gauge
+        states = GaugeMetricFamily(
+            "wavespeed_worker_state", "1 for the state its worker is in.", labels=["device", "state"]
+        )
+        for device in status.devices:
+            for state in WorkerState:
+                states.add_metric([device.device, state.value], device.state is state)
+        yield states
+        for name, words, names in (
+            ("wavespeed_model_quarantined", "1 when no worker is given the model.", status.quarantined),
+            ("wavespeed_model_unavailable", "1 when the model cannot be loaded.", status.unavailable),
+            ("wavespeed_model_loaded", "1 when some worker holds the model.", status.loaded),
+        ):
+            gauge = GaugeMetricFamily(name, words, labels=["model"])
+            for model in self.models:
+                gauge.add_metric([model], model in names)
+            yield gauge
+
+
+def _memory_info(status: EngineStatus) -> dict[str, float]:
+    memories = [device.memory for device in status.devices]
+    total, used = sum(memory.total for memory in memories), sum(memory.used for memory in memories)
+    return {
+        "total_vram": round(total / _GB, 3),
+        "used_vram": round(used / _GB, 3),
+        "free_vram": round((total - used) / _GB, 3),
+        "vram_allocated_mb": round(sum(memory.allocated for memory in memories) / _MB, 1),
+        "vram_reserved_mb": round(sum(memory.reserved for memory in memories) / _MB, 1),
+        "vram_peak_mb": round(sum(memory.peak for memory in memories) / _MB, 1),
+        "system_ram_mb": round(_resident_bytes(status) / _MB, 1),
+    }
+
+
+def _resident_bytes(status: EngineStatus) -> int:
+    """Of this process and its workers."""
+    resident: int = psutil.Process().memory_info().rss
+    for device in status.devices:
+        try:
+            resident += psutil.Process(device.pid).memory_info().rss if device.pid else 0
+        except psutil.Error:
+            continue  # it died since the status was taken
+    return resident
+
+
+def _device(device: DeviceStatus) -> dict[str, object]:
+    return {
+        **{name: getattr(device, name) for name in ("device", "kind", "name", "pid", "restarts", "loading", "reason")},
+        "state": device.state.value,
+        "total_vram": round(device.memory.total / _GB, 3),
+        "used_vram": round(device.memory.used / _GB, 3),
+        "loaded_models": list(device.loaded),
+    }

@@ -139,6 +139,14 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}
 
 
+def json_body(schema: str, summary: str | None = None, example: object = None) -> dict[str, Any]:
+    """OpenAPI `requestBody`: one of `components/schemas`, with an example and what it shows, if there is one."""
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+    if summary is not None:
+        content["examples"] = {"document": {"summary": summary, "value": example}}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
 MEDIA_TYPES: dict[str, OutputFormat] = {f"image/{name}": name for name in get_args(OutputFormat)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.engine.types import Engine, ModelInfo
 from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, NotReady, shown
-from app.http.resolve import Limits
+from app.http.resolve import Resolver
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord
 from app.metrics import Metrics
@@ -47,14 +46,13 @@ class Uploads:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What every endpoint works with. `decoders`: the few threads that decode the pictures that clients send."""
+    """What every endpoint works with."""
 
     settings: Settings
     engine: Engine
     metrics: Metrics
     jobs: Jobs
-    limits: Limits
-    decoders: Executor
+    resolver: Resolver
     uploads: Uploads
 
 

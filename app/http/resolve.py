@@ -15,7 +15,7 @@ from typing import Any
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
 from app.http.schemas import GenerateRequest
-from app.images import OutputFormat, read_picture
+from app.images import read_picture
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
@@ -96,13 +96,7 @@ class Limits:
 
 
 def resolve(
-    request: GenerateRequest,
-    catalogue: Catalogue,
-    limits: Limits,
-    job_id: str,
-    output_format: OutputFormat,
-    *,
-    same_aspect: bool = False,
+    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, *, same_aspect: bool = False
 ) -> Job:
     """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
 
@@ -152,7 +146,7 @@ def resolve(
         model=model.name,
         params=params,
         strategy=_strategy(request, model),
-        output_format=output_format,
+        output_format=request.output_format,
         warnings=tuple(warnings),
         deadline_seconds=_deadline(request, limits),
     )
@@ -169,28 +163,25 @@ def _deadline(request: GenerateRequest, limits: Limits) -> float:
     return request.deadline_seconds
 
 
-async def resolved(
-    request: GenerateRequest,
-    job_id: str,
-    engine: Engine,
-    limits: Limits,
-    decoders: Executor,
-    output_format: OutputFormat | None = None,
-    *,
-    same_aspect: bool = False,
-) -> Job:
-    """`resolve` for the event loop: an upload is decoded aside, once the engine has said that there is room for a job.
+@dataclass(frozen=True, slots=True)
+class Resolver:
+    """`resolve` for the event loop. `decoders`: the few threads that decode the pictures that clients send."""
 
-    Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
-    """
-    catalogue = engine.catalogue()
-    work = partial(
-        resolve, request, catalogue, limits, job_id, output_format or request.output_format, same_aspect=same_aspect
-    )
-    if request.img2img_image is None:
-        return work()
-    engine.admit(pick_model(request, catalogue).name)
-    return await asyncio.get_running_loop().run_in_executor(decoders, work)
+    engine: Engine
+    limits: Limits
+    decoders: Executor
+
+    async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
+        """An upload is decoded aside, once the engine has said that there is room for a job.
+
+        Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
+        """
+        catalogue = self.engine.catalogue()
+        work = partial(resolve, request, catalogue, self.limits, job_id, same_aspect=same_aspect)
+        if request.img2img_image is None:
+            return work()
+        self.engine.admit(pick_model(request, catalogue).name)
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
 
 
 def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:

@@ -41,8 +41,6 @@ class Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._told = asyncio.Event()
-        self._at_once = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again at the end, which kills the process before its log is written."""
@@ -52,31 +50,23 @@ class Server(uvicorn.Server):
             return
         match self._signals:
             case 1:
-                self._loop.call_soon_threadsafe(self._told.set)
+                asyncio.run_coroutine_threadsafe(self._leave(), self._loop)
             case 2:
-                self._loop.call_soon_threadsafe(self._at_once.set)
+                asyncio.run_coroutine_threadsafe(self._engine.drain(0), self._loop)  # which cuts the other one short
             case _:
                 self.should_exit = self.force_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._leaving = asyncio.create_task(self._leave())
         await super().startup(sockets)
         for address in addresses(sockets or []):
             _log.info("listening: %s/ (its API: %s/docs)", address, address)
 
     async def _leave(self) -> None:
-        await self._told.wait()
         status = self._engine.status()
         _log.info("told to end: %d jobs run, %d wait, %g seconds", status.running, status.pending, self._drain_seconds)
         try:
-            drained = asyncio.create_task(self._engine.drain(self._drain_seconds))
-            at_once = asyncio.create_task(self._at_once.wait())
-            await asyncio.wait({drained, at_once}, return_when=asyncio.FIRST_COMPLETED)
-            if not drained.done():
-                await self._engine.drain(0)
-            await drained
-            at_once.cancel()
+            await self._engine.drain(self._drain_seconds)
         finally:
             self.should_exit = True
 

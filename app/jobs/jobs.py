@@ -10,27 +10,16 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from app import tracing
+from app import errors, tracing
 from app.engine.types import Engine, Job, JobHandle, JobState
-from app.errors import (
-    Cancelled,
-    CannotStart,
-    IdempotencyConflict,
-    JobFinished,
-    JobNotFound,
-    LostAtRestart,
-    NotReady,
-    ServiceError,
-    StorageFailed,
-)
+from app.errors import Cancelled, NotReady, ServiceError
 from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
 from app.metrics import Metrics
+from app.settings import Settings
 from models.base import Step
 
 _log = logging.getLogger(__name__)
@@ -44,29 +33,21 @@ _PAUSE = 0.5  # seconds between two tries to hand a job of an earlier run to the
 _TRIM_SECONDS = 60.0  # for which a follower that lost its connection can come back to every event of an ended job
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Keeping:
-    """How long and where. `folder` None: in memory. `requeue`: a restart takes up what was not done."""
-
-    seconds: float = 3600.0
-    result_bytes: int = 512 * 2**20
-    folder: Path | None = None
-    requeue: bool = False
-
-
 class Jobs:
     """Belongs to one event loop. Every accepted job ends exactly once, as done, failed or cancelled.
 
     resolve: a body and an id → the job; raises ServiceError. Asked for what an earlier run of the server promised.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, resolve: Resolve, keeping: Keeping) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, resolve: Resolve, settings: Settings) -> None:
         self._engine = engine
         self._metrics = metrics
         self._resolve = resolve
-        self._keeping = keeping
-        self._store = JobStore(keeping.folder) if keeping.folder is not None else None
-        self._results = Results(keeping.result_bytes, keeping.folder)
+        self._kept_seconds = settings.result_seconds
+        self._requeue = settings.jobs_restart == "requeue"
+        self._folder = folder = settings.jobs_folder
+        self._store = JobStore(folder) if folder is not None else None
+        self._results = Results(settings.result_bytes, folder)
         self._records: dict[str, JobRecord] = {}  # oldest first
         self._keys: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,8 +63,9 @@ class Jobs:
         except (OSError, sqlite3.Error, ValueError) as error:
             busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             reason = "another server uses it" if busy else error
-            folder = str(self._keeping.folder)
-            raise CannotStart(f"WAVESPEED_JOBS_FOLDER: {folder!r} cannot be used: {reason}") from error
+            raise errors.CannotStart(
+                f"WAVESPEED_JOBS_FOLDER: {str(self._folder)!r} cannot be used: {reason}"
+            ) from error
         waiting = []
         for record in records:
             if record.state is JobState.DONE and record.id not in found:
@@ -94,11 +76,11 @@ class Jobs:
                 self._keys[record.key] = record.id
             if record.ended:
                 self._forget_later(record)
-            elif self._keeping.requeue and record.request is not None:
+            elif self._requeue and record.request is not None:
                 record.state, record.started, record.step = JobState.QUEUED, None, 0
                 waiting.append(record)
             else:
-                await self._end(record, LostAtRestart(_LOST))
+                await self._end(record, errors.LostAtRestart(_LOST))
         if waiting:
             _log.info("%d jobs of the last run are taken up again", len(waiting))
             self._resuming = asyncio.create_task(self._resume(waiting))
@@ -136,7 +118,7 @@ class Jobs:
             if key is not None and (known := self._records.get(self._keys.get(key, ""))) is not None:
                 if known.fingerprint != fingerprint:
                     conflict = "This Idempotency-Key was used for another request. Use a new one."
-                    raise IdempotencyConflict(conflict, field="Idempotency-Key")
+                    raise errors.IdempotencyConflict(conflict, field="Idempotency-Key")
                 if known.saved is not None:
                     await asyncio.shield(known.saved)
                 return known
@@ -165,7 +147,7 @@ class Jobs:
             await self._save(record)
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
-            refusal = StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
+            refusal = errors.StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
             saved.set_exception(refusal)
             saved.exception()  # a second caller may read it, or none
             self._engine.cancel(record.id)
@@ -195,7 +177,7 @@ class Jobs:
         record = self._records.get(identity)
         foreign = record is not None and record.owner.startswith(KEY_OWNER) and record.owner != owner
         if record is None or record.ephemeral or foreign:
-            raise JobNotFound("There is no such job, or it ended so long ago that it was forgotten.")
+            raise errors.JobNotFound("There is no such job, or it ended so long ago that it was forgotten.")
         return record
 
     def of(self, owner: str, api: str) -> list[JobRecord]:
@@ -208,7 +190,7 @@ class Jobs:
             return None
         body = await self._results.get(record.id)
         if body is None:
-            raise JobNotFound("The job's result is no longer kept.")
+            raise errors.JobNotFound("The job's result is no longer kept.")
         return body
 
     def leave(self, record: JobRecord) -> None:
@@ -224,7 +206,7 @@ class Jobs:
             await self._end(record, Cancelled("The job was cancelled."))
             return
         if record.ended or not self._engine.cancel(record.id):
-            raise JobFinished("The job has ended already. There was nothing to cancel.")
+            raise errors.JobFinished("The job has ended already. There was nothing to cancel.")
         if (watcher := self._watchers.get(record.id)) is not None:
             await asyncio.wait({watcher})
 
@@ -275,11 +257,12 @@ class Jobs:
             outcome = error
         except OSError as error:
             _log.error("results: %s", error)
-            outcome = StorageFailed("The pictures cannot be kept: the server's disk fails.", retry_after=30)
+            outcome = errors.StorageFailed("The pictures cannot be kept: the server's disk fails.", retry_after=30)
         except Exception:  # noqa: BLE001  # a bug of ours: whoever waits for the job must not wait for ever
             _log.exception("internal error")
             outcome = ServiceError("The server made a mistake; its log has it.")
-        if isinstance(outcome, NotReady) and self._will_be_resumed(record):
+        resumed = self._requeue and not record.ephemeral and self._engine.status().draining
+        if isinstance(outcome, NotReady) and resumed:
             # Its row on disk still says that it waits, and the next run of the server takes it up.
             record.events.publish("error", outcome.body(record.id))
             return
@@ -291,9 +274,6 @@ class Jobs:
                 tracing.job_ended(record.id, handle.total_seconds, figures)
         await self._end(record, outcome)
         await self._erase(gone)
-
-    def _will_be_resumed(self, record: JobRecord) -> bool:
-        return self._keeping.requeue and not record.ephemeral and self._engine.status().draining
 
     def _told(self, model: str | None, outcome: Drawn | ServiceError, job_id: str | None = None) -> dict[str, object]:
         """Count and log an end, the one place where that happens; what a trace is told of it.
@@ -339,7 +319,7 @@ class Jobs:
 
     async def _save(self, record: JobRecord) -> None:
         if self._store is not None:
-            await self._store.put(record, with_request=self._keeping.requeue and not record.ended)
+            await self._store.put(record, with_request=self._requeue and not record.ended)
 
     def _free_key(self, record: JobRecord) -> None:
         if record.key is not None and self._keys.get(record.key) == record.id:
@@ -348,7 +328,7 @@ class Jobs:
     def _forget_later(self, record: JobRecord) -> None:
         age = time.time() - (record.finished or time.time())
         loop = asyncio.get_running_loop()
-        loop.call_later(max(0.0, self._keeping.seconds - age), self._spawn_erase, [record.id])
+        loop.call_later(max(0.0, self._kept_seconds - age), self._spawn_erase, [record.id])
         if len(self._records) > MOST_KEPT:
             self._spawn_erase([next(kept.id for kept in self._records.values() if kept.ended)])
 

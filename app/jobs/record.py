@@ -7,7 +7,7 @@ import base64
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from app.engine.types import Job, JobHandle, JobResult, JobState
@@ -138,24 +138,17 @@ class Drawn:
 
 
 def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
-    params, timings = job.params, result.timings
+    seconds = {"queue_seconds": queue_seconds, **asdict(result.timings), "total_seconds": total_seconds}
     report = {
         "request_id": job.id,
         "model": job.model,
-        "seeds": list(params.seeds),
-        "width": params.width,
-        "height": params.height,
-        "steps": params.steps,
+        "seeds": list(job.params.seeds),
+        "width": job.params.width,
+        "height": job.params.height,
+        "steps": job.params.steps,
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
-        "timings": {
-            "queue_seconds": round(queue_seconds, 4),
-            "text_seconds": round(timings.text_seconds, 4),
-            "denoise_seconds": round(timings.denoise_seconds, 4),
-            "decode_seconds": round(timings.decode_seconds, 4),
-            "compile_seconds": round(timings.compile_seconds, 4),
-            "total_seconds": round(total_seconds, 4),
-        },
+        "timings": {name: round(value, 4) for name, value in seconds.items()},
         "cache": dict(result.cache),
     }
     return Drawn(job, result.images, report, result.batches)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app.engine.types import JobState
 from app.jobs.record import JobRecord
@@ -51,36 +51,26 @@ class JobStore:
 
     async def put(self, record: JobRecord, *, with_request: bool) -> None:
         """Returns when it is on disk. Raises sqlite3.Error, such as a full disk's."""
-        row = _row(record, with_request)
-
-        def write(database: sqlite3.Connection) -> None:
-            marks = ", ".join("?" * len(_COLUMNS))
-            with database:
-                database.execute(f"INSERT OR REPLACE INTO jobs ({', '.join(_COLUMNS)}) VALUES ({marks})", row)
-
-        await self._run(lambda: write(self._opened()))
+        marks = ", ".join("?" * len(_COLUMNS))
+        statement = f"INSERT OR REPLACE INTO jobs ({', '.join(_COLUMNS)}) VALUES ({marks})"
+        await self._run(self._write, statement, [_row(record, with_request)])
 
     async def forget(self, ids: Iterable[str]) -> None:
-        rows = [(identity,) for identity in ids]
-
-        def delete(database: sqlite3.Connection) -> None:
-            with database:
-                database.executemany("DELETE FROM jobs WHERE id = ?", rows)
-
-        await self._run(lambda: delete(self._opened()))
+        await self._run(self._write, "DELETE FROM jobs WHERE id = ?", [(identity,) for identity in ids])
 
     async def close(self) -> None:
         if self._database is not None:
             await self._run(self._database.close)
         self._thread.shutdown()
 
-    async def _run(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def _run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def _opened(self) -> sqlite3.Connection:
+    def _write(self, statement: str, rows: list[tuple[object, ...]]) -> None:
         if self._database is None:
             raise RuntimeError("the job store is not open")
-        return self._database
+        with self._database:
+            self._database.executemany(statement, rows)
 
     def _open(self) -> list[JobRecord]:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -18,27 +18,24 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, 
 from ray.serve.handle import DeploymentHandle
 
 from app.engine.pipe import in_own_thread
-from app.engine.queue import JobQueue
+from app.engine.queue import QueueingEngine
 from app.engine.types import (
     ATTEMPTS,
     RETRY_SECONDS,
     Catalogue,
     DeviceStatus,
     EngineStatus,
-    Job,
     JobHandle,
     JobResult,
     JobState,
-    StepListener,
     WorkerState,
-    deadline_passed,
     in_all,
     leaving,
     models_unknown,
     queue_full,
     worker_lost,
 )
-from app.errors import Cancelled, NotReady, ServiceError, WorkerLost
+from app.errors import NotReady, ServiceError, WorkerLost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name
 from models.base import Step
 
@@ -47,7 +44,7 @@ _log = logging.getLogger(__name__)
 _LOST = (RayActorError, NodeDiedError, WorkerCrashedError, ReplicaUnavailableError)
 
 
-class RayEngine:
+class RayEngine(QueueingEngine):
     """See `Engine`. `workers` is the deployment of `Replica`; `app` the name of the Serve application that it is in.
 
     Jobs wait here, the oldest first, and one is handed to Serve when a replica has a place for it. `at_once`: all are
@@ -65,26 +62,17 @@ class RayEngine:
         at_once: bool = False,
         drain_seconds: float = 0.0,
     ) -> None:
+        super().__init__(queue_size)
         self._workers = workers
-        self._queue_size = queue_size
         self._at_once = at_once
         self._drain_seconds = drain_seconds
         self._fleet = Fleet(app, on_news=self._dispatch)
-        self._queue = JobQueue()
         self._calls: dict[JobHandle, asyncio.Task[None]] = {}  # of jobs handed to Serve
         self._watcher: asyncio.Task[None] | None = None
-        self._draining = False
 
     async def start(self) -> None:
         self._draining = False
         self._watcher = asyncio.create_task(self._fleet.watch())
-
-    async def drain(self, seconds: float) -> None:
-        self._draining = True
-        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
-            await asyncio.wait(pending, timeout=seconds)
-        for handle in self._unsettled():
-            self._give_up(handle, leaving())
 
     async def stop(self) -> None:
         await self.drain(self._drain_seconds)
@@ -103,20 +91,8 @@ class RayEngine:
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
             raise queue_full(self._queue_size)
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step)
-        handle.limit(self._expire)
-        self._queue.put(handle)
+    def _accepted(self, handle: JobHandle) -> None:
         self._dispatch()
-        return handle
-
-    def cancel(self, job_id: str) -> bool:
-        for handle in self._unsettled():
-            if handle.job.id == job_id:
-                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
-                return True
-        return False
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -207,10 +183,6 @@ class RayEngine:
             case ServiceError():
                 self._give_up(handle, word)
 
-    def _requeue(self, handle: JobHandle) -> None:
-        handle.requeue()
-        self._queue.put(handle)
-
     def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
         if handle.settled:
             return
@@ -219,9 +191,6 @@ class RayEngine:
         task = self._calls.get(handle)
         if task is not None and task is not asyncio.current_task():
             task.cancel()
-
-    def _expire(self, handle: JobHandle) -> None:
-        self._give_up(handle, deadline_passed(handle))
 
 
 class Fleet:

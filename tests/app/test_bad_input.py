@@ -274,7 +274,7 @@ VALUES = st.recursive(
 def test_any_object_becomes_a_job_or_an_answer(body: dict[str, Any]) -> None:
     answer: tuple[int, dict[str, Any]] = (200, {})
     try:
-        job = resolve(parse({"prompt": "a", **body}), fake_catalogue(), Limits(), "id", "png")
+        job = resolve(parse({"prompt": "a", **body}), fake_catalogue(), Limits(), "id")
         answer = (200, {"seeds": job.params.seeds})
     except ServiceError as error:
         answer = (error.status, error.body("id"))

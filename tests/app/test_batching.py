@@ -75,7 +75,7 @@ async def test_a_cancelled_member_stops_nobody_else(nursery: Nursery, engine: Lo
     assert is_right(handles[2])
     assert [len(nursery.child.told(name)) for name in "abc"] == [3, 2, 3]
     failures = [report for report in nursery.child.sent if isinstance(report, Failed)]
-    assert [(report.job_id, report.kind) for report in failures] == [("b", "cancelled")]
+    assert [(report.job_id, report.error.type) for report in failures] == [("b", "cancelled")]
     assert (await engine.submit(job("d")).result).images
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from app.engine.runner import summarise
-from app.http.telemetry import exposition
+from app.http.pages import exposition
 from app.metrics import RECENT, CacheUse, Metrics
 from cache import CacheReport
 from tests.app.fakes import FakeEngine

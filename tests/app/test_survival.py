@@ -137,5 +137,5 @@ async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -
 def drawn(seed: int) -> bytes:
     """The picture that the fake draws for `seed`, made here without an engine, text chunks and all."""
     runner = fake_runner("cpu")
-    wanted = resolve(parse({**BODY, "seed": seed}), runner.catalogue(), Limits(), "x", "png")
+    wanted = resolve(parse({**BODY, "seed": seed}), runner.catalogue(), Limits(), "x")
     return runner.run(wanted, lambda step: None).images[0]

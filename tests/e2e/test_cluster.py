@@ -74,7 +74,7 @@ def test_both_replicas_are_ready_and_draw(client: httpx.Client) -> None:
 
 
 def test_metrics_have_the_names_that_one_machine_has(client: httpx.Client) -> None:
-    from app.http.telemetry import exposition
+    from app.http.pages import exposition
     from app.metrics import Metrics
     from tests.app.fakes import FakeEngine
 

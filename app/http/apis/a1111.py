@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse
 from app import __version__
 from app.engine.types import EngineStatus
 from app.errors import Unsupported, shown
-from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, payload_schema, read_payload
-from app.http.render import errors
+from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, Img2ImgOptions, Options, payload_schema, read_payload
+from app.http.render import errors, json_body
 from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
-from app.http.resolve import Adapters, resolved
+from app.http.resolve import Adapters
 from app.http.schemas import KNOWN
-from app.infotext import AUTOMATIC, SCHEDULERS, infotext, known, sampler_label, scheduler_label
+from app.infotext import AUTOMATIC, SAMPLERS, SCHEDULERS, infotext, sampler_label, scheduler_label
 from app.jobs.record import Drawn, JobRecord
 
 
@@ -56,67 +56,49 @@ NONE_HERE = (
 """Lists that front ends fetch when they start, and that are empty here."""
 
 
-def _body_of(schema: str) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def schemas() -> dict[str, dict[str, Any]]:
     """The bodies' JSON Schemas by name, for OpenAPI."""
-    return {"Txt2ImgRequest": payload_schema(img2img=False), "Img2ImgRequest": payload_schema(img2img=True)}
+    return {kind.title: payload_schema(kind) for kind in (Options, Img2ImgOptions)}
 
 
-_DRAWING: dict[str, Any] = {
-    "response_model": Pictures,
-    "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
-}
+def _drawing(summary: str, kind: type[Options]) -> dict[str, Any]:
+    """What OpenAPI says of an address that draws."""
+    return {
+        "summary": summary,
+        "response_model": Pictures,
+        "responses": errors(401, 404, 409, 413, 422, 429, 500, 503, 504),
+        "openapi_extra": json_body(kind.title),
+    }
 
 
-@router.post(
-    "/txt2img",
-    summary="Draw pictures, as AUTOMATIC1111 does",
-    openapi_extra=_body_of("Txt2ImgRequest"),
-    **_DRAWING,
-)
+@router.post("/txt2img", **_drawing("Draw pictures, as AUTOMATIC1111 does", Options))
 async def txt2img(request: Request) -> Response:
     """The fields of POST /api/generate can stand beside AUTOMATIC1111's, in override_settings, or in
     alwayson_scripts.WaveSpeed.args[0]; the report is info.wavespeed.
     """
-    return await _draw(request, img2img=False)
+    return await _draw(request, Options)
 
 
-@router.post(
-    "/img2img",
-    summary="Draw a picture over, as AUTOMATIC1111 does",
-    openapi_extra=_body_of("Img2ImgRequest"),
-    **_DRAWING,
-)
+@router.post("/img2img", **_drawing("Draw a picture over, as AUTOMATIC1111 does", Img2ImgOptions))
 async def img2img(request: Request) -> Response:
     """As txt2img, from one picture. There is no inpainting."""
-    return await _draw(request, img2img=True)
+    return await _draw(request, Img2ImgOptions)
 
 
-async def _draw(request: Request, *, img2img: bool) -> Response:
-    record, sampler = await _submitted(request, img2img=img2img)
+async def _draw(request: Request, kind: type[Options]) -> Response:
+    record, sampler = await _submitted(request, kind)
     drawn = await waited(request, record)
     return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn, sampler)))
 
 
-async def _submitted(request: Request, *, img2img: bool) -> tuple[JobRecord, str | None]:
+async def _submitted(request: Request, kind: type[Options]) -> tuple[JobRecord, str | None]:
     """The job, and its sampler as the client calls it."""
     service = service_of(request)
     async with asked(request) as body:
-        payload = read_payload(body, img2img=img2img)
-        job = await resolved(
-            payload.fields,
-            request_id_of(request),
-            service.engine,
-            service.limits,
-            service.decoders,
-            same_aspect=payload.same_aspect,
-        )
-        sampler = payload.sampler.name if payload.sampler is not None else sampler_label(job.params.sampler)
-    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), sampler
+        fields, sampler, same_aspect = read_payload(body, kind)
+        job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
+    name = sampler.name if sampler is not None else sampler_label(job.params.sampler)
+    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), name
 
 
 @router.get("/progress", summary="How far the caller's request is", responses=errors(401, 422))
@@ -138,21 +120,15 @@ async def interrupt(request: Request) -> dict[str, str]:
     return {}
 
 
-def _options(request: Request) -> dict[str, object]:
-    """Those of a request that names none."""
-    default = service_of(request).engine.catalogue().default
+@router.get("/options", summary="The settings of a request that names none", responses=errors(401, 503))
+async def options(request: Request) -> dict[str, Any]:
+    """Each can be set in a request's override_settings, and nowhere else."""
     return {
-        "sd_model_checkpoint": default,
+        "sd_model_checkpoint": service_of(request).engine.catalogue().default,
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
         "live_previews_enable": False,
     }
-
-
-@router.get("/options", summary="The settings of a request that names none", responses=errors(401, 503))
-async def options(request: Request) -> dict[str, Any]:
-    """Each can be set in a request's override_settings, and nowhere else."""
-    return _options(request)
 
 
 @router.post(
@@ -163,7 +139,7 @@ async def options(request: Request) -> dict[str, Any]:
 )
 async def set_options(request: Request) -> None:
     """A setting that outlives its request would change what others are drawn: they belong into override_settings."""
-    now = _options(request)
+    now = await options(request)
     for name, value in (await read_object(request)).items():
         if name in now and type(value) is type(now[name]) and value == now[name]:
             continue
@@ -189,7 +165,8 @@ async def samplers(request: Request) -> list[dict[str, Any]]:
             "aliases": list(sampler.aliases),
             "options": {"scheduler": sampler.automatic} if sampler.automatic else {},
         }
-        for sampler in known(ours)
+        for sampler in SAMPLERS
+        if sampler.ours in ours
     ]
 
 
@@ -226,16 +203,12 @@ def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
     """`Pictures` as a dict. Its size makes it a thread's work."""
     pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
     job, params = drawn.job, drawn.job.params
+    same = ("prompt", "negative_prompt", "width", "height", "steps", "batch_size")
     shared = {
-        "prompt": params.prompt,
-        "negative_prompt": params.negative_prompt,
+        **{name: getattr(params, name) for name in same},
         "seed": params.seeds[0],
-        "width": params.width,
-        "height": params.height,
         "sampler_name": sampler,
         "cfg_scale": params.guidance_scale,
-        "steps": params.steps,
-        "batch_size": params.batch_size,
         "denoising_strength": params.img2img.denoise if params.img2img is not None else None,
         "styles": [],
         "restore_faces": False,
@@ -244,7 +217,6 @@ def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
         "seed_resize_from_w": 0,
         "seed_resize_from_h": 0,
     }
-    texts = [infotext(params, seed, job.model, job.strategy.name) for seed in params.seeds]
     info = {
         **shared,
         "all_prompts": [params.prompt] * len(params.seeds),
@@ -258,7 +230,7 @@ def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
         "sd_vae_hash": None,
         "extra_generation_params": {"Schedule type": scheduler_label(params.scheduler) or AUTOMATIC.label},
         "index_of_first_image": 0,
-        "infotexts": texts,
+        "infotexts": [infotext(params, seed, job.model, job.strategy.name) for seed in params.seeds],
         "job_timestamp": _stamp(),
         "clip_skip": params.clip_skip or 1,
         "is_using_inpainting_conditioning": False,

@@ -7,22 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import Invalid, Unsupported, shown
-from app.http.schemas import (
-    KNOWN,
-    GenerateRequest,
-    Name,
-    Neutral,
-    parse,
-    request_schema,
-    validated,
-    without_neutral,
-)
+from app.http.schemas import KNOWN, GenerateRequest, Name, Neutral, parse, request_schema, validated, without_neutral
 from app.infotext import Sampler, pair, scheduler_alone
 
 SCRIPT = "WaveSpeed"
@@ -63,7 +53,7 @@ NEUTRAL = {
     "firstphase_height": Neutral((0,), "Set enable_hr and hr_scale 2."),
     "override_settings_restore_afterwards": Neutral((True,), "Settings belong to their request here."),
 }
-NEUTRAL_IMG2IMG = {
+NEUTRAL_IMG2IMG = NEUTRAL | {
     "mask": Neutral((), _NO_INPAINTING),
     "latent_mask": Neutral((), _NO_INPAINTING),
     "initial_noise_multiplier": Neutral((1,), "Set denoising_strength."),
@@ -72,20 +62,10 @@ NEUTRAL_IMG2IMG = {
 }
 # Read by AUTOMATIC1111 only beside something that is refused here, or by models of another kind: whatever their value,
 # they change nothing there either.
-IDLE = frozenset({"subseed", "refiner_switch_at", "hr_cfg"})
-IDLE_IMG2IMG = frozenset(
-    {
-        "image_cfg_scale",
-        "inpaint_full_res",
-        "inpaint_full_res_padding",
-        "inpainting_fill",
-        "inpainting_mask_invert",
-        "mask_blur",
-        "mask_blur_x",
-        "mask_blur_y",
-        "mask_round",
-    }
-)
+IDLE = {"subseed", "refiner_switch_at", "hr_cfg"}
+_OF_INPAINTING = {"inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"}
+_OF_MASKS = {"mask_blur", "mask_blur_x", "mask_blur_y", "mask_round"}
+IDLE_IMG2IMG = IDLE | _OF_INPAINTING | _OF_MASKS | {"image_cfg_scale"}
 _HIRES = "hires_fix here enlarges with Lanczos to twice the size and draws over it at half strength."
 HIRES = {
     "hr_scale": Neutral((2,), _HIRES),
@@ -110,9 +90,12 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
-    """What AUTOMATIC1111 names otherwise than we do, in both endpoints."""
+    """What AUTOMATIC1111 names otherwise than we do, in both endpoints; `neutral` and `idle` are its other fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+    title: ClassVar = "Txt2ImgRequest"
+    neutral: ClassVar = NEUTRAL
+    idle: ClassVar = IDLE
 
     sampler_name: Name | None = Field(None, description="As GET /sdapi/v1/samplers lists them; null: the model's own.")
     sampler_index: Name | None = Field(None, description="Read where sampler_name is null.")
@@ -136,6 +119,9 @@ class Options(BaseModel):
 class Img2ImgOptions(Options):
     """And those of img2img alone."""
 
+    title: ClassVar = "Img2ImgRequest"
+    neutral: ClassVar = NEUTRAL_IMG2IMG
+    idle: ClassVar = IDLE_IMG2IMG
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
         description="One picture, base64 or a data URL. Never a path or a URL."
     )
@@ -144,26 +130,12 @@ class Img2ImgOptions(Options):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """`sampler` as AUTOMATIC1111 names it; `resize_mode` of img2img, None in txt2img."""
+def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateRequest, Sampler | None, bool]:
+    """The request; the sampler as AUTOMATIC1111 names it; must the picture have the drawing's aspect already?
 
-    fields: GenerateRequest
-    sampler: Sampler | None
-    resize_mode: int | None = None
-
-    @property
-    def same_aspect(self) -> bool:
-        """Must the picture have the drawing's aspect already? Only mode 1 cuts it there as it is cut here."""
-        return self.resize_mode not in (None, 1)
-
-
-def read_payload(body: dict[str, Any], *, img2img: bool) -> Payload:
-    """Raises Invalid, Unsupported or Incompatible."""
-    neutral = {**NEUTRAL, **NEUTRAL_IMG2IMG} if img2img else NEUTRAL
-    idle = IDLE | IDLE_IMG2IMG if img2img else IDLE
-    kind = Img2ImgOptions if img2img else Options
-    body = {name: value for name, value in without_neutral(body, neutral).items() if name not in idle}
+    Raises Invalid, Unsupported or Incompatible.
+    """
+    body = {name: value for name, value in without_neutral(body, kind.neutral).items() if name not in kind.idle}
     if body.get("enable_hr") is True:
         without_neutral({**_HIRES_DEFAULTS, **body}, HIRES)
     body = {name: value for name, value in body.items() if name not in HIRES or name == "denoising_strength"}
@@ -186,9 +158,9 @@ def read_payload(body: dict[str, Any], *, img2img: bool) -> Payload:
         values.put("img2img_denoise", denoise, "denoising_strength")
     if isinstance(values.get("prompt"), str):
         _networks(values)
-    fields = parse(values, (*KNOWN, *kind.model_fields, *neutral, *idle))
-    mode = (options.resize_mode or 0) if isinstance(options, Img2ImgOptions) else None
-    return Payload(fields, sampler, mode)
+    fields = parse(values, (*KNOWN, *kind.model_fields, *kind.neutral, *kind.idle))
+    # Only mode 1 cuts the picture there as it is cut here.
+    return fields, sampler, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
 
 
 class _Values(dict[str, Any]):
@@ -279,23 +251,19 @@ def _networks(values: _Values) -> None:
         values["prompt"] = _TAG.sub("", values["prompt"])
 
 
-def payload_schema(*, img2img: bool) -> dict[str, Any]:
+def payload_schema(kind: type[Options]) -> dict[str, Any]:
     """JSON Schema of the body, for OpenAPI."""
     ours = request_schema()
     ours.pop("$defs", None)
-    kind = Img2ImgOptions if img2img else Options
     theirs = kind.model_json_schema()
-    neutral = {**NEUTRAL, **(NEUTRAL_IMG2IMG if img2img else {})}
-    idle = IDLE | IDLE_IMG2IMG | frozenset(HIRES) if img2img else IDLE | frozenset(HIRES)
     properties = {
         **{name: _nullable(schema) for name, schema in ours["properties"].items()},
-        **{name: field.schema() for name, field in neutral.items()},
-        **{name: {"description": "Changes nothing by itself."} for name in sorted(idle)},
+        **{name: field.schema() for name, field in kind.neutral.items()},
+        **{name: {"description": "Changes nothing by itself."} for name in sorted(kind.idle | HIRES.keys())},
         **theirs["properties"],
     }
-    title = "Img2ImgRequest" if img2img else "Txt2ImgRequest"
     required = ["prompt", *theirs.get("required", [])]
-    return {**ours, "title": title, "required": required, "properties": properties, "examples": []}
+    return {**ours, "title": kind.title, "required": required, "properties": properties, "examples": []}
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:

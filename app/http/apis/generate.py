@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from app.errors import Incompatible
-from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors
+from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import resolved
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
 from app.jobs.record import JobRecord
 
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
-REQUEST_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": "#/components/schemas/GenerateRequest"},
-                "examples": {"document": {"summary": "A misty forest, DeepCache balanced", "value": EXAMPLE}},
-            }
-        },
-    }
-}
+REQUEST_BODY = json_body("GenerateRequest", "A misty forest, DeepCache balanced", EXAMPLE)
 
 
 @router.post(
@@ -58,8 +46,9 @@ async def _submitted(request: Request) -> tuple[JobRecord, bool]:
     service = service_of(request)
     async with asked(request) as body:
         fields = parse(body)
-        wanted = _picture_format(request, fields)
-        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders, wanted)
+        if (wanted := _picture_format(request, fields)) is not None:
+            fields = fields.model_copy(update={"output_format": wanted})
+        job = await service.resolver.job(fields, request_id_of(request))
     record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False)
     return record, wanted is not None
 

@@ -17,7 +17,6 @@ from app.errors import Invalid
 from app.http.apis.generate import REQUEST_BODY
 from app.http.render import JobAnswer, errors
 from app.http.request import asked, owner_of, request_id_of, service_of
-from app.http.resolve import resolved
 from app.http.schemas import parse
 from app.jobs.record import JobRecord
 
@@ -50,7 +49,7 @@ async def submit(request: Request, idempotency_key: IdempotencyKey = None) -> Re
     async with asked(request) as body:
         key = _scoped(request, idempotency_key)
         fields = parse(body)
-        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders)
+        job = await service.resolver.job(fields, request_id_of(request))
         fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     record = await service.jobs.submit(job, owner_of(request), request=body, key=key, fingerprint=fingerprint)
     return JSONResponse(record.shown(), status_code=202, headers={"Location": f"/api/jobs/{record.id}"})

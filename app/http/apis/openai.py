@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 from app import images
 from app.engine.types import Engine, Job
 from app.errors import Invalid, ModelNotFound, ServiceError, shown
-from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors
+from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import pick_model, resolved
+from app.http.resolve import pick_model
 from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, validated, without_neutral
 from app.images import OutputFormat
 from app.jobs.jobs import Jobs
@@ -50,7 +50,6 @@ NEUTRAL = {
     "svg": Neutral((), "Leave it out; pictures here are png, jpeg or webp."),
     "enable_preview": Neutral((False,), "Set stream and partial_images."),
 }
-_REPLACED = {"num_images": "n"}
 _Word = Annotated[str, Field(max_length=200)]
 
 
@@ -92,17 +91,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
         },
         **errors(401, 404, 413, 422, 429, 500, 503, 504),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/ImagesRequest"},
-                    "examples": {"cached": {"summary": "A misty forest, DeepCache", "value": EXAMPLE}},
-                }
-            },
-        }
-    },
+    openapi_extra=json_body("ImagesRequest", "A misty forest, DeepCache", EXAMPLE),
 )
 async def generations(request: Request) -> Response:
     """All fields of POST /api/generate can stand beside these: through a client's `extra_body`."""
@@ -119,7 +108,7 @@ async def _submitted(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
     service = service_of(request)
     async with asked(request) as body:
         options, fields = read_images(body, service.engine)
-        job = await resolved(fields, request_id_of(request), service.engine, service.limits, service.decoders)
+        job = await service.resolver.job(fields, request_id_of(request))
     record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=options.partials > 0)
     return options, record, job
 
@@ -144,9 +133,8 @@ async def model(request: Request, model: str) -> ModelCard:
 
 def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, GenerateRequest]:
     """Raises Invalid, Unsupported, ModelNotFound; NotReady where the size is the model's and no model is known yet."""
-    for ours, theirs in _REPLACED.items():
-        if ours in body:
-            raise Invalid(f"{ours} is called {theirs} here.", field=ours)
+    if "num_images" in body:
+        raise Invalid("num_images is called n here.", field="num_images")
     body = without_neutral(body, NEUTRAL)
     options = validated(ImageOptions, {name: body.pop(name) for name in ImageOptions.model_fields if name in body})
     if options.partials and not options.stream:
@@ -179,8 +167,7 @@ def images_schema() -> dict[str, Any]:
     """JSON Schema of the body, for OpenAPI."""
     ours = request_schema()
     ours.pop("$defs", None)
-    for name in _REPLACED:
-        del ours["properties"][name]
+    del ours["properties"]["num_images"]
     theirs = ImageOptions.model_json_schema()["properties"]
     neutral = {name: field.schema() for name, field in NEUTRAL.items()}
     properties = {**ours["properties"], **theirs, **neutral}
