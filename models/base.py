@@ -6,7 +6,7 @@ Nothing heavy is imported here: the HTTP process uses these types without torch 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -138,6 +138,10 @@ class GenerationParams:
     multiscale: Multiscale | None = None
     preview: bool = False
 
+    def sampled_by(self, sampling: tuple[str, str] | None) -> GenerationParams:
+        """The same with the sampler and scheduler that drew, where the request had left them to the model."""
+        return self if sampling is None else replace(self, sampler=sampling[0], scheduler=sampling[1])
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -192,7 +196,8 @@ class Generation:
     """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user.
 
     `attention` is the kernel that computed the denoiser's attention. `batches`: how many images were denoised together
-    in each batch; one that several requests shared stands with the first of them alone.
+    in each batch; one that several requests shared stands with the first of them alone. `sampling`: sampler and
+    scheduler by name, also where the request left them to the model.
     """
 
     images: list[Image.Image]
@@ -201,6 +206,7 @@ class Generation:
     warnings: list[str] = field(default_factory=list)
     attention: str = "sdpa"
     batches: list[int] = field(default_factory=list)
+    sampling: tuple[str, str] | None = None
 
     @property
     def reports(self) -> list[CacheReport]:

@@ -29,6 +29,7 @@ class Share:
     images: list[Image.Image] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
+    sampling: tuple[str, str] | None = None
     batches: list[int] = field(default_factory=list)
 
     def take(self, drawing: Drawing, items: slice) -> None:
@@ -41,6 +42,7 @@ class Share:
         self.passes += reports
         self.batches += [batch] if not items.start else []
         self.kernels += drawing.kernels
+        self.sampling = drawing.sampling
         said = [*drawing.warnings, *(sentence for one in reports for sentence in one.cache.warnings)]
         self.warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in self.warnings]
 
@@ -56,6 +58,7 @@ class Share:
             timings=Timings(**{f"{stage}_seconds": seconds for stage, seconds in self.seconds.items()}),
             warnings=self.warnings,
             batches=self.batches,
+            sampling=self.sampling,
             attention=next((kernel for kernel in self.kernels if kernel != attention.SDPA), attention.SDPA),
         )
 

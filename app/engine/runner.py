@@ -127,9 +127,10 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
     if isinstance(generation, Exception):
         raise generation
     cache = summarise_passes(generation.passes)
+    params = job.params.sampled_by(generation.sampling)
     pictures = tuple(
-        images.encode(image, job.output_format, text_chunks(job.params, seed, job.model, job.strategy.name, cache))
-        for image, seed in zip(generation.images, job.params.seeds, strict=True)
+        images.encode(image, job.output_format, text_chunks(params, seed, job.model, job.strategy.name, cache))
+        for image, seed in zip(generation.images, params.seeds, strict=True)
     )
     said = [sentence for report in generation.reports for sentence in report.warnings]
     return JobResult(
@@ -139,6 +140,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         batches=tuple(generation.batches),
         warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
         attention=generation.attention,
+        sampling=generation.sampling,
     )
 
 

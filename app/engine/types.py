@@ -103,7 +103,7 @@ class JobResult:
     """Encoded pictures, one a seed, and what is to be said about them. `cache` is the contract's report.
 
     `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
-    them, so that the sum over all jobs counts it once.
+    them, so that the sum over all jobs counts it once. `sampling`: sampler and scheduler that drew, where it is known.
     """
 
     images: tuple[bytes, ...]
@@ -112,6 +112,7 @@ class JobResult:
     batches: tuple[int, ...]
     warnings: tuple[str, ...] = ()
     attention: str = "sdpa"
+    sampling: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import base64
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from app.engine.types import Job, JobHandle, JobResult, JobState
@@ -151,6 +151,7 @@ def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: f
         "timings": {name: round(value, 4) for name, value in seconds.items()},
         "cache": dict(result.cache),
     }
+    job = replace(job, params=job.params.sampled_by(result.sampling))
     return Drawn(job, result.images, report, result.batches)
 
 

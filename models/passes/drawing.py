@@ -58,6 +58,7 @@ class Drawing:
         self.images: list[Image.Image] = []
         self.passes: list[PassReport] = []
         self.warnings: list[str] = []
+        self.sampling: tuple[str, str] | None = None  # sampler and scheduler by name, of the last run
         self.kernels: list[str] = []  # that computed the attention of each run
 
     def from_noise(self, name: str) -> torch.Tensor:
@@ -122,6 +123,7 @@ class Drawing:
             self._scales(name, steps, scheduler, *grid) as scales,
             previews.watching(model, scheduler, *grid),
         ):
+            self.sampling = samplers.names(scheduler, model.choices, params.sampler, params.scheduler)
 
             def finished(done: int) -> bytes | None:
                 if scales is not None:

@@ -254,3 +254,14 @@ def test_stages_are_timed_apart(sd: LoadedModel) -> None:
     timings = sd.generate(PARAMS, NoCache(), ignore).timings
     assert timings.denoise_seconds > timings.text_seconds > 0
     assert timings.decode_seconds > 0
+
+
+def test_what_drew_is_told_also_where_the_request_left_it_to_the_model(model: LoadedModel) -> None:
+    one = replace(PARAMS, seeds=(7,), batch_size=1, steps=1)
+    own = model.generate(one, NoCache(), ignore).sampling
+    assert own is not None
+    assert own[0] in model.choices  # type: ignore[attr-defined]
+    named = replace(one, sampler="euler", scheduler="karras")
+    drawn = model.generate(named, NoCache(), ignore)
+    assert drawn.sampling == ("euler", "karras")
+    assert named.sampled_by(own) == replace(one, sampler=own[0], scheduler=own[1])

@@ -86,19 +86,16 @@ async def img2img(request: Request) -> Response:
 
 
 async def _draw(request: Request, kind: type[Options]) -> Response:
-    record, sampler = await _submitted(request, kind)
-    drawn = await waited(request, record)
-    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn, sampler)))
+    drawn = await waited(request, await _submitted(request, kind))
+    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn)))
 
 
-async def _submitted(request: Request, kind: type[Options]) -> tuple[JobRecord, str | None]:
-    """The job, and its sampler as the client calls it."""
+async def _submitted(request: Request, kind: type[Options]) -> JobRecord:
     service = service_of(request)
     async with asked(request) as body:
-        fields, sampler, same_aspect = read_payload(body, kind)
+        fields, same_aspect = read_payload(body, kind)
         job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
-    name = sampler.name if sampler is not None else sampler_label(job.params.sampler)
-    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API), name
+    return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API)
 
 
 @router.get("/progress", summary="How far the caller's request is", responses=errors(401, 422))
@@ -199,7 +196,7 @@ for _name in NONE_HERE:
     router.add_api_route(f"/{_name}", _nothing, summary="Always empty", responses=errors(401), name=_name)
 
 
-def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
+def _answer(drawn: Drawn) -> dict[str, Any]:
     """`Pictures` as a dict. Its size makes it a thread's work."""
     pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
     job, params = drawn.job, drawn.job.params
@@ -207,7 +204,7 @@ def _answer(drawn: Drawn, sampler: str | None) -> dict[str, Any]:
     shared = {
         **{name: getattr(params, name) for name in same},
         "seed": params.seeds[0],
-        "sampler_name": sampler,
+        "sampler_name": sampler_label(params.sampler),
         "cfg_scale": params.guidance_scale,
         "denoising_strength": params.img2img.denoise if params.img2img is not None else None,
         "styles": [],

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import Invalid, Unsupported, shown
 from app.http.schemas import KNOWN, GenerateRequest, Name, Neutral, parse, request_schema, validated, without_neutral
-from app.infotext import Sampler, pair, scheduler_alone
+from app.infotext import pair, scheduler_alone
 
 SCRIPT = "WaveSpeed"
 """Under this name `alwayson_scripts` takes our own fields: {"WaveSpeed": {"args": [{"deepcache_enabled": true}]}}."""
@@ -130,8 +130,8 @@ class Img2ImgOptions(Options):
     )
 
 
-def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateRequest, Sampler | None, bool]:
-    """The request; the sampler as AUTOMATIC1111 names it; must the picture have the drawing's aspect already?
+def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateRequest, bool]:
+    """The request; must the picture have the drawing's aspect already?
 
     Raises Invalid, Unsupported or Incompatible.
     """
@@ -144,7 +144,7 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateReq
     for name, value in (options.override_settings or {}).items():
         _override(values, name, value)
     _scripts(values, options.alwayson_scripts or {})
-    sampler = _sampler(values, options)
+    _sampler(values, options)
     _number(values, options)
     if options.enable_hr:
         values.put("hires_fix", True, "enable_hr")
@@ -160,7 +160,7 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateReq
         _networks(values)
     fields = parse(values, (*KNOWN, *kind.model_fields, *kind.neutral, *kind.idle))
     # Only mode 1 cuts the picture there as it is cut here.
-    return fields, sampler, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
+    return fields, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
 
 
 class _Values(dict[str, Any]):
@@ -207,7 +207,7 @@ def _scripts(values: _Values, scripts: Mapping[str, Any]) -> None:
             )
 
 
-def _sampler(values: _Values, options: Options) -> Sampler | None:
+def _sampler(values: _Values, options: Options) -> None:
     name = options.sampler_name or options.sampler_index
     sampler = None
     if name is None:
@@ -222,7 +222,6 @@ def _sampler(values: _Values, options: Options) -> Sampler | None:
             f"{sampler.name} runs with eta {sampler.eta:g} here: another one would have no effect. Send that, or null.",
             field="eta",
         )
-    return sampler
 
 
 def _number(values: _Values, options: Options) -> None:
