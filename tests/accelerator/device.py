@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
@@ -154,13 +154,13 @@ class Accelerator:
     """
 
     current: Accelerator | None = None
+    _made: ClassVar[dict[Any, list[tuple[Any, ...]]]] = {}  # by operation and arguments: its results' shapes and types
 
     def __init__(self, script: Script = lambda shape: 0.01) -> None:
         self.script = script
         self.live = 0
         self._blocks: WeakValueDictionary[int, _Block] = WeakValueDictionary()
         self._counting: list[Counts] = []
-        self._made: dict[Any, list[tuple[Any, ...]]] = {}  # by operation and arguments: its results' shapes and types
         self._pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._stack = ExitStack()
 
