@@ -21,12 +21,11 @@ this), a tensor subclass around a meta tensor, which knows the shapes of all ope
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 from weakref import WeakValueDictionary
 
@@ -36,14 +35,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-NAME = "simulated"
-SMALL = 4096  # numbers: tensors up to that many have values
-PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/", "/peft/")
-"""Folders whose lines a wait is charged to: the innermost one of them on the stack."""
+from .tensor import (
+    INDEXING,
+    NAME,
+    SMALL,
+    Block,
+    DeviceTensor,
+    check_places,
+    format_of,
+    hollow,
+    key_of,
+    known_values,
+    place_of_wait,
+    tensors_of,
+    twin_of,
+    written_by,
+)
 
-aten = torch.ops.aten
 Script = Callable[[torch.Size], float | Tensor]
 """What is read from a tensor of that shape whose values are not known: a number, or a tensor of that shape."""
 
@@ -51,7 +61,6 @@ _MADE_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "ne
 _RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli"}
 _OF_ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_group_norm", "native_layer_norm"}
 _READS = {"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"}
-_INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 _CHANGES_SHAPE = {"resize_", "set_", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_"}
 
 
@@ -62,68 +71,6 @@ class Counts:
     waits: Counter[str] = field(default_factory=Counter)
     launches: int = 0
     peak: int = 0
-
-
-class DeviceTensor(Tensor):
-    """twin: on the meta device, of the same shape and strides. values: on the CPU, if known."""
-
-    twin: Tensor
-    block: _Block
-    _values: Tensor | None
-
-    @staticmethod
-    def __new__(cls, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> Any:
-        if block is None:  # accelerate makes a parameter anew by the class of the one that was there
-            return nn.Parameter(twin, requires_grad=requires_grad)
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            twin.shape,
-            strides=twin.stride(),
-            storage_offset=twin.storage_offset(),
-            dtype=twin.dtype,
-            device=f"{NAME}:0",
-        )
-
-    def __init__(self, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> None:
-        if block is not None:
-            self.twin, self.block, self._values = twin, block, values
-
-    @property
-    def values(self) -> Tensor | None:
-        return self._values if self.block.known else None
-
-    def __repr__(self, **_: Any) -> str:
-        return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone()
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    def numpy(self, **_: Any) -> Any:
-        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first.")
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = (one for one in tree_leaves((args, kwargs)) if isinstance(one, DeviceTensor))
-        return next(tensors).block.device.run(func, args, kwargs or {})
-
-
-class _Block:
-    """A storage on the device, which all tensors that view it hold. known: whether their values are."""
-
-    def __init__(self, device: Accelerator, storage: Any) -> None:
-        self.device, self.storage, self.key = device, storage, storage._cdata
-        self.bytes, self.known = storage.nbytes(), True
-        device.live += self.bytes
-        for counts in device._counting:
-            counts.peak = max(counts.peak, device.live)
-
-    def __del__(self) -> None:
-        self.device.live -= self.bytes
 
 
 class _Backend(backend_registration._DummyBackendModule):  # type: ignore[no-untyped-call]
@@ -154,13 +101,13 @@ class Accelerator:
     """
 
     current: Accelerator | None = None
+    _made: ClassVar[dict[Any, list[tuple[Any, ...]]]] = {}  # by operation and arguments: its results' shapes and types
 
     def __init__(self, script: Script = lambda shape: 0.01) -> None:
         self.script = script
         self.live = 0
-        self._blocks: WeakValueDictionary[int, _Block] = WeakValueDictionary()
+        self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._counting: list[Counts] = []
-        self._made: dict[Any, list[tuple[Any, ...]]] = {}  # by operation and arguments: its results' shapes and types
         self._pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._stack = ExitStack()
 
@@ -197,7 +144,7 @@ class Accelerator:
 
     def wait(self, kind: str) -> None:
         if self._counting:
-            place = f"{kind} {_place()}"
+            place = f"{kind} {place_of_wait()}"
             for counts in self._counting:
                 counts.waits[place] += 1
 
@@ -209,13 +156,13 @@ class Accelerator:
         storage = twin.untyped_storage()
         block = self._blocks.get(storage._cdata)
         if block is None:
-            block = _Block(self, storage)
+            block = Block(self, storage)
             self._blocks[block.key] = block
         return DeviceTensor(twin, block, values if values is not None and values.numel() <= SMALL else None)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation: `func` on arguments of which some are on the device, or with a result there."""
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
         ours = [one for one in tensors if isinstance(one, DeviceTensor)]
         target = kwargs.get("device")
         made_here = target is not None and torch.device(target).type == NAME
@@ -227,21 +174,21 @@ class Accelerator:
                 raise RuntimeError(f"{name} on the CPU, with weights that only wait there")
             return func(*args, **kwargs)
         if name in _READS:
-            _check_places(func, tensors)
+            check_places(func, tensors)
             self.wait("read")
             if name == "equal":  # what nobody knows counts as equal
                 return any(one.values is None for one in ours) or func(*(one.values for one in ours))
             return func(self._read(ours[0]), *args[1:], **kwargs)
         if name in ("_to_copy", "copy_") and (moved := self._moved(name, args, kwargs, made_here)) is not None:
             return moved
-        _check_places(func, tensors)
+        check_places(func, tensors)
         if name in _OF_ONE_TYPE and len(types := {one.dtype for one in tensors}) > 1:
             raise RuntimeError(f"{name}: expected one data type, found {', '.join(sorted(map(str, types)))}")
-        if name in _INDEXING:
+        if name in INDEXING:
             args = (args[0], [self._index(one, name, args[2:]) for one in args[1]], *args[2:])
         elif name in ("nonzero", "masked_select", "_unique2", "unique_dim"):
             self.wait("shape")
-            results = func(*tree_map(_known, args), **kwargs)
+            results = func(*tree_map(known_values, args), **kwargs)
             return tree_map(lambda one: self.wrap(torch.empty_like(one, device="meta"), one), results)
         return self._computed(func, name, args, kwargs, ours, made_here)
 
@@ -254,7 +201,7 @@ class Accelerator:
             self.launch()
         values = None
         if name not in _RANDOM and all(one.values is not None for one in ours):
-            small = all(one.numel() <= SMALL for one in _tensors([out]))
+            small = all(one.numel() <= SMALL for one in tensors_of([out]))
             if small or changes:
                 on_cpu = {**kwargs, "device": "cpu"} if made_here else kwargs
                 real_args, real_kwargs = tree_map(
@@ -262,7 +209,7 @@ class Accelerator:
                 )
                 values = func(*real_args, **real_kwargs)
         elif changes:
-            for one in _written(func, args, kwargs):
+            for one in written_by(func, args, kwargs):
                 one.block.known = False
         by_twin = {id(one.twin): one for one in ours}
 
@@ -277,12 +224,12 @@ class Accelerator:
 
     def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
         """`func` on the meta device. Remembered, where no result is a view: its kernels are slow."""
-        key = (func, _key(args), _key([*kwargs.items()]))
+        key = (func, key_of(args), key_of([*kwargs.items()]))
         made = self._made.get(key)
         if made is not None:
             out = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in made]
             return out if len(out) > 1 else out[0]
-        out = func(*_twin(args), **{name: _twin(one) for name, one in kwargs.items()})
+        out = func(*twin_of(args), **{name: twin_of(one) for name, one in kwargs.items()})
         results = out if isinstance(out, tuple | list) else [out]
         if all(isinstance(one, Tensor) for one in results) and not func._schema.is_mutable and self._is_new(out, ours):
             self._made[key] = [(one.shape, one.stride(), one.dtype) for one in results]
@@ -312,7 +259,7 @@ class Accelerator:
         source, device, dtype = args[0], kwargs.get("device"), kwargs.get("dtype") or args[0].dtype
         if not isinstance(source, DeviceTensor):
             self._upload(source, kwargs.get("non_blocking", False))
-            twin = torch.empty_like(source, device="meta", dtype=dtype, memory_format=_format(kwargs))
+            twin = torch.empty_like(source, device="meta", dtype=dtype, memory_format=format_of(kwargs))
             return self.wrap(twin, source.to(dtype, copy=True) if source.numel() <= SMALL else None)
         if made_here or device is None:
             return None
@@ -352,80 +299,12 @@ class Accelerator:
             if name.startswith("index_put") and rest and rest[0].numel() == 1:
                 return index  # a fill under a mask
             self.wait("shape")
-            (positions,) = _known(index).nonzero(as_tuple=True)
+            (positions,) = known_values(index).nonzero(as_tuple=True)
             return self.wrap(torch.empty_like(positions, device="meta"), positions)
         if not isinstance(index, DeviceTensor):
             self._upload(index, False)
             return self.wrap(torch.empty_like(index, device="meta"), index)
         return index
-
-
-def _known(one: Any) -> Any:
-    if isinstance(one, DeviceTensor):
-        if one.values is None:
-            raise NotImplementedError("the result's shape depends on values that the simulated device does not have")
-        return one.values
-    return one
-
-
-def _twin(one: Any) -> Any:
-    if isinstance(one, DeviceTensor):
-        return one.twin
-    if isinstance(one, tuple | list):
-        return type(one)(map(_twin, one))
-    return one.to("meta") if isinstance(one, Tensor) and one.dim() else one
-
-
-def _key(one: Any) -> Any:
-    """What the shape and type of an operation's results follow from."""
-    if isinstance(one, Tensor):
-        return (one.shape, one.stride(), one.dtype, one.device.type)
-    return tuple(map(_key, one)) if isinstance(one, tuple | list) else (type(one), one)  # 1, 1.0 and True are equal
-
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for one in arguments:
-        if isinstance(one, Tensor):
-            yield one
-        elif isinstance(one, tuple | list):
-            yield from _tensors(one)
-
-
-def _format(kwargs: dict[str, Any]) -> torch.memory_format:
-    return kwargs.get("memory_format") or torch.preserve_format
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[DeviceTensor]:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (one for one in tree_leaves(given) if isinstance(one, DeviceTensor))
-
-
-def _check_places(func: Any, tensors: list[Tensor]) -> None:
-    """As CUDA: all on the device, but for numbers, which must not be written to, and for indices."""
-    name = func._schema.name.removeprefix("aten::")
-    for number, one in enumerate(tensors):
-        if isinstance(one, DeviceTensor):
-            continue
-        written = number == 0 and func._schema.is_mutable
-        index = name in _INDEXING and number > 0 and not one.dtype.is_floating_point
-        if written or one.is_meta or not (one.dim() == 0 or index):
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found {NAME}:0 and {one.device} in {name}: "
-                f"{', '.join(str(tuple(each.shape)) for each in tensors)}"
-            )
-
-
-def _place() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if any(place in file for place in PLACES) and "/tests/" not in file:
-            start = max(file.rfind(place) for place in PLACES if place in file)
-            return f"{file[start + 1 :]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
 
 
 class _Dispatch(TorchDispatchMode):
@@ -474,15 +353,10 @@ class _Functions(TorchFunctionMode):
 
     def _attention(self, query: Any, key: Any, value: Any, mask: Any) -> Tensor:
         operands = [one for one in (query, key, value, mask) if one is not None]
-        _check_places(aten.add.Tensor, operands)
+        check_places(torch.ops.aten.add.Tensor, operands)
         if not query.dtype == key.dtype == value.dtype:
             raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
         *batch, heads, tokens, _ = query.shape
         twin = torch.empty((*batch, tokens, heads, value.shape[-1]), dtype=query.dtype, device="meta")
         self._device.launch()
         return self._device.wrap(twin, None).transpose(-3, -2)
-
-
-def hollow(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A CPU tensor of any size in the memory of one number: for weights that wait there. It cannot be written to."""
-    return torch.zeros((), dtype=dtype).expand(shape)
