@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
 GROWTH = 1.2  # of `warped` where nothing is calibrated: docs/decisions/compute-call-placement.md
-LONG = 4  # intervals from which on growing gaps do not go with the correction: docs/decisions/responses.md
 EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
 Schedule = Literal["auto", "uniform"] | tuple[int, ...]
@@ -60,8 +59,7 @@ def is_even(timesteps: Sequence[float]) -> bool:
 
 def ruled(timesteps: Sequence[float], interval: int) -> Placement:
     """Where the compute calls of a run with these timesteps lie, as far as nothing is calibrated."""
-    growth = 1.0 if interval >= LONG and is_even(timesteps) else GROWTH
-    return Placement(warped(len(timesteps), interval, growth, timesteps), len(timesteps), "not calibrated")
+    return Placement(warped(len(timesteps), interval, GROWTH, timesteps), len(timesteps), "not calibrated")
 
 
 def progress(timestep: float, num_train_timesteps: int = 1000) -> float:

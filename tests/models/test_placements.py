@@ -61,9 +61,11 @@ def test_what_is_not_calibrated_is_placed_where_the_noise_goes() -> None:
     assert sum(call >= 10 for call in placed.computed) > sum(call >= 10 for call in warped(20, 3, GROWTH))
 
 
-def test_long_gaps_do_not_grow_on_even_timesteps() -> None:
-    assert place([FOUND], "unipc", "normal", evenly(20), 5, 0).computed == (0, 5, 10, 15)
-    assert place([FOUND], "unipc", "normal", evenly(20), 3, 0).computed == warped(20, 3, GROWTH, evenly(20))
+@pytest.mark.parametrize("interval", [2, 3, 5, 8])
+def test_gaps_grow_where_nothing_is_calibrated(interval: int) -> None:
+    assert place([FOUND], "unipc", "normal", evenly(20), interval, 0).computed == warped(
+        20, interval, GROWTH, evenly(20)
+    )
 
 
 def test_the_branch_decides_between_equal_lengths() -> None:
@@ -120,7 +122,7 @@ def test_what_a_user_calibrates_of_a_model_that_is_not_theirs_lies_in_their_own_
     mine = replace(FOUND, steps=20, calls=20, computed=(0, 2, 4, 6, 8, 10, 12))
     assert write(spec, [mine]) == tmp_path / "wavespeed" / "placements" / name
     assert shipped.read_bytes() == before
-    assert place(read(spec), "ddim", "normal", 20, 3, 0).computed == mine.computed
+    assert place(read(spec), "ddim", "normal", evenly(20), 3, 0).computed == mine.computed
     others = {one.key: one for one in brought if one.key != mine.key}
     assert {one.key: one for one in read(spec)} == others | {mine.key: mine}
     monkeypatch.setenv("XDG_DATA_HOME", "/dev/null")  # a home that cannot be looked into serves what was brought
