@@ -78,7 +78,7 @@ class QueueingEngine(ABC):
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step)
+        handle = JobHandle(job, on_step, kind_of(job))
         handle.limit(self._expire)
         self._queue.put(handle)
         self._accepted(handle)

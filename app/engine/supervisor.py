@@ -10,7 +10,7 @@ from functools import partial
 
 from app.engine import pipe
 from app.engine.pipe import WorkerProcess
-from app.engine.queue import Grouping, QueueingEngine, kind_of
+from app.engine.queue import Grouping, QueueingEngine
 from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
     ATTEMPTS,
@@ -62,7 +62,6 @@ class LocalEngine(QueueingEngine):
         super().__init__(queue_size)
         self._factory = factory
         self._slots = [Slot(device) for device in devices]
-        self._groups = max_batch_size > 1
         self._grouping = Grouping(max_batch_size, batch_timeout)
         self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
         self._stop_seconds = stop_seconds
@@ -110,8 +109,6 @@ class LocalEngine(QueueingEngine):
             raise queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
-        if self._groups:
-            handle.kind = kind_of(handle.job)
         self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import fastapi_offline
@@ -198,13 +199,12 @@ class _Everything(Collector):
         yield GaugeMetricFamily("wavespeed_queue_depth", "Jobs waiting for a worker.", status.pending)
         yield GaugeMetricFamily("wavespeed_queue_capacity", "Jobs that may wait at once.", status.capacity)
         yield GaugeMetricFamily("wavespeed_jobs_running", "Jobs that a worker has.", status.running)
-        by_device: dict[tuple[str, str], Callable[[DeviceStatus], float]] = {
-            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use."): lambda device: device.memory.used,
-            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is."): lambda device: device.memory.total,
-            ("wavespeed_worker_restarts", "Workers started after the first."): lambda device: device.restarts,
-            ("wavespeed_worker_ready", "1 when the device's worker can take jobs."): lambda device: device.ready,
-        }
-        for (name, words), value in by_device.items():
+        for name, words, value in (
+            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use.", attrgetter("memory.used")),
+            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is.", attrgetter("memory.total")),
+            ("wavespeed_worker_restarts", "Workers started after the first.", attrgetter("restarts")),
+            ("wavespeed_worker_ready", "1 when the device's worker can take jobs.", attrgetter("ready")),
+        ):
             gauge = GaugeMetricFamily(name, words, labels=["device"])
             for device in status.devices:
                 gauge.add_metric([device.device], value(device))
