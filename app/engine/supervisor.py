@@ -8,26 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from app.engine import pipe
+from app.engine import pipe, types
 from app.engine.pipe import WorkerProcess
 from app.engine.queue import Grouping, QueueingEngine
 from app.engine.slot import Patience, Quarantine, Slot, death
-from app.engine.types import (
-    ATTEMPTS,
-    NOT_LOADED,
-    RETRY_SECONDS,
-    Catalogue,
-    EngineStatus,
-    IllegalTransition,
-    JobHandle,
-    JobState,
-    WorkerState,
-    in_all,
-    leaving,
-    models_unknown,
-    queue_full,
-    worker_lost,
-)
+from app.engine.types import Catalogue, EngineStatus, IllegalTransition, JobHandle, JobState, WorkerState
 from app.engine.worker import RunnerFactory, Spawn, spawn
 from app.errors import Cancelled, NotReady, ServiceError
 from app.settings import Settings
@@ -95,18 +80,18 @@ class LocalEngine(QueueingEngine):
 
     def catalogue(self) -> Catalogue:
         if self._catalogue is None:
-            raise models_unknown()
+            raise types.models_unknown()
         return self._catalogue
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
-            raise leaving()
+            raise types.leaving()
         if self.hopeless:
             raise _hopeless()
         if model in self._quarantine.reasons:
             raise self._quarantine.refusal(model)
         if len(self._queue) >= self._queue_size and not promised:
-            raise queue_full(self._queue_size)
+            raise types.queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
         self._grouping.arrived(handle, tuple(self._queue), self._running())
@@ -135,7 +120,7 @@ class LocalEngine(QueueingEngine):
         handle.fail(error, state)
 
     def _unavailable(self) -> dict[str, str]:
-        return in_all([slot.unavailable for slot in self._slots if slot.up])
+        return types.in_all([slot.unavailable for slot in self._slots if slot.up])
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""
@@ -221,7 +206,7 @@ class LocalEngine(QueueingEngine):
             case pipe.Loaded():
                 self._loaded(slot)
             case pipe.Unavailable(model, detail):
-                slot.unavailable[model] = NOT_LOADED
+                slot.unavailable[model] = types.NOT_LOADED
                 slot.loading = None
                 slot.advance()
                 _log.error("model %s cannot be loaded device=%s: %s", model, slot.device, detail)
@@ -309,10 +294,10 @@ class LocalEngine(QueueingEngine):
         """A job whose worker was lost: once more, or answered."""
         if handle.job.model in self._quarantine.reasons:
             handle.fail(self._quarantine.refusal(handle.job.model))
-        elif handle.attempts < ATTEMPTS:
+        elif handle.attempts < types.ATTEMPTS:
             self._requeue(handle)
         else:
-            handle.fail(worker_lost(reason))
+            handle.fail(types.worker_lost(reason))
 
     @property
     def hopeless(self) -> bool:
@@ -321,7 +306,7 @@ class LocalEngine(QueueingEngine):
 
 
 def _hopeless() -> NotReady:
-    return NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
+    return NotReady("No worker can be started; the server's log says why.", retry_after=types.RETRY_SECONDS)
 
 
 def local_engine(settings: Settings, factory: RunnerFactory) -> LocalEngine:

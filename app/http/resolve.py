@@ -317,28 +317,24 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     """A cache setting that nothing will read deserves a sentence: it may be a cache that was meant to be on."""
-    given = request.model_fields_set
-    warnings = []
-    if not request.deepcache_enabled:
-        idle = sorted(field for field in given & _DEEPCACHE_FIELDS if getattr(request, field) is not None)
-        if idle:
-            warnings.append(f"{', '.join(idle)} had no effect: deepcache_enabled is not true.")
-    if model.cache != "first_block" or request.fbcache_enabled is False:
-        idle = sorted(given & {"fbcache_threshold", "fbcache_max_consecutive"})
-        if idle:
-            reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
-            warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
-    for switch, fields in (
-        ("img2img_enabled", {"img2img_image", "img2img_denoise"}),
-        ("multiscale_enabled", {f"multiscale_{name}" for name in request.multiscale}),
-    ):
-        defaults = {field: GenerateRequest.model_fields[field].default for field in fields}
-        idle = sorted(field for field in given & fields if getattr(request, field) != defaults[field])
-        if idle and not getattr(request, switch):
-            warnings.append(f"{', '.join(idle)} had no effect: {switch} is not true.")
+    given, warnings = request.model_fields_set, []
+    named = {field for field in given if getattr(request, field) is not None}
+    changed = {field for field in given if getattr(request, field) != GenerateRequest.model_fields[field].default}
+
+    def unless(is_on: bool, fields: set[str], reason: str) -> None:
+        if fields and not is_on:
+            warnings.append(f"{', '.join(sorted(fields))} had no effect: {reason}.")
+
+    unless(request.deepcache_enabled, named & _DEEPCACHE_FIELDS, "deepcache_enabled is not true")
+    has_fbcache = model.cache == "first_block"
+    reason = "FBCache is off" if has_fbcache else f"{model.name} has no FBCache"
+    first_block = given & {"fbcache_threshold", "fbcache_max_consecutive"}
+    unless(has_fbcache and request.fbcache_enabled is not False, first_block, reason)
+    unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
+    multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
+    unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
     for field in ("cache_forecast", "cache_correction"):
-        if getattr(request, field) is not None and isinstance(_strategy(request, model), NoCache):
-            warnings.append(f"{field} had no effect: no cache is on.")
+        unless(not isinstance(_strategy(request, model), NoCache), named & {field}, "no cache is on")
     return warnings
 
 

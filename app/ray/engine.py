@@ -17,24 +17,10 @@ from ray.exceptions import NodeDiedError, RayActorError, RayError, WorkerCrashed
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from app.engine import types
 from app.engine.pipe import in_own_thread
 from app.engine.queue import QueueingEngine
-from app.engine.types import (
-    ATTEMPTS,
-    RETRY_SECONDS,
-    Catalogue,
-    DeviceStatus,
-    EngineStatus,
-    JobHandle,
-    JobResult,
-    JobState,
-    WorkerState,
-    in_all,
-    leaving,
-    models_unknown,
-    queue_full,
-    worker_lost,
-)
+from app.engine.types import Catalogue, DeviceStatus, EngineStatus, JobHandle, JobResult, JobState, WorkerState
 from app.errors import NotReady, ServiceError, WorkerLost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name
 from models.base import Step
@@ -82,14 +68,14 @@ class RayEngine(QueueingEngine):
 
     def catalogue(self) -> Catalogue:
         if self._fleet.catalogue is None:
-            raise models_unknown()
+            raise types.models_unknown()
         return self._fleet.catalogue
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
-            raise leaving()
+            raise types.leaving()
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
-            raise queue_full(self._queue_size)
+            raise types.queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
         self._dispatch()
@@ -124,13 +110,13 @@ class RayEngine(QueueingEngine):
     def _called(self, handle: JobHandle, _: asyncio.Task[None]) -> None:
         """Serve may end a call in ways of its own; no request is left without an answer."""
         if not handle.settled:
-            self._give_up(handle, worker_lost("its replica gave it up"))
+            self._give_up(handle, types.worker_lost("its replica gave it up"))
         del self._calls[handle]
         self._dispatch()
 
     async def _carry(self, handle: JobHandle) -> None:
         """To the end of the job, whatever becomes of the replicas that have it."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, types.ATTEMPTS + 1):
             taken_by: list[str] = []
             try:
                 await self._call(handle, taken_by)
@@ -140,16 +126,16 @@ class RayEngine(QueueingEngine):
                     self._fleet.lose(replica, "its replica ended")
                 named = ", ".join(taken_by) or "before it took the job"
                 _log.error("replica lost: %s, %r", named, error, extra={"request_id": handle.job.id})
-                if attempt == ATTEMPTS:
-                    self._give_up(handle, worker_lost("its replica ended"))
+                if attempt == types.ATTEMPTS:
+                    self._give_up(handle, types.worker_lost("its replica ended"))
                 elif handle.state is JobState.RUNNING:
                     self._requeue(handle)
             except DeploymentUnavailableError:
-                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=RETRY_SECONDS))
+                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=types.RETRY_SECONDS))
             except (RayError, RayServeException) as error:
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 reason = f"The cluster did not run it: {type(error).__name__}."
-                self._give_up(handle, WorkerLost(reason, retry_after=RETRY_SECONDS))
+                self._give_up(handle, WorkerLost(reason, retry_after=types.RETRY_SECONDS))
             except Exception:  # noqa: BLE001  # a bug of ours must not leave a request without an answer
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 self._give_up(handle, ServiceError("The server made a mistake; its log has it."))
@@ -239,7 +225,9 @@ class Fleet:
 
     @property
     def unavailable(self) -> Mapping[str, str]:
-        return in_all([one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up])
+        return types.in_all(
+            [one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up]
+        )
 
     def _device(self, rank: int) -> DeviceStatus:
         presence, heard = self._present[rank]
