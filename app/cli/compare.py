@@ -262,7 +262,9 @@ _GAINS = (1, 2, 4, 8, 16, 32, 64)
 def sheet(comparison: Comparison, *, difference: bool = False) -> Image.Image:
     """RGB. `difference`: below each picture how far it is from the uncached one, made brighter alike for all."""
     rows = comparison.rows
-    tile = _fitted(rows[0].picture.size)
+    wide, high = rows[0].picture.size
+    scale = min(_TILE[0] / wide, _TILE[1] / high)
+    tile = round(wide * scale), round(high * scale)
     width = 2 * _MARGIN + len(rows) * tile[0] + (len(rows) - 1) * _GAP
     title = wrapped(f"“{comparison.job.params.prompt}”", _TITLE, width - 2 * _MARGIN - 260, 2)
     footer = wrapped(comparison.conditions, _SMALL, width - 2 * _MARGIN, 4)
@@ -315,11 +317,6 @@ def _differences(rows: tuple[Row, ...]) -> tuple[int, list[Image.Image]]:
     bright = max(1.0, float(max(np.quantile(one, 0.999) for one in found)))
     gain = max((gain for gain in _GAINS if gain * bright <= 255), default=1)
     return gain, [Image.fromarray(np.minimum(one * gain, 255).astype(np.uint8)) for one in found]
-
-
-def _fitted(size: tuple[int, int]) -> tuple[int, int]:
-    scale = min(most / pixels for most, pixels in zip(_TILE, size, strict=True))
-    return round(size[0] * scale), round(size[1] * scale)
 
 
 def _high(size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,16 +183,13 @@ def _costs(page: Canvas, report: Report) -> None:
 
 def _axis(page: Canvas, highest: float, name: str) -> None:
     page.write((_MARGIN, _TOP - 44), name, _SMALL)
-    each = next(each for each in _ticks() if highest / each <= _TICKS)
+    # Round distances, from far too small on: 1, 2 and 5 times each power of ten.
+    distances = (digit * 10.0**power for power in itertools.count(-9) for digit in (1, 2, 5))
+    each = next(each for each in distances if highest / each <= _TICKS)
     for number in range(int(highest / each * (1 + 1e-9)) + 1):
         level = _level(number * each / highest)
         page.draw.line((_LEFT, level, _RIGHT, level), fill=RULE)
         page.write((_LEFT - 8, level), f"{number * each:.3g}", _SMALL, PALE, "rm")
-
-
-def _ticks() -> Iterator[float]:
-    """Round distances, from far too small on: 1, 2 and 5 times each power of ten."""
-    return (digit * 10.0**power for power in itertools.count(-9) for digit in (1, 2, 5))
 
 
 def _rule(page: Canvas, share: float, *name: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.engine.types import Job, JobHandle, JobState, StepListener, leaving
+from app.engine.types import Engine, Job, JobHandle, JobState, StepListener, leaving
 from app.errors import Cancelled, DeadlineExceeded, ServiceError
 
 QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
@@ -53,16 +53,13 @@ class JobQueue:
             handle.stand(place)
 
 
-class QueueingEngine(ABC):
+class QueueingEngine(Engine):
     """What every `Engine` does with the jobs that it accepts, whoever draws them."""
 
     def __init__(self, queue_size: int) -> None:
         self._queue_size = queue_size
         self._queue = JobQueue()
         self._draining = False
-
-    @abstractmethod
-    def admit(self, model: str, *, promised: bool = False) -> None: ...
 
     @abstractmethod
     def _unsettled(self) -> list[JobHandle]:
