@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.generate import checked_early, job_of, runner_here, with_fields
+from app.cli.generate import HERE, checked_early, runner_here, with_fields
 from app.errors import ServiceError
+from app.http.resolve import resolve
 from app.settings import read_settings
 from cache import FirstBlockCache
 from models.base import Step
@@ -94,7 +95,7 @@ def threshold(
     given = {"prompt": prompts[0], "model": model, "seed": 0, "fbcache_enabled": True, **fields}
     request = checked_early(given, settings)
     with runner_here(settings) as (progress, runner):
-        job = job_of(request, runner.catalogue(), settings)
+        job = resolve(request, runner.catalogue(), settings, HERE)
         if not isinstance(job.strategy, FirstBlockCache):
             raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
         loaded = runner.model(job.model)

@@ -20,9 +20,9 @@ from PIL import Image
 
 from app import __version__
 from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-from app.cli.generate import checked_early, job_of, runner_here, with_fields
+from app.cli.generate import HERE, checked_early, runner_here, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
-from app.http.resolve import pick_model
+from app.http.resolve import pick_model, resolve
 from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
 from app.settings import Settings, available_cores, read_settings
@@ -171,7 +171,7 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
         model = pick_model(request, catalogue)
         sized = {**dict(zip(("width", "height"), model.native_size, strict=True)), **given}
         added = settings_of(model)
-        jobs = {name: job_of(parse({**sized, **fields}), catalogue, settings) for name, fields in added.items()}
+        jobs = {name: resolve(parse({**sized, **fields}), catalogue, settings, HERE) for name, fields in added.items()}
         runner.load(model.name)
 
         def on_step(step: Step) -> None:

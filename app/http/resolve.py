@@ -9,7 +9,6 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
@@ -29,6 +28,7 @@ from models.samplers import check as check_sampler
 
 SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload
+MOST_PIXELS = 2**24  # of one
 
 _DEEPCACHE_FIELDS = {
     "deepcache_preset",
@@ -72,31 +72,8 @@ class Adapters:
         return (), [f"{model.name} takes no embeddings; these names were read as plain words: {names}."]
 
 
-NO_ADAPTERS = Adapters(WeightsFolder(None, "LoRA"), WeightsFolder(None, "embedding"))
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the operator allows."""
-
-    max_batch_size: int = 4
-    max_picture_pixels: int = 2**24
-    deadline_seconds: float = 3600.0
-    adapters: Adapters = NO_ADAPTERS
-    face_detector: Path | None = None
-
-    @classmethod
-    def of(cls, settings: Settings) -> Limits:
-        return cls(
-            max_batch_size=settings.max_batch_size,
-            deadline_seconds=settings.deadline_seconds,
-            adapters=Adapters.of(settings),
-            face_detector=settings.face_detector,
-        )
-
-
 def resolve(
-    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, *, same_aspect: bool = False
+    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, *, same_aspect: bool = False
 ) -> Job:
     """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
 
@@ -108,13 +85,14 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = _img2img(request, limits, steps, same_aspect)
+    img2img = _img2img(request, steps, same_aspect)
     warnings = _warnings(request, model)
-    embeddings, said = limits.adapters.mentioned(request, model)
+    adapters = Adapters.of(settings)
+    embeddings, said = adapters.mentioned(request, model)
     warnings += said
     batch_size = min(request.batch_size, request.num_images)
-    if batch_size > limits.max_batch_size:
-        batch_size = limits.max_batch_size
+    if batch_size > settings.max_batch_size:
+        batch_size = settings.max_batch_size
         warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
     first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
     params = GenerationParams(
@@ -128,7 +106,7 @@ def resolve(
         batch_size=batch_size,
         sampler=sampler,
         scheduler=scheduler,
-        loras=limits.adapters.named(request),
+        loras=adapters.named(request),
         embeddings=embeddings,
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
@@ -137,7 +115,7 @@ def resolve(
         img2img=img2img,
         hires_fix=request.hires_fix,
         adetailer=request.adetailer,
-        face_detector=limits.face_detector if request.adetailer else None,
+        face_detector=settings.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
         preview=request.enable_preview,
     )
@@ -148,17 +126,17 @@ def resolve(
         strategy=_strategy(request, model),
         output_format=request.output_format,
         warnings=tuple(warnings),
-        deadline_seconds=_deadline(request, limits),
+        deadline_seconds=_deadline(request, settings),
     )
 
 
-def _deadline(request: GenerateRequest, limits: Limits) -> float:
+def _deadline(request: GenerateRequest, settings: Settings) -> float:
     """Seconds."""
     if request.deadline_seconds is None:
-        return limits.deadline_seconds
-    if request.deadline_seconds > limits.deadline_seconds:
+        return settings.deadline_seconds
+    if request.deadline_seconds > settings.deadline_seconds:
         raise Invalid(
-            f"deadline_seconds is at most {limits.deadline_seconds:g} on this server.", field="deadline_seconds"
+            f"deadline_seconds is at most {settings.deadline_seconds:g} on this server.", field="deadline_seconds"
         )
     return request.deadline_seconds
 
@@ -168,7 +146,7 @@ class Resolver:
     """`resolve` for the event loop. `decoders`: the few threads that decode the pictures that clients send."""
 
     engine: Engine
-    limits: Limits
+    settings: Settings
     decoders: Executor
 
     async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
@@ -177,7 +155,7 @@ class Resolver:
         Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
         """
         catalogue = self.engine.catalogue()
-        work = partial(resolve, request, catalogue, self.limits, job_id, same_aspect=same_aspect)
+        work = partial(resolve, request, catalogue, self.settings, job_id, same_aspect=same_aspect)
         if request.img2img_image is None:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)
@@ -250,7 +228,7 @@ def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
             )
 
 
-def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: bool) -> Img2Img | None:
+def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img | None:
     """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
     if not request.img2img_enabled:
         return None
@@ -264,7 +242,7 @@ def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: 
             f"Give at least {math.ceil(1000 / steps) / 1000:g}, or more steps.",
             field="img2img_denoise",
         )
-    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=limits.max_picture_pixels)
+    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=MOST_PIXELS)
     if min(picture.size) < SMALLEST_PICTURE:
         raise Invalid(
             f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
