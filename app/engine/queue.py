@@ -9,8 +9,8 @@ from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.engine.types import Engine, Job, JobHandle, JobState, StepListener, leaving
-from app.errors import Cancelled, DeadlineExceeded, ServiceError
+from app.engine.types import RETRY_SECONDS, Catalogue, Engine, Job, JobHandle, JobState, StepListener, leaving
+from app.errors import Cancelled, DeadlineExceeded, NotReady, ServiceError
 
 QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
@@ -60,6 +60,12 @@ class QueueingEngine(Engine):
         self._queue_size = queue_size
         self._queue = JobQueue()
         self._draining = False
+        self._catalogue: Catalogue | None = None
+
+    def catalogue(self) -> Catalogue:
+        if self._catalogue is None:
+            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
+        return self._catalogue
 
     @abstractmethod
     def _unsettled(self) -> list[JobHandle]:

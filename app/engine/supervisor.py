@@ -12,7 +12,7 @@ from app.engine import pipe, types
 from app.engine.pipe import WorkerProcess
 from app.engine.queue import Grouping, QueueingEngine
 from app.engine.slot import Patience, Quarantine, Slot, death
-from app.engine.types import Catalogue, EngineStatus, IllegalTransition, JobHandle, JobState, WorkerState
+from app.engine.types import EngineStatus, IllegalTransition, JobHandle, JobState, WorkerState
 from app.engine.worker import RunnerFactory, Spawn, spawn
 from app.errors import Cancelled, NotReady, ServiceError
 from app.settings import Settings
@@ -54,7 +54,6 @@ class LocalEngine(QueueingEngine):
         self._patience = patience or Patience()
         self._quarantine = Quarantine(quarantine_seconds)
         self._make = make
-        self._catalogue: Catalogue | None = None
         self._supervisors: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -77,11 +76,6 @@ class LocalEngine(QueueingEngine):
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-
-    def catalogue(self) -> Catalogue:
-        if self._catalogue is None:
-            raise types.models_unknown()
-        return self._catalogue
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:

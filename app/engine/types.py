@@ -363,7 +363,3 @@ def leaving() -> NotReady:
 
 def queue_full(size: int) -> QueueFull:
     return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
-
-
-def models_unknown() -> NotReady:
-    return NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)

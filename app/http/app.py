@@ -30,8 +30,6 @@ from app.settings import Settings, available_cores
 from app.tracing import telemetry_config
 
 _DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
-
-
 _FOREIGN = {
     "description": "A page of another web site asks, and its origin is not allowed.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},

@@ -30,27 +30,17 @@ SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload
 MOST_PIXELS = 2**24  # of one
 
-_DEEPCACHE_FIELDS = {
-    "deepcache_preset",
-    "deepcache_interval",
-    "deepcache_depth",
-    "deepcache_start_step",
-    "deepcache_end_step",
-    "deepcache_schedule",
-    "deepcache_guidance",
+_DEEPCACHE_FIELDS = {name for name in GenerateRequest.model_fields if name.startswith("deepcache_")} - {
+    "deepcache_enabled"
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Adapters:
     """The operator's two folders."""
 
-    loras: WeightsFolder
-    embeddings: WeightsFolder
-
-    @classmethod
-    def of(cls, settings: Settings) -> Adapters:
-        return cls(WeightsFolder(settings.lora_folder, "LoRA"), WeightsFolder(settings.embedding_folder, "embedding"))
+    def __init__(self, settings: Settings) -> None:
+        self.loras = WeightsFolder(settings.lora_folder, "LoRA")
+        self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
@@ -87,7 +77,7 @@ def resolve(
     steps = model.steps if request.steps is None else request.steps
     img2img = _img2img(request, steps, same_aspect)
     warnings = _warnings(request, model)
-    adapters = Adapters.of(settings)
+    adapters = Adapters(settings)
     embeddings, said = adapters.mentioned(request, model)
     warnings += said
     batch_size = min(request.batch_size, request.num_images)

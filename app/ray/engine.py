@@ -52,7 +52,7 @@ class RayEngine(QueueingEngine):
         self._workers = workers
         self._at_once = at_once
         self._drain_seconds = drain_seconds
-        self._fleet = Fleet(app, on_news=self._dispatch)
+        self._fleet = Fleet(app, on_news=self._heard_of_fleet)
         self._calls: dict[JobHandle, asyncio.Task[None]] = {}  # of jobs handed to Serve
         self._watcher: asyncio.Task[None] | None = None
 
@@ -65,11 +65,6 @@ class RayEngine(QueueingEngine):
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-
-    def catalogue(self) -> Catalogue:
-        if self._fleet.catalogue is None:
-            raise types.models_unknown()
-        return self._fleet.catalogue
 
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
@@ -94,6 +89,10 @@ class RayEngine(QueueingEngine):
     def _unsettled(self) -> list[JobHandle]:
         running = [handle for handle in self._calls if handle.state is JobState.RUNNING]
         return [*running, *self._queue]
+
+    def _heard_of_fleet(self) -> None:
+        self._catalogue = self._fleet.catalogue
+        self._dispatch()
 
     def _dispatch(self) -> None:
         """Hand waiting jobs to Serve, oldest first, as many as there are places."""
