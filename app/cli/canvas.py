@@ -13,8 +13,6 @@ COLOURS = {"C": COMPUTED, "R": REUSED}
 _LETTERS = frozenset(map(chr, range(0x20, 0x7F))) | set("“”‘’…·±")  # of the font that Pillow brings
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 _LEAST_CELL = 5  # pixels of a decision, from which on a gap between two can be seen
-
-
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 

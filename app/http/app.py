@@ -38,7 +38,6 @@ _FOREIGN = {
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The app starts `engine` when it starts and stops it when it stops."""
-
     metrics = Metrics()
     decoders = ThreadPoolExecutor(max(1, available_cores() // 4), "decode")  # the others are for those who draw
     resolver = Resolver(engine, settings, decoders)
