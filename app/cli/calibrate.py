@@ -49,6 +49,7 @@ def calibrate(
         loaded = runner.model(model)
         if not isinstance(loaded, StableDiffusionModel):
             raise ServiceError(f"{model} has no UNet: DeepCache, and so its calibration, is for UNet models.")
+        path = placements.file_of(loaded.spec)
         if width is None and height is None:
             width, height = info.native_size
         rounds = calibration.rounds(interval)
@@ -77,7 +78,7 @@ def calibrate(
             )
             placements.write(loaded.spec, found)  # each when it is found
         progress.show("done", completed=len(combinations) * rounds)
-    print(placements.file_of(loaded.spec))
+    print(path)
 
 
 @with_fields(leave=_LEFT_OUT)

@@ -30,9 +30,7 @@ SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload
 MOST_PIXELS = 2**24  # of one
 
-_DEEPCACHE_FIELDS = {name for name in GenerateRequest.model_fields if name.startswith("deepcache_")} - {
-    "deepcache_enabled"
-}
+_OF_DEEPCACHE = {name for name in GenerateRequest.model_fields if name.startswith("deepcache_")}
 
 
 class Adapters:
@@ -293,7 +291,8 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
         if fields and not is_on:
             warnings.append(f"{', '.join(sorted(fields))} had no effect: {reason}.")
 
-    unless(request.deepcache_enabled, named & _DEEPCACHE_FIELDS, "deepcache_enabled is not true")
+    deepcache = (named & _OF_DEEPCACHE) - {"deepcache_enabled"}
+    unless(request.deepcache_enabled, deepcache, "deepcache_enabled is not true")
     has_fbcache = model.cache == "first_block"
     reason = "FBCache is off" if has_fbcache else f"{model.name} has no FBCache"
     first_block = given & {"fbcache_threshold", "fbcache_max_consecutive"}
