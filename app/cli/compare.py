@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -242,13 +242,7 @@ def processor() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Of each distribution, None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: next((one.version for one in distributions(name=package)), None) for package in packages}
 
 
 _MARGIN, _GAP = 28, 20

@@ -216,9 +216,9 @@ class LocalEngine(QueueingEngine):
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
             case pipe.Progress(steps):
                 slot.advance()
-                for job_id, step in steps.items():
-                    running = slot.drawing(job_id)
-                    if running is not None and not running.settled and running.on_step is not None:
+                for running in slot.running:
+                    step = steps.get(running.job.id)
+                    if step is not None and not running.settled and running.on_step is not None:
                         running.on_step(step)
             case pipe.Free(condition):
                 slot.drawn()

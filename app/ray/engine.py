@@ -121,8 +121,7 @@ class RayEngine(QueueingEngine):
                 await self._call(handle, taken_by)
                 return
             except _LOST as error:
-                for replica in taken_by:
-                    self._fleet.lose(replica, "its replica ended")
+                self._fleet.lost.update(taken_by)
                 named = ", ".join(taken_by) or "before it took the job"
                 _log.error("replica lost: %s, %r", named, error, extra={"request_id": handle.job.id})
                 if attempt == types.ATTEMPTS:
@@ -186,9 +185,9 @@ class Fleet:
         self._on_news = on_news
         self._node = ray.get_runtime_context().get_node_id()
         self._present: dict[int, tuple[Presence, float]] = {}  # by rank, with the time of its last word
-        self._lost: dict[str, str] = {}  # replica → why
         self._restarts: Counter[int] = Counter()
         self.catalogue: Catalogue | None = None
+        self.lost: set[str] = set()  # replicas that are known to have ended, by a call to them, before they are missed
 
     async def watch(self) -> None:
         """Read the roster, again and again; one that is gone is made anew, and the replicas find it."""
@@ -203,10 +202,6 @@ class Fleet:
                 _log.warning("the roster of replicas cannot be read: %r", error)
                 roster = None
             await asyncio.sleep(BEAT)
-
-    def lose(self, replica: str, reason: str) -> None:
-        """Known before it is missed: a call to it said so."""
-        self._lost[replica] = reason
 
     @property
     def places(self) -> int:
@@ -237,9 +232,9 @@ class Fleet:
             restarts=status.restarts + self._restarts[rank],
             pid=status.pid if presence.node == self._node else None,  # another machine's is some other process here
         )
-        if presence.replica not in self._lost and time.monotonic() - heard < SILENCE:
+        if presence.replica not in self.lost and time.monotonic() - heard < SILENCE:
             return status
-        reason = self._lost.get(presence.replica, "it gave no sign of life")
+        reason = "its replica ended" if presence.replica in self.lost else "it gave no sign of life"
         return replace(status, state=WorkerState.FAILED, up=False, pid=None, loaded=(), loading=None, reason=reason)
 
     def _heard_of(self, rows: list[tuple[Presence, float]]) -> None:
@@ -247,7 +242,7 @@ class Fleet:
         now = time.monotonic()
         before = {rank: presence for rank, (presence, _) in self._present.items()}
         self._present = {presence.rank: (presence, now - age) for presence, age in rows}
-        self._lost = {one.replica: self._lost[one.replica] for one, _ in rows if one.replica in self._lost}
+        self.lost &= {one.replica for one, _ in rows}
         for rank, (presence, _) in self._present.items():
             former = before.get(rank, presence)
             if former.replica != presence.replica:
