@@ -36,6 +36,8 @@ _BACKUPS = 3
 _FILE_ROOM, _STDERR_ROOM = 32 * 2**20, 2**20  # bytes that may wait
 _RETRY = 1.0  # seconds after a write that failed
 _LONGEST = 2**13  # bytes of a foreign line on stderr that are passed on at once
+# Third parties are heard from their warnings on: at DEBUG the log is to hold our steps, not their polling.
+_QUIET = [logging.Filter(name) for name in ("asyncio", "httpx", "httpcore", "PIL", "uvicorn.access")]
 _END = b"\0 the end of what is written to stderr\n"
 
 
@@ -216,23 +218,16 @@ def logging_to(folder: Path, level: str, form: LogFormat = "console", *, whole_s
     to_file = _Outlet("file", file.write, _FILE_ROOM, notice)
     root = logging.getLogger()
     before = root.level
-    # Third parties are heard from their warnings on: at DEBUG the log is to hold our steps, not their polling.
-    quiet = [logging.getLogger(name) for name in ("asyncio", "httpx", "httpcore", "PIL", "uvicorn.access")]
-    levels = [logger.level for logger in quiet]
     try:
         with _stderr(notice, whole_stderr) as to_stderr:
             entrance = _Entrance(formatter, (to_file, to_stderr))
             root.addHandler(entrance)
             root.setLevel(level)
-            for logger in quiet:
-                logger.setLevel(logging.WARNING)
             try:
                 yield folder / FILE_NAME
             finally:
                 root.removeHandler(entrance)
                 root.setLevel(before)
-                for logger, old in zip(quiet, levels, strict=True):
-                    logger.setLevel(old)
     finally:
         if to_file.end(time.monotonic() + ENDING):
             file.close()
@@ -245,6 +240,7 @@ class _Entrance(logging.Handler):
         super().__init__()
         self._form = formatter
         self._outlets = outlets
+        self.addFilter(lambda record: record.levelno >= logging.WARNING or not any(q.filter(record) for q in _QUIET))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -39,12 +39,12 @@ def hit_rate(computed: int, reused: int) -> float:
     return round(reused / (computed + reused), 4) if computed + reused else 0.0
 
 
+@dataclass(slots=True)
 class _CacheTotals:
-    def __init__(self) -> None:
-        self.requests = 0
-        self.computed = 0
-        self.reused = 0
-        self.recent: deque[CacheUse] = deque(maxlen=RECENT)
+    requests: int = 0
+    computed: int = 0
+    reused: int = 0
+    recent: deque[CacheUse] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def add(self, use: CacheUse) -> None:
         self.requests += 1

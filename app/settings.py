@@ -156,16 +156,11 @@ class Settings(BaseSettings):
                 refuse_unknown(source.env_vars, "WAVESPEED_", known)
         return init_settings, env_settings, dotenv_settings
 
-    @field_validator("face_detector")
-    @classmethod
-    def _a_detector(cls, value: Path | None) -> Path | None:
-        if value is not None and value.suffix != ".onnx":
-            raise ValueError(f"{value.name!r} is no .onnx file; a YOLO's .pt becomes one by `yolo export format=onnx`")
-        return value
-
     @field_validator("face_detector", "models_file")
     @classmethod
-    def _a_file(cls, value: Path | None) -> Path | None:
+    def _a_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.field_name == "face_detector" and value.suffix != ".onnx":
+            raise ValueError(f"{value.name!r} is no .onnx file; a YOLO's .pt becomes one by `yolo export format=onnx`")
         if value is not None and not value.is_file():
             raise ValueError(f"there is no file {str(value)!r}")
         return _readable(value)

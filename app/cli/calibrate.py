@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.generate import checked_early, job_of, runner_here, with_fields
+from app.cli.generate import HERE, checked_early, runner_here, with_fields
 from app.errors import ServiceError
+from app.http.resolve import resolve
 from app.settings import read_settings
 from cache import FirstBlockCache
 from models.base import Step
@@ -48,6 +49,7 @@ def calibrate(
         loaded = runner.model(model)
         if not isinstance(loaded, StableDiffusionModel):
             raise ServiceError(f"{model} has no UNet: DeepCache, and so its calibration, is for UNet models.")
+        path = placements.file_of(loaded.spec)
         if width is None and height is None:
             width, height = info.native_size
         rounds = calibration.rounds(interval)
@@ -76,7 +78,7 @@ def calibrate(
             )
             placements.write(loaded.spec, found)  # each when it is found
         progress.show("done", completed=len(combinations) * rounds)
-    print(placements.file_of(loaded.spec))
+    print(path)
 
 
 @with_fields(leave=_LEFT_OUT)
@@ -94,7 +96,7 @@ def threshold(
     given = {"prompt": prompts[0], "model": model, "seed": 0, "fbcache_enabled": True, **fields}
     request = checked_early(given, settings)
     with runner_here(settings) as (progress, runner):
-        job = job_of(request, runner.catalogue(), settings)
+        job = resolve(request, runner.catalogue(), settings, HERE)
         if not isinstance(job.strategy, FirstBlockCache):
             raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
         loaded = runner.model(job.model)

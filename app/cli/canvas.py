@@ -9,11 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 PAPER, INK, PALE, RULE = "#ffffff", "#1f2328", "#59636e", "#d1d9e0"
 COMPUTED, REUSED = "#1d4e89", "#f4a259"  # far apart in lightness too: told apart without colour
 LEGEND = (("computed", COMPUTED), ("reused", REUSED))
+COLOURS = {"C": COMPUTED, "R": REUSED}
 _LETTERS = frozenset(map(chr, range(0x20, 0x7F))) | set("“”‘’…·±")  # of the font that Pillow brings
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 _LEAST_CELL = 5  # pixels of a decision, from which on a gap between two can be seen
-
-
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -52,8 +51,7 @@ class Canvas:
         cell = (right - left) / max(1, len(decisions))
         gap = 1 if cell >= _LEAST_CELL else 0
         for index, letter in enumerate(decisions):
-            colour = {"C": COMPUTED, "R": REUSED}.get(letter)
-            if colour is not None:
+            if (colour := COLOURS.get(letter)) is not None:
                 start, end = round(left + index * cell), round(left + (index + 1) * cell)
                 self.draw.rectangle((start, top, max(start, end - 1 - gap), bottom - 1), fill=colour)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +20,9 @@ from PIL import Image
 
 from app import __version__
 from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
-from app.cli.generate import checked_early, job_of, runner_here, with_fields
+from app.cli.generate import HERE, checked_early, runner_here, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
-from app.http.resolve import pick_model
+from app.http.resolve import pick_model, resolve
 from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
 from app.settings import Settings, available_cores, read_settings
@@ -171,7 +171,7 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
         model = pick_model(request, catalogue)
         sized = {**dict(zip(("width", "height"), model.native_size, strict=True)), **given}
         added = settings_of(model)
-        jobs = {name: job_of(parse({**sized, **fields}), catalogue, settings) for name, fields in added.items()}
+        jobs = {name: resolve(parse({**sized, **fields}), catalogue, settings, HERE) for name, fields in added.items()}
         runner.load(model.name)
 
         def on_step(step: Step) -> None:
@@ -242,13 +242,7 @@ def processor() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Of each distribution, None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: next((one.version for one in distributions(name=package)), None) for package in packages}
 
 
 _MARGIN, _GAP = 28, 20
@@ -262,7 +256,9 @@ _GAINS = (1, 2, 4, 8, 16, 32, 64)
 def sheet(comparison: Comparison, *, difference: bool = False) -> Image.Image:
     """RGB. `difference`: below each picture how far it is from the uncached one, made brighter alike for all."""
     rows = comparison.rows
-    tile = _fitted(rows[0].picture.size)
+    wide, high = rows[0].picture.size
+    scale = min(_TILE[0] / wide, _TILE[1] / high)
+    tile = round(wide * scale), round(high * scale)
     width = 2 * _MARGIN + len(rows) * tile[0] + (len(rows) - 1) * _GAP
     title = wrapped(f"“{comparison.job.params.prompt}”", _TITLE, width - 2 * _MARGIN - 260, 2)
     footer = wrapped(comparison.conditions, _SMALL, width - 2 * _MARGIN, 4)
@@ -315,11 +311,6 @@ def _differences(rows: tuple[Row, ...]) -> tuple[int, list[Image.Image]]:
     bright = max(1.0, float(max(np.quantile(one, 0.999) for one in found)))
     gain = max((gain for gain in _GAINS if gain * bright <= 255), default=1)
     return gain, [Image.fromarray(np.minimum(one * gain, 255).astype(np.uint8)) for one in found]
-
-
-def _fitted(size: tuple[int, int]) -> tuple[int, int]:
-    scale = min(most / pixels for most, pixels in zip(_TILE, size, strict=True))
-    return round(size[0] * scale), round(size[1] * scale)
 
 
 def _high(size: int) -> int:

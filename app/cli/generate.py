@@ -22,10 +22,9 @@ import typer
 from app.cli import Bar, bar
 from app.client import ApiError, Client, Event, Generated, Job
 from app.engine import runner
-from app.engine import types as engine
 from app.engine.types import Catalogue, ModelInfo
 from app.errors import ServiceError
-from app.http.resolve import Limits, resolve
+from app.http.resolve import resolve
 from app.http.schemas import GenerateRequest, parse
 from app.images import format_of
 from app.settings import Settings, read_settings
@@ -46,6 +45,7 @@ SHORT = {
 PICTURES = ("img2img_image", "mask")  # files here, base64 in the body
 KINDS: dict[str, Any] = {"boolean": bool, "integer": int, "number": float, "string": str}
 SCHEMAS = GenerateRequest.model_json_schema()["properties"]
+HERE = "command-line"  # the id of a job that is drawn in this process
 Command = Callable[..., None]
 
 
@@ -126,13 +126,8 @@ def checked_early(values: dict[str, Any], settings: Settings) -> GenerateRequest
     configuration = runner.runner_arguments(settings)["configuration"]
     models = {spec.name: _info(spec) for spec in configuration.specs}
     catalogue = Catalogue(models=models, default=configuration.default, default_flux=configuration.default_flux)
-    job_of(request, catalogue, settings)
+    resolve(request, catalogue, settings, HERE)
     return request
-
-
-def job_of(request: GenerateRequest, catalogue: Catalogue, settings: Settings) -> engine.Job:
-    """With the checks of the server. Raises ServiceError."""
-    return resolve(request, catalogue, Limits.of(settings), "command-line")
 
 
 @contextmanager
@@ -198,7 +193,7 @@ def drawn_here(values: dict[str, Any], settings: Settings) -> Generated:
 
     request = checked_early(values, settings)
     with runner_here(settings) as (progress, here):
-        job = job_of(request, here.catalogue(), settings)
+        job = resolve(request, here.catalogue(), settings, HERE)
         here.load(job.model)
         progress.show(job.model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cli.canvas import COMPUTED, INK, PALE, REUSED, RULE, Canvas, width_of, wrapped
+from app.cli.canvas import COLOURS, INK, PALE, RULE, Canvas, width_of, wrapped
 from app.errors import ServiceError
 from app.images import encode, format_of
 
@@ -130,7 +130,6 @@ _DOT, _STEM, _LINE = 6, 3, "#c1121f"
 _ROOM = 3.0  # times the threshold; what lies higher stands at the upper edge, with its value
 _SPACINGS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _NUMBERS, _TICKS = 30, 5  # most that stand below the strip, and at the axis above 0
-_COLOURS = {"C": COMPUTED, "R": REUSED}
 
 
 def timeline(report: Report) -> Image.Image:
@@ -163,8 +162,8 @@ def _residuals(page: Canvas, decisions: str, residuals: Sequence[float | None], 
             page.write((centre, _BOTTOM - 4), "-", _TEXT, PALE, "md")
             continue
         level = _level(min(value, highest) / highest)
-        page.draw.line((centre, _BOTTOM, centre, level), fill=_COLOURS[letter], width=_STEM)
-        page.draw.ellipse((centre - _DOT, level - _DOT, centre + _DOT, level + _DOT), fill=_COLOURS[letter])
+        page.draw.line((centre, _BOTTOM, centre, level), fill=COLOURS[letter], width=_STEM)
+        page.draw.ellipse((centre - _DOT, level - _DOT, centre + _DOT, level + _DOT), fill=COLOURS[letter])
         if value > highest and width_of(f"{value:.2g}", _SMALL) < wide:
             page.write((centre, level - _DOT - 2), f"{value:.2g}", _SMALL, PALE, "md")
 
@@ -176,23 +175,20 @@ def _costs(page: Canvas, report: Report) -> None:
         share = 1.0 if letter == "C" else report.reuse_cost
         if share is not None:
             left, right = round(centre - half), round(centre + half) - 1
-            page.draw.rectangle((left, _level(share), max(left, right - 1), _BOTTOM), fill=_COLOURS[letter])
+            page.draw.rectangle((left, _level(share), max(left, right - 1), _BOTTOM), fill=COLOURS[letter])
     if report.predicted_speedup:
         _rule(page, 1 / report.predicted_speedup, "mean", f"{1 / report.predicted_speedup:.2f}")
 
 
 def _axis(page: Canvas, highest: float, name: str) -> None:
     page.write((_MARGIN, _TOP - 44), name, _SMALL)
-    each = next(each for each in _ticks() if highest / each <= _TICKS)
+    # Round distances, from far too small on: 1, 2 and 5 times each power of ten.
+    distances = (digit * 10.0**power for power in itertools.count(-9) for digit in (1, 2, 5))
+    each = next(each for each in distances if highest / each <= _TICKS)
     for number in range(int(highest / each * (1 + 1e-9)) + 1):
         level = _level(number * each / highest)
         page.draw.line((_LEFT, level, _RIGHT, level), fill=RULE)
         page.write((_LEFT - 8, level), f"{number * each:.3g}", _SMALL, PALE, "rm")
-
-
-def _ticks() -> Iterator[float]:
-    """Round distances, from far too small on: 1, 2 and 5 times each power of ten."""
-    return (digit * 10.0**power for power in itertools.count(-9) for digit in (1, 2, 5))
 
 
 def _rule(page: Canvas, share: float, *name: str) -> None:
@@ -206,7 +202,7 @@ def _rule(page: Canvas, share: float, *name: str) -> None:
 def _centres(decisions: str) -> list[tuple[float, str]]:
     """Of each call's cell in the strip; the spaces between batches and passes have a cell too."""
     width = (_RIGHT - _LEFT) / max(1, len(decisions))
-    return [(_LEFT + (at + 0.5) * width, letter) for at, letter in enumerate(decisions) if letter in _COLOURS]
+    return [(_LEFT + (at + 0.5) * width, letter) for at, letter in enumerate(decisions) if letter in COLOURS]
 
 
 def _numbers(page: Canvas, decisions: str) -> None:

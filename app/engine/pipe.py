@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from app.engine.types import Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
 from app.errors import ServiceError
@@ -158,6 +159,8 @@ Report = Known | Alive | Loading | Loaded | Unavailable | Ready | StartFailed | 
 
 # A forked child would share the event loop's descriptors, and CUDA cannot be used in one.
 PROCESSES = multiprocessing.get_context("spawn")
+Child = BaseProcess
+"""Of which `kill` may not be ignored."""
 _Given = TypeVar("_Given")
 _LAST_WORDS = 0.2  # seconds that a hung worker has to write where it hangs
 _GLANCE = 0.005  # seconds between two looks whether something has ended
@@ -170,19 +173,6 @@ def in_own_thread(name: str, call: Callable[..., _Given], *arguments: Any) -> as
     given = asyncio.get_running_loop().run_in_executor(pool, call, *arguments)
     pool.shutdown(wait=False)
     return given
-
-
-class Child(Protocol):
-    """What of a process is used here; `kill` may not be ignored."""
-
-    @property
-    def pid(self) -> int | None: ...
-    @property
-    def exitcode(self) -> int | None: ...
-    def start(self) -> None: ...
-    def is_alive(self) -> bool: ...
-    def kill(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class WorkerProcess:

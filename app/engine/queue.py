@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.engine.types import Job, JobHandle, JobState, StepListener, leaving
-from app.errors import Cancelled, DeadlineExceeded, ServiceError
+from app.engine.types import RETRY_SECONDS, Catalogue, Engine, Job, JobHandle, JobState, StepListener, leaving
+from app.errors import Cancelled, DeadlineExceeded, NotReady, ServiceError
 
 QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
@@ -53,16 +53,19 @@ class JobQueue:
             handle.stand(place)
 
 
-class QueueingEngine(ABC):
+class QueueingEngine(Engine):
     """What every `Engine` does with the jobs that it accepts, whoever draws them."""
 
     def __init__(self, queue_size: int) -> None:
         self._queue_size = queue_size
         self._queue = JobQueue()
         self._draining = False
+        self._catalogue: Catalogue | None = None
 
-    @abstractmethod
-    def admit(self, model: str, *, promised: bool = False) -> None: ...
+    def catalogue(self) -> Catalogue:
+        if self._catalogue is None:
+            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
+        return self._catalogue
 
     @abstractmethod
     def _unsettled(self) -> list[JobHandle]:
@@ -78,7 +81,7 @@ class QueueingEngine(ABC):
 
     def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step)
+        handle = JobHandle(job, on_step, kind_of(job))
         handle.limit(self._expire)
         self._queue.put(handle)
         self._accepted(handle)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -26,6 +26,9 @@ from app.settings import Settings, available_cores
 from cache import CacheReport
 from models.base import Generation, LoadedModel, PassReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
+
+if TYPE_CHECKING:
+    from models.registry import Registry
 
 _log = logging.getLogger(__name__)
 SPINS = "30000"
@@ -42,28 +45,10 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-class Models(Protocol):
-    """What of `models.registry.Registry` a runner needs."""
-
-    default: str
-    default_flux: str | None
-    device: str
-    on_stage: Callable[[str, str], None]
-
-    @property
-    def loaded(self) -> Sequence[str]: ...
-
-    def get(self, name: str) -> LoadedModel: ...
-
-    def give_up_idle(self, used: str, missing: int = 0) -> str | None: ...
-
-    def describe(self) -> list[dict[str, Any]]: ...
-
-
 class RegistryRunner:
     """A `Runner` over a model registry."""
 
-    def __init__(self, registry: Models, device_name: str) -> None:
+    def __init__(self, registry: Registry, device_name: str) -> None:
         self._registry = registry
         self._device_name = device_name
 

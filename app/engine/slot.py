@@ -138,10 +138,6 @@ class Slot:
         """All that the worker has."""
         return [*self.finishing, *self.running]
 
-    def drawing(self, job_id: str) -> JobHandle | None:
-        """The job of that id, if the worker draws it."""
-        return next((handle for handle in self.running if handle.job.id == job_id), None)
-
     def drawn(self) -> None:
         """It has drawn what it had. Raises IllegalTransition when that is nothing."""
         if not self.running:

@@ -8,26 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from app.engine import pipe
+from app.engine import pipe, types
 from app.engine.pipe import WorkerProcess
-from app.engine.queue import Grouping, QueueingEngine, kind_of
+from app.engine.queue import Grouping, QueueingEngine
 from app.engine.slot import Patience, Quarantine, Slot, death
-from app.engine.types import (
-    ATTEMPTS,
-    NOT_LOADED,
-    RETRY_SECONDS,
-    Catalogue,
-    EngineStatus,
-    IllegalTransition,
-    JobHandle,
-    JobState,
-    WorkerState,
-    in_all,
-    leaving,
-    models_unknown,
-    queue_full,
-    worker_lost,
-)
+from app.engine.types import EngineStatus, IllegalTransition, JobHandle, JobState, WorkerState
 from app.engine.worker import RunnerFactory, Spawn, spawn
 from app.errors import Cancelled, NotReady, ServiceError
 from app.settings import Settings
@@ -62,7 +47,6 @@ class LocalEngine(QueueingEngine):
         super().__init__(queue_size)
         self._factory = factory
         self._slots = [Slot(device) for device in devices]
-        self._groups = max_batch_size > 1
         self._grouping = Grouping(max_batch_size, batch_timeout)
         self._later: asyncio.TimerHandle | None = None  # when to look at a group again that waits for company
         self._stop_seconds = stop_seconds
@@ -70,7 +54,6 @@ class LocalEngine(QueueingEngine):
         self._patience = patience or Patience()
         self._quarantine = Quarantine(quarantine_seconds)
         self._make = make
-        self._catalogue: Catalogue | None = None
         self._supervisors: list[asyncio.Task[None]] = []
         self._stopping = False
 
@@ -94,24 +77,17 @@ class LocalEngine(QueueingEngine):
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
 
-    def catalogue(self) -> Catalogue:
-        if self._catalogue is None:
-            raise models_unknown()
-        return self._catalogue
-
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
-            raise leaving()
+            raise types.leaving()
         if self.hopeless:
             raise _hopeless()
         if model in self._quarantine.reasons:
             raise self._quarantine.refusal(model)
         if len(self._queue) >= self._queue_size and not promised:
-            raise queue_full(self._queue_size)
+            raise types.queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
-        if self._groups:
-            handle.kind = kind_of(handle.job)
         self._grouping.arrived(handle, tuple(self._queue), self._running())
         self._dispatch()
 
@@ -138,7 +114,7 @@ class LocalEngine(QueueingEngine):
         handle.fail(error, state)
 
     def _unavailable(self) -> dict[str, str]:
-        return in_all([slot.unavailable for slot in self._slots if slot.up])
+        return types.in_all([slot.unavailable for slot in self._slots if slot.up])
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""
@@ -224,7 +200,7 @@ class LocalEngine(QueueingEngine):
             case pipe.Loaded():
                 self._loaded(slot)
             case pipe.Unavailable(model, detail):
-                slot.unavailable[model] = NOT_LOADED
+                slot.unavailable[model] = types.NOT_LOADED
                 slot.loading = None
                 slot.advance()
                 _log.error("model %s cannot be loaded device=%s: %s", model, slot.device, detail)
@@ -240,9 +216,9 @@ class LocalEngine(QueueingEngine):
                 _log.error("worker device=%s failed to start: %s\n%s", slot.device, message, detail)
             case pipe.Progress(steps):
                 slot.advance()
-                for job_id, step in steps.items():
-                    running = slot.drawing(job_id)
-                    if running is not None and not running.settled and running.on_step is not None:
+                for running in slot.running:
+                    step = steps.get(running.job.id)
+                    if step is not None and not running.settled and running.on_step is not None:
                         running.on_step(step)
             case pipe.Free(condition):
                 slot.drawn()
@@ -312,10 +288,10 @@ class LocalEngine(QueueingEngine):
         """A job whose worker was lost: once more, or answered."""
         if handle.job.model in self._quarantine.reasons:
             handle.fail(self._quarantine.refusal(handle.job.model))
-        elif handle.attempts < ATTEMPTS:
+        elif handle.attempts < types.ATTEMPTS:
             self._requeue(handle)
         else:
-            handle.fail(worker_lost(reason))
+            handle.fail(types.worker_lost(reason))
 
     @property
     def hopeless(self) -> bool:
@@ -324,7 +300,7 @@ class LocalEngine(QueueingEngine):
 
 
 def _hopeless() -> NotReady:
-    return NotReady("No worker can be started; the server's log says why.", retry_after=RETRY_SECONDS)
+    return NotReady("No worker can be started; the server's log says why.", retry_after=types.RETRY_SECONDS)
 
 
 def local_engine(settings: Settings, factory: RunnerFactory) -> LocalEngine:

@@ -73,6 +73,7 @@ JOB_MOVES: Mapping[JobState, frozenset[JobState]] = {
 }
 
 State = TypeVar("State", WorkerState, JobState)
+Outcome = TypeVar("Outcome")
 
 
 def moved(moves: Mapping[State, frozenset[State]], old: State, new: State) -> State:
@@ -224,6 +225,17 @@ def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {model: why for model, why in reasons[0].items() if all(model in one for one in reasons)} if reasons else {}
 
 
+def settle(future: asyncio.Future[Outcome], outcome: Outcome | ServiceError) -> None:
+    """Nothing where whoever waited has cancelled it."""
+    if future.done():
+        return
+    if isinstance(outcome, ServiceError):
+        future.set_exception(outcome)
+        future.exception()  # the client may have left: nobody reading it is no fault
+    else:
+        future.set_result(outcome)
+
+
 _ages = itertools.count()
 
 
@@ -291,17 +303,12 @@ class JobHandle:
         self.started = None
 
     def succeed(self, result: JobResult) -> None:
-        self._settle(JobState.DONE)
-        if not self.result.done():  # whoever waited may have cancelled it
-            self.result.set_result(result)
+        self._settle(JobState.DONE, result)
 
     def fail(self, error: ServiceError, state: JobState = JobState.FAILED) -> None:
-        self._settle(state)
-        if not self.result.done():
-            self.result.set_exception(error)
-            self.result.exception()  # the client may have left: nobody reading it is no fault
+        self._settle(state, error)
 
-    def _settle(self, state: JobState) -> None:
+    def _settle(self, state: JobState, outcome: JobResult | ServiceError) -> None:
         self.state = moved(JOB_MOVES, self.state, state)
         self.place = None
         self.finished = time.monotonic()
@@ -309,6 +316,7 @@ class JobHandle:
             self._timer.cancel()
         self._tell()
         self.on_step = self.on_change = None
+        settle(self.result, outcome)
 
     def _tell(self) -> None:
         if self.on_change is not None:
@@ -364,7 +372,3 @@ def leaving() -> NotReady:
 
 def queue_full(size: int) -> QueueFull:
     return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
-
-
-def models_unknown() -> NotReady:
-    return NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)

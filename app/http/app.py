@@ -22,7 +22,7 @@ from app.http.apis import jobs as jobs_api
 from app.http.apis.openai import images_schema
 from app.http.middleware import Guard, RequestContext, error_response
 from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
-from app.http.resolve import Limits, Resolver
+from app.http.resolve import Resolver
 from app.http.schemas import parse, request_schema
 from app.jobs.jobs import Jobs
 from app.metrics import Metrics
@@ -30,8 +30,6 @@ from app.settings import Settings, available_cores
 from app.tracing import telemetry_config
 
 _DESCRIPTION = "Image generation with per-request feature caching: DeepCache for UNets, First Block Cache for Flux."
-
-
 _FOREIGN = {
     "description": "A page of another web site asks, and its origin is not allowed.",
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}},
@@ -40,10 +38,9 @@ _FOREIGN = {
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """The app starts `engine` when it starts and stops it when it stops."""
-
     metrics = Metrics()
     decoders = ThreadPoolExecutor(max(1, available_cores() // 4), "decode")  # the others are for those who draw
-    resolver = Resolver(engine, Limits.of(settings), decoders)
+    resolver = Resolver(engine, settings, decoders)
 
     async def resolve_again(body: Mapping[str, Any], job_id: str) -> Job:
         return await resolver.job(parse(dict(body)), job_id)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import fastapi_offline
@@ -20,7 +21,7 @@ from starlette.responses import FileResponse, Response
 from app.engine.types import NOT_LOADED, DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
 from app.errors import NotFound, NotReady
 from app.http.render import errors
-from app.http.request import known_models, service_of
+from app.http.request import service_of
 from app.http.resolve import Adapters
 from app.metrics import Metrics
 
@@ -82,9 +83,17 @@ async def ready(request: Request) -> dict[str, object]:
         "workers": {device.device: device.state.value for device in status.devices},
         "quarantined": dict(status.quarantined),
         "unavailable": {
-            name: reason for name, model in known_models(engine).items() if (reason := _not_loaded(model, status))
+            name: reason for name, model in _known_models(engine).items() if (reason := _not_loaded(model, status))
         },
     }
+
+
+def _known_models(engine: Engine) -> Mapping[str, ModelInfo]:
+    """By name; none while they are not known yet."""
+    try:
+        return engine.catalogue().models
+    except NotReady:
+        return {}
 
 
 def _not_loaded(model: ModelInfo, status: EngineStatus) -> str | None:
@@ -112,7 +121,7 @@ def _why_not(status: EngineStatus) -> str:
 )
 def adapters(request: Request) -> dict[str, list[str]]:
     """Read from the folders at each call. Whether one fits a model is seen when it is used."""
-    folders = Adapters.of(service_of(request).settings)
+    folders = Adapters(service_of(request).settings)
     return {"loras": list(folders.loras.files()), "embeddings": list(folders.embeddings.files())}
 
 
@@ -178,7 +187,7 @@ async def prometheus(request: Request) -> Response:
 
 def exposition(metrics: Metrics, engine: Engine, encode: Callable[[Collector], bytes] = generate_latest) -> bytes:
     """What was counted, and what the engine is now."""
-    models = known_models(engine)
+    models = _known_models(engine)
     for name, info in models.items():
         metrics.expect(name, info.cache)
     return encode(_Everything(metrics, engine.status(), models))
@@ -198,13 +207,12 @@ class _Everything(Collector):
         yield GaugeMetricFamily("wavespeed_queue_depth", "Jobs waiting for a worker.", status.pending)
         yield GaugeMetricFamily("wavespeed_queue_capacity", "Jobs that may wait at once.", status.capacity)
         yield GaugeMetricFamily("wavespeed_jobs_running", "Jobs that a worker has.", status.running)
-        by_device: dict[tuple[str, str], Callable[[DeviceStatus], float]] = {
-            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use."): lambda device: device.memory.used,
-            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is."): lambda device: device.memory.total,
-            ("wavespeed_worker_restarts", "Workers started after the first."): lambda device: device.restarts,
-            ("wavespeed_worker_ready", "1 when the device's worker can take jobs."): lambda device: device.ready,
-        }
-        for (name, words), value in by_device.items():
+        for name, words, value in (
+            ("wavespeed_gpu_memory_used_bytes", "GPU memory in use.", attrgetter("memory.used")),
+            ("wavespeed_gpu_memory_total_bytes", "GPU memory there is.", attrgetter("memory.total")),
+            ("wavespeed_worker_restarts", "Workers started after the first.", attrgetter("restarts")),
+            ("wavespeed_worker_ready", "1 when the device's worker can take jobs.", attrgetter("ready")),
+        ):
             gauge = GaugeMetricFamily(name, words, labels=["device"])
             for device in status.devices:
                 gauge.add_metric([device.device], value(device))

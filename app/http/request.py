@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from app.engine.types import Engine, ModelInfo
-from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, NotReady, shown
+from app.engine.types import Engine
+from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
 from app.http.resolve import Resolver
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord
@@ -59,14 +59,6 @@ class Service:
 def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
-
-
-def known_models(engine: Engine) -> Mapping[str, ModelInfo]:
-    """By name; none while they are not known yet."""
-    try:
-        return engine.catalogue().models
-    except NotReady:
-        return {}
 
 
 def request_id_of(request: Request) -> str:

@@ -9,7 +9,6 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
@@ -29,28 +28,17 @@ from models.samplers import check as check_sampler
 
 SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload
+MOST_PIXELS = 2**24  # of one
 
-_DEEPCACHE_FIELDS = {
-    "deepcache_preset",
-    "deepcache_interval",
-    "deepcache_depth",
-    "deepcache_start_step",
-    "deepcache_end_step",
-    "deepcache_schedule",
-    "deepcache_guidance",
-}
+_OF_DEEPCACHE = {name for name in GenerateRequest.model_fields if name.startswith("deepcache_")}
 
 
-@dataclass(frozen=True, slots=True)
 class Adapters:
     """The operator's two folders."""
 
-    loras: WeightsFolder
-    embeddings: WeightsFolder
-
-    @classmethod
-    def of(cls, settings: Settings) -> Adapters:
-        return cls(WeightsFolder(settings.lora_folder, "LoRA"), WeightsFolder(settings.embedding_folder, "embedding"))
+    def __init__(self, settings: Settings) -> None:
+        self.loras = WeightsFolder(settings.lora_folder, "LoRA")
+        self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
@@ -72,31 +60,8 @@ class Adapters:
         return (), [f"{model.name} takes no embeddings; these names were read as plain words: {names}."]
 
 
-NO_ADAPTERS = Adapters(WeightsFolder(None, "LoRA"), WeightsFolder(None, "embedding"))
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the operator allows."""
-
-    max_batch_size: int = 4
-    max_picture_pixels: int = 2**24
-    deadline_seconds: float = 3600.0
-    adapters: Adapters = NO_ADAPTERS
-    face_detector: Path | None = None
-
-    @classmethod
-    def of(cls, settings: Settings) -> Limits:
-        return cls(
-            max_batch_size=settings.max_batch_size,
-            deadline_seconds=settings.deadline_seconds,
-            adapters=Adapters.of(settings),
-            face_detector=settings.face_detector,
-        )
-
-
 def resolve(
-    request: GenerateRequest, catalogue: Catalogue, limits: Limits, job_id: str, *, same_aspect: bool = False
+    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, *, same_aspect: bool = False
 ) -> Job:
     """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
 
@@ -108,13 +73,14 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = _img2img(request, limits, steps, same_aspect)
+    img2img = _img2img(request, steps, same_aspect)
     warnings = _warnings(request, model)
-    embeddings, said = limits.adapters.mentioned(request, model)
+    adapters = Adapters(settings)
+    embeddings, said = adapters.mentioned(request, model)
     warnings += said
     batch_size = min(request.batch_size, request.num_images)
-    if batch_size > limits.max_batch_size:
-        batch_size = limits.max_batch_size
+    if batch_size > settings.max_batch_size:
+        batch_size = settings.max_batch_size
         warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
     first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
     params = GenerationParams(
@@ -128,7 +94,7 @@ def resolve(
         batch_size=batch_size,
         sampler=sampler,
         scheduler=scheduler,
-        loras=limits.adapters.named(request),
+        loras=adapters.named(request),
         embeddings=embeddings,
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
@@ -137,7 +103,7 @@ def resolve(
         img2img=img2img,
         hires_fix=request.hires_fix,
         adetailer=request.adetailer,
-        face_detector=limits.face_detector if request.adetailer else None,
+        face_detector=settings.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
         preview=request.enable_preview,
     )
@@ -148,17 +114,17 @@ def resolve(
         strategy=_strategy(request, model),
         output_format=request.output_format,
         warnings=tuple(warnings),
-        deadline_seconds=_deadline(request, limits),
+        deadline_seconds=_deadline(request, settings),
     )
 
 
-def _deadline(request: GenerateRequest, limits: Limits) -> float:
+def _deadline(request: GenerateRequest, settings: Settings) -> float:
     """Seconds."""
     if request.deadline_seconds is None:
-        return limits.deadline_seconds
-    if request.deadline_seconds > limits.deadline_seconds:
+        return settings.deadline_seconds
+    if request.deadline_seconds > settings.deadline_seconds:
         raise Invalid(
-            f"deadline_seconds is at most {limits.deadline_seconds:g} on this server.", field="deadline_seconds"
+            f"deadline_seconds is at most {settings.deadline_seconds:g} on this server.", field="deadline_seconds"
         )
     return request.deadline_seconds
 
@@ -168,7 +134,7 @@ class Resolver:
     """`resolve` for the event loop. `decoders`: the few threads that decode the pictures that clients send."""
 
     engine: Engine
-    limits: Limits
+    settings: Settings
     decoders: Executor
 
     async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
@@ -177,7 +143,7 @@ class Resolver:
         Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
         """
         catalogue = self.engine.catalogue()
-        work = partial(resolve, request, catalogue, self.limits, job_id, same_aspect=same_aspect)
+        work = partial(resolve, request, catalogue, self.settings, job_id, same_aspect=same_aspect)
         if request.img2img_image is None:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)
@@ -250,7 +216,7 @@ def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
             )
 
 
-def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: bool) -> Img2Img | None:
+def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img | None:
     """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
     if not request.img2img_enabled:
         return None
@@ -264,7 +230,7 @@ def _img2img(request: GenerateRequest, limits: Limits, steps: int, same_aspect: 
             f"Give at least {math.ceil(1000 / steps) / 1000:g}, or more steps.",
             field="img2img_denoise",
         )
-    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=limits.max_picture_pixels)
+    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=MOST_PIXELS)
     if min(picture.size) < SMALLEST_PICTURE:
         raise Invalid(
             f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
@@ -317,28 +283,25 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     """A cache setting that nothing will read deserves a sentence: it may be a cache that was meant to be on."""
-    given = request.model_fields_set
-    warnings = []
-    if not request.deepcache_enabled:
-        idle = sorted(field for field in given & _DEEPCACHE_FIELDS if getattr(request, field) is not None)
-        if idle:
-            warnings.append(f"{', '.join(idle)} had no effect: deepcache_enabled is not true.")
-    if model.cache != "first_block" or request.fbcache_enabled is False:
-        idle = sorted(given & {"fbcache_threshold", "fbcache_max_consecutive"})
-        if idle:
-            reason = "FBCache is off" if model.cache == "first_block" else f"{model.name} has no FBCache"
-            warnings.append(f"{', '.join(idle)} had no effect: {reason}.")
-    for switch, fields in (
-        ("img2img_enabled", {"img2img_image", "img2img_denoise"}),
-        ("multiscale_enabled", {f"multiscale_{name}" for name in request.multiscale}),
-    ):
-        defaults = {field: GenerateRequest.model_fields[field].default for field in fields}
-        idle = sorted(field for field in given & fields if getattr(request, field) != defaults[field])
-        if idle and not getattr(request, switch):
-            warnings.append(f"{', '.join(idle)} had no effect: {switch} is not true.")
+    given, warnings = request.model_fields_set, []
+    named = {field for field in given if getattr(request, field) is not None}
+    changed = {field for field in given if getattr(request, field) != GenerateRequest.model_fields[field].default}
+
+    def unless(is_on: bool, fields: set[str], reason: str) -> None:
+        if fields and not is_on:
+            warnings.append(f"{', '.join(sorted(fields))} had no effect: {reason}.")
+
+    deepcache = (named & _OF_DEEPCACHE) - {"deepcache_enabled"}
+    unless(request.deepcache_enabled, deepcache, "deepcache_enabled is not true")
+    has_fbcache = model.cache == "first_block"
+    reason = "FBCache is off" if has_fbcache else f"{model.name} has no FBCache"
+    first_block = given & {"fbcache_threshold", "fbcache_max_consecutive"}
+    unless(has_fbcache and request.fbcache_enabled is not False, first_block, reason)
+    unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
+    multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
+    unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
     for field in ("cache_forecast", "cache_correction"):
-        if getattr(request, field) is not None and isinstance(_strategy(request, model), NoCache):
-            warnings.append(f"{field} had no effect: no cache is on.")
+        unless(not isinstance(_strategy(request, model), NoCache), named & {field}, "no cache is on")
     return warnings
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from app import errors, tracing
-from app.engine.types import Engine, Job, JobHandle, JobState
+from app.engine.types import Engine, Job, JobHandle, JobState, settle
 from app.errors import Cancelled, NotReady, ServiceError
 from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
@@ -148,8 +148,7 @@ class Jobs:
         except (OSError, sqlite3.Error) as error:
             _log.error("job store: %s", error)
             refusal = errors.StorageFailed("The job cannot be recorded: the server's disk fails.", retry_after=30)
-            saved.set_exception(refusal)
-            saved.exception()  # a second caller may read it, or none
+            settle(saved, refusal)  # a second caller may read it, or none
             self._engine.cancel(record.id)
             if (watcher := self._watchers.get(record.id)) is not None:
                 await asyncio.wait({watcher})
@@ -303,12 +302,12 @@ class Jobs:
             body = outcome.body(record.id)
             record.end(JobState.CANCELLED if isinstance(outcome, Cancelled) else JobState.FAILED, body["error"])
             record.events.publish("error", body)
-            if outcome.status >= 500 and record.key is not None:
+            if outcome.status >= 500:
                 self._free_key(record)  # what may pass is to be tried again, with the same key
                 record.key = None
         if record.ephemeral:
             del self._records[record.id]
-            _settle(record.outcome, outcome)
+            settle(record.outcome, outcome)
             return
         asyncio.get_running_loop().call_later(_TRIM_SECONDS, record.events.trim)
         self._forget_later(record)
@@ -365,13 +364,3 @@ class Jobs:
                     await asyncio.sleep(_PAUSE)
                 except ServiceError as error:  # the model is gone, or an update refuses what was fine before
                     await self._end(record, error)
-
-
-def _settle(future: asyncio.Future[Drawn], outcome: Drawn | ServiceError) -> None:
-    if future.done():
-        return  # whoever waited was cancelled
-    if isinstance(outcome, Drawn):
-        future.set_result(outcome)
-    else:
-        future.set_exception(outcome)
-        future.exception()  # the client may have left: nobody reading it is no fault

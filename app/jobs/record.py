@@ -120,7 +120,7 @@ class Drawn:
 
     def figures(self) -> dict[str, object]:
         """What the log says."""
-        params, cache, timings, use = self.job.params, self.report["cache"], self.report["timings"], self.cache_use
+        cache, timings, use = self.report["cache"], self.report["timings"], self.cache_use
         settings = ("interval", "depth", "branch", "threshold")
         return {
             "strategy": use.strategy,
@@ -130,9 +130,7 @@ class Drawn:
             "hit_rate": round(use.hit_rate, 2),
             **{name: cache[name] for name in settings if cache.get(name) is not None},
             "images": len(self.images),
-            "width": params.width,
-            "height": params.height,
-            "steps": params.steps,
+            **{name: getattr(self.job.params, name) for name in ("width", "height", "steps")},
             **{name: round(timings[name], 3) for name in ("queue_seconds", "denoise_seconds", "total_seconds")},
         }
 
@@ -143,9 +141,7 @@ def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: f
         "request_id": job.id,
         "model": job.model,
         "seeds": list(job.params.seeds),
-        "width": job.params.width,
-        "height": job.params.height,
-        "steps": job.params.steps,
+        **{name: getattr(job.params, name) for name in ("width", "height", "steps")},
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
         "timings": {name: round(value, 4) for name, value in seconds.items()},

@@ -114,8 +114,6 @@ def _replicas(scale: Scale) -> dict[str, Any]:
     if scale.max_replicas is None:
         return {"num_replicas": scale.replicas}
     scaling = AutoscalingConfig(
-        min_replicas=scale.replicas,
-        max_replicas=scale.max_replicas,
-        target_ongoing_requests=scale.jobs + scale.waiting,
+        min_replicas=scale.replicas, max_replicas=scale.max_replicas, target_ongoing_requests=scale.jobs + scale.waiting
     )
     return {"autoscaling_config": scaling, "num_replicas": None}

@@ -17,24 +17,10 @@ from ray.exceptions import NodeDiedError, RayActorError, RayError, WorkerCrashed
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from app.engine import types
 from app.engine.pipe import in_own_thread
 from app.engine.queue import QueueingEngine
-from app.engine.types import (
-    ATTEMPTS,
-    RETRY_SECONDS,
-    Catalogue,
-    DeviceStatus,
-    EngineStatus,
-    JobHandle,
-    JobResult,
-    JobState,
-    WorkerState,
-    in_all,
-    leaving,
-    models_unknown,
-    queue_full,
-    worker_lost,
-)
+from app.engine.types import Catalogue, DeviceStatus, EngineStatus, JobHandle, JobResult, JobState, WorkerState
 from app.errors import NotReady, ServiceError, WorkerLost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name
 from models.base import Step
@@ -66,7 +52,7 @@ class RayEngine(QueueingEngine):
         self._workers = workers
         self._at_once = at_once
         self._drain_seconds = drain_seconds
-        self._fleet = Fleet(app, on_news=self._dispatch)
+        self._fleet = Fleet(app, on_news=self._heard_of_fleet)
         self._calls: dict[JobHandle, asyncio.Task[None]] = {}  # of jobs handed to Serve
         self._watcher: asyncio.Task[None] | None = None
 
@@ -80,16 +66,11 @@ class RayEngine(QueueingEngine):
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
 
-    def catalogue(self) -> Catalogue:
-        if self._fleet.catalogue is None:
-            raise models_unknown()
-        return self._fleet.catalogue
-
     def admit(self, model: str, *, promised: bool = False) -> None:
         if self._draining:
-            raise leaving()
+            raise types.leaving()
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
-            raise queue_full(self._queue_size)
+            raise types.queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
         self._dispatch()
@@ -109,6 +90,10 @@ class RayEngine(QueueingEngine):
         running = [handle for handle in self._calls if handle.state is JobState.RUNNING]
         return [*running, *self._queue]
 
+    def _heard_of_fleet(self) -> None:
+        self._catalogue = self._fleet.catalogue
+        self._dispatch()
+
     def _dispatch(self) -> None:
         """Hand waiting jobs to Serve, oldest first, as many as there are places."""
         loop = asyncio.get_running_loop()
@@ -124,32 +109,31 @@ class RayEngine(QueueingEngine):
     def _called(self, handle: JobHandle, _: asyncio.Task[None]) -> None:
         """Serve may end a call in ways of its own; no request is left without an answer."""
         if not handle.settled:
-            self._give_up(handle, worker_lost("its replica gave it up"))
+            self._give_up(handle, types.worker_lost("its replica gave it up"))
         del self._calls[handle]
         self._dispatch()
 
     async def _carry(self, handle: JobHandle) -> None:
         """To the end of the job, whatever becomes of the replicas that have it."""
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, types.ATTEMPTS + 1):
             taken_by: list[str] = []
             try:
                 await self._call(handle, taken_by)
                 return
             except _LOST as error:
-                for replica in taken_by:
-                    self._fleet.lose(replica, "its replica ended")
+                self._fleet.lost.update(taken_by)
                 named = ", ".join(taken_by) or "before it took the job"
                 _log.error("replica lost: %s, %r", named, error, extra={"request_id": handle.job.id})
-                if attempt == ATTEMPTS:
-                    self._give_up(handle, worker_lost("its replica ended"))
+                if attempt == types.ATTEMPTS:
+                    self._give_up(handle, types.worker_lost("its replica ended"))
                 elif handle.state is JobState.RUNNING:
                     self._requeue(handle)
             except DeploymentUnavailableError:
-                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=RETRY_SECONDS))
+                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=types.RETRY_SECONDS))
             except (RayError, RayServeException) as error:
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 reason = f"The cluster did not run it: {type(error).__name__}."
-                self._give_up(handle, WorkerLost(reason, retry_after=RETRY_SECONDS))
+                self._give_up(handle, WorkerLost(reason, retry_after=types.RETRY_SECONDS))
             except Exception:  # noqa: BLE001  # a bug of ours must not leave a request without an answer
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 self._give_up(handle, ServiceError("The server made a mistake; its log has it."))
@@ -201,9 +185,9 @@ class Fleet:
         self._on_news = on_news
         self._node = ray.get_runtime_context().get_node_id()
         self._present: dict[int, tuple[Presence, float]] = {}  # by rank, with the time of its last word
-        self._lost: dict[str, str] = {}  # replica → why
         self._restarts: Counter[int] = Counter()
         self.catalogue: Catalogue | None = None
+        self.lost: set[str] = set()  # replicas that are known to have ended, by a call to them, before they are missed
 
     async def watch(self) -> None:
         """Read the roster, again and again; one that is gone is made anew, and the replicas find it."""
@@ -218,10 +202,6 @@ class Fleet:
                 _log.warning("the roster of replicas cannot be read: %r", error)
                 roster = None
             await asyncio.sleep(BEAT)
-
-    def lose(self, replica: str, reason: str) -> None:
-        """Known before it is missed: a call to it said so."""
-        self._lost[replica] = reason
 
     @property
     def places(self) -> int:
@@ -239,7 +219,9 @@ class Fleet:
 
     @property
     def unavailable(self) -> Mapping[str, str]:
-        return in_all([one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up])
+        return types.in_all(
+            [one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up]
+        )
 
     def _device(self, rank: int) -> DeviceStatus:
         presence, heard = self._present[rank]
@@ -250,9 +232,9 @@ class Fleet:
             restarts=status.restarts + self._restarts[rank],
             pid=status.pid if presence.node == self._node else None,  # another machine's is some other process here
         )
-        if presence.replica not in self._lost and time.monotonic() - heard < SILENCE:
+        if presence.replica not in self.lost and time.monotonic() - heard < SILENCE:
             return status
-        reason = self._lost.get(presence.replica, "it gave no sign of life")
+        reason = "its replica ended" if presence.replica in self.lost else "it gave no sign of life"
         return replace(status, state=WorkerState.FAILED, up=False, pid=None, loaded=(), loading=None, reason=reason)
 
     def _heard_of(self, rows: list[tuple[Presence, float]]) -> None:
@@ -260,7 +242,7 @@ class Fleet:
         now = time.monotonic()
         before = {rank: presence for rank, (presence, _) in self._present.items()}
         self._present = {presence.rank: (presence, now - age) for presence, age in rows}
-        self._lost = {one.replica: self._lost[one.replica] for one, _ in rows if one.replica in self._lost}
+        self.lost &= {one.replica for one, _ in rows}
         for rank, (presence, _) in self._present.items():
             former = before.get(rank, presence)
             if former.replica != presence.replica:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import ServiceError
-from app.http.resolve import Limits, resolve
+from app.http.resolve import resolve
 from app.http.schemas import GenerateRequest, parse
+from app.settings import Settings
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine, fake_catalogue
 
@@ -274,7 +275,7 @@ VALUES = st.recursive(
 def test_any_object_becomes_a_job_or_an_answer(body: dict[str, Any]) -> None:
     answer: tuple[int, dict[str, Any]] = (200, {})
     try:
-        job = resolve(parse({"prompt": "a", **body}), fake_catalogue(), Limits(), "id")
+        job = resolve(parse({"prompt": "a", **body}), fake_catalogue(), Settings(), "id")
         answer = (200, {"seeds": job.params.seeds})
     except ServiceError as error:
         answer = (error.status, error.body("id"))

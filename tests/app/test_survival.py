@@ -17,8 +17,9 @@ import pytest
 from app.engine.slot import Patience
 from app.engine.supervisor import LocalEngine
 from app.errors import GenerationFailed, WorkerLost
-from app.http.resolve import Limits, resolve
+from app.http.resolve import resolve
 from app.http.schemas import parse
+from app.settings import Settings
 from tests.app.conftest import client_of
 from tests.app.fakes import fake_runner
 from tests.app.test_engine import device, job, pid, running, until
@@ -137,5 +138,5 @@ async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -
 def drawn(seed: int) -> bytes:
     """The picture that the fake draws for `seed`, made here without an engine, text chunks and all."""
     runner = fake_runner("cpu")
-    wanted = resolve(parse({**BODY, "seed": seed}), runner.catalogue(), Limits(), "x")
+    wanted = resolve(parse({**BODY, "seed": seed}), runner.catalogue(), Settings(), "x")
     return runner.run(wanted, lambda step: None).images[0]

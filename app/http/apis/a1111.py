@@ -183,7 +183,7 @@ async def scripts() -> dict[str, list[str]]:
 @router.get("/loras", summary="The LoRAs that a prompt can name", responses=errors(401))
 def loras(request: Request) -> list[dict[str, Any]]:
     """As <lora:name:0.8>."""
-    names = Adapters.of(service_of(request).settings).loras.files()
+    names = Adapters(service_of(request).settings).loras.files()
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
 
 
