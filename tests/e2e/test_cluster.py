@@ -191,7 +191,7 @@ UNBOUNDED = "a header without end"
 def test_bad_input_is_answered_as_it_should(cluster: Any, row: Row) -> None:
     url = urlsplit(cluster.address)
     address = (url.hostname or "", url.port or 0)
-    answer = exchange(address, row.parts(), leave=row.leave)
+    answer = exchange(address, row.parts, leave=row.leave)
     assert row.accepts(answer), answer
     alive = exchange(address, [request(b"", method="GET", path="/livez")])
     assert alive is not None
