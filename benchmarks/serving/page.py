@@ -59,11 +59,11 @@ def write(file: Path, kept: Mapping[str, Any]) -> None:
         lines += markdown(COLUMNS, map(cells, entries))
         lines += _predicted(entries, predictions) if predictions else judged(claims({name: one}))
         lines += [f"![{name}]({picture})", ""]
-        if name == "overload":
-            draw_overload(entries, file.parent / picture)
-        else:
-            with panel(TITLES[name].format(entries[0]), file.parent / picture) as axes:
-                draw_open(entries, predictions, axes) if predictions else draw_closed(entries, axes)
+        with panel(TITLES[name].format(entries[0]), file.parent / picture) as axes:
+            if name == "open":
+                draw_open(entries, predictions, axes)
+            else:
+                {"closed": draw_closed, "overload": draw_overload}[name](entries, axes)
     file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -257,33 +257,16 @@ def draw_open(entries: Sequence[Entry], predictions: Sequence[Mapping[str, Predi
     axes.set_xlim(left=0)
 
 
-def draw_overload(entries: Sequence[Entry], file: Path) -> None:
-    """Latencies, the queue and memory over time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    panels = figure.subplots(3, len(entries), sharex=True, squeeze=False, height_ratios=(2, 1, 1))
-    for (top, middle, low), entry in zip(panels.T, entries, strict=True):
-        for status, color, label in ((200, COLORS[1], "accepted"), (429, COLORS[3], "refused, 429")):
+def draw_overload(entries: Sequence[Entry], axes: Any) -> None:
+    """When which request was answered, and the bound for those that were taken."""
+    for number, entry in enumerate(entries):
+        for status, marker, label in ((200, ".", "accepted"), (429, "x", "refused, 429")):
             points = [(at, latency) for at, latency, answered, *_ in entry["points"] if answered == status]
-            top.plot(*(zip(*points, strict=True) if points else ((), ())), ".", color=color, markersize=4, label=label)
+            at, seconds = zip(*points, strict=True) if points else ((), ())
+            axes.plot(at, seconds, marker, color=COLORS[number % 4], markersize=4, label=f"{setting(entry)}: {label}")
         bound = last(entry["rules"]) * entry["held"]["service_longest"]
-        top.axhline(bound, color="black", linewidth=0.8, label="longest service × those of the last place")
-        top.set_title(f"{setting(entry)}: {entry['rate']:.1f} requests a second", fontsize="medium")
-        at, server, workers, waiting = zip(*entry["looks"], strict=True)
-        middle.step(at, [number or 0 for number in waiting], where="post", color=COLORS[2])
-        middle.axhline(entry["rules"]["queue"], color="black", linewidth=0.8)
-        for name, size, color in (("server", server, COLORS[0]), ("worker", workers, COLORS[3])):
-            low.plot(at, [part / 1e6 for part in size], color=color, label=name)
-        low.set(ylim=(0, None), xlabel="seconds")
-        for axes in (top, middle, low):
-            axes.axvspan(0, entry["warm_up"], color="#adb5bd", alpha=0.3, linewidth=0)
-            axes.grid(alpha=0.25)
-    for axes, label in zip(panels[:, 0], ("seconds to the answer", "waiting", "resident MB"), strict=True):
-        axes.set_ylabel(label)
-    panels[0][0].legend(fontsize=8)
-    panels[2][0].legend(fontsize=8)
-    save(figure, file)
+        axes.axhline(bound, color=COLORS[number % 4], linewidth=0.8, label="longest service × those of the last place")
+    axes.set(xlabel="seconds", ylabel="seconds to the answer")
 
 
 def draw_plan(settings: Sequence[Setting], demand: Demand, file: Path) -> None:
