@@ -9,21 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from app.cli import bar
 from benchmarks.cache.claims import counted, forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
-from benchmarks.cache.overhead import first_block_overheads, overheads
+from benchmarks.cache.overhead import FLUX_BLOCK, first_block_overheads, flux_block, overheads
 from benchmarks.cache.page import COLUMNS, Section, draw, row, write
 from benchmarks.cache.settings import Grid, Setting, full, presets
-from benchmarks.geometry import FLUX_BLOCK, TransformerHost
 from benchmarks.report import ROOT, Claim, machine, show
 from cache import DeepCache, FirstBlockCache
 from cache.cost import deepest_branch
@@ -32,6 +30,7 @@ from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 
 _MEASURED_CODE = ("cache/*.py", "models/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
+GRID = Grid()
 BATCH = 4  # pictures denoised together where quality is measured and the cache's decisions allow it
 OVERHEAD_REPEATS = 40
 WIDE_REPEATS = 8  # of a step that takes a second or more
@@ -67,28 +66,26 @@ def bench_of(registry: Registry, name: str, pictures: int, steps: int | None) ->
     spec, family = registry.spec(name), registry.family(name)
     width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
     guidance = family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale
-    params = GenerationParams(
-        prompt="", width=width, height=height, steps=steps or spec.steps or family.steps, guidance_scale=guidance
-    )
+    given: Any = {"width": width, "height": height, "guidance_scale": guidance}
+    params = GenerationParams(prompt="", steps=steps or spec.steps or family.steps, **given)
     return Bench(registry.get(name), params, pairs(pictures), BATCH)
 
 
 def measure(bench: Bench, settings: Sequence[Setting], store: Store, repeats: int) -> list[Result]:
     """Each setting's result, from the store where it is there: first all qualities, then all times."""
     with bar("measuring") as progress:
-
-        def each(stage: str, todo: list[Setting]) -> Iterator[Setting]:
-            progress.show(stage, completed=0, total=len(todo))
-            for setting in todo:
-                progress.show(f"{stage} {setting.name}")
-                yield setting
-                progress.advance()
-
-        for setting in each("quality", [one for one in settings if one.name not in store.results]):
-            store.add(bench.quality(setting))
-        for setting in each("time", [one for one in settings if not store.results[one.name].seconds]):
-            bench.timing(store.results[setting.name], setting, repeats)
-            store.add(store.results[setting.name])
+        progress.show(completed=0, total=2 * len(settings))
+        for setting in settings:
+            progress.show(f"quality {setting.name}")
+            if setting.name not in store.results:
+                store.add(bench.quality(setting))
+            progress.advance()
+        for setting in settings:
+            progress.show(f"time {setting.name}")
+            if not store.results[setting.name].seconds:
+                bench.timing(store.results[setting.name], setting, repeats)
+                store.add(store.results[setting.name])
+            progress.advance()
     return [store.results[setting.name] for setting in settings]
 
 
@@ -116,12 +113,11 @@ def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> 
     pipeline = bench.model.pipeline
     forecasts = dict.fromkeys(((DeepCache() if costs else FirstBlockCache()).forecast, "none"))
     if not costs:
-        wide = TransformerHost(FLUX_BLOCK, str(pipeline.device), torch.float32)
-        arguments = wide.arguments(wide.latents, torch.tensor(500.0))
-        return [
-            first_block_overheads(pipeline.transformer, bench.arguments(), forecasts, OVERHEAD_REPEATS),
-            first_block_overheads(wide.transformer, arguments, forecasts, WIDE_REPEATS, FLUX_BLOCK.name),
-        ]
+        networks = {
+            "the first block": (pipeline.transformer, bench.arguments(), OVERHEAD_REPEATS),
+            "Flux's first block, 256×256": (*flux_block(FLUX_BLOCK, pipeline.device), WIDE_REPEATS),
+        }
+        return [first_block_overheads(*of, forecasts, repeats, name) for name, (*of, repeats) in networks.items()]
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     size = (bench.params.height // pipeline.vae_scale_factor, bench.params.width // pipeline.vae_scale_factor)
     first = {deepest_branch(costs, depth): depth for depth in reversed(depths)}
@@ -148,20 +144,12 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a setting, each beside an uncached one.")] = 5,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps. Default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
-    intervals: Annotated[str | None, typer.Option(help="With --full: some of 2,3,4,5,6,7,8.")] = None,
-    depths: Annotated[str | None, typer.Option(help="With --full: some of 0,1,2,3,4.")] = None,
-    thresholds: Annotated[str | None, typer.Option(help="With --full: thresholds, separated by commas.")] = None,
-    forecasts: Annotated[str | None, typer.Option(help="With --full: of none,linear,quadratic,damped,probe.")] = None,
-    fewer: Annotated[str | None, typer.Option(help="With --full: shares of the steps, for shortened runs.")] = None,
-    cached_fewer: Annotated[str | None, typer.Option(help="With --full: the same, under our cache.")] = None,
     page: Annotated[Path, typer.Option(help="With --full: the page to write.")] = ROOT / "docs" / "benchmarks.md",
     store: Annotated[Path, typer.Option(help="Finished settings; a run goes on from them.")] = (
         ROOT / "out" / "benchmark-cache.jsonl"
     ),
 ) -> None:
     """Measure the caches on the embedded models, beside their published peers with --full."""
-    chosen = {"intervals": intervals, "depths": depths, "thresholds": thresholds, "forecasts": forecasts}
-    grid = Grid().narrowed(**chosen, fewer=fewer, cached_fewer=cached_fewer)
     pictures = pictures or (32 if whole else 8)
     registry, measured = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device), machine(device)
     sections: list[Section] = []
@@ -169,14 +157,14 @@ def main(
         with bar(f"loading {name}"):
             bench = bench_of(registry, name, pictures, steps)
         kind, costs = registry.family(name).cache, registry.reuse_costs(name)
-        settings = full(bench.model.denoiser, bench.params.steps, grid) if whole else presets(kind)
+        settings = full(bench.model.denoiser, bench.params.steps, GRID) if whole else presets(kind)
         known = {"params": asdict(bench.params), "pairs": bench.pairs, "batch": BATCH, "repeats": repeats}
         mark = fingerprint({**known, "machine": {**measured, "commit": None}}, registry.spec(name).source)
         results = measure(bench, settings, Store(store, mark), repeats)
         section = Section(name, conditions(name, bench), results)
         show(section.conditions, COLUMNS, map(row, results))
         if whole:
-            section.overhead = reuse_steps(bench, costs, grid.depths)
+            section.overhead = reuse_steps(bench, costs, GRID.depths)
             section.claims = demands(bench, settings, results, costs)
             section.claims += of_overheads(section.overhead, (DeepCache() if costs else FirstBlockCache()).forecast)
             draw(section.conditions, results, page.parent / section.plot)

@@ -12,7 +12,6 @@ import torch
 from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
-from benchmarks.geometry import SD15, SDXL
 from benchmarks.report import Claim
 from cache import UNetDenoiser
 from cache.cost import deepest_branch, interval_speedup
@@ -23,6 +22,20 @@ EXTRA_TIME = 0.02  # that a forecast may cost
 OVERHEAD = 0.05  # of a reuse step's time that may be ours
 PRESETS = {"balanced": (3, 2, 2.0), "max_speed": (5, 3, 2.78), "max_quality": (2, 1, 1.5)}
 """Interval, depth, and the speed-up that it is to reach at least."""
+SD15 = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}  # the rest is the class's default
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 UNITS: dict[str, tuple[Axis, float]] = {
     "hit rate": (lambda one: one.hit_rate, 0.0),
     "speed-up in operations": (in_operations, 1.0),
@@ -37,6 +50,13 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
     """
     claims = []
     whole = [one for one in results if one.steps == results[0].steps]
+
+    def claim(sentence: str, own: Result, other: Result, least: float | None) -> None:
+        """`least`: dB that the gain must have, its interval above 0; None: no demand."""
+        mean, low, high = difference(own, other)
+        measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
+        claims.append(Claim(sentence, measured, None if least is None else mean >= least and low > 0))
+
     for interval, wanted in GAINS.items():
         here = [one for one in whole if one.interval == interval and (one.branch == branch or one.method == NO_LAYER)]
         own = next((one for one in here if one.default), None)
@@ -44,30 +64,21 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
             continue
         where = f"interval {interval}, branch {branch}: "
         for other in sorted(here, key=lambda one: not one.ours):
-            mean, low, high = difference(own, other)
-            measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
             if not other.ours:
-                claims.append(Claim(f"{where}the default over {other.method}", measured, low > 0))
+                claim(f"{where}the default over {other.method}", own, other, 0.0)
             elif other.forecast == "none" and not other.default:
-                sentence, holds = (
-                    f"{where}the default over plain reuse, at least {wanted} dB",
-                    mean >= wanted and low > 0,
-                )
-                claims.append(Claim(sentence, measured, holds))
+                claim(f"{where}the default over plain reuse, at least {wanted} dB", own, other, wanted)
         for one in (one for one in here if one.ours):
             if (fewer := shortened(results, in_operations, one.operations_speedup)) is not None:
-                mean, low, high = difference(one, fewer)
                 name, demand = ("the default", f", at least {OVER_FEWER:.0f} dB") if one.default else (one.method, "")
                 speed = f"{one.operations_speedup:.2f}× in operations, over {fewer.label} steps at that speed"
-                measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
-                holds = mean >= OVER_FEWER if one.default else None
-                claims.append(Claim(f"{where}{name}, {speed}{demand}", measured, holds))
+                claim(f"{where}{name}, {speed}{demand}", one, fewer, OVER_FEWER if one.default else None)
     return claims
 
 
 def forecast_time(bench: Bench, forecast: Setting, plain: Setting, repeats: int) -> Claim:
     """The forecast's own cost in time, by runs of the two side by side."""
-    excess = statistics.median(own / base - 1 for own, base in bench.paired(forecast, plain, repeats))
+    excess = statistics.median(own / base - 1 for own, base in bench.paired(forecast, plain, repeats)[0])
     sentence = f"{forecast.name}: time over plain reuse, at most {EXTRA_TIME:.0%}"
     return Claim(sentence, f"{excess:+.1%}, median of {repeats} pairs", excess <= EXTRA_TIME)
 

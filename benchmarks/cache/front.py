@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from benchmarks.cache.measure import Result
 from benchmarks.cache.settings import FEWER
@@ -35,11 +36,10 @@ def pareto(results: Iterable[Result], axis: Axis) -> list[Result]:
 
 def height(front: Sequence[Result], axis: Axis, speedup: float) -> float | None:
     """PSNR of the front as a polyline at `speedup`, dB; None outside of its ends."""
-    for left, right in itertools.pairwise(front):
-        low, high = axis(left), axis(right)
-        if low <= speedup <= high:
-            return left.mean_psnr + (speedup - low) / (high - low) * (right.mean_psnr - left.mean_psnr)
-    return front[0].mean_psnr if len(front) == 1 and axis(front[0]) == speedup else None
+    speeds = [axis(one) for one in front]
+    if not speeds or not speeds[0] <= speedup <= speeds[-1]:
+        return None
+    return float(np.interp(speedup, speeds, [one.mean_psnr for one in front]))
 
 
 def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:

@@ -7,19 +7,19 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import load_file
-from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from benchmarks.cache.peers import slot_of
-from benchmarks.cache.settings import Setting, uncached
+from benchmarks.cache.settings import PLAIN, Point, Setting
 from benchmarks.report import interval
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
@@ -44,23 +44,10 @@ Pictures = NDArray[np.uint8]  # (pictures, height, width, 3)
 
 
 def ssim(reference: ArrayLike, picture: ArrayLike) -> float:
-    """Mean structural similarity of the lumas of two 8-bit pictures (height, width, 3), each side 11 pixels or more.
-
-    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", equations 13 to 17:
-    Gaussian window of 11 × 11 with σ = 1.5, K₁ = 0.01, K₂ = 0.03, windows that lie whole in the picture.
-    """
+    """Mean structural similarity of the lumas of two 8-bit pictures (height, width, 3), as Wang et al. 2004 take it."""
     x, y = (np.asarray(image, float) @ (0.299, 0.587, 0.114) for image in (reference, picture))  # ITU-R BT.601
-
-    def blurred(plane: NDArray[np.float64]) -> NDArray[np.float64]:
-        whole: NDArray[np.float64] = gaussian_filter(plane, 1.5, radius=5)[5:-5, 5:-5]
-        return whole
-
-    mean_x, mean_y = blurred(x), blurred(y)
-    variance_x, variance_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
-    above = (2 * mean_x * mean_y + c1) * (2 * (blurred(x * y) - mean_x * mean_y) + c2)
-    below = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    return float((above / below).mean())
+    window: Any = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(x, y, data_range=PEAK, **window))
 
 
 def agreement(reference: Pictures, pictures: Pictures) -> float:
@@ -169,18 +156,11 @@ def now() -> float:
     return time.perf_counter()
 
 
-@dataclass(slots=True)
-class Result:
+@dataclass
+class Result(Point):
     """What was measured of one setting; lists have one entry a picture, in the same order for every setting."""
 
-    method: str
-    label: str
-    interval: int | None = None
-    branch: int | None = None
-    threshold: float | None = None
-    forecast: str | None = None
-    default: bool = False
-    steps: int = 0
+    _: KW_ONLY
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     identical: int = 0
@@ -192,14 +172,6 @@ class Result:
     cache_bytes: int | None = None  # most that ours kept for one picture
     seconds: list[float] = field(default_factory=list)  # of one picture's denoising, unbatched
     uncached_seconds: list[float] = field(default_factory=list)  # of the run beside it
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} {self.label}".strip()
-
-    @property
-    def ours(self) -> bool:
-        return self.method.startswith("ours")
 
     @property
     def acts(self) -> bool:
@@ -217,19 +189,15 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The summary, ready for JSON."""
-
-        def rounded(value: float | None, digits: int = 3) -> float | None:
-            return None if value is None else round(value, digits)
-
+        names = ("speedup", "operations_speedup", "predicted_speedup", "hit_rate", "agreement")
+        rounded = {name: value and round(value, 3) for name in names for value in [getattr(self, name)]}
         return {
-            "denoise_seconds": rounded(statistics.median(self.seconds), 4),
-            "speedup": rounded(self.speedup),
-            **{name: rounded(getattr(self, name)) for name in ("operations_speedup", "predicted_speedup", "hit_rate")},
-            "psnr_db": rounded(self.mean_psnr, 2),
-            "psnr_interval": [rounded(bound, 2) for bound in interval(self.psnr_db)],
-            "ssim": rounded(statistics.mean(self.ssim), 4),
+            "denoise_seconds": round(statistics.median(self.seconds), 4),
+            **rounded,
+            "psnr_db": round(self.mean_psnr, 2),
+            "psnr_interval": [round(bound, 2) for bound in interval(self.psnr_db)],
+            "ssim": round(statistics.mean(self.ssim), 4),
             "identical": self.identical,
-            "agreement": rounded(self.agreement),
         }
 
 
@@ -249,19 +217,18 @@ class Bench:
     def reference(self, batch: int) -> tuple[Pictures, Watched]:
         """The uncached pictures in batches of that size, which changes their last bits, and what ran for them."""
         if batch not in self.references:
-            self.references[batch] = self._pictures(uncached(), batch)
+            self.references[batch] = self._pictures(PLAIN, batch)
         return self.references[batch]
 
     def quality(self, setting: Setting) -> Result:
         """Draw every pair and compare."""
         batch = 1 if setting.alone else self.batch
         reference, plain = self.reference(batch)
-        pictures, watched = (reference, plain) if setting == uncached() else self._pictures(setting, batch)
+        pictures, watched = (reference, plain) if setting == PLAIN else self._pictures(setting, batch)
         couples = list(zip(reference, pictures, strict=True))
-        names = ("method", "label", "interval", "branch", "threshold", "forecast", "default")
+        named = {one.name: getattr(setting, one.name) for one in fields(Point)}
         return Result(
-            **{name: getattr(setting, name) for name in names},
-            steps=setting.steps or self.params.steps,
+            **(named | {"steps": setting.steps or self.params.steps}),
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
             identical=sum(np.array_equal(*couple) for couple in couples),
@@ -274,12 +241,11 @@ class Bench:
 
     def timing(self, result: Result, setting: Setting, repeats: int) -> None:
         """Add `repeats` runs to `result`, each with an uncached one beside it."""
-        couple = [(one, self._watched(one)) for one in (setting, uncached())]
-        for own, base in self._in_turn(couple, repeats):
-            result.seconds.append(own)
-            result.uncached_seconds.append(base)
+        seconds, watched = self.paired(setting, PLAIN, repeats)
+        result.seconds += [own for own, _ in seconds]
+        result.uncached_seconds += [base for _, base in seconds]
         if setting.ours:
-            result.cache_bytes = max(report.cache_bytes for report in couple[0][1].reports)
+            result.cache_bytes = max(report.cache_bytes for report in watched.reports)
 
     def arguments(self) -> dict[str, Any]:
         """What the pipeline calls its denoiser with in the first picture's first step, by name."""
@@ -287,17 +253,17 @@ class Bench:
         network: torch.nn.Module = self.model.denoiser.root
         hook = network.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
         try:
-            self._draw(replace(uncached(), steps=1), self._watched(uncached()), *self.pairs[0])
+            self._draw(replace(PLAIN, steps=1), self._watched(PLAIN), *self.pairs[0])
         finally:
             hook.remove()
         return seen[0]
 
-    def paired(self, one: Setting, other: Setting, repeats: int) -> list[tuple[float, float]]:
-        """Seconds of one picture's denoising under each of two settings."""
-        return self._in_turn([(setting, self._watched(setting)) for setting in (one, other)], repeats)
+    def paired(self, one: Setting, other: Setting, repeats: int) -> tuple[list[tuple[float, float]], Watched]:
+        """Seconds of one picture's denoising under each of two settings, and the first one's watch.
 
-    def _in_turn(self, couple: list[tuple[Setting, Watched]], repeats: int) -> list[tuple[float, float]]:
-        """Seconds of the two, which run in alternating order, after a warm-up."""
+        They run in alternating order, after a warm-up.
+        """
+        couple = [(setting, self._watched(setting)) for setting in (one, other)]
         for setting, watched in couple:
             self._draw(setting, watched, *self.pairs[0])
         seconds = []
@@ -306,7 +272,7 @@ class Bench:
             for setting, watched in couple if number % 2 else reversed(couple):
                 self._draw(setting, watched, *picture)
             seconds.append((couple[0][1].seconds, couple[1][1].seconds))
-        return seconds
+        return seconds, couple[0][1]
 
     def _watched(self, setting: Setting, counting: bool = False) -> Watched:
         pipeline = self.model.pipeline

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from benchmarks.cache.measure import now
-from benchmarks.cache.peers import DiffusersHook, PublishedDeepCache, twin
+from benchmarks.cache.peers import diffusers_hook, published_deepcache, twin
 from benchmarks.cache.settings import with_forecast
 from cache import CacheStrategy, DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
@@ -27,7 +27,37 @@ from cache.patching import shadowed
 
 WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second
 
+FLUX_BLOCK = {
+    "in_channels": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,  # it is there to be skipped
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+"""What a first-block cache runs of Flux in a reused call, at 256 × 256 small enough for a CPU."""
+
 Call = Callable[[Any, int], Any]  # of a network, with the index of a step
+
+
+def flux_block(config: Mapping[str, Any], device: Any, side: int = 16, tokens: int = 128) -> tuple[Any, dict[str, Any]]:
+    """A transformer of that config, random weights, and what it is called with: latents of side², a text, by name."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        network: Any = FluxTransformer2DModel(**config).eval().requires_grad_(False)
+        return network, {
+            "hidden_states": torch.randn(1, side**2, config["in_channels"]),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": torch.randn(1, tokens, config["joint_attention_dim"]),
+            "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
+            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(side)),
+            "txt_ids": torch.zeros(tokens, 3),
+            "guidance": torch.full((1,), 3.5),
+            "return_dict": False,
+        }
 
 
 def overheads(
@@ -65,23 +95,16 @@ def overheads(
             strategy = with_forecast(DeepCache(interval=2, depth=depth), forecast)
             steps[f"ours, {forecast}"], _ = _ours(UNetDenoiser(twin(unet)), strategy, call, repeats, stack)
         host = SimpleNamespace(unet=unet, scheduler=scheduler)
-        peer = PublishedDeepCache(host, repeats, interval=2, branch=branch)
+        peer = published_deepcache(host, repeats, interval=2, branch=branch)
         stack.enter_context(peer.attach(UNetDenoiser(unet)))
         steps["DeepCache 0.1.1"] = lambda index: call(host.unet, index)
         return _timed(f"branch {branch}", steps, repeats)
 
 
 def first_block_overheads(
-    transformer: nn.Module,
-    arguments: Mapping[str, Any],
-    forecasts: Iterable[str],
-    repeats: int,
-    layers: str = "the first block",
+    transformer: nn.Module, arguments: Mapping[str, Any], forecasts: Iterable[str], repeats: int, layers: str
 ) -> dict[str, Any]:
-    """The same for the first-block cache beside diffusers' hook.
-
-    arguments: of one call of `transformer`, by name. layers: what the row calls the layers that run.
-    """
+    """The same for the first-block cache beside diffusers' hook; `arguments` are of one call of `transformer`."""
     view = TransformerDenoiser(twin(transformer))
     generator, like = torch.Generator().manual_seed(0), arguments["hidden_states"]
     starts = torch.randn(repeats + WARM_UP, *like.shape, generator=generator).to(like)
@@ -99,7 +122,7 @@ def first_block_overheads(
             steps[f"ours, {forecast}"], report = _ours(own, strategy, call, repeats, stack)
             reports.append(report)
         host = SimpleNamespace(transformer=transformer)
-        peer = DiffusersHook(host, repeats, config=FirstBlockCacheConfig(threshold=FirstBlockCache().threshold))
+        peer = diffusers_hook(host, repeats, config=FirstBlockCacheConfig(threshold=FirstBlockCache().threshold))
         stack.enter_context(peer.attach(TransformerDenoiser(transformer)))
 
         def hooked(index: int) -> Any:
@@ -135,11 +158,9 @@ def _timed(layers: str, steps: Mapping[str, Callable[[int], Any]], repeats: int)
         if index % 2:
             order = order[1:] + order[:1]
     bare = seconds["bare"]
-    over = {
-        name: [a / b - 1 for a, b in zip(own, bare, strict=True)] for name, own in seconds.items() if name != "bare"
-    }
+    over = {name: [a / b - 1 for a, b in zip(own, bare, strict=True)] for name, own in seconds.items()}
     return {
         "layers": layers,
         "milliseconds": {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()},
-        "excess": {name: round(statistics.median(values), 4) for name, values in over.items()},
+        "excess": {name: round(statistics.median(values), 4) for name, values in over.items() if name != "bare"},
     }

@@ -52,10 +52,9 @@ COLUMNS = (
 
 def write(file: Path, command: str, machine: Any, sections: Sequence[Section], presets: Sequence[Claim]) -> None:
     """`presets`: what was counted for other models."""
-    lines = ["# Benchmarks", "", f"Written by `{command}`; edit the command, not the figures.", ""]
-    here = f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads. Python {machine['python']}, "
-    lines += [f"{here}{named(machine['versions'])}. Commit {machine['commit']} (a + marks changes on top of it).", ""]
-    lines += [_HOW]
+    here = "{device}, {cores} cores, {threads} threads. Python {python}".format(**machine)
+    here += f", {named(machine['versions'])}. Commit {machine['commit']} (a + marks changes on top of it)."
+    lines = ["# Benchmarks", "", f"Written by `{command}`; edit the command, not the figures.", "", here, "", _HOW]
     for section in sections:
         lines += [f"## {section.model}", "", section.conditions, ""]
         lines += [f"![PSNR over speed-up of {section.model}]({section.plot})", ""]
@@ -67,8 +66,7 @@ def write(file: Path, command: str, machine: Any, sections: Sequence[Section], p
         lines += ["### All points", "", *markdown(COLUMNS, map(row, section.results))]
     if presets:
         lines += ["## Presets on large models, counted", "", *judged(presets)]
-    lines += ["## On a GPU", ""]
-    lines += ["Not run: no accelerator was at hand. `python -m benchmarks.gpu` measures SD1.5, SDXL and Flux geometry."]
+    lines += ["## On a GPU", "", "Not measured. Time and memory on a GPU come with scripts/gpu-check."]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Published caches under the interface of our own, one adapter a peer, so that one driver runs them all.
+"""Published caches under the interface of our own, one function a peer, so that one driver runs them all.
 
 A peer patches its network for good, as its users do, and patches none but its own: a twin over the same weights. For
 the time of a run the twin takes the network's place in the pipeline; patching it is not part of any measured time.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from cache import CacheReport, Denoiser
 
@@ -25,24 +25,36 @@ def slot_of(host: Any) -> str:
 
 
 def twin(network: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer."""
+    """A copy of the module tree that shares every parameter and buffer.
+
+    In a run of ours the network's `forward` is another one, which uploads a schedule's timesteps from main memory: a
+    copy of that would call the network instead of the twin. The twin has its class's, and a hook that uploads.
+    """
     shared = [*network.parameters(), *network.buffers()]
     copied: nn.Module = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    copied.__dict__.pop("forward", None)
+    device = shared[0].device
+
+    def upload(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+
+    if device.type != "cpu":
+        copied.register_forward_pre_hook(upload, with_kwargs=True)
     return copied
 
 
 @dataclass(eq=False)
-class Peer(ABC):
+class Peer:
     """A cache strategy (`cache.CacheStrategy`) by someone else's code.
 
     host: the pipeline whose denoiser is replaced, or anything with `unet` or `transformer` and `scheduler`.
-    steps: of each run; only cache-dit has to be told.
+    patch: enables the cache on a network, once. begin: what the peer's user does before each run.
     """
 
-    name: ClassVar[str]
-
+    name: str
     host: Any
-    steps: int
+    patch: Callable[[Any], None]
+    begin: Callable[[Any], None] = lambda network: None
     network: nn.Module | None = field(default=None, init=False)
 
     @contextmanager
@@ -60,77 +72,45 @@ class Peer(ABC):
         finally:
             setattr(self.host, slot, own)
 
-    @abstractmethod
-    def patch(self, network: nn.Module) -> None:
-        """Enable the cache on `network`, once."""
 
-    def begin(self, network: nn.Module) -> None:  # noqa: B027  # most peers need nothing
-        """What the peer's user does before each run."""
-
-
-@dataclass(eq=False)
-class PublishedDeepCache(Peer):
+def published_deepcache(host: Any, steps: int, *, interval: int, branch: int) -> Peer:
     """PyPI `DeepCache` 0.1.1 (Ma et al. 2023)."""
 
-    name: ClassVar[str] = "DeepCache"
+    class Pipe:
+        """What the helper reads of a pipeline; the scheduler is the run's, in which each timestep is looked up."""
 
-    interval: int = 3
-    branch: int = 0
+        scheduler = property(lambda self: host.scheduler)
 
-    unet: nn.Module | None = field(default=None, init=False)
+        def __init__(self, unet: nn.Module) -> None:
+            self.unet = unet
 
-    @property
-    def scheduler(self) -> Any:
-        """The run's: the helper looks each timestep up in it."""
-        return self.host.scheduler
-
-    def patch(self, network: nn.Module) -> None:
+    def patch(network: nn.Module) -> None:
         from DeepCache import DeepCacheSDHelper
 
-        self.unet = network
-        helper = DeepCacheSDHelper(pipe=self)  # of a pipeline it reads `unet` and `scheduler`
-        helper.set_params(cache_interval=self.interval, cache_branch_id=self.branch)
+        helper = DeepCacheSDHelper(pipe=Pipe(network))
+        helper.set_params(cache_interval=interval, cache_branch_id=branch)
         helper.enable()
 
-
-@dataclass(eq=False)
-class DiffusersHook(Peer):
-    """A cache of diffusers by its configuration: FirstBlockCacheConfig, TaylorSeerCacheConfig."""
-
-    name: ClassVar[str] = "diffusers"
-
-    config: Any = None
-
-    def patch(self, network: Any) -> None:
-        network.enable_cache(self.config)
-
-    def begin(self, network: Any) -> None:
-        network._reset_stateful_cache()  # as the pipelines do after a whole run
+    return Peer("DeepCache", host, patch)
 
 
-@dataclass(eq=False)
-class CacheDiT(Peer):
-    """cache-dit 1.5.3, DBCache with or without its Taylor calibrator, on the network alone.
+def diffusers_hook(host: Any, steps: int, *, config: Any) -> Peer:
+    """A cache of diffusers by its configuration; it is reset as the pipelines do after a whole run."""
+    patch, begin = (lambda network: network.enable_cache(config)), (lambda network: network._reset_stateful_cache())
+    return Peer("diffusers", host, patch, begin)
 
-    settings: of DBCacheConfig; taylor: order of the calibrator, 0 for none.
-    """
 
-    name: ClassVar[str] = "cache-dit"
+def cache_dit(host: Any, steps: int, *, settings: dict[str, Any], taylor: int = 0) -> Peer:
+    """cache-dit 1.5.3, DBCache on the network alone; `taylor`: the order of its calibrator, 0 for none."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    taylor: int = 0
-
-    def patch(self, network: nn.Module) -> None:
-        self._told("enable_cache", network)
-
-    def begin(self, network: nn.Module) -> None:
-        self._told("refresh_context", network)
-
-    def _told(self, what: str, network: nn.Module) -> None:
+    def tell(what: str, network: nn.Module) -> None:
         os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # it writes to stdout, where our JSON line goes
         import cache_dit
 
-        configs: Any = {"cache_config": cache_dit.DBCacheConfig(num_inference_steps=self.steps, **self.settings)}
-        if self.taylor:
-            configs["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.taylor)
+        configs: Any = {"cache_config": cache_dit.DBCacheConfig(num_inference_steps=steps, **settings)}
+        if taylor:
+            configs["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=taylor)
         getattr(cache_dit, what)(network, **configs)
+
+    patch, begin = (lambda network: tell("enable_cache", network)), (lambda network: tell("refresh_context", network))
+    return Peer("cache-dit", host, patch, begin)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
-import typer
-
-from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache
+from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache
 from cache import CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.deepcache import DEEPEST
@@ -24,26 +22,23 @@ NO_LAYER = f"{OURS}, no layer in reused steps"
 Make = Callable[[Any, int], CacheStrategy]  # of the pipeline and the number of steps
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One point of a plot.
+@dataclass
+class Point:
+    """What a point of a plot is called, and what the comparisons look it up by.
 
     method: what its points are drawn and compared as. steps: of the run, None for those of the uncached one.
-    interval, branch, threshold, forecast: what the comparisons look a setting up by, where it has one.
     default: the strategy as it comes, but for its interval and depth.
-    alone: a cache that decides while it runs, and for its batch as a whole; its pictures are to be drawn one by one.
     """
 
     method: str
     label: str
-    make: Make
+    _: KW_ONLY
     steps: int | None = None
     interval: int | None = None
     branch: int | None = None
     threshold: float | None = None
     forecast: str | None = None
     default: bool = False
-    alone: bool = False
 
     @property
     def ours(self) -> bool:
@@ -52,6 +47,15 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.method} {self.label}".strip()
+
+
+@dataclass
+class Setting(Point):
+    """`alone`: a cache that decides while it runs, and for its batch as a whole: its pictures are drawn one by one."""
+
+    make: Make
+    _: KW_ONLY
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +70,15 @@ class Grid:
     depths: Sequence[int] = (0, 1, 2, 3, 4)
     thresholds: Sequence[float] = (0.026, 0.027, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
     forecasts: Sequence[str] = tuple(ORDERS)
-    fewer: Sequence[float] = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
-    cached_fewer: Sequence[float] = (0.8, 0.6, 0.5, 0.4, 0.3)
-
-    def narrowed(self, **chosen: str | None) -> Grid:
-        """With lists that commas separate for some of it. Raises typer.BadParameter."""
-        found = {}
-        for name, text in chosen.items():
-            if text is not None:
-                known = getattr(self, name)
-                try:
-                    found[name] = tuple(type(known[0])(part) for part in text.split(","))
-                except ValueError:
-                    raise typer.BadParameter(f"{text!r} is no comma-separated list of numbers") from None
-                if name == "forecasts" and not set(found[name]) <= set(known):
-                    raise typer.BadParameter(f"{text}: there are {', '.join(known)}")
-        return dataclasses.replace(self, **found)
+    fewer: Sequence[float] = (0.8, 0.6, 0.55, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+    cached_fewer: Sequence[float] = (0.7, 0.5, 0.3)
 
 
 def ours(strategy: CacheStrategy) -> Make:
     return lambda host, steps: strategy
 
 
-def uncached() -> Setting:
-    return Setting(UNCACHED, "", _PLAIN)
-
-
-_PLAIN = ours(NoCache())
+PLAIN = Setting(UNCACHED, "", ours(NoCache()))
 
 
 def presets(kind: str) -> list[Setting]:
@@ -106,7 +92,7 @@ def presets(kind: str) -> list[Setting]:
         }
     else:
         named = {f"threshold {value}": FirstBlockCache(threshold=value) for value in (0.03, 0.05, 0.1, 0.2, 0.3)}
-    return [uncached(), *(Setting(OURS, label, ours(strategy)) for label, strategy in named.items())]
+    return [PLAIN, *(Setting(OURS, label, ours(strategy)) for label, strategy in named.items())]
 
 
 def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
@@ -117,8 +103,7 @@ def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
         settings = _transformer(sum(map(len, denoiser.blocks)), grid, steps)
     else:
         raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
-    shortened = [Setting(FEWER, f"{n}", ours(NoCache()), steps=n) for n in shares(steps, grid.fewer)]
-    return [uncached(), *shortened, *settings]
+    return [PLAIN, *(Setting(FEWER, f"{n}", PLAIN.make, steps=n) for n in shares(steps, grid.fewer)), *settings]
 
 
 def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
@@ -136,17 +121,17 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
             here = partial(Setting, interval=interval, branch=branch)
             label, strategy = f"N{interval} d{depth} b{branch}", DeepCache(interval=interval, depth=depth)
             yield here(OURS, label, ours(strategy), forecast=strategy.forecast, default=True)
-            half = dataclasses.replace(strategy, guidance="reuse")
-            yield here(f"{OURS}, guidance reused", label, ours(half))
+            half = ours(dataclasses.replace(strategy, guidance="reuse"))
+            yield here(f"{OURS}, guidance reused", label, half)
             if depth == min(depths.values()):
                 bare = dataclasses.replace(strategy, depth=DEEPEST)
                 yield here(NO_LAYER, f"N{interval} d{DEEPEST}", ours(bare))
             for forecast in forecasts(DeepCache, grid):
-                even = with_forecast(strategy, forecast)
-                yield here(f"{OURS}, {forecast}, evenly placed", label, ours(even), forecast=forecast)
+                even = ours(with_forecast(strategy, forecast))
+                yield here(f"{OURS}, {forecast}, evenly placed", label, even, forecast=forecast)
             for count in shares(steps, grid.cached_fewer):
-                yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", ours(half), steps=count)
-            published = partial(PublishedDeepCache, interval=interval, branch=branch)
+                yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", half, steps=count)
+            published = partial(published_deepcache, interval=interval, branch=branch)
             yield here("DeepCache 0.1.1", f"N{interval} b{branch}", published)
 
 
@@ -156,31 +141,28 @@ def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
     from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
     for threshold in grid.thresholds:
+        here = partial(Setting, label=f"{threshold}", threshold=threshold)
         for forecast in forecasts(FirstBlockCache, grid):
             strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
-            method, default = f"{OURS}, {forecast}", strategy == FirstBlockCache(threshold=threshold)
-            here = partial(Setting, make=ours(strategy), threshold=threshold, forecast=forecast)
-            yield here(method, f"{threshold}", default=default)
-            for count in shares(steps, grid.cached_fewer) if default else ():
-                yield here(f"{method}, fewer steps", f"{count} {threshold}", steps=count)
-        hook = partial(DiffusersHook, config=FirstBlockCacheConfig(threshold=threshold))
-        yield Setting("diffusers FirstBlockCache", f"{threshold}", hook, threshold=threshold, alone=True)
+            own = {"method": f"{OURS}, {forecast}", "make": ours(strategy), "forecast": forecast}
+            yield (first := here(**own, default=strategy == FirstBlockCache(threshold=threshold)))
+            for count in shares(steps, grid.cached_fewer) if first.default else ():
+                short = {"method": f"{first.method}, fewer steps", "label": f"{count} {threshold}", "steps": count}
+                yield here(**{**own, **short})
+        hook = partial(diffusers_hook, config=FirstBlockCacheConfig(threshold=threshold))
+        yield here("diffusers FirstBlockCache", make=hook, alone=True)
+        for first_blocks, warmup in ((8, 8), (1, 4)):  # DBCache as it comes; with one first block and 4 warm-up calls
+            pace = {"residual_diff_threshold": threshold, "max_warmup_steps": warmup, "Fn_compute_blocks": first_blocks}
+            for taylor in (0, 1) if first_blocks < blocks else ():  # else it would skip nothing
+                method = f"cache-dit F{first_blocks}W{warmup}{' Taylor' if taylor else ''}"
+                yield here(method, make=partial(cache_dit, settings=pace, taylor=taylor), alone=True)
     for interval in grid.intervals:
         for method, lite in (("diffusers TaylorSeer", False), ("diffusers TaylorSeer lite", True)):
             # Attention outputs, its default, or the whole output. Factors in float32, as our networks are: bfloat16,
             # the default, would be a handicap.
-            pace: Any = {"cache_interval": interval, "use_lite_mode": lite, "taylor_factors_dtype": torch.float32}
-            hook = partial(DiffusersHook, config=TaylorSeerCacheConfig(**pace))
+            given: Any = {"cache_interval": interval, "use_lite_mode": lite, "taylor_factors_dtype": torch.float32}
+            hook = partial(diffusers_hook, config=TaylorSeerCacheConfig(**given))
             yield Setting(method, f"N{interval}", hook, interval=interval)
-    for threshold in grid.thresholds:
-        for first, warmup in ((8, 8), (1, 4)):  # DBCache as it comes, and with one first block and 4 warm-up calls
-            if first >= blocks:
-                continue  # it would skip nothing
-            settings = {"residual_diff_threshold": threshold, "Fn_compute_blocks": first, "max_warmup_steps": warmup}
-            for taylor in (0, 1):
-                method = f"cache-dit F{first}W{warmup}{' Taylor' if taylor else ''}"
-                make = partial(CacheDiT, settings=settings, taylor=taylor)
-                yield Setting(method, f"{threshold}", make, threshold=threshold, alone=True)
 
 
 def shares(steps: int, wanted: Iterable[float]) -> list[int]:

@@ -22,7 +22,7 @@ from locust import FastHttpUser, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from benchmarks.serving.requests import PATHS, answer, body, drawn
+from benchmarks.serving.requests import PATH, answer, drawn
 
 
 def run(order: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
@@ -34,7 +34,6 @@ def run(order: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
 
     class Asker(FastHttpUser):
         network_timeout = connection_timeout = order["patience"]
-        default_headers = order["headers"]
 
         def on_start(self) -> None:
             ready.wait()
@@ -47,7 +46,7 @@ def run(order: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
             kind, fields = next(requests)
             gevent.sleep(max(0.0, began + at - time.monotonic()))
             sent = at if due is None else time.monotonic() - began
-            got = self.client.post(PATHS[order["api"]], json=body(fields, order["api"], order["extra"]))
+            got = self.client.post(PATH, json=fields)
             ended = time.monotonic() - began
             told = answer(got.status_code, got.text or repr(got.error), got.headers or {})
             found.append({"kind": kind, "scheduled": at, "sent": sent, "finished": ended, **told})

@@ -13,14 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
 import psutil
 
 from benchmarks.report import ROOT, percentile
-from benchmarks.serving.requests import PATHS, Kind, answer, body, drawn
+from benchmarks.serving.requests import PATH, Kind, answer, drawn
 
 LOOK_SECONDS = 0.5
 WARM_LOOKS = 3
@@ -40,8 +40,8 @@ class Load:
     name: str
     mix: Sequence[Kind]
     seconds: float
-    warm_up: float
-    objective: float
+    warm_up: float = 0.0
+    objective: float = 2.0
     seed: int = 0
     rate: float | None = None
     clients: int | None = None
@@ -59,18 +59,14 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that runs. `pid`: of one of our own, whose memory is watched; its queue is, where `api` is native."""
+    """A server that runs. `pid`: of one of our own, whose memory is watched."""
 
     url: str
     pid: int | None = None
-    api: str = "native"
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
 
     def ask(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """One request outside of any load. Raises RuntimeError unless it gets its pictures, and httpx.HTTPError."""
-        asked = body(fields, self.api, self.extra)
-        got = httpx.post(self.url + PATHS[self.api], json=asked, headers=self.headers, timeout=PATIENCE)
+        got = httpx.post(self.url + PATH, json=fields, timeout=PATIENCE)
         if (told := answer(got.status_code, got.text, got.headers))["status"] != 200:
             raise RuntimeError(f"answered {told['status']}, {told['error']}")
         return told
@@ -84,7 +80,7 @@ class Target:
     def run(self, load: Load) -> tuple[list[Sample], list[Look]]:
         arrivals = None if load.rate is None else poisson(load.rate, load.seconds, load.seed)
         users = load.clients or min(len(arrivals or ()), MOST_USERS)
-        order = {**asdict(load), **asdict(self), "arrivals": arrivals, "users": users, "patience": PATIENCE}
+        order = {**asdict(load), "url": self.url, "arrivals": arrivals, "users": users, "patience": PATIENCE}
         looks: list[Look] = []
         with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as told:
             json.dump(order, asked)
@@ -101,31 +97,24 @@ class Target:
         return samples, [(at - began, *rest) for at, *rest in looks if at >= began]
 
     def _look(self) -> Look:
-        waiting = None
-        if self.api == "native":
-            with suppress(httpx.HTTPError, KeyError, ValueError):
-                waiting = httpx.get(f"{self.url}/api/telemetry", headers=self.headers).json()["pending_count"]
-        return (time.monotonic(), *resident(self.pid), waiting)
+        server, below, waiting = 0, 0, None
+        with suppress(httpx.HTTPError, KeyError, ValueError):
+            waiting = httpx.get(f"{self.url}/api/telemetry").json()["pending_count"]
+        if self.pid is not None:
+            process = psutil.Process(self.pid)
+            server = process.memory_info().rss
+            for child in process.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # ended between two looks
+                    below += child.memory_info().rss
+        return time.monotonic(), server, below, waiting
 
 
-def resident(pid: int | None) -> tuple[int, int]:
-    """Bytes of a process and of all its descendants; 0 of none."""
-    if pid is None:
-        return 0, 0
-    process, below = psutil.Process(pid), 0
-    for child in process.children(recursive=True):
-        try:
-            below += child.memory_info().rss
-        except psutil.NoSuchProcess:  # ended between two looks
-            continue
-    return process.memory_info().rss, below
-
-
-def entry(load: Load, rounds: Sequence[tuple[Sequence[Sample], Sequence[Look]]]) -> dict[str, Any]:
+def entry(load: Load, rounds: Sequence[tuple[Sequence[Sample], Sequence[Look]]], **more: Any) -> dict[str, Any]:
     """What was measured, ready for JSON; of several rounds as if one began when the one before was answered.
 
     points: for each request schedule, latency, status, kind, wait and service. The seconds that count are those from
-    the warm-up to the end of the schedule, or of a closed loop to the last answer.
+    the warm-up to the end of the schedule, or of a closed loop to the last answer. `more`: the server's rules; service
+    times, their drift and the capacity in images a second, where they were measured.
     """
     samples: list[Sample] = []
     looks: list[Look] = []
@@ -139,12 +128,14 @@ def entry(load: Load, rounds: Sequence[tuple[Sequence[Sample], Sequence[Look]]])
         began += max(load.seconds, last)
     names = ("name", "seed", "rate", "clients", "seconds", "warm_up")
     return {
+        "mix": [(name, weight) for name, weight, _ in load.mix],
         **{name: getattr(load, name) for name in names},
         "rounds": len(rounds),
         "figures": figures(samples, windows, load.objective),
         "held": held([one for one in looks if one[0] >= load.warm_up], samples),
         "points": [_point(one) for one in samples],
         "looks": [[round(at, 2), *rest] for at, *rest in looks],
+        **more,
     }
 
 
@@ -185,14 +176,12 @@ def figures(samples: Sequence[Sample], windows: Sequence[tuple[float, float]], o
         "finished": statistics.median(finished),
         "latency": spread([latency(one) for one in answered]),
         "wait": spread([one["queue"] for one in answered if one["queue"] is not None]),
-        "service": spread([one["service"] for one in answered if one["service"] is not None]),
         "objective": objective,
         "within": good / len(counted) if counted else math.nan,
         "goodput": good / seconds,
         "hit_rate": reused / (computed + reused) if computed + reused else None,
         "statuses": {str(status): count for status, count in sorted(Counter(one["status"] for one in counted).items())},
         "without_retry_after": sum(not one["retry_after"] for one in refused),
-        "refusal": spread([latency(one) for one in refused]),
         "late": percentile([one["sent"] - one["scheduled"] for one in counted], 0.99),
     }
 
@@ -208,22 +197,17 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 def held(looks: Sequence[Look], samples: Sequence[Sample]) -> dict[str, Any]:
     """Megabytes at the end and their growth, of the server's process and its workers, where they are known.
 
-    Besides, the longest queue that was seen and the longest service, in seconds.
+    Growth: of the median of the last third of the looks over that of the first, as a share. Besides, the longest queue
+    that was seen and the longest service, in seconds.
     """
     waiting = [look[3] for look in looks if look[3] is not None]
     services = [one["service"] for one in samples if one["service"] is not None]
     found = {"waiting_most": max(waiting, default=None), "service_longest": max(services, default=None)}
     for place, part in enumerate(("server", "workers"), start=1):
         values = [look[place] for look in looks]
-        known = bool(values and values[-1])
+        known, third = bool(values and values[-1]), max(1, len(values) // 3)
+        grown = known and len(values) >= WARM_LOOKS
+        growth = statistics.median(values[-third:]) / statistics.median(values[:third]) - 1 if grown else None
         found[f"{part}_mb"] = round(values[-1] / 1e6, 1) if known else None
-        found[f"{part}_growth"] = round(growth(values), 4) if known and len(values) >= WARM_LOOKS else None
+        found[f"{part}_growth"] = None if growth is None else round(growth, 4)
     return found
-
-
-def growth(values: Sequence[int]) -> float:
-    """Of the median of the last third over that of the first, as a share. Raises ValueError under three values."""
-    third = len(values) // 3
-    if not third:
-        raise ValueError(f"{len(values)} looks are too few to see growth")
-    return statistics.median(values[-third:]) / statistics.median(values[:third]) - 1

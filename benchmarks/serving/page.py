@@ -1,21 +1,23 @@
-"""docs/serving.md and the tables of docs/planning.md, written from the figures and from nothing else."""
+"""docs/serving.md with its plots and the tables of docs/planning.md, drawn from the figures and from nothing else."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Claim, judged, markdown, percentile
-from benchmarks.serving.plan import NAMES, Demand, Fleet, Prediction, predict, setting
-from benchmarks.serving.service import rest
+from benchmarks.report import Claim, judged, markdown, percentile, save
+from benchmarks.serving.plan import NAMES, Demand, Fleet, Prediction, Setting, predict, setting
+from benchmarks.serving.simulation import mean, rest
 
 FLAT = 0.05  # growth of resident memory that counts as none
 NEAR = 0.2  # of a prediction
 KEPT = 0.9  # of the capacity, under overload
+COLORS = ("#6c757d", "#2a9d8f", "#f77f00", "#c1121f")
 Entry = Mapping[str, Any]
 
 _HOW = """\
@@ -48,36 +50,33 @@ def write(file: Path, kept: Mapping[str, Any]) -> None:
     lines = ["# Under load", "", "Written by the commands that it names; edit those, not the figures.", ""]
     kinds = dict.fromkeys(kind for one in kept.values() for entry in one["entries"] for kind, _ in entry["mix"])
     lines += [_HOW + ", ".join(kinds) + ".", ""]
-    sections = {
-        "closed": lambda entries: judged(of_closed(entries)),
-        "open": _at_load,
-        "overload": lambda entries: judged(claim for entry in entries for claim in of_overload(entry)),
-    }
-    for name, section in sections.items():
-        if name in kept:
-            (title, before), entries = _TITLES[name], kept[name]["entries"]
-            lines += [
-                f"## {title.format(entries[0])}",
-                "",
-                f"`{kept[name]['command']}`",
-                "",
-                kept[name]["conditions"],
-                "",
-            ]
-            lines += [before.format(entries[0]), ""] if before else []
-            lines += [*markdown(COLUMNS, map(cells, entries)), *section(entries)]
-            lines += [f"![{name}](images/serving-{name}.png)", ""]
+    for name, one in kept.items():
+        entries, picture = one["entries"], f"images/serving-{name}.png"
+        predictions = [predict(entry) for entry in entries] if name == "open" else []
+        lines += [f"## {TITLES[name].format(entries[0])}", "", f"`{one['command']}`", "", one["conditions"], ""]
+        if name == "closed":
+            lines += [f"{entries[0]['rounds']} rounds over all settings; images a second are the median of them.", ""]
+        lines += markdown(COLUMNS, map(cells, entries))
+        lines += _predicted(entries, predictions) if predictions else judged(claims({name: one}))
+        lines += [f"![{name}]({picture})", ""]
+        with panel(TITLES[name].format(entries[0]), file.parent / picture) as axes:
+            if name == "open":
+                draw_open(entries, predictions, axes)
+            else:
+                {"closed": draw_closed, "overload": draw_overload}[name](entries, axes)
     file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-_TITLES = {
-    "closed": (
-        "{0[clients]} clients that ask at once again",
-        "{0[rounds]} rounds over all settings; images a second are the median of them.",
-    ),
-    "open": ("Random arrivals at 70 % of the capacity", ""),
-    "overload": ("Three times too much", ""),
+TITLES = {
+    "closed": "{0[clients]} clients that ask at once again",
+    "open": "Random arrivals at 70 % of the capacity",
+    "overload": "Three times too much",
 }
+
+
+def claims(kept: Mapping[str, Any]) -> list[Claim]:
+    found = [claim for entry in kept.get("overload", {"entries": []})["entries"] for claim in of_overload(entry)]
+    return found + (of_closed(kept["closed"]["entries"]) if "closed" in kept else [])
 
 
 def cells(entry: Entry) -> str:
@@ -112,42 +111,32 @@ def of_closed(entries: Sequence[Entry]) -> list[Claim]:
     return claims
 
 
-def _at_load(entries: Sequence[Entry]) -> list[str]:
-    found = [(setting(entry), predict(entry)) for entry in entries]
-    columns = " |  | measured | predicted | single runs | error | replayed | error | closed form"
-    table = markdown(columns, (_predicted(where, one, name) for where, one in found for name in NAMES))
-    loads = ", ".join(f"{one.load:.0%}" for _, one in found)
+def _predicted(entries: Sequence[Entry], found: Sequence[Mapping[str, Prediction]]) -> list[str]:
+    rows = [(setting(entry), name, one[name]) for entry, one in zip(entries, found, strict=True) for name in NAMES]
+    table = markdown(
+        " |  | measured | predicted | single runs | error | replayed | error | closed form",
+        (
+            f"{where} | {name} | {one.measured:.3f} s | {one.model:.3f} s | {one.low:.3f}–{one.high:.3f} "
+            f"| {one.error:+.1%} | {one.replay:.3f} s | {one.replay_error:+.1%} "
+            f"| {'' if one.exact is None else f'{one.exact:.3f} s'}"
+            for where, name, one in rows
+        ),
+    )
+    loads = ", ".join(f"{len(one['points']) / one['seconds'] / one['capacity']:.0%}" for one in entries)
     drifts = ", ".join(f"{entry['drift']:+.1%}" for entry in entries)
     said = f"Load in this order: {loads} of the capacity. Service times after over before: {drifts}."
-    claims = [claim for where, one in found for claim in of_prediction(where, one)]
-    return ["### The plan's prediction", "", _PREDICTED, *table, said, "", *judged(claims)]
+    return ["### The plan's prediction", "", _PREDICTED, *table, said, "", *judged(of_prediction(*one) for one in rows)]
 
 
-def _predicted(where: str, one: Prediction, name: str) -> str:
-    exact = f"{one.closed_form:.3f} s" if name == "mean" and one.closed_form is not None else ""
-    return (
-        f"{where} | {name} | {one.measured[name]:.3f} s | {one.model[name]:.3f} s "
-        f"| {one.low[name]:.3f}–{one.high[name]:.3f} | {one.error(name):+.1%} | {one.replay[name]:.3f} s "
-        f"| {one.replay_error(name):+.1%} | {exact}"
-    )
-
-
-def of_prediction(where: str, one: Prediction) -> list[Claim]:
-    return [
-        Claim(
-            f"{where}: {name} latency predicted within {NEAR:.0%}",
-            f"{one.model[name]:.3f} s for {one.measured[name]:.3f} s, {one.error(name):+.0%}; "
-            f"replayed, {one.replay_error(name):+.0%}",
-            abs(one.error(name)) <= NEAR,
-        )
-        for name in NAMES
-    ]
+def of_prediction(where: str, name: str, one: Prediction) -> Claim:
+    measured = f"{one.model:.3f} s for {one.measured:.3f} s, {one.error:+.0%}; replayed, {one.replay_error:+.0%}"
+    return Claim(f"{where}: {name} latency predicted within {NEAR:.0%}", measured, abs(one.error) <= NEAR)
 
 
 def of_overload(entry: Entry) -> list[Claim]:
     """Whether the server, asked for too much, does what it can and refuses the rest at once."""
     found, held, rules = entry["figures"], entry["held"], entry["rules"]
-    waited, silent, rounds = held["waiting_most"], found["without_retry_after"], last(rules)
+    waited, queue, silent, rounds = held["waiting_most"], rules["queue"], found["without_retry_after"], last(rules)
     p99, bound = found["latency"]["p99"], rounds * held["service_longest"]
     finished, capacity, where = found["finished"], entry["capacity"], f"batches of {rules['max_batch']}"
     counts = ", ".join(f"{count} × {status}" for status, count in found["statuses"].items())
@@ -155,11 +144,7 @@ def of_overload(entry: Entry) -> list[Claim]:
     told: list[tuple[str, str, bool]] = [
         ("every request is answered, 200 or 429", counts, found["statuses"].keys() <= {"200", "429"}),
         ("every 429 says when to come back", f"{silent} without `Retry-After`", silent == 0),
-        (
-            f"never more than {rules['queue']} wait",
-            f"{waited} at most",
-            waited is not None and waited <= rules["queue"],
-        ),
+        (f"never more than {queue} wait", f"{waited} at most", waited is not None and waited <= queue),
         (f"p99 of accepted requests at most {rounds} times the longest service", far, p99 <= bound),
         (f"images a second, at least {KEPT:.0%} of the capacity", rate, finished >= KEPT * capacity),
     ]
@@ -226,3 +211,73 @@ def marked(text: str, tables: Mapping[str, list[str]]) -> str:
         if found != 1:
             raise ValueError(f"the page marks the place of {name!r} {found} times")
     return text
+
+
+@contextmanager
+def panel(title: str, file: Path) -> Iterator[Any]:
+    """A picture of one panel, with its legend below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.25)
+    yield axes
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    save(figure, file)
+
+
+def draw_closed(entries: Sequence[Entry], axes: Any) -> None:
+    """Images a second, a group of bars for each mix."""
+    loads, names = (list(dict.fromkeys(name(entry) for entry in entries)) for name in (lambda e: e["name"], setting))
+    for number, name in enumerate(names):
+        here = {entry["name"]: entry["figures"]["finished"] for entry in entries if setting(entry) == name}
+        places = [at + (number - (len(names) - 1) / 2) * 0.2 for at in range(len(loads))]
+        bars = axes.bar(places, [here[load] for load in loads], 0.19, label=name, color=COLORS[number % 4])
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(loads)), loads)
+    axes.set_ylabel("finished images a second")
+    axes.margins(y=0.12)
+
+
+def draw_open(entries: Sequence[Entry], predictions: Sequence[Mapping[str, Prediction]], axes: Any) -> None:
+    """Latencies as they were, and as they were predicted."""
+    label: str | None = "p50 and p95 as predicted, with the luck of 95 % of runs"
+    for number, (entry, found) in enumerate(zip(entries, predictions, strict=True)):
+        good = [latency for at, latency, status, *_ in entry["points"] if status == 200 and at >= entry["warm_up"]]
+        named = f"{setting(entry)}, {entry['rate']:.2f} /s"
+        axes.ecdf(good, label=named, color=COLORS[number % 4])
+        for name, share in (("p50", 0.5), ("p95", 0.95)):
+            one = found[name]
+            bounds = [[one.model - one.low], [one.high - one.model]]
+            style: Any = {"color": COLORS[number % 4], "marker": "D", "capsize": 3, "linewidth": 1, "label": label}
+            axes.errorbar(one.model, share, xerr=bounds, **style)
+            label = None
+    axes.set(xlabel="latency from the scheduled arrival, seconds", ylabel="share of requests")
+    axes.set_xlim(left=0)
+
+
+def draw_overload(entries: Sequence[Entry], axes: Any) -> None:
+    """When which request was answered, and the bound for those that were taken."""
+    for number, entry in enumerate(entries):
+        for status, marker, label in ((200, ".", "accepted"), (429, "x", "refused, 429")):
+            points = [(at, latency) for at, latency, answered, *_ in entry["points"] if answered == status]
+            at, seconds = zip(*points, strict=True) if points else ((), ())
+            axes.plot(at, seconds, marker, color=COLORS[number % 4], markersize=4, label=f"{setting(entry)}: {label}")
+        bound = last(entry["rules"]) * entry["held"]["service_longest"]
+        axes.axhline(bound, color=COLORS[number % 4], linewidth=0.8, label="longest service × those of the last place")
+    axes.set(xlabel="seconds", ylabel="seconds to the answer")
+
+
+def draw_plan(settings: Sequence[Setting], demand: Demand, file: Path) -> None:
+    """The plan's latency over the rate of a machine, up to where its queue overflows."""
+    with panel("Where the objective (black) ends what a machine can take", file) as axes:
+        for number, one in enumerate(settings):
+            most = one.machine.workers / mean(one.times, one.kinds, one.machine.max_batch)
+            rates = [most * part / 20 for part in range(1, 20)]
+            found = [[outcome.latency for outcome in one.simulated(rate)[0]] for rate in rates]
+            percentiles = [percentile(latencies, demand.share) for latencies in found]
+            axes.plot(rates, percentiles, color=COLORS[number % 4], label=one.name)
+        axes.axhline(demand.objective, color="black", linewidth=0.8)
+        axes.set_xlabel(f"requests a second to a machine of {settings[0].machine.workers} workers")
+        axes.set(ylabel=f"p{100 * demand.share:g} latency, seconds", ylim=(0, 4 * demand.objective))

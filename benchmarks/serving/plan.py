@@ -13,10 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report import percentile
 from benchmarks.serving.load import spread
-from benchmarks.serving.service import Kinds, Times, mean, rest, sample
-from benchmarks.serving.simulation import Machine, Outcome, allen_cunneen, poisson_kinds, pollaczek_khinchine, simulate
+from benchmarks.serving.simulation import (
+    Kinds,
+    Machine,
+    Outcome,
+    Times,
+    allen_cunneen,
+    mean,
+    poisson_kinds,
+    pollaczek_khinchine,
+    rest,
+    sample,
+    simulate,
+)
 
 ARRIVALS = 20_000
 HALVINGS = 12
@@ -26,10 +36,9 @@ NAMES = ("mean", "p50", "p95")
 
 
 def setting(entry: Mapping[str, Any]) -> str:
-    """An entry's name among those of its load; of a server that is not ours, only what the requests asked."""
+    """An entry's name among those of its load; of a load by hand, whose rules nobody knows, what its requests ask."""
     rules = entry["rules"]
-    caches = f"caches {'on' if rules['caches'] else 'off'}"
-    return f"{caches}, batches of {rules['max_batch']}" if rules["max_batch"] else caches
+    return rules.get("asked") or f"caches {'on' if rules['caches'] else 'off'}, batches of {rules['max_batch']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,36 +129,32 @@ def pooled_workers(rate: float, service: Sequence[float], wait: float) -> int:
     return workers
 
 
-def curve(one: Setting, rates: Sequence[float], share: float) -> list[float]:
-    """The latency that `share` of the accepted requests do not exceed, at each rate."""
-    return [percentile([found.latency for found in one.simulated(rate)[0]], share) for rate in rates]
-
-
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Latencies in seconds, each of `NAMES`, at the load that there was: `load`, a share of one worker's time.
+    """One of `NAMES` of a measured load's latencies, seconds.
 
     model: of all simulated runs together, with as many arrivals as there were; low, high: between which 95 % of single
-    runs lie, by the luck of when they come. replay: of the very arrivals. closed_form: the mean, where there is one:
-    one worker without batches.
+    runs lie, by the luck of when they come. replay: of the very arrivals. exact: the mean in closed form, where there
+    is one: one worker without batches.
     """
 
-    load: float
-    measured: dict[str, float]
-    model: dict[str, float]
-    low: dict[str, float]
-    high: dict[str, float]
-    replay: dict[str, float]
-    closed_form: float | None
+    measured: float
+    model: float
+    low: float
+    high: float
+    replay: float
+    exact: float | None = None
 
-    def error(self, name: str) -> float:
-        return self.model[name] / self.measured[name] - 1
+    @property
+    def error(self) -> float:
+        return self.model / self.measured - 1
 
-    def replay_error(self, name: str) -> float:
-        return self.replay[name] / self.measured[name] - 1
+    @property
+    def replay_error(self) -> float:
+        return self.replay / self.measured - 1
 
 
-def predict(entry: Mapping[str, Any]) -> Prediction:
+def predict(entry: Mapping[str, Any]) -> dict[str, Prediction]:
     """What the model says of `entry`, an open loop that was measured, with its service times."""
     one, source = Setting.of(entry), random.Random(0)
     real = [(scheduled, kind) for scheduled, _, _, kind, *_ in entry["points"]]
@@ -172,15 +177,11 @@ def predict(entry: Mapping[str, Any]) -> Prediction:
     besides = sum(rest(one.times[kind]) * weight for kind, weight in one.kinds) / sum(share for _, share in one.kinds)
     wait = pollaczek_khinchine(rate, single) if one.machine.max_batch == 1 else None
 
-    def between(name: str, share: float) -> float:
-        return sorted(float(found[name]) for found in spreads)[int(share * REPLICAS)]
+    def of(name: str) -> Prediction:
+        singles = sorted(float(found[name]) for found in spreads)
+        low, high = (singles[int(share * REPLICAS)] for share in (0.025, 0.975))
+        replay = statistics.fmean(found[name] for found in replays)
+        exact = None if wait is None or name != "mean" else wait + statistics.fmean(single) + besides
+        return Prediction(entry["figures"]["latency"][name], pooled[name], low, high, replay, exact)
 
-    return Prediction(
-        load=rate / entry["capacity"],
-        measured={name: entry["figures"]["latency"][name] for name in NAMES},
-        model={name: pooled[name] for name in NAMES},
-        low={name: between(name, 0.025) for name in NAMES},
-        high={name: between(name, 0.975) for name in NAMES},
-        replay={name: statistics.fmean(found[name] for found in replays) for name in NAMES},
-        closed_form=None if wait is None else wait + statistics.fmean(single) + besides,
-    )
+    return {name: of(name) for name in NAMES}

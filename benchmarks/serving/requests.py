@@ -1,4 +1,4 @@
-"""Who asks for what, of this service or of OpenAI's images API, which its peers speak; and what an answer says."""
+"""Who asks for what, and what an answer says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 WEATHER = ("clear", "misty", "snowy", "stormy", "starry")
 PLACES = ("forest", "mountains", "desert", "sea", "hills", "island")
 TIMES = ("dawn", "noon", "sunset", "twilight", "night")
-PATHS = {"native": "/api/generate", "openai": "/v1/images/generations"}
+PATH = "/api/generate"
 
 Kind = tuple[str, float, Mapping[str, Any]]
 """A name, its share of the requests relative to the others', and the fields of POST /api/generate.
@@ -24,13 +24,12 @@ MIXED: Sequence[Kind] = (
     ("tiny-sd 512×512", 0.1, {"width": 512, "height": 512}),
     ("tiny-flux 128×128", 0.2, {"width": 128, "height": 128, "flux_enabled": True}),
 )
-MIXES = {"square": SQUARE, "mixed": MIXED}
 
 
-def with_fields(mix: Sequence[Kind], caches: bool | None = None, **fields: Any) -> list[Kind]:
-    """Every kind with these fields; where `caches` is said, with the balanced preset or Flux's cache, or without."""
+def with_fields(mix: Sequence[Kind], caches: bool, **fields: Any) -> list[Kind]:
+    """Every kind with these fields, and with the balanced preset or Flux's cache, or without."""
     unet = {"deepcache_enabled": True, "deepcache_preset": "balanced"} if caches else {}
-    flux = {} if caches is None else {"fbcache_enabled": caches}
+    flux = {"fbcache_enabled": caches}
     return [
         (name, share, {**kind, **fields, **(flux if "flux_enabled" in kind else unet)}) for name, share, kind in mix
     ]
@@ -46,34 +45,21 @@ def drawn(mix: Sequence[Kind], seed: int) -> Iterator[tuple[str, dict[str, Any]]
         number += 1
 
 
-def body(fields: Mapping[str, Any], api: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`extra` is added as it is: what OpenAI has no name for (steps, seed, caches) is left out."""
-    if api == "native":
-        return {**fields, **extra}
-    size = f"{fields.get('width', 512)}x{fields.get('height', 512)}"
-    asked = {"prompt": fields["prompt"], "n": fields.get("num_images", 1), "size": size}
-    return {**asked, "response_format": "b64_json", **extra}
-
-
 def answer(status: int, content: str, headers: Mapping[str, str]) -> dict[str, Any]:
     """What an answer says of itself. A 200 that does not hold its pictures has the status 0, as where none came.
 
-    queue: seconds before a worker took it; service: from then to the result; None where the server does not tell.
+    queue: seconds before a worker took it; service: from then to the result.
     """
     found = {"status": status, "images": 0, "queue": None, "service": None, "computed": 0, "reused": 0, "error": ""}
     if status != 200:
         return found | {"retry_after": "retry-after" in headers, "error": content[:300]}
     try:
         told = json.loads(content)
-        if "data" in told:
-            pictures = [entry["b64_json"] for entry in told["data"]]
-        else:
-            pictures = told["images"] if "images" in told else [told["image"]]
-            queue, cache = told["timings"]["queue_seconds"], told["cache"]
-            found |= {"queue": queue, "service": told["timings"]["total_seconds"] - queue}
-            found |= {"computed": cache["computed"], "reused": cache["reused"]}
+        pictures = told["images"] if "images" in told else [told["image"]]
         if not pictures or not all(isinstance(text, str) and text for text in pictures):
             raise ValueError("a 200 without its pictures")
-        return found | {"images": len(pictures)}
+        queue, total = (told["timings"][name] for name in ("queue_seconds", "total_seconds"))
+        found |= {name: told["cache"][name] for name in ("computed", "reused")}
+        return found | {"queue": queue, "service": total - queue, "images": len(pictures)}
     except (KeyError, TypeError, ValueError) as error:
         return found | {"status": 0, "error": f"{type(error).__name__}: {error}"}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.server import SERVE, running
+from benchmarks.server import running
 from benchmarks.serving.load import Load, Target, entry
-from benchmarks.serving.requests import MIXED, SQUARE, Kind, with_fields
-from benchmarks.serving.service import mean, measure, measure_batches, weights
+from benchmarks.serving.requests import MIXED, SQUARE, Kind, drawn, with_fields
+from benchmarks.serving.simulation import Times, mean
 
 CLIENTS = 8
 ROUNDS = 3
@@ -19,39 +22,34 @@ LOAD = 0.7  # of the capacity
 OVERLOAD = 3.0  # times the capacity
 BATCH = 4
 QUEUE = CLIENTS  # places of the overloaded server
+ALONE, BUSY, BATCHES = 3, 5, 3  # requests of each kind, and of each size of a batch, for its service times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """`serve`: arguments of `python` that start the server. `threads`: that its worker computes with.
+    """`steps`: of every request. `threads`: that the server's worker computes with.
 
     `seconds`: of an open loop; the others need fewer and take a share of it. A twentieth is an open loop's warm-up.
     """
 
-    serve: Sequence[str] = SERVE
-    mixed: Sequence[Kind] = MIXED
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    threads: int = 1
-    seconds: float = 100.0
-    objective: float = 2.0
-    seed: int = 0
+    steps: int
+    threads: int
+    seconds: float
+
+    def mix(self, kinds: Sequence[Kind], caches: bool) -> list[Kind]:
+        return with_fields(kinds, caches, steps=self.steps)
 
     def load(self, name: str, mix: Sequence[Kind], share: float, **loop: Any) -> Load:
         """`share`: of `seconds`. `loop`: rate or clients."""
         warm_up = 0.0 if "clients" in loop else self.seconds / 20
-        given = {"seconds": share * self.seconds, "warm_up": warm_up, "objective": self.objective, "seed": self.seed}
-        return Load(name=name, mix=mix, **given, **loop)
+        return Load(name=name, mix=mix, seconds=share * self.seconds, warm_up=warm_up, **loop)
 
     @contextmanager
     def serving(self, max_batch: int, queue_size: int = 64, **others: str) -> Iterator[Target]:
         """`others`: further environment variables."""
-        settings = {
-            "WAVESPEED_DEVICE": "cpu",
-            "WAVESPEED_THREADS": str(self.threads),
-            "LD_MAX_BATCH_SIZE": str(max_batch),
-            "WAVESPEED_QUEUE_SIZE": str(queue_size),
-        }
-        with running(self.serve, **(settings | others)) as server:
+        settings = {"WAVESPEED_DEVICE": "cpu", "WAVESPEED_THREADS": str(self.threads)}
+        settings |= {"LD_MAX_BATCH_SIZE": str(max_batch), "WAVESPEED_QUEUE_SIZE": str(queue_size), **others}
+        with running(**settings) as server:
             yield Target(server.url, server.process.pid)
 
     def capacity(self, target: Target, mix: Sequence[Kind]) -> float:
@@ -61,11 +59,10 @@ class Setup:
         return finished
 
 
-def measured(load: Load, rounds: Sequence[Any], caches: bool, max_batch: int, queue: int = 64, **found: Any) -> Any:
-    """`max_batch`: 0 of a server that is not ours. `found`: service times, their drift, the capacity in images/s."""
+def ruled(caches: bool, max_batch: int, queue: int = 64) -> dict[str, Any]:
+    """The rules that a plan goes by, and what only an open loop measures."""
     rules = {"caches": caches, "max_batch": max_batch, "queue": queue}
-    unknown = {"times": None, "drift": None, "capacity": None}
-    return {"rules": rules, "mix": weights(load.mix), **entry(load, rounds), **unknown, **found}
+    return {"rules": rules, "times": None, "drift": None, "capacity": None}
 
 
 def closed(setup: Setup) -> list[dict[str, Any]]:
@@ -77,15 +74,15 @@ def closed(setup: Setup) -> list[dict[str, Any]]:
     with setup.serving(1) as single, setup.serving(BATCH) as batching:
         targets = {1: single, BATCH: batching}
         for turn in range(ROUNDS + 1):  # the first one warms
-            for mix, caches, max_batch in itertools.product((SQUARE, setup.mixed), (False, True), targets):
-                asked = with_fields(mix, caches, **setup.fields)
+            for kinds, caches, max_batch in itertools.product((SQUARE, MIXED), (False, True), targets):
+                asked = setup.mix(kinds, caches)
                 if not turn:
                     targets[max_batch].warm(asked)
                     continue
-                name = "one kind" if len(mix) == 1 else f"{len(mix)} kinds"
+                name = "one kind" if len(kinds) == 1 else f"{len(kinds)} kinds"
                 load = setup.load(name, asked, 1 / 8, clients=CLIENTS)
                 rounds.setdefault((name, caches, max_batch), [load]).append(targets[max_batch].run(load))
-    return [measured(load, runs, *rules) for (_, *rules), (load, *runs) in rounds.items()]
+    return [entry(load, runs, **ruled(*rules)) for (_, *rules), (load, *runs) in rounds.items()]
 
 
 def at_load(setup: Setup) -> list[dict[str, Any]]:
@@ -101,23 +98,24 @@ def at_load(setup: Setup) -> list[dict[str, Any]]:
 
 
 def _at_load(setup: Setup, target: Target, hasty: Target, caches: bool, max_batch: int, share: float) -> Any:
-    mix = with_fields(setup.mixed, caches, **setup.fields)
-    for one in dict.fromkeys((id(target), id(hasty))):
-        (target if one == id(target) else hasty).warm(mix)
-    times = measure(hasty, mix, setup.seed)
-    before = mean(times, weights(mix))
+    mix = setup.mix(MIXED, caches)
+    weights = [(name, weight) for name, weight, _ in mix]
+    for one in {target, hasty}:
+        one.warm(mix)
+    times = measure(hasty, mix, 0)
+    before = mean(times, weights)
     capacity = 1 / before
     if max_batch > 1:
-        measure_batches(hasty, mix, times, range(1, max_batch + 1), setup.seed)
+        for kind in mix:
+            times[kind[0]]["batches"] = _batches(hasty, kind, max_batch)
         capacity = setup.capacity(target, mix)
     load = setup.load(f"{LOAD:.0%} load", mix, share, rate=LOAD * capacity)
     run = target.run(load)
-    after = measure(hasty, mix, setup.seed + 1)
-    for kind, one in after.items():
-        for name in ("alone", "busy"):
-            times[kind][name] += one[name]
-    drift = mean(after, weights(mix)) / before - 1
-    return measured(load, [run], caches, max_batch, times=times, drift=drift, capacity=capacity)
+    after = measure(hasty, mix, 1)
+    for kind, name in itertools.product(after, ("alone", "busy")):
+        times[kind][name] += after[kind][name]
+    told = {"times": times, "drift": mean(after, weights) / before - 1, "capacity": capacity}
+    return entry(load, [run], **(ruled(caches, max_batch) | told))
 
 
 def overload(setup: Setup) -> list[dict[str, Any]]:
@@ -125,9 +123,47 @@ def overload(setup: Setup) -> list[dict[str, Any]]:
     found = []
     for max_batch in (1, BATCH):
         with setup.serving(max_batch, QUEUE) as target:
-            mix = with_fields(SQUARE, False, **setup.fields)
+            mix = setup.mix(SQUARE, False)
             target.warm(mix)
             capacity = setup.capacity(target, mix)
             load = setup.load(f"{OVERLOAD:g} times the capacity", mix, 1 / 2, rate=OVERLOAD * capacity)
-            found.append(measured(load, [target.run(load)], False, max_batch, QUEUE, capacity=capacity))
+            told = ruled(False, max_batch, QUEUE) | {"capacity": capacity}
+            found.append(entry(load, [target.run(load)], **told))
     return found
+
+
+def measure(target: Target, mix: Sequence[Kind], seed: int) -> Times:
+    """Service times, over HTTP, of a server that nobody else asks; kept as the measured values themselves."""
+    found: Times = {}
+    for kind in mix:
+        alone = [round(ended - began, 4) for began, ended in asked(target, kind, ALONE, 1, seed)]
+        busy = [round(seconds, 4) for seconds in spacing(asked(target, kind, BUSY + 1, 2, seed))]
+        found[kind[0]] = {"alone": alone, "busy": busy, "batches": {"1": 1.0}}
+    return found
+
+
+def _batches(target: Target, kind: Kind, most: int) -> dict[str, float]:
+    """Requests for several images stand for batches across requests: either way they are denoised together."""
+    name, share, fields = kind
+    medians = {}
+    for size in range(1, most + 1):
+        several = (name, share, {**fields, "num_images": size, "batch_size": size})
+        medians[size] = statistics.median(spacing(asked(target, several, BATCHES + 1, 2, 0)))
+    return {str(size): round(seconds / medians[1], 4) for size, seconds in medians.items()}
+
+
+def asked(target: Target, kind: Kind, count: int, clients: int, seed: int) -> list[tuple[float, float]]:
+    """When each of `count` requests of a kind was sent and answered, of clients that ask again as soon as they are."""
+
+    def one(request: tuple[str, Mapping[str, Any]]) -> tuple[float, float]:
+        began = time.perf_counter()
+        target.ask(request[1])
+        return began, time.perf_counter()
+
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(one, itertools.islice(drawn([kind], seed), count)))
+
+
+def spacing(times: Sequence[tuple[float, float]]) -> list[float]:
+    """Seconds from each end to the next, of two clients' requests: the next one was there before the end."""
+    return [later - earlier for earlier, later in itertools.pairwise(sorted(ended for _, ended in times))]

@@ -1,4 +1,4 @@
-"""A machine's queue and workers, simulated with SimPy under the rules of the service's own engine; and closed forms.
+"""How long a worker is occupied, a machine's queue simulated with SimPy under the engine's own rules, and closed forms.
 
 One queue, oldest first, bounded; what goes into a batch, and whether a free worker waits for more, is asked of the
 engine itself. A request is for one image.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -18,7 +19,41 @@ import numpy as np
 import simpy
 
 from app.engine.queue import Grouping
-from benchmarks.serving.service import Kinds, Times, factor, rest
+
+Kinds = Sequence[tuple[str, float]]
+"""Names with their shares of all requests, relative to each other."""
+Times = dict[str, dict[str, Any]]
+"""By kind, seconds. `alone`: latencies in an idle server; `busy`: from one end to the next, while that request waited.
+
+They differ by what does not occupy the worker: reading and writing HTTP, and work that the server does for one request
+while it denoises another. `batches`: the time of so many images denoised together, over that of one.
+"""
+
+
+def rest(one: Mapping[str, Any]) -> float:
+    """What a request of a kind takes besides the time that it occupies the worker."""
+    return statistics.median(one["alone"]) - statistics.median(one["busy"])
+
+
+def factor(one: Mapping[str, Any], images: int) -> float:
+    """Between two measured sizes on the line between them. Raises ValueError past the largest measured batch."""
+    sizes = sorted((int(size), float(value)) for size, value in one["batches"].items())
+    if images > sizes[-1][0]:
+        raise ValueError(f"batches of {images} were not measured, only of {[size for size, _ in sizes]}")
+    return float(np.interp(images, *zip(*sizes, strict=True)))
+
+
+def sample(times: Times, kinds: Kinds, count: int, source: random.Random) -> list[float]:
+    """Times of a mix's single requests, for the closed forms."""
+    names = source.choices([name for name, _ in kinds], [weight for _, weight in kinds], k=count)
+    return [source.choice(times[name]["busy"]) for name in names]
+
+
+def mean(times: Times, kinds: Kinds, images: int = 1) -> float:
+    """Of one image of a mix, drawn in batches of so many."""
+    each = [weight * statistics.fmean(times[name]["busy"]) * factor(times[name], images) for name, weight in kinds]
+    return sum(each) / images / sum(weight for _, weight in kinds)
+
 
 _ONE_IMAGE = SimpleNamespace(params=SimpleNamespace(seeds=(0,)))
 

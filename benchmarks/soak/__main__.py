@@ -9,30 +9,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
+import psutil
 import typer
 
 from benchmarks.report import show
 from benchmarks.server import SERVE, Server, wait_for
 from benchmarks.soak.clients import Crowd, Pictures, good_requests, pictures
-from benchmarks.soak.hostile import rows
-from benchmarks.soak.server import Held, running
+from benchmarks.soak.hostile import rows, running
 from benchmarks.soak.wire import exchange, request
 
 GROWTH = 1.05
-ROUNDING = 2  # levels of 255: what a batch's size may change in a picture
+Held = dict[str, int]
+"""By a process at one moment: `resident`, bytes, `descriptors` and `threads`."""
 Moments = dict[str, dict[str, Held]]
 
 
 def main(
     minutes: Annotated[float, typer.Option(help="Of the siege; the quiet server comes before.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the crowd's choices.")] = 0,
-    together: Annotated[
-        bool, typer.Option("--together", help="Draw together; pictures may differ by rounding.")
-    ] = False,
     serve: Annotated[str | None, typer.Option(help="Module to run as the server instead of `app serve`.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Send each bad input once and print the answers.")] = False,
 ) -> None:
@@ -40,37 +39,25 @@ def main(
     if table:
         sys.exit(_table(command))
     # Requests drawn together differ from the same ones alone by rounding (docs/decisions/batching.md): bytes do not.
-    batches: dict[str, str] = {} if together else {"LD_MAX_BATCH_SIZE": "1"}
-    with running(command, **batches) as quiet:
+    with running(command, LD_MAX_BATCH_SIZE="1") as quiet:
         expected = _drawn(quiet)
     print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
     # What is kept of jobs is bounded low, so that it is full when the first measure is taken.
     kept = {"WAVESPEED_RESULT_SECONDS": "20", "WAVESPEED_RESULT_BYTES": str(2**20), "WAVESPEED_JOBS_FOLDER": "jobs"}
-    with running(command, WAVESPEED_QUEUE_SIZE="8", **batches, **kept) as server:
-        crowd = Crowd(server, expected, rows(), seed=seed, levels=ROUNDING if together else 0)
+    with running(command, WAVESPEED_QUEUE_SIZE="8", LD_MAX_BATCH_SIZE="1", **kept) as server:
+        crowd = Crowd(server, expected, rows(), seed=seed)
         moments = _besiege(server, crowd, minutes * 60)
         crowd.end()
         alive = server.process.poll() is None and server.get("/livez").status_code == 200
         traces = server.log.count("Traceback")
-    failed = failures(moments, crowd, alive)
-    held = (f"{name} | {part} | {one}" for name, parts in moments.items() for part, one in parts.items())
+    failed, tally = failures(moments, crowd.faults, alive), dict(sorted(Counter(crowd.answers).items()))
+    held = (f"{name} | {part} | {_cells(one)}" for name, parts in moments.items() for part, one in parts.items())
     show("held", "moment | process | resident MB | descriptors | threads", held)
-    show("answers", "answer | count", (f"{word} | {count}" for word, count in sorted(crowd.tally.items())))
+    show("answers", "answer | count", (f"{word} | {count}" for word, count in tally.items()))
     for sentence in [*crowd.faults[:20], *failed]:
         print(f"! {sentence}")
-    result = {
-        "server": serve or "app serve",
-        "minutes": minutes,
-        "seed": seed,
-        "together": together,
-        "kills": crowd.kills,
-        "answers": dict(sorted(crowd.tally.items())),
-        "faults": len(crowd.faults),
-        "tracebacks_in_log": traces,
-        "moments": {name: {part: one._asdict() for part, one in parts.items()} for name, parts in moments.items()},
-        "failed": failed,
-    }
-    print(json.dumps(result))
+    run = {"server": serve or "app serve", "minutes": minutes, "seed": seed, "kills": crowd.kills, "answers": tally}
+    print(json.dumps(run | {"tracebacks_in_log": traces, "moments": moments, "failed": failed}))
     sys.exit(1 if failed else 0)
 
 
@@ -80,7 +67,7 @@ def _table(command: Sequence[str]) -> int:
     print("| input | status | type |\n|---|---|---|")
     with running(command) as server:
         for row in rows():
-            answer = exchange(server.address, row.parts(), leave=row.leave)
+            answer = exchange(server.address, row.parts, leave=row.leave)
             status = answer.status if answer else "the client left" if row.leave else "closed"
             print(f"| {row.name} | {status} | {f'`{answer.type}`' if answer and answer.type else ''} |")
             wrong += not row.accepts(answer)
@@ -127,25 +114,39 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> Moments:
                 crowd.ask(good)
             time.sleep(6)  # longer than idle connections are kept
             worker = int(str(wait_for(server.worker, 120, "a worker")))
-            moments[name] = {"server": Held.settled(server.process.pid), "worker": Held.settled(worker)}
-            counts = f"{sum(crowd.tally.values())} answers, {crowd.kills} kills, {len(crowd.faults)} faults"
+            moments[name] = {"server": _settled(server.process.pid), "worker": _settled(worker)}
+            counts = f"{len(crowd.answers)} answers, {crowd.kills} kills, {len(crowd.faults)} faults"
             print(f"{name}: {counts}", flush=True)
         if name != "end":
             crowd.resume()
     return moments
 
 
-def failures(moments: Moments, crowd: Crowd, alive: bool) -> list[str]:
+def _settled(pid: int, seconds: float = 3.0) -> Held:
+    """The least of each over some seconds: a connection that is being closed is not held."""
+    process, seen, until = psutil.Process(pid), [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        with process.oneshot():
+            seen.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        time.sleep(0.1)
+    return dict(zip(("resident", "descriptors", "threads"), map(min, zip(*seen, strict=True)), strict=True))
+
+
+def _cells(held: Held) -> str:
+    return f"{held['resident'] / 1e6:.1f} | {held['descriptors']} | {held['threads']}"
+
+
+def failures(moments: Mapping[str, Mapping[str, Held]], faults: Sequence[str], alive: bool) -> list[str]:
     failed = [] if alive else ["the server is gone"]
-    if crowd.faults:
-        failed.append(f"{len(crowd.faults)} requests were not answered as they should")
+    if faults:
+        failed.append(f"{len(faults)} requests were not answered as they should")
     for part, since in (("server", "warm"), ("worker", "worker warm")):
         before, after = moments[since][part], moments["end"][part]
-        if after.resident > GROWTH * before.resident:
-            failed.append(f"the {part}'s memory grew by {after.resident / before.resident - 1:.1%}")
+        if after["resident"] > GROWTH * before["resident"]:
+            failed.append(f"the {part}'s memory grew by {after['resident'] / before['resident'] - 1:.1%}")
         for what in ("descriptors", "threads"):
-            if getattr(after, what) > getattr(before, what):
-                failed.append(f"the {part}'s {what} went from {getattr(before, what)} to {getattr(after, what)}")
+            if after[what] > before[what]:
+                failed.append(f"the {part}'s {what} went from {before[what]} to {after[what]}")
     return failed
 
 

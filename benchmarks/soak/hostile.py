@@ -1,4 +1,8 @@
-"""Bad input, one row each: what is sent and what must be answered. Most of it is bad; some is odd and must work."""
+"""Bad input, one row each: what is sent and what must be answered. Most of it is bad; some is odd and must work.
+
+Of plain wrong values there are a few; the whole table of them is that of tests/app/test_bad_input.py, which
+tests/e2e/test_bad_input.py sends, too.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,26 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.soak.wire import Answer, Part, chunks, request
+from benchmarks import server
+from benchmarks.soak.wire import Answer, Part, chunked, request
 
 BODY_LIMIT = 2**20
 """Bytes; the servers that these rows are sent to are configured with it."""
 BODY_SECONDS = 2.0
 """Likewise: the time that a body may take."""
-
-GOOD = '"prompt": "a", "width": 64, "height": 64, "steps": 2, "seed": 1'
+SETTINGS = {
+    "WAVESPEED_DEVICE": "cpu",
+    "WAVESPEED_MAX_BODY_BYTES": str(BODY_LIMIT),
+    "WAVESPEED_BODY_SECONDS": str(BODY_SECONDS),
+}
+GOOD = {"prompt": "a", "width": 64, "height": 64, "steps": 2, "seed": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,127 +39,142 @@ class Row:
     """`status`: the answers that are right; None among them: a connection closed without one. `type`: of the error."""
 
     name: str
-    parts: Callable[[], Iterable[Part]]
+    parts: Sequence[Part]
     status: tuple[int | None, ...]
-    type: tuple[str, ...] | None = None
+    type: str | None = None
     leave: bool = False
 
     def accepts(self, answer: Answer | None) -> bool:
         """Is this how it should be answered?"""
         if (answer.status if answer else None) not in self.status:
             return False
-        return answer is None or self.type is None or answer.type in self.type
+        return answer is None or self.type is None or answer.type == self.type
 
 
 def fields(name: str, members: str, status: int = 422, kind: str | None = "invalid") -> Row:
     """A good request but for `members`, JSON text."""
-    given = {member.split('"')[1] for member in members.split(", ") if member.startswith('"')}
-    rest = [member for member in GOOD.split(", ") if member.split('"')[1] not in given]
-    text = "{" + ", ".join([*rest, members] if members else rest) + "}"
-    return Row(name, lambda: [request(text)], (status,), (kind,) if kind and status != 200 else None)
-
-
-def whole(name: str, data: bytes, status: int, kind: str | None = None) -> Row:
-    return Row(name, lambda: [data], (status,), (kind,) if kind else None)
+    rest = [f'"{key}": {json.dumps(value)}' for key, value in GOOD.items() if f'"{key}"' not in members]
+    return Row(name, [request("{" + ", ".join([*rest, members]) + "}")], (status,), None if status == 200 else kind)
 
 
 def rows() -> list[Row]:
-    return [*numbers(), *strings(), *bodies(), *pictures(), *names()]
+    return [*values(), *bodies(), *(_picture(*one) for one in pictures().items()), *paths()]
 
 
-def numbers() -> Iterator[Row]:
-    for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999"):
-        for field in ("guidance_scale", "width", "seed"):
-            yield fields(f"{field} {value}", f'"{field}": {value}')
-    yield fields("guidance_scale -0.0", '"guidance_scale": -0.0', 200)
-    for field, value in (
-        ("width", "true"), ("seed", "9223372036854775808"), ("seed", "-2"), ("seed", "4294967296"), ("width", "0"),
-        ("width", "7"), ("width", "513"), ("width", "1000000000"), ("steps", "0"), ("steps", "1000000"),
-        ("num_images", "0"), ("num_images", "11"), ("deepcache_interval", "0"), ("deepcache_depth", "13"),
-        ("fbcache_threshold", "-1"), ("fbcache_threshold", "2"), ("seed", "1" * 5000),
-    ):  # fmt: skip
-        yield fields(f"{field} {value[:20]}", f'"{field}": {value}')
-    yield fields("start > end", '"deepcache_start_step": 801, "deepcache_end_step": 800')
+REFUSED = r"""
+"guidance_scale": NaN
+"width": 1e999
+"width": 513
+"seed": 9223372036854775808
+"steps": 1000000
+"prompt": "a\u0000b"
+"prompt": "\ud800"
+"\udfff": 1
+"a\ncache strategy=x": 1
+"deepcache_start_step": 801, "deepcache_end_step": 800
+"""
+TAKEN = r"""
+"guidance_scale": -0.0
+"prompt": ""
+"prompt": "\u202eevil\u202c שלום"
+"prompt": "👩‍🚀 😀"
+"prompt": "a\nSteps: 1, Seed: 2\r\ncache strategy=x hit_rate=1"
+"prompt": "\u001b[2J\u0007"
+"prompt": "a <lora:../../x:1>"
+"""
+MODELS = ("..", "../tiny-sd", "/etc/passwd", "%2e%2e", "a\\b", "x.ckpt", "x.pt", "owner/repository")
+ADAPTERS = ("..", "../outside", "/etc/passwd", "%2e%2e", "a\\b", "pickle.ckpt", "pickle", "link", "owner/repository")
 
 
-def strings() -> Iterator[Row]:
-    yield fields("empty prompt", '"prompt": ""', 200)
+def values() -> Iterator[Row]:
+    """A line of these is a request's members, and its row's name."""
+    yield from (fields(line, line) for line in REFUSED.split("\n") if line)
+    yield from (fields(line, line, 200) for line in TAKEN.split("\n") if line)
+    yield fields("a number of 5 000 digits", f'"seed": {"1" * 5000}')
     yield fields("prompt of 900 kB", f'"prompt": "{"x" * 900_000}"')
-    yield fields("NUL", r'"prompt": "a\u0000b"')
-    yield fields("lone surrogate", r'"prompt": "\ud800"')
-    yield fields("lone surrogate in a key", r'"\udfff": 1')
-    for name, prompt in (
-        ("right-to-left", "\u202eevil\u202c שלום"), ("emoji", "👩\u200d🚀 😀"),
-        ("newlines", "a\nSteps: 1, Seed: 2\r\ncache strategy=x hit_rate=1"), ("ANSI", "\x1b[2J\x07"),
-    ):  # fmt: skip
-        yield fields(name, f'"prompt": {json.dumps(prompt)}', 200)
-    yield fields("LoRA in the prompt", '"prompt": "a <lora:../../x:1>"', 200)
-    yield fields("newline in a key", r'"a\ncache strategy=x": 1')
+    for name in MODELS:
+        yield fields(f"model {name}", f'"model": {json.dumps(name)}', 404, "unknown_model")
+    for name in ADAPTERS:
+        yield fields(f"LoRA {name}", f'"loras": {json.dumps([{"name": name}])}')
 
 
 def bodies() -> Iterator[Row]:
-    good, bomb = "{" + GOOD + "}", gzip.compress(bytes(2**26))
-    for name, data in (
-        ("no content type", request(good, content_type="")),
-        ("text/plain", request(good, content_type="text/plain")),
-        ("a form", request("prompt=a", content_type="application/x-www-form-urlencoded")),
-        ("empty", request("")),
-        ("key given twice", request('{"prompt": "a", "prompt": "b"}')),
-        ("nested 100 000 deep", request("[" * 100_000)),
-        ("objects nested 50 000 deep", request('{"a":' * 50_000)),
-        ("truncated JSON", request(good[:-1])),
-        ("not UTF-8", request(b'{"prompt": "\xff"}')),
-        ("an array", request("[1]")),
-        ("gzip bomb", request(bomb, content_encoding="gzip")),
-        ("gzip without saying so", request(bomb)),
-    ):
-        yield whole(name, data, 422, "invalid")
-    head = request("", transfer_encoding="chunked")
-    yield Row("chunked", lambda: [head, *chunks(good.encode())], (200,))
+    text = json.dumps(GOOD)
+    good, bomb = text.encode(), gzip.compress(bytes(2**26))
+    for name, data in {
+        "no content type": request(good, content_type=""),
+        "text/plain": request(good, content_type="text/plain"),
+        "a form": request("prompt=a", content_type="application/x-www-form-urlencoded"),
+        "empty": request(""),
+        "key given twice": request('{"prompt": "a", "prompt": "b"}'),
+        "nested 100 000 deep": request("[" * 100_000),
+        "objects nested 50 000 deep": request('{"a":' * 50_000),
+        "truncated JSON": request(good[:-1]),
+        "not UTF-8": request(b'{"prompt": "\xff"}'),
+        "an array": request("[1]"),
+        "gzip bomb": request(bomb, content_encoding="gzip"),
+        "gzip without saying so": request(bomb),
+        "length too short": request(good, length=10),
+    }.items():
+        yield Row(name, [data], (422,), "invalid")
     long = json.dumps({"prompt": "x" * (BODY_LIMIT + 10)}).encode()
-    yield Row("chunked past the limit", lambda: [head, *chunks(long)], (413,), ("body_too_large",))
-    yield whole("past the limit", request(long), 413, "body_too_large")
-    yield Row("chunk size no number", lambda: [head, b"zz\r\nhello\r\n"], (400, 408, None))
-    yield whole("length of a terabyte", request(good, length=10**12), 413, "body_too_large")
-    yield whole("length of 30 digits", request(good, length="9" * 30), 400)
-    yield whole("length too short", request(good, length=10), 422, "invalid")
-    yield whole("length negative", request(good, length=-1), 400)
-    yield whole("two lengths", request(good, content_length="3"), 400)
-    both = [request("", transfer_encoding="chunked", content_length="3"), *chunks(good.encode())]
-    yield Row("length and chunked", lambda: both, (200, 400))  # RFC 9112, section 6.3: chunked counts, or refused
-    yield whole("length too long, then silence", request(good, length=9999), 408, "body_timeout")
+    for name, sent in {
+        "chunked past the limit": chunked(long),
+        "past the limit": [request(long)],
+        "length of a terabyte": [request(good, length=10**12)],
+    }.items():
+        yield Row(name, sent, (413,), "body_too_large")
+    for name, data in {
+        "length of 30 digits": request(good, length="9" * 30),
+        "length negative": request(good, length=-1),
+        "two lengths": request(good, content_length="3"),
+    }.items():
+        yield Row(name, [data], (400,))
+    yield Row("chunked", chunked(good), (200,))
+    # RFC 9112, section 6.3: chunked counts, or refused
+    yield Row("length and chunked", chunked(good, content_length="3"), (200, 400))
+    yield Row("chunk size no number", [*chunked(b"")[:1], b"zz\r\nhello\r\n"], (400, 408, None))
+    yield Row("length too long, then silence", [request(good, length=9999)], (408,), "body_timeout")
     drops = [request(good, length=1000)[:-30], *([0.3, b" "] * 40)]
-    yield Row("a byte now and then", lambda: drops, (408,), ("body_timeout",))
-    yield Row("left in the body", lambda: [request(good, length=9999)], (None,), leave=True)
-    yield Row("left in the headers", lambda: [request(good)[:40]], (None,), leave=True)
-    yield Row("left at once", list, (None,), leave=True)
-    yield Row("not HTTP", lambda: [b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"], (400, None))
-    yield Row("a header without end", lambda: [b"GET / HTTP/1.1\r\nX: ", *([b"x" * 8192] * 40)], (400, None))
-    yield whole("a name of a stranger's", request(good, host="evil.example"), 421, "misdirected")
+    yield Row("a byte now and then", drops, (408,), "body_timeout")
+    yield Row("left in the body", [request(good, length=9999)], (None,), leave=True)
+    yield Row("left in the headers", [request(good)[:40]], (None,), leave=True)
+    yield Row("left at once", [], (None,), leave=True)
+    yield Row("not HTTP", [b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"], (400, None))
+    yield Row("a header without end", [b"GET / HTTP/1.1\r\nX: ", *([b"x" * 8192] * 40)], (400, None))
+    yield Row("a name of a stranger's", [request(good, host="evil.example")], (421,), "misdirected")
     for method in ("GET", "PUT", "TRACE", "CONNECT"):
-        yield whole(method, request("", method=method), 405, "method_not_allowed")
+        yield Row(method, [request("", method=method)], (405,), "method_not_allowed")
 
 
-def pictures() -> Iterator[Row]:
+def paths() -> Iterator[Row]:
+    up = ("/docs/%2e%2e/core.py", "/docs/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/api/models/..", "/%00")
+    for path in (*up, "/api/jobs/%2e%2e", "/api/jobs/..%2f..%2fetc%2fpasswd"):
+        yield Row(f"path {path}", [request("", method="GET", path=path)], (404, 405))
+
+
+def pictures() -> dict[str, bytes | str]:
+    """Uploads that must not be read, by name: bytes, or what stands in place of their base64."""
     small, noise = Image.new("RGB", (16, 16)), Image.effect_noise((64, 64), 90)
-    frames = [noise.convert("RGB").resize((16, 16))]
     files = ("/etc/passwd", "../../x.png", "file:///etc/passwd", "http://169.254.169.254/latest/meta-data/", "%%%", "")
-    bad: dict[str, bytes | str] = {
+    return {
         **{text or "empty": text for text in files},
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
         "FITS": b"SIMPLE  =                    T".ljust(2880),
         **{kind: _saved(small, kind) for kind in ("TIFF", "GIF", "BMP")},
         **{f"truncated {kind}": _saved(noise, kind)[:-500] for kind in ("PNG", "JPEG", "WEBP")},
-        "animated": _saved(small, "PNG", save_all=True, append_images=frames),
+        "animated": _saved(small, "PNG", save_all=True, append_images=[noise.convert("RGB").resize((16, 16))]),
         "1 pixel": _saved(small.resize((1, 1)), "PNG"),
         "50 000²": png(50_000, 50_000),
         "10 000²": png(10_000, 10_000),
         "bomb in a text chunk": png(4, 4, _chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**24)))),
     }
-    for name, data in bad.items():
-        text = data if isinstance(data, str) else base64.b64encode(data).decode()
-        members = f'"img2img_enabled": true, "img2img_image": {json.dumps(text)}'
-        yield fields(f"picture {name}", members, *((413, "picture_too_large") if "²" in name else (422, "invalid")))
+
+
+def _picture(name: str, data: bytes | str) -> Row:
+    text = data if isinstance(data, str) else base64.b64encode(data).decode()
+    members = f'"img2img_enabled": true, "img2img_image": {json.dumps(text)}'
+    return fields(f"picture {name}", members, *((413, "picture_too_large") if "²" in name else (422, "invalid")))
 
 
 def odd_pictures() -> dict[str, str]:
@@ -161,29 +187,7 @@ def odd_pictures() -> dict[str, str]:
         "broken EXIF": _saved(small, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
     }
     texts = {name: base64.b64encode(picture).decode() for name, picture in data.items()}
-    texts["white space in base64"] = base64.encodebytes(data["CMYK"]).decode()
-    return texts
-
-
-def names() -> Iterator[Row]:
-    for name in ("..", "../tiny-sd", "/etc/passwd", "%2e%2e", "a\\b", "x.ckpt", "x.pt", "owner/repository"):
-        yield fields(f"model {name}", f'"model": {json.dumps(name)}', 404, "unknown_model")
-    adapters = (
-        "..",
-        "../outside",
-        "/etc/passwd",
-        "%2e%2e",
-        "a\\b",
-        "pickle.ckpt",
-        "pickle",
-        "link",
-        "owner/repository",
-    )
-    for name in adapters:
-        yield fields(f"LoRA {name}", f'"loras": {json.dumps([{"name": name}])}')
-    paths = ("/docs/%2e%2e/core.py", "/docs/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/api/models/..", "/%00")
-    for path in (*paths, "/api/jobs/%2e%2e", "/api/jobs/..%2f..%2fetc%2fpasswd"):
-        yield Row(f"path {path}", lambda path=path: [request("", method="GET", path=path)], (404, 405))  # type: ignore[misc]
+    return {**texts, "white space in base64": base64.encodebytes(data["CMYK"]).decode()}
 
 
 def png(width: int, height: int, *before: bytes) -> bytes:
@@ -201,3 +205,17 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def running(command: Sequence[str] = server.SERVE, **settings: str) -> AbstractContextManager[server.Server]:
+    """As `benchmarks.server.running`, with bodies bounded low and with LoRAs that must not be read."""
+    return server.running(command, _lay_out, **(SETTINGS | settings))
+
+
+def _lay_out(folder: Path) -> None:
+    """A pickle, and a link that leads out of the folder."""
+    loras = folder / "loras"
+    loras.mkdir()
+    (loras / "pickle.ckpt").write_bytes(b"\x80\x04.")
+    (folder / "outside.safetensors").write_bytes(bytes(16))
+    (loras / "link.safetensors").symlink_to(folder / "outside.safetensors")

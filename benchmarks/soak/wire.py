@@ -7,6 +7,7 @@ import json
 import select
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 Part = bytes | float
@@ -37,29 +38,23 @@ def exchange(
     Raises TimeoutError when neither happens within `seconds`.
     """
     with socket.create_connection(address, timeout=seconds) as connection:
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):
             for part in parts:
-                if isinstance(part, float):
-                    if select.select([connection], [], [], part)[0]:
-                        break
-                else:
+                if isinstance(part, bytes):
                     connection.sendall(part)
-                    if select.select([connection], [], [], 0)[0]:
-                        break  # answered or closed before the end, as a server may
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        return None if leave else _read(connection)
-
-
-def _read(connection: socket.socket) -> Answer | None:
-    response = http.client.HTTPResponse(connection)
-    try:
-        response.begin()
-        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
-    except (ConnectionResetError, http.client.BadStatusLine, http.client.IncompleteRead):
-        return None
-    finally:
-        response.close()
+                if select.select([connection], [], [], part if isinstance(part, float) else 0)[0]:
+                    break  # answered or closed before the end, as a server may
+        if leave:
+            return None
+        response = http.client.HTTPResponse(connection)
+        try:
+            response.begin()
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, headers, response.read())
+        except (ConnectionResetError, http.client.BadStatusLine, http.client.IncompleteRead):
+            return None
+        finally:
+            response.close()
 
 
 def request(
@@ -74,9 +69,8 @@ def request(
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + data
 
 
-def chunks(data: bytes, size: int = 4096) -> Iterable[bytes]:
-    """As a chunked body, with its end."""
-    for at in range(0, len(data), size):
-        piece = data[at : at + size]
-        yield f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
-    yield b"0\r\n\r\n"
+def chunked(data: bytes, size: int = 4096, **headers: str) -> list[bytes]:
+    """The same with a chunked body, part by part."""
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    sent = [f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in pieces]
+    return [request("", transfer_encoding="chunked", **headers), *sent, b"0\r\n\r\n"]

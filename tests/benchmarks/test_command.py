@@ -1,4 +1,4 @@
-"""The benchmarks as they are called: the last line, the page, and going on after an interruption."""
+"""The cache benchmark as it is called: the last line, the page, and going on after an interruption."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from rich.console import Console
 
-from benchmarks import gpu
 from benchmarks.cache import __main__ as command
 from benchmarks.cache.measure import Bench
-from benchmarks.geometry import TINY
+from benchmarks.cache.overhead import FLUX_BLOCK
+from benchmarks.cache.settings import Grid
 from cache import DeepCache
 from models.base import ModelSpec
 
 needs_peers = pytest.mark.skipif(
     find_spec("cache_dit") is None or find_spec("matplotlib") is None, reason="needs the bench extra"
 )
+
+
+TINY = {
+    **FLUX_BLOCK, "in_channels": 16, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,
+    "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -34,23 +38,15 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
     monkeypatch.setattr(command, "OVERHEAD_REPEATS", 2)
     monkeypatch.setattr(command, "WIDE_REPEATS", 2)
     monkeypatch.setattr(command, "FORECAST_REPEATS", 2)
-    tiny = next(geometry for geometry in TINY if geometry.kind == "transformer")
-    monkeypatch.setattr(command, "FLUX_BLOCK", tiny)  # minutes at Flux's width
+    monkeypatch.setattr(command, "GRID", Grid(intervals=(2,), depths=(2,), thresholds=(0.6,)))
+    monkeypatch.setattr(command, "FLUX_BLOCK", TINY)  # minutes at Flux's width
     monkeypatch.setattr(command, "counted", list)  # seconds for SDXL; tests/cache/test_cost.py has it
     return [spec.name for spec in specs]
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     usual = {"model": None, "whole": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
-    grid = {"intervals": "2", "depths": "2", "thresholds": "0.6", "forecasts": None, "fewer": None}
-    return {
-        **usual,
-        **grid,
-        "cached_fewer": None,
-        "page": folder / "benchmarks.md",
-        "store": folder / "store.jsonl",
-        **changes,
-    }
+    return {**usual, "page": folder / "benchmarks.md", "store": folder / "store.jsonl", **changes}
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -95,32 +91,3 @@ def test_the_full_run_writes_its_page_and_goes_on_where_it_stopped(
     again = last_line(capsys)
     for name in names:
         assert again["models"][name]["settings"] == first["models"][name]["settings"]
-
-
-@pytest.mark.parametrize("text", ["two", "2,,3", "2.5"])
-def test_a_list_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="comma-separated"):
-        command.main(**arguments(tmp_path, intervals=text))
-
-
-@needs_peers
-@pytest.mark.parametrize("geometry", TINY, ids=lambda geometry: geometry.name)
-def test_the_gpu_benchmark_at_a_tiny_geometry(geometry: Any) -> None:
-    rows = gpu.measure(geometry, "cpu", torch.float32, 1, Console(stderr=True))
-    assert rows["uncached"]["hit_rate"] == 0
-    cached = {name: row for name, row in rows.items() if "ours" in name}
-    assert all(row["hit_rate"] > 0 and row["cache_mib"] > 0 for row in cached.values())
-    assert all(row["predicted_speedup"] > 1 for row in cached.values())
-    if geometry.kind == "transformer":
-        assert cached["1 of 2 reused, ours"]["hit_rate"] == pytest.approx(1 / 2)
-        assert cached["2 of 3 reused, ours"]["hit_rate"] == pytest.approx(2 / 3, abs=1e-3)
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(typer.Exit) as ended:
-        gpu.main(device="cuda", repeats=1, tiny=False)
-    assert ended.value.exit_code == 1
-    last = last_line(capsys)
-    assert last["run"] is False
-    assert "No GPU" in last["reason"]

@@ -10,12 +10,14 @@ import torch
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cache.measure import Bench, Operations, Result, grouped, pairs
-from benchmarks.cache.peers import CacheDiT, DiffusersHook, PublishedDeepCache, twin
+from benchmarks.cache.measure import Bench, Operations, Result, difference, grouped, pairs
+from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache, twin
 from benchmarks.cache.settings import Grid, Setting, full, ours
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from models.base import GenerationParams
+from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from models.registry import Registry
 from tests.cache.networks import tiny_flux
 
 STEPS = 6
@@ -54,7 +56,7 @@ def test_plain_reuse_and_the_published_helper_are_one_point(sd: Any) -> None:
     branch = deepest_branch(sd.denoiser.branch_costs, strategy.depth)
     assert branch is not None
     own = Setting("ours", "", ours(strategy))
-    peer = Setting("peer", "", lambda host, steps: PublishedDeepCache(host, steps, interval=2, branch=branch))
+    peer = Setting("peer", "", lambda host, steps: published_deepcache(host, steps, interval=2, branch=branch))
     first, second = bench.quality(own), bench.quality(peer)
     assert first.psnr_db == second.psnr_db
     assert first.operations == second.operations < bench.reference(1)[1].operations
@@ -69,7 +71,7 @@ def test_plain_reuse_and_diffusers_hook_are_one_point(flux: Any) -> None:
     bench = bench_of(flux)
     own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast="none")))
     config = FirstBlockCacheConfig(threshold=0.6)
-    peer = Setting("peer", "", lambda host, steps: DiffusersHook(host, steps, config=config))
+    peer = Setting("peer", "", lambda host, steps: diffusers_hook(host, steps, config=config))
     first, second = bench.quality(own), bench.quality(peer)
     assert first.psnr_db == second.psnr_db
     assert first.hit_rate == second.hit_rate > 0
@@ -98,9 +100,9 @@ def test_every_peer_acts_and_leaves_the_model_as_it_was(flux: Any) -> None:
     before = {name: id(module) for name, module in network.named_modules()}
     pace = {"residual_diff_threshold": 1e9, "Fn_compute_blocks": 1, "max_warmup_steps": 2}
     peers = {
-        "taylor": lambda host, steps: DiffusersHook(host, steps, config=TaylorSeerCacheConfig(cache_interval=2)),
-        "dbcache": lambda host, steps: CacheDiT(host, steps, settings=pace),
-        "dbcache taylor": lambda host, steps: CacheDiT(host, steps, settings=pace, taylor=1),
+        "taylor": lambda host, steps: diffusers_hook(host, steps, config=TaylorSeerCacheConfig(cache_interval=2)),
+        "dbcache": lambda host, steps: cache_dit(host, steps, settings=pace),
+        "dbcache taylor": lambda host, steps: cache_dit(host, steps, settings=pace, taylor=1),
     }
     rates = {}
     for name, make in peers.items():
@@ -114,6 +116,18 @@ def test_every_peer_acts_and_leaves_the_model_as_it_was(flux: Any) -> None:
     assert flux.pipeline.transformer is network
     assert {name: id(module) for name, module in network.named_modules()} == before
     assert bench.quality(Setting("drawn again", "", ours(NoCache()))).identical == 1
+
+
+def test_auto_is_nearer_than_uniform_on_tiny_sd() -> None:
+    model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
+    params = GenerationParams(prompt="", width=128, height=128, steps=20, guidance_scale=3.0, sampler="euler")
+    bench = Bench(model, params, pairs(4), 4)
+    auto, even = (
+        bench.quality(Setting("ours", schedule, ours(DeepCache(3, schedule=schedule))))  # type: ignore[arg-type]
+        for schedule in ("auto", "uniform")
+    )
+    assert difference(auto, even)[0] > 0.5  # 2 dB here
+    assert auto.hit_rate == even.hit_rate == 13 / 20
 
 
 def test_timing_pairs_each_run_with_an_uncached_one(sd: Any) -> None:

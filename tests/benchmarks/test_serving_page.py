@@ -13,9 +13,10 @@ import pytest
 
 from benchmarks.serving import __main__ as command
 from benchmarks.serving import page, plan
-from benchmarks.serving.load import Load, growth
-from benchmarks.serving.plan import NAMES, predict
-from benchmarks.serving.scenarios import measured as told
+from benchmarks.serving.load import Load
+from benchmarks.serving.load import entry as told
+from benchmarks.serving.plan import predict
+from benchmarks.serving.scenarios import ruled
 from benchmarks.serving.simulation import Machine, poisson_kinds, simulate
 from tests.benchmarks.test_serving import sample
 
@@ -26,7 +27,7 @@ def entry(caches: bool, size: int, samples: list[Any], rate: float | None = None
     loop: Any = {"rate": rate, "clients": None if rate else 8}
     load = Load(name="a load", mix=[("one", 1.0, {})], seconds=100.0, warm_up=5.0, objective=2.0, **loop)
     looks = [(at, 60_000_000, 70_000_000 + at * 1000, 2) for at in range(100)]
-    return json.loads(json.dumps(told(load, [(samples, looks)], caches, size, queue, **given)))
+    return json.loads(json.dumps(told(load, [(samples, looks)], **(ruled(caches, size, queue) | given))))
 
 
 def measured() -> dict[str, Any]:
@@ -61,8 +62,8 @@ def test_page_and_plots_are_drawn_from_what_is_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(plan, "ARRIVALS", 1000)
     kept, data = measured(), tmp_path / "kept.json"
     command.write(data, kept)
-    command.again(data, tmp_path / "page.md")
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    command.again(data)
+    text = (tmp_path / "kept.md").read_text(encoding="utf-8")
     assert "| a load | caches off, batches of 1 |" in text
     assert "![open](images/serving-open.png)" in text
     assert "nan" not in text
@@ -77,12 +78,14 @@ def test_page_and_plots_are_drawn_from_what_is_kept(tmp_path: Path, monkeypatch:
 
 def test_a_run_is_predicted_by_its_own_service_times() -> None:
     found = predict(measured()["open"]["entries"][0])
-    for name in NAMES:
-        assert found.low[name] < found.model[name] < found.high[name]
-        assert found.replay_error(name) == pytest.approx(0, abs=1e-4)  # simulated with these times and arrivals
-    assert found.closed_form == pytest.approx(found.model["mean"], rel=0.1)
-    far = replace(found, measured={name: 2 * value for name, value in found.model.items()})
-    assert [claim.holds for claim in page.of_prediction("x", far)] == [False] * 3
+    for one in found.values():
+        assert one.low < one.model < one.high
+        assert one.replay_error == pytest.approx(0, abs=1e-4)  # simulated with these times and arrivals
+    mean = found["mean"]
+    assert mean.exact == pytest.approx(mean.model, rel=0.1)
+    assert found["p50"].exact is None
+    assert page.of_prediction("x", "mean", replace(mean, measured=1.1 * mean.model)).holds
+    assert not page.of_prediction("x", "mean", replace(mean, measured=2 * mean.model)).holds
 
 
 def test_overload_is_held_to_its_bounds() -> None:
@@ -108,12 +111,6 @@ def test_gains_are_over_neither_caches_nor_batches() -> None:
         for on, size, finished in ((False, 1, 2.0), (False, 4, 3.0), (True, 1, 4.0), (True, 4, 6.0))
     ]
     assert [claim.measured for claim in page.of_closed(entries)] == ["1.50×", "2.00×", "3.00×"]
-
-
-def test_growth_is_of_medians_a_third_apart() -> None:
-    assert growth([100, 100, 500, 100, 100, 100, 110, 110, 110]) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="2 looks"):
-        growth([1, 2])
 
 
 def test_marked_tables_are_replaced_and_nothing_else() -> None:

@@ -9,8 +9,16 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.serving import page, plan
-from benchmarks.serving.service import Times, factor
-from benchmarks.serving.simulation import Machine, allen_cunneen, erlang_c, poisson_kinds, pollaczek_khinchine, simulate
+from benchmarks.serving.simulation import (
+    Machine,
+    Times,
+    allen_cunneen,
+    erlang_c,
+    factor,
+    poisson_kinds,
+    pollaczek_khinchine,
+    simulate,
+)
 from tests.benchmarks.lindley import lindley
 
 

@@ -14,21 +14,20 @@ from PIL import Image
 from benchmarks.soak.__main__ import failures
 from benchmarks.soak.clients import Crowd
 from benchmarks.soak.hostile import fields, rows
-from benchmarks.soak.server import Held
 from benchmarks.soak.wire import Answer
 
-WARM = Held(resident=100_000_000, descriptors=20, threads=9)
+WARM = {"resident": 100_000_000, "descriptors": 20, "threads": 9}
 
 
-def picture(level: int, size: int = 8) -> bytes:
+def picture(level: int) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (size, size), (level, 100, 100)).save(file, "png")
+    Image.new("RGB", (8, 8), (level, 100, 100)).save(file, "png")
     return file.getvalue()
 
 
-def crowd(levels: int = 0) -> Crowd:
+def crowd() -> Crowd:
     server: Any = SimpleNamespace(address=("127.0.0.1", 1))
-    return Crowd(server, {"uncached": (picture(100),)}, [], seed=0, levels=levels)
+    return Crowd(server, {"uncached": (picture(100),)}, [], seed=0)
 
 
 def drawn(*pictures: bytes) -> Answer:
@@ -48,24 +47,24 @@ def error(status: int, kind: str) -> Answer:
 @pytest.mark.parametrize(
     ("part", "end", "words"),
     [
-        ("server", WARM._replace(resident=105_000_001), "memory grew by 5.0%"),
-        ("worker", WARM._replace(resident=120_000_000), "memory grew by 20.0%"),
-        ("server", WARM._replace(descriptors=21), "descriptors went from 20 to 21"),
-        ("worker", WARM._replace(threads=10), "threads went from 9 to 10"),
-        ("server", WARM._replace(resident=104_999_999), None),
-        ("server", Held(90_000_000, 19, 8), None),
+        ("server", {**WARM, "resident": 105_000_001}, "memory grew by 5.0%"),
+        ("worker", {**WARM, "resident": 120_000_000}, "memory grew by 20.0%"),
+        ("server", {**WARM, "descriptors": 21}, "descriptors went from 20 to 21"),
+        ("worker", {**WARM, "threads": 10}, "threads went from 9 to 10"),
+        ("server", {**WARM, "resident": 104_999_999}, None),
+        ("server", {"resident": 90_000_000, "descriptors": 19, "threads": 8}, None),
     ],
 )
-def test_growth_fails(part: str, end: Held, words: str | None) -> None:
+def test_growth_fails(part: str, end: dict[str, int], words: str | None) -> None:
     moments = {name: {"server": WARM, "worker": WARM} for name in ("warm", "worker warm", "end")}
     moments["end"] = {**moments["end"], part: end}
-    found = failures(moments, crowd(), alive=True)
+    found = failures(moments, [], alive=True)
     assert (found == []) if words is None else (len(found) == 1 and words in found[0] and part in found[0])
 
 
 def test_a_server_that_is_gone_fails() -> None:
     moments = {name: {"server": WARM, "worker": WARM} for name in ("warm", "worker warm", "end")}
-    assert failures(moments, crowd(), alive=False) == ["the server is gone"]
+    assert failures(moments, [], alive=False) == ["the server is gone"]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +87,6 @@ def test_a_good_request_gets_its_picture_or_an_honest_answer(answer: Answer | No
     assert bool(judge.faults) is fault
 
 
-@pytest.mark.parametrize(("answer", "fault"), [(picture(102), False), (picture(103), True), (picture(100, 16), True)])
-def test_drawn_together_a_picture_may_differ_by_rounding(answer: bytes, fault: bool) -> None:
-    judge = crowd(levels=2)
-    judge.judge("uncached", drawn(answer))
-    assert bool(judge.faults) is fault
-
-
 def test_a_row_takes_its_own_answer_alone() -> None:
     row = fields("width 7", '"width": 7')
     assert row.accepts(error(422, "invalid"))
@@ -102,4 +94,4 @@ def test_a_row_takes_its_own_answer_alone() -> None:
     assert not row.accepts(error(500, "internal"))
     assert not row.accepts(Answer(422, {}, b"plain text"))
     assert not row.accepts(None)
-    assert len({row.name for row in rows()}) == len(rows()) > 120
+    assert len({row.name for row in rows()}) == len(rows()) > 90

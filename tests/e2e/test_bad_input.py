@@ -9,13 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.server import wait_for
-from benchmarks.soak.hostile import Row, rows
-from benchmarks.soak.server import Server, running
+from benchmarks.server import Server, wait_for
+from benchmarks.soak.hostile import Row, fields, rows, running
 from benchmarks.soak.wire import Answer, exchange, request
+from tests.app.test_bad_input import NOT_A_NUMBER, OUT_OF_BOUNDS, UNKNOWN_SAMPLER, WRONG_TYPE
 
 FAKE = ("-m", "tests.e2e.fake_server")
 GOOD = {"prompt": "a", "width": 64, "height": 64, "steps": 2, "seed": 1}
+
+
+VALUES = [(field, value) for field, value, *_ in OUT_OF_BOUNDS + NOT_A_NUMBER + WRONG_TYPE + UNKNOWN_SAMPLER]
+ROWS = [*rows(), *(fields(f"{field} is {value}", f'"{field}": {value}') for field, value in VALUES)]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,9 @@ def ask(server: Server, **body: object) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input_is_answered_as_it_should(server: Server, row: Row) -> None:
-    answer = exchange(server.address, row.parts(), leave=row.leave)
+    answer = exchange(server.address, row.parts, leave=row.leave)
     assert row.accepts(answer), answer
     assert server.get("/livez").status_code == 200
 

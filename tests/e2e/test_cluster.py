@@ -16,9 +16,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.soak.hostile import Row, rows
+from benchmarks.soak.hostile import Row
 from benchmarks.soak.wire import exchange, request
 from tests.conftest import HAS_RAY
+from tests.e2e.test_bad_input import ROWS
 
 if not HAS_RAY:
     pytest.skip("Ray is an extra that is not installed", allow_module_level=True)
@@ -187,11 +188,11 @@ def test_killed_under_load_every_request_is_answered_and_the_metrics_tell(client
 UNBOUNDED = "a header without end"
 
 
-@pytest.mark.parametrize("row", [row for row in rows() if row.name != UNBOUNDED], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name != UNBOUNDED], ids=lambda row: row.name)
 def test_bad_input_is_answered_as_it_should(cluster: Any, row: Row) -> None:
     url = urlsplit(cluster.address)
     address = (url.hostname or "", url.port or 0)
-    answer = exchange(address, row.parts(), leave=row.leave)
+    answer = exchange(address, row.parts, leave=row.leave)
     assert row.accepts(answer), answer
     alive = exchange(address, [request(b"", method="GET", path="/livez")])
     assert alive is not None

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import DeepCache
-from cache.schedule import GROWTH, Placement, warped
+from cache.schedule import GROWTH, Placement, budget, warped
 from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.placements import Calibrated, place, read, stretched, write
@@ -191,3 +192,12 @@ def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
             for computed in (range(0, 20, interval), places.computed)
         )
         assert f"N = {interval}, uniform    {uniform}\n           auto       {auto}\n" in page
+
+
+def test_the_placements_that_tiny_sd_brings_keep_the_budget_and_are_no_loss() -> None:
+    (spec,) = (spec for spec in SPECS if spec.name == DEFAULT)
+    found = read(spec)
+    assert {(one.sampler, one.steps) for one in found} >= set(product(("euler", "ddim", "dpmpp_2m"), (10, 20)))
+    for one in found:
+        assert len(one.computed) == budget(one.calls, one.interval)
+        assert one.gain_db > 0 or one.computed == tuple(range(0, one.calls, one.interval))

@@ -1,1 +1,0 @@
-"""Where DeepCache's compute calls lie: the automatic schedule beside the uniform one."""
