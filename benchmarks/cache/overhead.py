@@ -47,13 +47,14 @@ def flux_block(config: Mapping[str, Any], device: Any, side: int = 16, tokens: i
     """A transformer of that config, random weights, and what it is called with: latents of side², a text, by name."""
     torch.manual_seed(0)
     with torch.device(device):
+        places = torch.arange(float(side))
         network: Any = FluxTransformer2DModel(**config).eval().requires_grad_(False)
         return network, {
             "hidden_states": torch.randn(1, side**2, config["in_channels"]),
             "timestep": torch.tensor([0.5]),
             "encoder_hidden_states": torch.randn(1, tokens, config["joint_attention_dim"]),
             "pooled_projections": torch.randn(1, config["pooled_projection_dim"]),
-            "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(side), torch.arange(side)),
+            "img_ids": torch.cartesian_prod(torch.zeros(1), places, places),
             "txt_ids": torch.zeros(tokens, 3),
             "guidance": torch.full((1,), 3.5),
             "return_dict": False,
