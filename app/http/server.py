@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
@@ -10,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -22,6 +24,8 @@ from app.errors import CannotStart
 from app.settings import Settings
 
 _log = logging.getLogger(__name__)
+
+_MMAP_THRESHOLD, _LARGE = -3, 256 * 2**10  # mallopt(3): blocks from so many bytes on are mapped, each by itself
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _ANSWERING = 10  # seconds to write the last answers once every job is settled
@@ -130,8 +134,15 @@ def _briefly(app: ASGIApp, failed: Callable[[], None]) -> ASGIApp:
     return wrapped
 
 
+def _give_back_large_blocks() -> None:
+    """To the system, once they are free: glibc keeps what is often asked for, such as the pictures of clients."""
+    with suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
 def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
     """Serve `app`, whose engine is `engine`. Raises SystemExit, with code 2 where a setting is at fault."""
+    _give_back_large_blocks()
     told: list[int] = []
     config = uvicorn.Config(
         _briefly(app, lambda: told.append(2)),

@@ -18,7 +18,7 @@ from models.texts import TextCache
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels, plain
 
-PARAMS = replace(FOUR_STEPS, steps=3)
+PARAMS = replace(FOUR_STEPS, steps=4)
 
 PUBLISHED = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
 
