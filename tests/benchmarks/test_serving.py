@@ -122,9 +122,12 @@ def test_an_open_loop_counts_from_the_schedule_through_a_stall(users: int, monke
     with answering(OneWorker(services.__getitem__)) as url:
         samples, _ = Target(url).run(a_load(rate=20.0))
     assert [one["scheduled"] for one in samples] == arrivals
-    bound = lindley(arrivals, services)
-    assert all(latency(one) > least - 1e-3 for one, least in zip(samples, bound, strict=True))
-    assert sum(latency(one) > 0.4 for one in samples) >= sum(least > 0.4 for least in bound) > 8
+    # Two requests may reach the worker in another order than they were to be sent in; the k-th to leave it can not be
+    # earlier than the k-th in order.
+    left = sorted(one["scheduled"] + latency(one) for one in samples)
+    earliest = [at + least for at, least in zip(arrivals, lindley(arrivals, services), strict=True)]
+    assert all(time > least - 1e-3 for time, least in zip(left, earliest, strict=True))
+    assert sum(latency(one) > 0.4 for one in samples) > 8
     assert {one["status"] for one in samples} == {200}
 
 
