@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SDPA = "sdpa"
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float dropout, bool causal, float? scale, bool grouped) -> "
+    "Tensor"
+)
 
 
 class AttentionUnavailable(ModelError):
@@ -154,13 +160,33 @@ def installed(kernel: Kernel) -> bool:
 
 
 class Attention:
-    """What a run's attention was computed with. `swapped` and `left` count its calls by who computed them."""
+    """What a run's attention is computed with. `swapped` and `left` count its calls by who computed them."""
 
-    def __init__(self, kernel: str | None) -> None:
+    def __init__(self, kernel: str | None, function: Callable[..., Any] | None = None) -> None:
         self.kernel = kernel
         self.swapped = 0
         self.left = 0
         self.warnings: list[str] = []
+        self._function = function
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """By the kernel if it takes the call, else by PyTorch."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        if self._function is not None and KERNELS[str(self.kernel)].takes(call):
+            self.swapped += 1
+            return KERNELS[str(self.kernel)].run(self._function, call)
+        self.left += 1
+        return scaled_dot_product_attention(
+            call.query,
+            call.key,
+            call.value,
+            call.mask,
+            call.dropout,
+            call.causal,
+            scale=call.scale,
+            enable_gqa=call.grouped,
+        )
 
     @property
     def name(self) -> str:
@@ -176,6 +202,9 @@ class Attention:
             )
 
 
+_running: ContextVar[Attention] = ContextVar("attention")
+
+
 @contextmanager
 def attending(asked: str, device: str, dtype: str) -> Iterator[Attention]:
     """Within the context and this thread, attention runs on the kernel that is `asked` for: a name or `auto`.
@@ -187,10 +216,13 @@ def attending(asked: str, device: str, dtype: str) -> Iterator[Attention]:
     if chosen is None:
         yield Attention(None)
         return
-    name, function = chosen
-    attention = Attention(name)
-    with _swapping(KERNELS[name], function, attention):
-        yield attention
+    attention = Attention(*chosen)
+    token = _running.set(attention)
+    try:
+        with _swap()():
+            yield attention
+    finally:
+        _running.reset(token)
     attention.explain(asked)
 
 
@@ -210,24 +242,34 @@ def _choose(asked: str, device: str, dtype: str) -> tuple[str, Callable[..., Any
     return None
 
 
-def _swapping(kernel: Kernel, function: Callable[..., Any], attention: Attention) -> Any:
+@cache
+def _swap() -> type[Any]:
+    """A mode that hands attention over to one operator, whose insides a compiler does not look into.
+
+    So layers are compiled once for all runs: neither this run's kernel nor its counts become part of what is compiled.
+    """
+    import torch
     from torch.nn.functional import scaled_dot_product_attention
     from torch.overrides import TorchFunctionMode
+
+    @torch.library.custom_op("wavespeed::attention", mutates_args=(), schema=_SCHEMA)
+    def attend(*call: Any) -> Any:
+        with torch._C.DisableTorchFunction():  # compiled layers come here with the mode still in force
+            return _running.get().attend(AttentionCall(*call)).contiguous()
+
+    @attend.register_fake
+    def _(query: Any, key: Any, value: Any, *_: Any) -> Any:
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     class Swap(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            kwargs = kwargs or {}
             if func is scaled_dot_product_attention:
-                call = _call(*args, **kwargs)
-                if kernel.takes(call):
-                    attention.swapped += 1
-                    return kernel.run(function, call)
-                attention.left += 1
-            return func(*args, **kwargs)
+                return attend(*_call(*args, **(kwargs or {})))
+            return func(*args, **(kwargs or {}))
 
-    return Swap()
+    return Swap
 
 
 def _call(
@@ -239,6 +281,6 @@ def _call(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> AttentionCall:
-    """The arguments of `scaled_dot_product_attention` by name."""
-    return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+) -> tuple[Any, ...]:
+    """The arguments of `scaled_dot_product_attention` in the order of `AttentionCall` and of the operator."""
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
