@@ -111,7 +111,7 @@ class GenerationParams:
     denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
     `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
-    `compiled` runs the denoiser's layers compiled.
+    `compiled` runs the denoiser's layers compiled. `vae_tiling` decodes in tiles, as the model's own setting does.
     The passes (`models/passes`) are off by default. `face_detector` is the operator's file for ADetailer.
     """
 
@@ -131,6 +131,7 @@ class GenerationParams:
     guidance_rescale: float = 0.0
     attention: str = "auto"
     compiled: bool = False
+    vae_tiling: bool = False
     img2img: Img2Img | None = None
     hires_fix: bool = False
     adetailer: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ class PipelineModel(ABC):
 
         width, height = limits.render_size(self.spec, params.width, params.height)
         vae = self.pipeline.vae
-        if self.spec.vae_tiling:
+        if self.spec.vae_tiling or params.vae_tiling:
             width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
         return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
@@ -130,7 +130,8 @@ class PipelineModel(ABC):
 
         samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
         chain = passes.chain(params)
-        with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
+        tiles = _in_tiles(self.pipeline.vae) if params.vae_tiling and not self.spec.vae_tiling else nullcontext()
+        with torch.no_grad(), quiet(), tiles, adapters.applied(self.pipeline, params) as written:
             yield written, chain
 
     def _share(self, params: GenerationParams, written: Written) -> Share:
@@ -357,6 +358,15 @@ def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..
         return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
 
     return uploaded
+
+
+@contextmanager
+def _in_tiles(vae: Any) -> Iterator[None]:
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
 
 
 def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:

@@ -34,15 +34,25 @@ def draw(
 ) -> Generation:
     """The generation, in batches of at most as many images as asked for and as fit.
 
-    Where not even one image fits, `give_up_idle` is asked to drop a model that is not used, if all of them take the
-    bytes that are missing; when it does not, MemoryError is raised, before anything is drawn. A device that runs out
-    of memory all the same is freed, and the images are drawn one at a time, then with the idle models dropped; the last
-    failure passes through, as all others do.
+    Where not even one image fits, three things are tried in this order: `give_up_idle`, which drops a model that is not
+    used if all of them take the bytes that are missing; decoding in tiles; MemoryError, before anything is drawn. A
+    device that runs out of memory all the same is freed, and the images are drawn one at a time, then with the idle
+    models dropped, then in tiles; the last failure passes through, as all others do.
     """
     asked = min(params.batch_size, len(params.seeds))
+    tiled = replace(params, vae_tiling=True)
+    tiles_help = model.working_bytes(tiled, 1) < model.working_bytes(params, 1)
+
+    def use_tiles() -> bool:
+        nonlocal params
+        if params is tiled or not tiles_help:
+            return False
+        params = tiled
+        return True
+
     while not (together := _fitting(model, params, asked, device)):
         need, free = model.working_bytes(params, 1), free_bytes(device)
-        if not give_up_idle(need - free):
+        if not give_up_idle(need - free) and not use_tiles():
             raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
 
     def attempt() -> Generation:
@@ -51,7 +61,7 @@ def draw(
     def use_less() -> bool:
         nonlocal together
         if together == 1:
-            return give_up_idle(0)
+            return give_up_idle(0) or use_tiles()
         together = 1
         return True
 
@@ -60,6 +70,10 @@ def draw(
         number = "one" if together == 1 else str(together)
         generation.warnings.append(
             f"{asked} images together do not fit into the device's memory: they were denoised {number} at a time."
+        )
+    if params is tiled:
+        generation.warnings.append(
+            "The whole picture's decoding does not fit into the device's memory: it was decoded in tiles, which blend."
         )
     return generation
 

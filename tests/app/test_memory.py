@@ -176,6 +176,41 @@ def test_a_single_image_that_runs_out_is_drawn_with_the_idle_models_gone() -> No
     assert (model.sizes, len(made.images)) == ([4, 1, 1, 1], 5)
 
 
+class Tiled(Watched):
+    """Whose decode in tiles needs a quarter."""
+
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        return super().working_bytes(params, images) // (4 if params.vae_tiling else 1)
+
+    def generate(self, params: GenerationParams, *args: Any) -> Generation:
+        self.tiled = params.vae_tiling
+        return super().generate(params, *args)
+
+
+@pytest.mark.parametrize(("images_free", "tiled"), [(1.0, False), (0.5, True), (0.25, True), (0.2, None)])
+def test_a_picture_that_is_too_large_is_decoded_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, images_free: float, tiled: bool | None
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(images_free * NEED))
+    model, asked = Tiled(), []
+    params = replace(PARAMS, seeds=(1,))
+
+    def draw() -> Generation:
+        return memory.draw(
+            model, params, NoCache(), lambda step: None, "cpu", lambda missing: bool(asked.append(missing))
+        )
+
+    if tiled is None:
+        with pytest.raises(MemoryError, match="bytes at least"):
+            draw()
+        assert len(asked) == 2  # idle models go before tiles are tried, and with them
+        return
+    made = draw()
+    assert model.tiled is tiled
+    assert any("in tiles" in sentence for sentence in made.warnings) is tiled
+    assert len(asked) == tiled
+
+
 def test_real_models_that_lie_idle_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = configured_runner("cpu", threads=1)
     idle = weakref.ref(runner.model("tiny-flux").denoiser.root)

@@ -265,3 +265,14 @@ def test_what_drew_is_told_also_where_the_request_left_it_to_the_model(model: Lo
     drawn = model.generate(named, NoCache(), ignore)
     assert drawn.sampling == ("euler", "karras")
     assert named.sampled_by(own) == replace(one, sampler=own[0], scheduler=own[1])
+
+
+def test_tiles_are_for_one_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = model.pipeline.vae
+    monkeypatch.setattr(vae, "tile_sample_min_size", 32)
+    monkeypatch.setattr(vae, "tile_latent_min_size", 32 // 2 ** (len(vae.config.block_out_channels) - 1))
+    whole = model.generate(PARAMS, NoCache(), ignore)
+    tiled = model.generate(replace(PARAMS, vae_tiling=True), NoCache(), ignore)
+    assert not np.array_equal(pixels(tiled.images), pixels(whole.images)), "the tiles see less around them"
+    assert not vae.use_tiling
+    assert np.array_equal(pixels(model.generate(PARAMS, NoCache(), ignore).images), pixels(whole.images))
