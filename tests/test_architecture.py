@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def graph_of(package: str) -> dict[str, set[str]]:
     """Module → the modules of its own package that it imports, wherever in its code."""
     paths = {module_of(path): path for path in modules_of(package)}

@@ -23,8 +23,8 @@ from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks
 from app.settings import Settings, available_cores
-from cache import CacheReport
-from models.base import Generation, LoadedModel, PassReport
+from cache import CacheReport, DeepCache, FirstBlockCache
+from models.base import Generation, GenerationParams, LoadedModel, PassReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
@@ -68,6 +68,20 @@ class RegistryRunner:
     def load(self, model: str) -> None:
         device, give_up = self._registry.device, partial(self._give_up_idle, model)
         while_exhausted(partial(self._registry.get, model), give_up, device)
+
+    def warm(self, model: str) -> None:
+        """A computed and a reused step at the model's own size. A failure is left to the request that meets it too."""
+        info = self.catalogue().models[model]
+        strategy = DeepCache(interval=2) if info.cache == "deepcache" else FirstBlockCache()
+        width, height = info.native_size
+        params = GenerationParams(
+            prompt="a", width=width, height=height, steps=2, guidance_scale=info.guidance_scale, seeds=(0,)
+        )
+        try:
+            self.run(Job(id="warm", model=model, params=params, strategy=strategy), lambda step: None)
+        except Exception as error:  # noqa: BLE001  # whatever a first picture meets, requests may ask for less
+            _log.warning("the first picture of model=%s failed, and was for nobody: %r", model, error)
+            lighten(error)
 
     def run(self, job: Job, on_step: StepListener) -> JobResult:
         """One job by itself; whatever `on_step` raises passes."""

@@ -24,6 +24,7 @@ from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResul
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
+WARMING = "a first picture, for nobody"
 Finish = Callable[[], JobResult]
 """Encodes a job's pictures; raises what the job failed of. Called once, in a thread of its own."""
 
@@ -38,6 +39,9 @@ class Runner(Protocol):
 
     def load(self, model: str) -> None:
         """Raises UnknownModel, LoadFailed."""
+
+    def warm(self, model: str) -> None:
+        """Draw a short picture for nobody: what is made at the first use (kernels, tables, imports) is made now."""
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
         """Draw jobs of one kind (`grouping.kind_of`), together if they are several; leave nothing of them behind.
@@ -104,6 +108,9 @@ def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runn
         if catalogue.default not in plan.avoid:
             try:
                 _load(line, runner, catalogue.default)
+                line.say(pipe.Loading(catalogue.default, WARMING))
+                runner.warm(catalogue.default)
+                line.say(pipe.Loaded(catalogue.default))
             except LoadFailed:
                 if all(info.error for name, info in catalogue.models.items() if name != catalogue.default):
                     raise  # there is nothing to serve instead

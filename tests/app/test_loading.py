@@ -9,6 +9,7 @@ import pytest
 
 import app.__main__ as command_line
 from app import cli as progress
+from app.engine.worker import WARMING
 from tests.app.test_engine import job, running
 
 
@@ -17,8 +18,9 @@ async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCap
         async with running() as engine:
             await engine.submit(job("one", model="flux")).result
     said = [record.getMessage() for record in caplog.records]
+    stages = {"fine": ("begins", "mixing colours", WARMING), "flux": ("begins", "mixing colours")}
     assert [line.removeprefix("loading ") for line in said if line.startswith("loading ")] == [
-        f"model={model} device=cpu: {stage}" for model in ("fine", "flux") for stage in ("begins", "mixing colours")
+        f"model={model} device=cpu: {stage}" for model, its in stages.items() for stage in its
     ]
     assert engine.status().devices[0].loading is None
 

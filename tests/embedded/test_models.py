@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cache import NoCache
-from models.base import GenerationParams, ModelSpec
+from models.base import Generation, GenerationParams, ModelSpec
 from models.embedded import DEFAULT, DEFAULT_FLUX, FOLDER, SPECS
 from models.embedded.recipe import judges
 from models.embedded.recipe.grammar import HELD_OUT, TRAINED, TRIPLES, Triple
@@ -40,22 +40,15 @@ def test_the_judges_know_fresh_renderings() -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_pictures_show_what_was_asked_for(spec: ModelSpec) -> None:
-    """Twelve triples, three of them never trained on. The full count of 300 stands in docs/embedded-models."""
-    triples = [Triple("misty", "forest", "twilight"), *TRAINED[::17][:8], *HELD_OUT[::5]]
-    assert len(triples) == 12
+    """Eight triples, two of them never trained on. The full count of 300 stands in docs/embedded-models."""
+    triples = [Triple("misty", "forest", "twilight"), *TRAINED[::28][:5], *HELD_OUT[::8]]
+    assert len(triples) == 8
     model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(spec.name)
     assert spec.steps is not None
     assert spec.guidance_scale is not None
-    pictures = []
-    for seed, triple in enumerate(triples):
-        params = GenerationParams(
-            prompt=str(triple),
-            width=192,
-            height=128,
-            steps=spec.steps,
-            guidance_scale=spec.guidance_scale,
-            seeds=(seed,),
-        )
-        pictures.append(np.asarray(model.generate(params, NoCache(), lambda step: None).images[0]))
+    settings = {"width": 192, "height": 128, "steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    requests = [GenerationParams(prompt=str(triple), seeds=(seed,), **settings) for seed, triple in enumerate(triples)]
+    made = model.generate_together(requests, NoCache(), lambda steps: None)
+    pictures = [np.asarray(one.images[0]) for one in made if isinstance(one, Generation)]
     right = judges.verdicts(judges.load(), pictures, triples).sum(0)
-    assert right.min() >= 9, dict(zip(judges.TABLES, right.tolist(), strict=True))
+    assert right.min() >= 6, dict(zip(judges.TABLES, right.tolist(), strict=True))
