@@ -1,7 +1,7 @@
 """Compiled layers: the same pictures within rounding, under every cache, and the bytes of before when they are off.
 
-Most tests compile with `aot_eager`, which traces and guards as the default does and leaves out code generation, or with
-`eager`, where it is dynamo's doing alone; one runs the default, Inductor, on a single layer.
+Most tests compile with `eager`, where it is dynamo's doing alone: it traces and guards as for the default. One compiles with
+`aot_eager`, which leaves out code generation only; one runs the default, Inductor, on a single layer.
 """
 
 from __future__ import annotations
@@ -73,44 +73,44 @@ def test_compiled_pictures_are_the_plain_ones_and_off_again_the_same_bytes(model
     assert (before.timings.compile_seconds, after.timings.compile_seconds) == (0.0, 0.0)
 
 
-def test_the_reuse_pass_runs_the_same_compiled_layers(model: Any) -> None:
+def test_the_reuse_pass_runs_the_same_compiled_layers(traced: Any) -> None:
     """Nothing is compiled anew for a cache: its pass is a choice among the layers."""
-    model.generate(COMPILED, NoCache(), ignore)
+    traced.generate(COMPILED, NoCache(), ignore)
     torch._dynamo.utils.counters.clear()
-    cached = model.generate(COMPILED, DeepCache(interval=2, depth=2), ignore)
+    cached = traced.generate(COMPILED, DeepCache(interval=2, depth=2), ignore)
     assert cached.reports[0].decisions == "CRCR"
     assert graphs() == 0
     assert cached.timings.compile_seconds == 0.0
 
 
-def test_compiling_is_timed_apart_and_happens_once_a_shape(model: Any) -> None:
+def test_compiling_is_timed_apart_and_happens_once_a_shape(traced: Any) -> None:
     wide = replace(COMPILED, width=128)
-    first = model.generate(wide, NoCache(), ignore)
+    first = traced.generate(wide, NoCache(), ignore)
     assert first.timings.compile_seconds > 0
     assert first.timings.denoise_seconds > 0
-    assert graphs() >= len(CompiledLayers(model.denoiser)) // 2
-    again = model.generate(wide, NoCache(), ignore)
+    assert graphs() >= len(CompiledLayers(traced.denoiser)) // 2
+    again = traced.generate(wide, NoCache(), ignore)
     assert again.timings.compile_seconds == 0.0
     assert np.array_equal(pixels(again.images), pixels(first.images))
 
 
-def test_a_picture_does_not_depend_on_the_shapes_before_it(model: Any, small_folders: dict[str, Path]) -> None:
+def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, small_folders: dict[str, Path]) -> None:
     """torch would compile for any shape once it has seen two; then history would show in the last bits."""
-    fresh = load(small_folders["epsilon"])
+    fresh = load(small_folders["epsilon"], "eager")
     wide = replace(COMPILED, width=128)
-    after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (model, fresh))
+    after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (traced, fresh))
     assert np.array_equal(pixels(after_others.images), pixels(alone.images))
 
 
-def test_a_cancel_leaves_the_layers_as_they_were(model: Any) -> None:
+def test_a_cancel_leaves_the_layers_as_they_were(traced: Any) -> None:
     def stop(step: Step) -> None:
         raise GenerationCancelled
 
-    attributes = {name: set(module.__dict__) for name, module in model.denoiser.root.named_modules()}
+    attributes = {name: set(module.__dict__) for name, module in traced.denoiser.root.named_modules()}
     with pytest.raises(GenerationCancelled):
-        model.generate(COMPILED, DeepCache(), stop)
-    assert {name: set(module.__dict__) for name, module in model.denoiser.root.named_modules()} == attributes
-    assert model.generate(COMPILED, DeepCache(), ignore).images
+        traced.generate(COMPILED, DeepCache(), stop)
+    assert {name: set(module.__dict__) for name, module in traced.denoiser.root.named_modules()} == attributes
+    assert traced.generate(COMPILED, DeepCache(), ignore).images
 
 
 def test_another_attention_kernel_composes(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
