@@ -7,15 +7,14 @@ last, one JSON line.
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from benchmarks.cost import ask, bare, picture, request
-from benchmarks.report import commit, show
+from benchmarks.cost import ask, bare, picture, request, timed
+from benchmarks.report import machine, show, table
 from benchmarks.server import Server, running
 
 DEEPCACHE = {"deepcache_enabled": True, "deepcache_preset": "balanced"}
@@ -30,9 +29,8 @@ def at_once(server: Server, clients: int, requests: int, steps: int, cached: boo
 
     asked = [request(number, steps) | (DEEPCACHE if cached else {}) for number in range(requests)]
     with server.client() as http, ThreadPoolExecutor(clients) as pool:
-        before, started = batches(), time.perf_counter()
-        answers = list(pool.map(lambda fields: ask(http, fields), asked))
-        seconds = time.perf_counter() - started
+        before = batches()
+        seconds, answers = timed(lambda: list(pool.map(lambda fields: ask(http, fields), asked)))
     each = {"images_per_second": requests / seconds, "images_per_batch": requests / (batches() - before)}
     return {**each, "pictures": [np.asarray(picture(json.loads(answer))).astype(int) for answer in answers]}
 
@@ -62,17 +60,12 @@ def main(
             for name, server in servers.items():
                 found[name + cached] = at_once(server, clients, requests, steps, bool(cached))
     rows = (f"{name} | {one['images_per_second']:.3f} | {one['images_per_batch']:.3f}" for name, one in found.items())
-    show(f"{clients} clients, {steps} steps", "requests | images a second | images a batch", rows)
+    show(table("requests | images a second | images a batch", rows))
     alone, batched, cached, both = (one["images_per_second"] for one in found.values())
     pictures = [one["pictures"] for one in found.values()]
     draw, asked = bare(threads), [request(number, steps) for number in range(together)]
     rounding = apart(draw(asked), [draw([one])[0] for one in asked])  # what a batch's size changes in diffusers
     summary = {
-        "commit": commit(),
-        "clients": clients,
-        "together": together,
-        "steps": steps,
-        "threads": threads,
         "batching": round(batched / alone, 3),
         "deepcache": round(cached / alone, 3),
         "both": round(both / alone, 3),
@@ -80,7 +73,8 @@ def main(
         "levels_allowed": max(2, 2 * rounding),
         "levels": [apart(*pictures[:2]), apart(*pictures[2:])],
     }
-    print(json.dumps(summary))
+    asked_for = {"clients": clients, "together": together, "steps": steps, "threads": threads}
+    print(json.dumps({"benchmark": "batching", **machine(), **asked_for, **summary}))
 
 
 if __name__ == "__main__":

@@ -10,64 +10,44 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import httpx
 import numpy as np
 import typer
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from app.engine.runner import share_cores
-from benchmarks.report import Claim, judged, machine
+from app.images import encode
+from benchmarks.report import Claim, judged, machine, show
 from benchmarks.server import running
+from benchmarks.serving.requests import PROMPTS
 
-HOURS = ("at dawn", "at noon", "at sunset", "at twilight")
-PLACES = ("forest", "mountains", "desert", "sea")
-WEATHERS = ("clear", "misty", "snowy", "stormy")
-PROMPTS = tuple(f"a {weather} {place} {hour}" for hour, place, weather in itertools.product(HOURS, PLACES, WEATHERS))
 MOST = 10.0  # milliseconds that the service may add
 WARM_UP = 2  # pairs that do not count
 STAGES = ("text_seconds", "denoise_seconds", "decode_seconds")
 
 Fields = Mapping[str, Any]
-_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One request and the bare call for it, in milliseconds.
+def parted(request: float, call: float, encoding: float, stages: float) -> dict[str, float]:
+    """One request beside the bare call for it, in milliseconds.
 
     request: from sending it to the last byte of the answer. call: of the pipeline, in this process. encoding: of that
-    picture, here. stages: what the answer says of text, denoising and decoding. same: the two pictures, byte for byte.
+    picture, here. stages: what the answer says of text, denoising and decoding.
     """
-
-    request: float
-    call: float
-    encoding: float
-    stages: float
-    same: bool
-
-    @property
-    def added(self) -> float:
-        """By the service, encoding apart."""
-        return self.request - self.call - self.encoding
-
-    @property
-    def around(self) -> float:
-        """What it adds before and after drawing: HTTP, checks, queue, pipes, the answer."""
-        return self.request - self.stages - self.encoding
-
-    @property
-    def drawing(self) -> float:
-        """What it adds while it draws: reports of steps, cores and caches that are shared."""
-        return self.stages - self.call
+    return {
+        "request": request,
+        "call": call,
+        "encoding": encoding,
+        "added": request - call - encoding,
+        "around": request - stages - encoding,  # HTTP, checks, queue, pipes, the answer
+        "drawing": stages - call,  # reports of steps, cores and caches that are shared
+    }
 
 
 def bare(threads: int) -> Callable[[Sequence[Fields]], list[Image.Image]]:
@@ -117,7 +97,7 @@ def picture(answer: Fields) -> Image.Image:
 
 def pairs(
     client: httpx.Client, draw: Callable[[Sequence[Fields]], list[Image.Image]], asked: Sequence[Fields]
-) -> list[Pair]:
+) -> list[dict[str, Any]]:
     """Of each request, but for the first `WARM_UP`."""
     made = []
     for number, one in enumerate(asked):
@@ -127,60 +107,40 @@ def pairs(
         (call, drawn), (sent, body) = found[0], found[1]
         answer = json.loads(body)
         theirs = picture(answer)
-        encoding, _ = timed(lambda drawn=drawn, text=theirs.info: encoded(drawn, text))
+        encoding, _ = timed(lambda drawn=drawn, text=theirs.info: encode(drawn, "png", text))
         stages = sum(answer["timings"][stage] for stage in STAGES)
         same = np.array_equal(np.asarray(theirs), np.asarray(drawn))
-        made.append(Pair(*(1000 * seconds for seconds in (sent, call, encoding, stages)), same))
+        made.append(parted(*(1000 * seconds for seconds in (sent, call, encoding, stages))) | {"same": same})
     return made[WARM_UP:]
 
 
-def encoded(drawn: Image.Image, text: Fields) -> bytes:
-    """As PNG, with text chunks as long as the service's."""
-    chunks, buffer = PngInfo(), io.BytesIO()
-    for key, value in text.items():
-        chunks.add_text(key, str(value))
-    drawn.save(buffer, "PNG", pnginfo=chunks)
-    return buffer.getvalue()
-
-
-def timed(call: Callable[[], _T]) -> tuple[float, _T]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds, and what it returned."""
     started = time.perf_counter()
     result = call()
     return time.perf_counter() - started, result
 
 
-def figures(measured: Sequence[Pair]) -> dict[str, Any]:
-    """Milliseconds. `added_p50` is the median request less the median call and the median encoding.
-
-    Beside it the median of the pairs' own differences, with its quartiles, and that of its two parts.
-    """
+def figures(measured: Sequence[Fields]) -> dict[str, Any]:
+    """Milliseconds, medians over the pairs; of what the service adds the quartiles, too."""
     names = ("request", "call", "encoding", "around", "drawing")
-    median = {name: statistics.median(getattr(pair, name) for pair in measured) for name in names}
-    lower, middle, upper = statistics.quantiles((pair.added for pair in measured), n=4, method="inclusive")
     return {
-        **{f"{name}_p50": median[name] for name in names[:3]},
-        "added_p50": median["request"] - median["call"] - median["encoding"],
-        "paired": {"p25": lower, "p50": middle, "p75": upper},
-        "around": median["around"],
-        "drawing": median["drawing"],
-        "same_pictures": sum(pair.same for pair in measured),
+        **{name: statistics.median(pair[name] for pair in measured) for name in names},
+        "added": statistics.quantiles((pair["added"] for pair in measured), n=4, method="inclusive"),
+        "same_pictures": sum(pair["same"] for pair in measured),
         "pairs": len(measured),
     }
 
 
 def claims(found: Fields) -> list[Claim]:
-    paired, same, number = found["paired"], found["same_pictures"], found["pairs"]
-    of = "{request_p50:.1f} ms less {call_p50:.1f} and, encoding, {encoding_p50:.1f}".format(**found)
-    spread = "{p50:.1f} ms (quartiles {p25:.1f} to {p75:.1f})".format(**paired)
-    most = f"added, p50 of the pairs' request less call less encoding, at most {MOST:g} ms"
+    same, number, (lower, added, upper) = found["same_pictures"], found["pairs"], found["added"]
+    most = f"added, median of the pairs' request less call less encoding, at most {MOST:g} ms"
+    spread = f"{added:.1f} ms (quartiles {lower:.1f} to {upper:.1f})"
     return [
         Claim("both draw the same picture, byte for byte", f"{same} of {number}", same == number),
-        Claim(most, spread, paired["p50"] <= MOST),
+        Claim(most, spread, added <= MOST),
         Claim("of it around the drawing: HTTP, checks, queue, pipes, the answer", f"{found['around']:.1f} ms"),
         Claim("of it while drawing: reports of steps, shared cores and caches", f"{found['drawing']:.1f} ms"),
-        # No verdict: on a machine that others use too, the three medians are of different moments.
-        Claim("p50 of all requests less those of all calls and encodings", f"{found['added_p50']:.1f} ms: {of}"),
     ]
 
 
@@ -195,9 +155,8 @@ def main(
     with running(**settings) as server, server.client() as client:
         found = figures(pairs(client, draw, asked))
     print(f"tiny-sd {size}×{size}, {steps} steps; {requests} pairs of a request and the bare call, in turns.\n")
-    print("\n".join(judged(claims(found))))
-    rounded = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 2))
-    print(json.dumps({"benchmark": "cost", **machine(), "size": size, "steps": steps, **rounded}))
+    show(judged(claims(found)))
+    print(json.dumps({"benchmark": "cost", **machine(), "threads": threads, "size": size, "steps": steps, **found}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,29 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from app.cli.compare import processor, versions
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "diffusers", "transformers", "DeepCache", "cache-dit")
-RESAMPLES, COVERAGE = 10_000, 0.95
+PACKAGES = ("torch", "diffusers", "transformers", "DeepCache", "cache-dit", "locust")
 _VERDICT = {True: "holds", False: "**does not hold**", None: "–"}
 
 
 def commit() -> str:
     """The checkout's commit, with a + if tracked files differ from it; "unknown" outside of a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
     try:
-        name = _git("rev-parse", "--short", "HEAD")
-        return name + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    ran = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return ran.stdout.strip()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -43,16 +36,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions(PACKAGES),
         "commit": commit(),
     }
 
 
-def named(packages: Mapping[str, str | None]) -> str:
-    """Those that are installed, with their versions, as a page says it."""
-    return ", ".join(f"{name} {number}" for name, number in packages.items() if number)
+def conditions(of: Mapping[str, Any]) -> str:
+    """The same in a sentence."""
+    packages = ", ".join(f"{name} {number}" for name, number in of["versions"].items() if number)
+    return "{device}, {cores} cores. Python {python}, ".format(**of) + f"{packages}. Commit {of['commit']}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +58,28 @@ class Claim:
 
 
 def judged(claims: Iterable[Claim]) -> list[str]:
-    return markdown(" | measured | ", (f"{one.sentence} | {one.measured} | {_VERDICT[one.holds]}" for one in claims))
+    return table(" | measured | ", (f"{one.sentence} | {one.measured} | {_VERDICT[one.holds]}" for one in claims))
 
 
-def markdown(columns: str, rows: Iterable[str]) -> list[str]:
-    """Lines of a table, an empty one last. Cells are separated by " | "."""
+def table(columns: str, rows: Iterable[str]) -> list[str]:
+    """Lines of Markdown, an empty one last. Cells are separated by " | "."""
     head = f"| {columns} |".replace("  ", " ")
     return [head, "|---" * (columns.count(" | ") + 1) + "|", *(f"| {row} |" for row in rows), ""]
 
 
-def show(title: str, columns: str, rows: Iterable[str]) -> None:
-    """The same on the terminal: names to the left, figures to the right."""
-    shown = Table(title=title)
-    for number, column in enumerate(columns.split(" | ")):
-        shown.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        shown.add_row(*row.split(" | "))
-    Console(width=200).print(shown)
+def show(lines: Iterable[str]) -> None:
+    print(*lines, sep="\n", flush=True)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of the mean: percentile bootstrap with a fixed seed.
-
-    Given the differences of two settings on the same pictures, it is that of their mean difference.
-    """
-    sample = np.asarray(values, float)
-    drawn = np.random.default_rng(0).integers(len(sample), size=(RESAMPLES, len(sample)))
-    tail = (1 - COVERAGE) / 2
-    low, high = np.quantile(sample[drawn].mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+def fill(page: Path, parts: Mapping[str, Iterable[str]]) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`. Raises ValueError where a page lacks them."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in parts.items():
+        between, new = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", "\n".join(["", *lines])
+        text, found = re.subn(between, lambda at, new=new: at[1] + new + at[2], text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"the page marks the place of {name!r} {found} times")
+    page.write_text(text, encoding="utf-8")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -20,7 +20,8 @@ import psutil
 import typer
 from PIL import Image
 
-from benchmarks.report import percentile, show
+from benchmarks.cost import ask, timed
+from benchmarks.report import machine, percentile, show, table
 from benchmarks.server import Server, running
 
 SMALL = {"prompt": "a misty forest at twilight", "width": 192, "height": 128, "steps": 4}
@@ -38,12 +39,8 @@ def upload() -> bytes:
 
 def p95(server: Server, requests: int) -> float:
     """Seconds of small requests, one after the other."""
-    found = []
     with server.client() as client:
-        for seed in range(requests):
-            begun = time.monotonic()
-            client.post("/api/generate", json={**SMALL, "seed": seed}).raise_for_status()
-            found.append(time.monotonic() - begun)
+        found = [timed(lambda seed=seed: ask(client, {**SMALL, "seed": seed}))[0] for seed in range(requests)]
     return round(percentile(found, 0.95), 3)
 
 
@@ -85,8 +82,8 @@ def main(
             "workers_lost": device["restarts"],
             "resident_mb": [before, high, resident(server)],
         }
-    show(f"{uploads} uploads beside small requests", "figure | value", (f"{key} | {row[key]}" for key in row))
-    print(json.dumps({"benchmark": "uploads", **row}))
+    show(table(f"{uploads} uploads beside small requests | ", (f"{key} | {value}" for key, value in row.items())))
+    print(json.dumps({"benchmark": "uploads", **machine(), **row}))
 
 
 if __name__ == "__main__":

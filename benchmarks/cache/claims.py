@@ -2,77 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
-from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
+from benchmarks.cache.settings import FEWER, OURS, OURS_FEWER, PLAIN_REUSE, PUBLISHED, UNCACHED, Setting
 from benchmarks.report import Claim
-from cache import UNetDenoiser
-from cache.cost import deepest_branch, interval_speedup
 
-GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
+GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time
 EXTRA_TIME = 0.02  # that a forecast may cost
 OVERHEAD = 0.05  # of a reuse step's time that may be ours
-PRESETS = {"balanced": (3, 2, 2.0), "max_speed": (5, 3, 2.78), "max_quality": (2, 1, 1.5)}
-"""Interval, depth, and the speed-up that it is to reach at least."""
-SD15 = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}  # the rest is the class's default
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
+HELD: dict[str, tuple[Axis, float, Sequence[str]]] = {
+    "hit rate": (lambda one: one.hit_rate, 0.0, (OURS,)),
+    "speed-up in operations": (in_operations, 1.0, (OURS, OURS_FEWER)),
 }
-UNITS: dict[str, tuple[Axis, float]] = {
-    "hit rate": (lambda one: one.hit_rate, 0.0),
-    "speed-up in operations": (in_operations, 1.0),
-}
-"""What settings are matched by, with its value for an uncached run."""
+"""What settings are matched by, its value for an uncached run, and which of ours count: a hit rate says nothing across
+runs of unequal length."""
 
 
 def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
-    """The default on a UNet, at `branch`, against plain reuse, the published helper, and fewer steps.
-
-    What else of ours has the interval is held against fewer steps too, without a demand.
-    """
+    """The default on a UNet, at `branch`, against plain reuse, the published helper, and fewer steps."""
     claims = []
-    whole = [one for one in results if one.steps == results[0].steps]
-
-    def claim(sentence: str, own: Result, other: Result, least: float | None) -> None:
-        """`least`: dB that the gain must have, its interval above 0; None: no demand."""
-        mean, low, high = difference(own, other)
-        measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
-        claims.append(Claim(sentence, measured, None if least is None else mean >= least and low > 0))
-
     for interval, wanted in GAINS.items():
-        here = [one for one in whole if one.interval == interval and (one.branch == branch or one.method == NO_LAYER)]
-        own = next((one for one in here if one.default), None)
-        if own is None:
+        here = {one.method: one for one in results if (one.interval, one.branch) == (interval, branch)}
+        if (own := here.get(OURS)) is None:
             continue
-        where = f"interval {interval}, branch {branch}: "
-        for other in sorted(here, key=lambda one: not one.ours):
-            if not other.ours:
-                claim(f"{where}the default over {other.method}", own, other, 0.0)
-            elif other.forecast == "none" and not other.default:
-                claim(f"{where}the default over plain reuse, at least {wanted} dB", own, other, wanted)
-        for one in (one for one in here if one.ours):
-            if (fewer := shortened(results, in_operations, one.operations_speedup)) is not None:
-                name, demand = ("the default", f", at least {OVER_FEWER:.0f} dB") if one.default else (one.method, "")
-                speed = f"{one.operations_speedup:.2f}× in operations, over {fewer.label} steps at that speed"
-                claim(f"{where}{name}, {speed}{demand}", one, fewer, OVER_FEWER if one.default else None)
+        fewer = shortened(results, in_operations, own.operations_speedup)
+        as_fast = f"{fewer and fewer.label} steps at {own.operations_speedup:.2f}× in operations"
+        others = (
+            ("plain reuse", here.get(PLAIN_REUSE), wanted),
+            (PUBLISHED, here.get(PUBLISHED), 0.0),
+            (as_fast, fewer, OVER_FEWER),
+        )
+        for name, other, least in others:
+            if other is not None:
+                mean, low, high = difference(own, other)
+                sentence = f"interval {interval}, branch {branch}: the default over {name}, at least {least:g} dB"
+                measured = f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}]"
+                claims.append(Claim(sentence, measured, mean >= least and low > 0))
     return claims
 
 
@@ -83,39 +53,28 @@ def forecast_time(bench: Bench, forecast: Setting, plain: Setting, repeats: int)
     return Claim(sentence, f"{excess:+.1%}, median of {repeats} pairs", excess <= EXTRA_TIME)
 
 
-def of_overheads(rows: Sequence[Mapping[str, Any]], default: str) -> list[Claim]:
-    """What the default forecast's reuse step takes above its bare layers, and against the published helper's."""
-    claims, bound = [], f"at most {OVERHEAD:.0%} and below the published helper's"
+def of_overheads(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """What the default's reuse step takes above its bare layers, and against the published helper's."""
+    claims = []
     for row in rows:
-        own = row["excess"][f"ours, {default}"]
-        (published,) = (excess for name, excess in row["excess"].items() if not name.startswith("ours"))
-        sentence = f"{row['layers']}: a reuse step above its bare layers, {bound}"
-        claims.append(Claim(sentence, f"{own:+.1%} against {published:+.1%}", own <= OVERHEAD and own < published))
+        own, published = row["excess"][OURS], row["excess"][PUBLISHED]
+        sentence = f"branch {row['branch']}: a reuse step above its bare layers, at most {OVERHEAD:.0%} and below the "
+        measured = f"{own:+.1%} of {row['milliseconds']:.2f} ms against {published:+.1%}"
+        claims.append(Claim(f"{sentence}published helper's", measured, own <= OVERHEAD and own < published))
     return claims
 
 
-def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:
-    """Each forecast on a transformer, against every peer at no lower hit rate and at no fewer operations saved.
-
-    Only the default one is held to it. At equal operations it may take fewer steps as well; a hit rate says nothing
-    across runs of unequal length.
-    """
+def of_thresholds(results: Sequence[Result]) -> list[Claim]:
+    """The default on a transformer, against every peer at no lower hit rate and at no fewer operations saved."""
     claims = []
-    peers = [name for name in dict.fromkeys(one.method for one in results if not one.ours) if name != UNCACHED]
-    forecasts = dict.fromkeys(one.forecast for one in results if one.forecast is not None)
-    for forecast in sorted(forecasts, key=lambda name: name != default):
-        ours = [one for one in results if one.ours and one.forecast == forecast]
-        named = f"{forecast} forecast{', the default' if forecast == default else ''}"
-        for method in peers:
-            points = [one for one in results if one.method == method]
-            for unit, (axis, neutral) in UNITS.items():
-                if method == FEWER and unit == "hit rate":
-                    continue  # its calls are all whole ones
-                alike = [one for one in ours if axis is in_operations or one.steps == results[0].steps]
-                front = our_front(alike, axis)
-                couples = [(one, at_least(front, axis, axis(one))) for one in points if axis(one) > neutral]
-                claim = _against(f"{named}: nearer than {method} at no lower {unit}", couples)
-                claims.append(claim if forecast == default else dataclasses.replace(claim, holds=None))
+    for method in dict.fromkeys(one.method for one in results if not one.ours and one.method != UNCACHED):
+        for unit, (axis, neutral, counted) in HELD.items():
+            if method == FEWER and unit == "hit rate":
+                continue  # its calls are all whole ones
+            front = our_front([one for one in results if one.method in counted], axis)
+            points = [one for one in results if one.method == method and axis(one) > neutral]
+            couples = [(one, at_least(front, axis, axis(one))) for one in points]
+            claims.append(_against(f"the default: nearer than {method} at no lower {unit}", couples))
     return claims
 
 
@@ -130,20 +89,3 @@ def _against(sentence: str, couples: Sequence[tuple[Result, Result | None]]) -> 
         f"{mean:+.1f} dB [{low:+.1f}, {high:+.1f}], {own.label} against {peer.label}"
     )
     return Claim(sentence, measured, won == len(gains))
-
-
-def counted() -> list[Claim]:
-    """The presets on the shapes of large models, without weights: a claim a preset, at each model's native size."""
-    from diffusers import UNet2DConditionModel
-
-    claims = []
-    for model, config in (("SD1.5", SD15), ("SDXL", SDXL)):
-        with torch.device("meta"):
-            costs = UNetDenoiser(UNet2DConditionModel(**config)).branch_costs
-        for name, (interval, depth, wanted) in PRESETS.items():
-            if (branch := deepest_branch(costs, depth)) is not None:
-                speedup = interval_speedup(interval, costs[branch])
-                measured = f"{speedup:.2f}×, branch {branch}, a reuse step at {costs[branch]:.3f} of a full one"
-                sentence = f"{model}, {name} (interval {interval}, depth {depth}): at least {wanted}×"
-                claims.append(Claim(sentence, measured, speedup >= wanted))
-    return claims

@@ -24,43 +24,33 @@ def in_operations(result: Result) -> float:
 AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
 
 
-def pareto(results: Iterable[Result], axis: Axis) -> list[Result]:
-    """Those that no other beats in both speed-up and mean PSNR, slowest first; what spares nothing is left out."""
+def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
+    """Those of ours that no other of ours beats in both speed-up and mean PSNR, slowest first.
+
+    A shortened run in which the cache never acted is fewer steps, and none of ours.
+    """
     front: list[Result] = []
-    acting = (one for one in results if one.acts)
+    acting = (one for one in results if one.ours and one.acts and one.hit_rate > 0)
     for result in sorted(acting, key=lambda one: (axis(one), one.mean_psnr), reverse=True):
         if not front or result.mean_psnr > front[-1].mean_psnr:
             front.append(result)
     return front[::-1]
 
 
-def height(front: Sequence[Result], axis: Axis, speedup: float) -> float | None:
-    """PSNR of the front as a polyline at `speedup`, dB; None outside of its ends."""
-    speeds = [axis(one) for one in front]
-    if not speeds or not speeds[0] <= speedup <= speeds[-1]:
-        return None
-    return float(np.interp(speedup, speeds, [one.mean_psnr for one in front]))
-
-
-def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
-    """The front of ours in which the cache acted: a shortened run in which it never did is fewer steps."""
-    return pareto((one for one in results if one.ours and one.hit_rate > 0), axis)
-
-
 def above(results: Sequence[Result], axis: Axis) -> Iterator[tuple[Result, float | None]]:
     """Points of peers, fewer steps included, that our front does not cover, and by how many dB they lie above it.
 
-    None beyond an end of it. A point beyond the fast end counts whatever its quality; one beyond the slow end only if
-    it is nearer to the uncached pictures than all of ours.
+    The front is a polyline. None beyond an end of it: a point beyond the fast end counts whatever its quality, one
+    beyond the slow end only if it is nearer to the uncached pictures than all of ours.
     """
     front = our_front(results, axis)
+    speeds, heights = [axis(one) for one in front], [one.mean_psnr for one in front]
     for peer in (one for one in results if one.acts and not one.ours):
-        level = height(front, axis, axis(peer))
-        if level is None:
-            if not any(axis(one) >= axis(peer) and one.mean_psnr >= peer.mean_psnr for one in front):
-                yield peer, None
-        elif peer.mean_psnr > level:
-            yield peer, peer.mean_psnr - level
+        if front and speeds[0] <= axis(peer) <= speeds[-1]:
+            if (by := peer.mean_psnr - float(np.interp(axis(peer), speeds, heights))) > 0:
+                yield peer, by
+        elif not any(axis(one) >= axis(peer) and one.mean_psnr >= peer.mean_psnr for one in front):
+            yield peer, None
 
 
 def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result | None:

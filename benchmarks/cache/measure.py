@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors.torch import load_file
+from scipy.stats import bootstrap
 from skimage.metrics import structural_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
-from benchmarks.report import interval
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
-from models.embedded import FOLDER
-from models.embedded.recipe.autoencoder import to_tensor
-from models.embedded.recipe.judges import Judge
 from models.nearness import PEAK, psnr
 
 PROMPTS = (
@@ -50,26 +46,22 @@ def ssim(reference: ArrayLike, picture: ArrayLike) -> float:
     return float(structural_similarity(x, y, data_range=PEAK, **window))
 
 
-def agreement(reference: Pictures, pictures: Pictures) -> float:
-    """Share of pictures that show the same weather, place and time as their references.
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the mean of two or more: percentile bootstrap with a fixed seed.
 
-    So the embedded models' own classifiers say, which saw no generated picture.
+    Given the differences of two settings on the same pictures, it is that of their mean difference.
     """
-    judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(FOLDER / "judges.safetensors").items()})
-    judge.eval()
-    with torch.no_grad():
-        heads = [judge(to_tensor(images).cpu()) for images in (reference, pictures)]
-    seen = [torch.stack([head.argmax(-1) for head in found]) for found in heads]  # (3, pictures)
-    return float((seen[0] == seen[1]).all(0).float().mean())
+    found = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    return float(found.low), float(found.high)
 
 
 class Operations(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products, convolutions and attention that run inside it."""
+    """Counts the floating-point operations of matrix products, convolutions and attention that run inside it.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    As torch's FlopCounterMode, which follows the modules, too, and so makes a run three times as long.
+    """
+
+    total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -106,22 +98,8 @@ class Watched:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the calls that ran less than the whole network, from what was counted: a run's first call is whole.
-
-        Where the items of a batch decided apart, from what our report says of each: such calls are neither.
-        """
-        items = [letters for report in self.reports for letters in report.item_decisions]
-        if items:
-            return statistics.mean(letter == "R" for letters in items for letter in letters)
+        """Share of the calls that ran less than the whole network, from what was counted; a run's first is whole."""
         return statistics.mean(call < REUSED_BELOW * max(calls) for calls in self.runs for call in calls)
-
-    @property
-    def predicted_speedup(self) -> float | None:
-        """By the reports: calls of an uncached run by calls, reused ones at their share; None if one did not count."""
-        costs = [report.reuse_cost for report in self.reports if report.reuse_cost is not None]
-        if self.hit_rate == 0 or not costs:
-            return 1.0 if self.hit_rate == 0 else None
-        return 1 / (1 - self.hit_rate * (1 - statistics.mean(costs)))
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -134,14 +112,14 @@ class Watched:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         network: torch.nn.Module = getattr(self.host, slot_of(self.host))  # the twin, where a peer runs
-        operations, totals = Operations(), []  # before and after each call
+        counter, totals = Operations(), []  # before and after each call
 
         def count(*_: Any) -> None:
-            totals.append(operations.total)
+            totals.append(counter.total)
 
         hooks = [network.register_forward_pre_hook(count), network.register_forward_hook(count)]
         try:
-            with operations:
+            with counter:
                 yield
         finally:
             for hook in hooks:
@@ -164,7 +142,6 @@ class Result(Point):
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     identical: int = 0
-    agreement: float | None = None  # share of pictures judged to show what the uncached one shows
     hit_rate: float = 0.0  # share of the denoiser's calls that ran less than the whole network
     operations: int = 0  # of the denoiser, all pictures together
     operations_speedup: float = 1.0
@@ -189,74 +166,52 @@ class Result(Point):
 
     def row(self) -> dict[str, Any]:
         """The summary, ready for JSON."""
-        names = ("speedup", "operations_speedup", "predicted_speedup", "hit_rate", "agreement")
-        rounded = {name: value and round(value, 3) for name in names for value in [getattr(self, name)]}
+        names = ("speedup", "operations_speedup", "predicted_speedup", "hit_rate", "identical")
         return {
-            "denoise_seconds": round(statistics.median(self.seconds), 4),
-            **rounded,
-            "psnr_db": round(self.mean_psnr, 2),
-            "psnr_interval": [round(bound, 2) for bound in interval(self.psnr_db)],
-            "ssim": round(statistics.mean(self.ssim), 4),
-            "identical": self.identical,
+            **{name: getattr(self, name) for name in names},
+            "denoise_seconds": statistics.median(self.seconds),
+            "psnr_db": self.mean_psnr,
+            "psnr_interval": interval(self.psnr_db),
+            "ssim": statistics.mean(self.ssim),
         }
 
 
-@dataclass(slots=True)
+@dataclass
 class Bench:
-    """A loaded model, the pictures to draw, and the uncached ones that everything is held against.
-
-    batch: how many pictures are denoised together where quality is measured, unless a setting is to run alone.
-    """
+    """A loaded model, the pictures to draw, and the uncached ones that everything is held against."""
 
     model: Any  # models.pipeline.PipelineModel
     params: GenerationParams
     pairs: Sequence[tuple[str, int]]  # prompt and seed of each picture
-    batch: int = 1
-    references: dict[int, tuple[Pictures, Watched]] = field(default_factory=dict)
 
-    def reference(self, batch: int) -> tuple[Pictures, Watched]:
-        """The uncached pictures in batches of that size, which changes their last bits, and what ran for them."""
-        if batch not in self.references:
-            self.references[batch] = self._pictures(PLAIN, batch)
-        return self.references[batch]
+    @cached_property
+    def reference(self) -> tuple[Pictures, Watched]:
+        """The uncached pictures, and what ran for them."""
+        return self._pictures(PLAIN)
 
     def quality(self, setting: Setting) -> Result:
         """Draw every pair and compare."""
-        batch = 1 if setting.alone else self.batch
-        reference, plain = self.reference(batch)
-        pictures, watched = (reference, plain) if setting == PLAIN else self._pictures(setting, batch)
+        reference, plain = self.reference
+        pictures, watched = (reference, plain) if setting == PLAIN else self._pictures(setting)
         couples = list(zip(reference, pictures, strict=True))
-        named = {one.name: getattr(setting, one.name) for one in fields(Point)}
+        predicted = [report.predicted_speedup for report in watched.reports if report.predicted_speedup]
         return Result(
-            **(named | {"steps": setting.steps or self.params.steps}),
+            **({one.name: getattr(setting, one.name) for one in fields(Point)} | {"steps": self._steps(setting)}),
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
             identical=sum(np.array_equal(*couple) for couple in couples),
-            agreement=agreement(reference, pictures),
             hit_rate=watched.hit_rate,
             operations=watched.operations,
             operations_speedup=plain.operations / watched.operations,
-            predicted_speedup=watched.predicted_speedup if setting.ours else None,
+            predicted_speedup=statistics.harmonic_mean(predicted) if setting.ours and predicted else None,
         )
 
-    def timing(self, result: Result, setting: Setting, repeats: int) -> None:
-        """Add `repeats` runs to `result`, each with an uncached one beside it."""
+    def timed(self, result: Result, setting: Setting, repeats: int) -> Result:
+        """`result` with the seconds of so many runs, each beside an uncached one."""
         seconds, watched = self.paired(setting, PLAIN, repeats)
-        result.seconds += [own for own, _ in seconds]
-        result.uncached_seconds += [base for _, base in seconds]
-        if setting.ours:
-            result.cache_bytes = max(report.cache_bytes for report in watched.reports)
-
-    def arguments(self) -> dict[str, Any]:
-        """What the pipeline calls its denoiser with in the first picture's first step, by name."""
-        seen: list[dict[str, Any]] = []
-        network: torch.nn.Module = self.model.denoiser.root
-        hook = network.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(dict(kwargs)), with_kwargs=True)
-        try:
-            self._draw(replace(PLAIN, steps=1), self._watched(PLAIN), *self.pairs[0])
-        finally:
-            hook.remove()
-        return seen[0]
+        own, uncached = map(list, zip(*seconds, strict=True))
+        kept = max(report.cache_bytes for report in watched.reports) if setting.ours else None
+        return replace(result, seconds=own, uncached_seconds=uncached, cache_bytes=kept)
 
     def paired(self, one: Setting, other: Setting, repeats: int) -> tuple[list[tuple[float, float]], Watched]:
         """Seconds of one picture's denoising under each of two settings, and the first one's watch.
@@ -274,34 +229,26 @@ class Bench:
             seconds.append((couple[0][1].seconds, couple[1][1].seconds))
         return seconds, couple[0][1]
 
+    def _steps(self, setting: Setting) -> int:
+        return setting.steps or self.params.steps
+
     def _watched(self, setting: Setting, counting: bool = False) -> Watched:
         pipeline = self.model.pipeline
-        return Watched(setting.make(pipeline, setting.steps or self.params.steps), pipeline, counting)
+        return Watched(setting.make(pipeline, self._steps(setting)), pipeline, counting)
 
-    def _draw(self, setting: Setting, watched: Watched, prompt: str, *seeds: int) -> list[Any]:
-        given: Any = {"prompt": prompt, "seeds": seeds, "batch_size": len(seeds)}
-        params = replace(self.params, steps=setting.steps or self.params.steps, **given)
-        images: list[Any] = self.model.generate(params, watched, lambda step: None).images
-        return images
+    def _draw(self, setting: Setting, watched: Watched, prompt: str, seed: int) -> Any:
+        params = replace(self.params, prompt=prompt, seeds=(seed,), steps=self._steps(setting))
+        (image,) = self.model.generate(params, watched, lambda step: None).images
+        return image
 
-    def _pictures(self, setting: Setting, batch: int) -> tuple[Pictures, Watched]:
+    def _pictures(self, setting: Setting) -> tuple[Pictures, Watched]:
         watched = self._watched(setting, counting=True)
-        images: list[Any] = []
-        for prompt, seeds in grouped(self.pairs, batch):
-            images += self._draw(setting, watched, prompt, *seeds)
-        return np.stack([np.asarray(image) for image in images]), watched
+        return np.stack([np.asarray(self._draw(setting, watched, *pair)) for pair in self.pairs]), watched
 
 
 def pairs(number: int) -> list[tuple[str, int]]:
-    """`number` prompts with seeds: the prompts in turn, each time with a new seed, equal prompts side by side."""
-    return sorted(((PROMPTS[i % len(PROMPTS)], i) for i in range(number)), key=lambda pair: PROMPTS.index(pair[0]))
-
-
-def grouped(all_pairs: Iterable[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
-    """Runs of up to `batch` seeds of one prompt."""
-    for prompt, same in itertools.groupby(all_pairs, key=lambda pair: pair[0]):
-        seeds = [seed for _, seed in same]
-        yield from ((prompt, seeds[at : at + batch]) for at in range(0, len(seeds), batch))
+    """`number` prompts with seeds: the prompts in turn, each time with a new seed."""
+    return [(PROMPTS[seed % len(PROMPTS)], seed) for seed in range(number)]
 
 
 def difference(ours: Result, other: Result) -> tuple[float, float, float]:

@@ -8,16 +8,26 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
+from app.http.schemas import PRESETS
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache
-from cache import CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.cost import deepest_branch
 from cache.deepcache import DEEPEST
-from cache.forecast import ORDERS, WITHOUT_WITNESS
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
 OURS = "ours"
-NO_LAYER = f"{OURS}, no layer in reused steps"
+OURS_FEWER = f"{OURS}, {FEWER}"
+EVEN = f"{OURS}, evenly placed"
+PLAIN_REUSE = f"{OURS}, plain reuse"
+PUBLISHED = "DeepCache 0.1.1"
+
+# What the full benchmark varies. Of steps: shares of the whole run's.
+INTERVALS = (2, 3, 4, 5, 6, 7, 8)
+DEPTHS = (0, 1, 2, 3, 4)
+THRESHOLDS = (0.026, 0.027, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
+FEWER_STEPS = (0.8, 0.6, 0.55, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+CACHED_STEPS = (0.7, 0.5, 0.3)
 
 Make = Callable[[Any, int], CacheStrategy]  # of the pipeline and the number of steps
 
@@ -27,7 +37,6 @@ class Point:
     """What a point of a plot is called, and what the comparisons look it up by.
 
     method: what its points are drawn and compared as. steps: of the run, None for those of the uncached one.
-    default: the strategy as it comes, but for its interval and depth.
     """
 
     method: str
@@ -36,9 +45,6 @@ class Point:
     steps: int | None = None
     interval: int | None = None
     branch: int | None = None
-    threshold: float | None = None
-    forecast: str | None = None
-    default: bool = False
 
     @property
     def ours(self) -> bool:
@@ -51,31 +57,12 @@ class Point:
 
 @dataclass
 class Setting(Point):
-    """`alone`: a cache that decides while it runs, and for its batch as a whole: its pictures are drawn one by one."""
-
     make: Make
-    _: KW_ONLY
-    alone: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """What the full benchmark varies.
-
-    `fewer`: steps of the shortened uncached runs, as shares of the whole one's; `cached_fewer`: of shortened runs under
-    our cache.
-    """
-
-    intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
-    depths: Sequence[int] = (0, 1, 2, 3, 4)
-    thresholds: Sequence[float] = (0.026, 0.027, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
-    forecasts: Sequence[str] = tuple(ORDERS)
-    fewer: Sequence[float] = (0.8, 0.6, 0.55, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
-    cached_fewer: Sequence[float] = (0.7, 0.5, 0.3)
-
-
-def ours(strategy: CacheStrategy) -> Make:
-    return lambda host, steps: strategy
+def ours(strategy: CacheStrategy, **changes: Any) -> Make:
+    changed = dataclasses.replace(strategy, **changes)  # type: ignore[type-var]
+    return lambda host, steps: changed
 
 
 PLAIN = Setting(UNCACHED, "", ours(NoCache()))
@@ -84,79 +71,71 @@ PLAIN = Setting(UNCACHED, "", ours(NoCache()))
 def presets(kind: str) -> list[Setting]:
     """What the quick benchmark measures: the document's presets, or usual thresholds."""
     if kind == "deepcache":
-        named: dict[str, CacheStrategy] = {
-            "max_quality 2/1": DeepCache(interval=2, depth=1),
-            "balanced 3/2": DeepCache(interval=3, depth=2),
-            "max_speed 5/3": DeepCache(interval=5, depth=3),
-            "partial 3/2/200/800": DeepCache(interval=3, depth=2, start=200, end=800),
-        }
+        named: dict[str, CacheStrategy] = {name: DeepCache(*values.values()) for name, values in PRESETS.items()}
     else:
         named = {f"threshold {value}": FirstBlockCache(threshold=value) for value in (0.03, 0.05, 0.1, 0.2, 0.3)}
     return [PLAIN, *(Setting(OURS, label, ours(strategy)) for label, strategy in named.items())]
 
 
-def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
+def full(denoiser: UNetDenoiser | TransformerDenoiser, steps: int) -> list[Setting]:
     """The whole grid for the cache of a UNet or a transformer."""
     if isinstance(denoiser, UNetDenoiser):
-        settings = _unet(denoiser.branch_costs, grid, steps)
-    elif isinstance(denoiser, TransformerDenoiser):
-        settings = _transformer(sum(map(len, denoiser.blocks)), grid, steps)
+        settings = _unet(denoiser.branch_costs, steps)
     else:
-        raise TypeError(f"{type(denoiser).__name__} is neither a UNet's view nor a transformer's")
-    return [PLAIN, *(Setting(FEWER, f"{n}", PLAIN.make, steps=n) for n in shares(steps, grid.fewer)), *settings]
+        settings = _transformer(sum(map(len, denoiser.blocks)), steps)
+    return [PLAIN, *(Setting(FEWER, f"{n}", PLAIN.make, steps=n) for n in shares(steps, FEWER_STEPS)), *settings]
 
 
-def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
-    """Ours as it comes, with guidance reused, where reused steps run no layer, and evenly placed with each forecast.
+def branches(costs: Sequence[float]) -> dict[int, int]:
+    """The first of `DEPTHS` that chooses each branch: equal branches are equal settings."""
+    found: dict[int, int] = {}
+    for depth in DEPTHS:
+        if (branch := deepest_branch(costs, depth)) is not None:
+            found.setdefault(branch, depth)
+    return found
 
-    Evenly is how the published helper places its calls.
-    """
-    depths: dict[int, int] = {}  # branch → the first depth that chooses it: equal branches are equal settings
-    for depth in grid.depths:
-        branch = deepest_branch(costs, depth)
-        if branch is not None:
-            depths.setdefault(branch, depth)
-    for interval in grid.intervals:
-        for branch, depth in depths.items():
+
+def _unet(costs: Sequence[float], steps: int) -> Iterator[Setting]:
+    """Ours as it comes and in its variants; evenly is how the published helper places its calls."""
+    chosen = branches(costs)
+    for interval in INTERVALS:
+        for branch, depth in chosen.items():
             here = partial(Setting, interval=interval, branch=branch)
             label, strategy = f"N{interval} d{depth} b{branch}", DeepCache(interval=interval, depth=depth)
-            yield here(OURS, label, ours(strategy), forecast=strategy.forecast, default=True)
-            half = ours(dataclasses.replace(strategy, guidance="reuse"))
+            half = ours(strategy, guidance="reuse")
+            yield here(OURS, label, ours(strategy))
             yield here(f"{OURS}, guidance reused", label, half)
-            if depth == min(depths.values()):
-                bare = dataclasses.replace(strategy, depth=DEEPEST)
-                yield here(NO_LAYER, f"N{interval} d{DEEPEST}", ours(bare))
-            for forecast in forecasts(DeepCache, grid):
-                even = ours(with_forecast(strategy, forecast))
-                yield here(f"{OURS}, {forecast}, evenly placed", label, even, forecast=forecast)
-            for count in shares(steps, grid.cached_fewer):
-                yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", half, steps=count)
+            if depth == min(chosen.values()):
+                yield here(
+                    f"{OURS}, no layer in reused steps", f"N{interval} d{DEEPEST}", ours(strategy, depth=DEEPEST)
+                )
+            yield here(EVEN, label, ours(strategy, schedule="uniform"))
+            yield here(PLAIN_REUSE, label, ours(strategy, schedule="uniform", forecast="none"))
+            for count in shares(steps, CACHED_STEPS):
+                yield here(f"{OURS}, guidance reused, {FEWER}", f"{count} {label}", half, steps=count)
             published = partial(published_deepcache, interval=interval, branch=branch)
-            yield here("DeepCache 0.1.1", f"N{interval} b{branch}", published)
+            yield here(PUBLISHED, f"N{interval} b{branch}", published)
 
 
-def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
-    """Ours with each forecast, the default also in shortened runs, beside the published ones."""
+def _transformer(blocks: int, steps: int) -> Iterator[Setting]:
+    """Ours with and without forecast, with it also in shortened runs, beside the published ones."""
     import torch
     from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
-    for threshold in grid.thresholds:
-        here = partial(Setting, label=f"{threshold}", threshold=threshold)
-        for forecast in forecasts(FirstBlockCache, grid):
-            strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
-            own = {"method": f"{OURS}, {forecast}", "make": ours(strategy), "forecast": forecast}
-            yield (first := here(**own, default=strategy == FirstBlockCache(threshold=threshold)))
-            for count in shares(steps, grid.cached_fewer) if first.default else ():
-                short = {"method": f"{first.method}, fewer steps", "label": f"{count} {threshold}", "steps": count}
-                yield here(**{**own, **short})
+    for threshold in THRESHOLDS:
+        label, strategy = f"{threshold}", FirstBlockCache(threshold=threshold)
+        yield Setting(OURS, label, ours(strategy))
+        yield Setting(PLAIN_REUSE, label, ours(strategy, forecast="none"))
+        for count in shares(steps, CACHED_STEPS):
+            yield Setting(OURS_FEWER, f"{count} {label}", ours(strategy), steps=count)
         hook = partial(diffusers_hook, config=FirstBlockCacheConfig(threshold=threshold))
-        yield here("diffusers FirstBlockCache", make=hook, alone=True)
+        yield Setting("diffusers FirstBlockCache", label, hook)
         for first_blocks, warmup in ((8, 8), (1, 4)):  # DBCache as it comes; with one first block and 4 warm-up calls
             pace = {"residual_diff_threshold": threshold, "max_warmup_steps": warmup, "Fn_compute_blocks": first_blocks}
             for taylor in (0, 1) if first_blocks < blocks else ():  # else it would skip nothing
                 method = f"cache-dit F{first_blocks}W{warmup}{' Taylor' if taylor else ''}"
-                yield here(method, make=partial(cache_dit, settings=pace, taylor=taylor), alone=True)
-    for interval in grid.intervals:
+                yield Setting(method, label, partial(cache_dit, settings=pace, taylor=taylor))
+    for interval in INTERVALS:
         for method, lite in (("diffusers TaylorSeer", False), ("diffusers TaylorSeer lite", True)):
             # Attention outputs, its default, or the whole output. Factors in float32, as our networks are: bfloat16,
             # the default, would be a handicap.
@@ -168,17 +147,3 @@ def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
 def shares(steps: int, wanted: Iterable[float]) -> list[int]:
     """Those shares of `steps`, as whole numbers below it."""
     return [n for n in dict.fromkeys(max(1, round(steps * share)) for share in wanted) if n < steps]
-
-
-def forecasts(strategy: type[Any], grid: Grid) -> list[str]:
-    """Those of the grid's forecasts that the strategy can make, its default first."""
-    able = ORDERS if strategy is FirstBlockCache else WITHOUT_WITNESS
-    return sorted((name for name in grid.forecasts if name in able), key=lambda name: name != strategy().forecast)
-
-
-def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:
-    """`strategy` with that forecast and, where it can place its computed calls otherwise, with them evenly placed."""
-    names = {field.name for field in dataclasses.fields(strategy)}
-    wanted = {"forecast": forecast, "schedule": "uniform"}
-    changed: CacheStrategy = dataclasses.replace(strategy, **{k: v for k, v in wanted.items() if k in names})
-    return changed

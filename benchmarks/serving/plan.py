@@ -1,5 +1,8 @@
 """From measured service times to latencies, and to a fleet: the workers that a rate takes, and what an image costs.
 
+A machine's queue is simulated with SimPy under the engine's own rules: one queue, oldest first, bounded; what goes into
+a batch, and whether a free worker waits for more, is asked of the engine itself. A request is for one image.
+
 A fleet is machines of some workers each, every machine with a queue of its own. A balancer that knows nothing of queues
 splits Poisson arrivals into Poisson arrivals, so one simulated machine speaks for all.
 """
@@ -9,35 +12,149 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import simpy
+
+from app.engine.queue import Grouping
 from benchmarks.serving.load import spread
-from benchmarks.serving.simulation import (
-    Kinds,
-    Machine,
-    Outcome,
-    Times,
-    allen_cunneen,
-    mean,
-    poisson_kinds,
-    pollaczek_khinchine,
-    rest,
-    sample,
-    simulate,
-)
 
 ARRIVALS = 20_000
 HALVINGS = 12
-REPLICAS = 200  # simulated runs as long as the measured one
 REPLAYS = 20
 NAMES = ("mean", "p50", "p95")
 
+Kinds = Sequence[tuple[str, float]]
+"""Names with their shares of all requests, relative to each other."""
+Times = dict[str, dict[str, Any]]
+"""By kind, seconds. `alone`: latencies in an idle server; `busy`: from one end to the next, while that request waited.
 
-def setting(entry: Mapping[str, Any]) -> str:
-    """An entry's name among those of its load; of a load by hand, whose rules nobody knows, what its requests ask."""
-    rules = entry["rules"]
+They differ by what does not occupy the worker: reading and writing HTTP, and work that the server does for one request
+while it denoises another. `batches`: the time of so many images denoised together, over that of one.
+"""
+
+
+def rest(one: Mapping[str, Any]) -> float:
+    """What a request of a kind takes besides the time that it occupies the worker."""
+    return statistics.median(one["alone"]) - statistics.median(one["busy"])
+
+
+def mean(times: Times, kinds: Kinds, images: int = 1) -> float:
+    """Of one image of a mix, drawn in batches of so many."""
+    each = [
+        weight * statistics.fmean(times[name]["busy"]) * times[name]["batches"][str(images)] for name, weight in kinds
+    ]
+    return sum(each) / images / sum(weight for _, weight in kinds)
+
+
+_ONE_IMAGE = SimpleNamespace(params=SimpleNamespace(seeds=(0,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`batch_timeout`: seconds, LD_BATCH_TIMEOUT."""
+
+    workers: int = 1
+    max_batch: int = 1
+    queue_size: int = 64
+    batch_timeout: float = 0.5
+
+
+class Outcome(NamedTuple):
+    """Seconds. `batch`: with how many, itself included, it was denoised; `occupied`: its part of that batch's time."""
+
+    wait: float
+    latency: float
+    batch: int
+    occupied: float
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """What of a job decides on its group. `kind`: None groups with none."""
+
+    number: int
+    at: float
+    name: str
+    kind: str | None
+    attempts: int = 0
+    job: Any = field(default_factory=lambda: _ONE_IMAGE)
+
+
+def simulate(
+    machine: Machine, arrivals: Iterable[tuple[float, str]], times: Times, source: random.Random
+) -> list[Outcome | None]:
+    """In the order of `arrivals`, seconds and kinds, which must be that of time; None: refused."""
+    world = simpy.Environment()
+    grouping: Any = Grouping(machine.max_batch, machine.batch_timeout, lambda: world.now)
+    besides = {name: rest(one) for name, one in times.items()}
+    waiting: list[_Waiting] = []  # by age
+    groups: list[list[_Waiting]] = []  # in the workers
+    outcomes: list[Outcome | None] = []
+    later = math.inf  # when to look again at a group that waits for company
+
+    def running() -> list[_Waiting]:
+        return [one for group in groups for one in group]
+
+    def dispatch() -> None:
+        nonlocal later
+        later, free = math.inf, machine.workers - len(groups)
+        while free and waiting:
+            free -= 1
+            group, seconds = grouping.choose(waiting, running(), idle=free)
+            if not group:
+                later = world.now + seconds
+                world.process(look_again(seconds))
+                return
+            name, size = group[0].name, len(group)
+            busy = source.choice(times[name]["busy"]) * times[name]["batches"][str(size)]
+            for one in group:
+                waiting.remove(one)
+                wait = world.now - one.at
+                outcomes[one.number] = Outcome(wait, wait + busy + besides[name], size, busy / size)
+            groups.append(group)
+            world.process(draw(group, busy))
+
+    def look_again(seconds: float) -> Iterator[simpy.Event]:
+        yield world.timeout(seconds)
+        if world.now >= later:
+            dispatch()
+
+    def draw(group: list[_Waiting], busy: float) -> Iterator[simpy.Event]:
+        yield world.timeout(busy)
+        groups.remove(group)
+        for one in group:
+            grouping.ended(one)
+        dispatch()
+
+    def arrive() -> Iterator[simpy.Event]:
+        for at, name in arrivals:
+            yield world.timeout(max(0.0, at - world.now))
+            outcomes.append(None)
+            if len(waiting) < machine.queue_size:
+                waiting.append(_Waiting(len(outcomes) - 1, at, name, name if machine.max_batch > 1 else None))
+                grouping.arrived(waiting[-1], waiting, running())
+            dispatch()
+
+    world.process(arrive())
+    world.run()
+    return outcomes
+
+
+def poisson_kinds(rate: float, count: int, kinds: Kinds, source: random.Random) -> list[tuple[float, str]]:
+    """`count` arrivals of a Poisson process, each of a kind drawn by the kinds' weights."""
+    at, arrivals = 0.0, []
+    for kind in source.choices([name for name, _ in kinds], [weight for _, weight in kinds], k=count):
+        at += source.expovariate(rate)
+        arrivals.append((at, kind))
+    return arrivals
+
+
+def named(rules: Mapping[str, Any]) -> str:
+    """A server's rules in words; of one that runs elsewhere, what its requests ask."""
     return rules.get("asked") or f"caches {'on' if rules['caches'] else 'off'}, batches of {rules['max_batch']}"
 
 
@@ -53,7 +170,7 @@ class Setting:
     @classmethod
     def of(cls, entry: Mapping[str, Any], workers: int = 1) -> Setting:
         machine = Machine(workers, entry["rules"]["max_batch"], entry["rules"]["queue"])
-        return cls(setting(entry), machine, [(name, share) for name, share in entry["mix"]], entry["times"])
+        return cls(named(entry["rules"]), machine, entry["mix"], entry["times"])
 
     def simulated(self, rate: float) -> tuple[list[Outcome], float]:
         """Those of `ARRIVALS` that were accepted, and the seconds in which they came: denser at a higher rate."""
@@ -64,6 +181,14 @@ class Setting:
     def within(self, rate: float, objective: float) -> float:
         """The share of requests that are answered in time; a refused one is not."""
         return sum(one.latency <= objective for one in self.simulated(rate)[0]) / ARRIVALS
+
+    def replayed(self, arrivals: Sequence[tuple[float, str]], warm_up: float) -> dict[str, float]:
+        """`NAMES` of the latencies that the simulation gives arrivals that were measured, in the mean of some runs."""
+        source, runs = random.Random(0), []
+        for _ in range(REPLAYS):
+            outcomes = zip(arrivals, simulate(self.machine, arrivals, self.times, source), strict=True)
+            runs.append(spread([one.latency for (at, _), one in outcomes if one and at >= warm_up]) or {})
+        return {name: statistics.fmean(run[name] for run in runs) for name in NAMES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,33 +206,27 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`per_machine`: the highest rate at which a machine keeps the objective, 0: none does.
+    """`per_machine`: the highest rate at which a machine keeps the objective; busy: of its workers' time, at that rate.
 
-    busy: of its workers' time, at that rate. pooled: workers that one queue over the whole fleet would need for the
-    same mean wait, by Allen and Cunneen: no balancer does better. None with batches, which that formula does not know.
+    Nothing of it where an idle machine misses the objective. cost: of a thousand images.
     """
 
     name: str
     per_machine: float = 0.0
     busy: float = 0.0
-    machines: int | None = None
-    workers: int | None = None
-    cost: float | None = None
-    pooled: int | None = None
+    machines: int = 0
+    workers: int = 0
+    cost: float = 0.0
 
 
 def fleet(one: Setting, demand: Demand) -> Fleet:
-    machine, rate = one.machine, highest_rate(one, demand)
-    if not rate:
+    if not (rate := highest_rate(one, demand)):
         return Fleet(one.name)
     found, seconds = one.simulated(rate)
-    busy = sum(outcome.occupied for outcome in found) / (machine.workers * seconds)
+    busy = sum(outcome.occupied for outcome in found) / (one.machine.workers * seconds)
     machines = math.ceil(demand.rate / rate)
-    workers = machines * machine.workers
-    single = sample(one.times, one.kinds, ARRIVALS, random.Random(0))
-    wait = allen_cunneen(rate, single, machine.workers)
-    pooled = None if machine.max_batch > 1 else pooled_workers(demand.rate, single, wait)
-    return Fleet(one.name, rate, busy, machines, workers, 1000 * workers * demand.price / (3600 * demand.rate), pooled)
+    workers = machines * one.machine.workers
+    return Fleet(one.name, rate, busy, machines, workers, 1000 * workers * demand.price / (3600 * demand.rate))
 
 
 def highest_rate(one: Setting, demand: Demand) -> float:
@@ -119,69 +238,3 @@ def highest_rate(one: Setting, demand: Demand) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if one.within(middle, demand.objective) >= demand.share else (low, middle)
     return low
-
-
-def pooled_workers(rate: float, service: Sequence[float], wait: float) -> int:
-    """The fewest workers with one queue whose mean wait is at most `wait` seconds."""
-    workers = max(1, math.ceil(rate * sum(service) / len(service)))
-    while allen_cunneen(rate, service, workers) > wait:
-        workers += max(1, workers // 1000)
-    return workers
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One of `NAMES` of a measured load's latencies, seconds.
-
-    model: of all simulated runs together, with as many arrivals as there were; low, high: between which 95 % of single
-    runs lie, by the luck of when they come. replay: of the very arrivals. exact: the mean in closed form, where there
-    is one: one worker without batches.
-    """
-
-    measured: float
-    model: float
-    low: float
-    high: float
-    replay: float
-    exact: float | None = None
-
-    @property
-    def error(self) -> float:
-        return self.model / self.measured - 1
-
-    @property
-    def replay_error(self) -> float:
-        return self.replay / self.measured - 1
-
-
-def predict(entry: Mapping[str, Any]) -> dict[str, Prediction]:
-    """What the model says of `entry`, an open loop that was measured, with its service times."""
-    one, source = Setting.of(entry), random.Random(0)
-    real = [(scheduled, kind) for scheduled, _, _, kind, *_ in entry["points"]]
-    rate = len(real) / entry["seconds"]
-
-    def latencies(arrivals: Sequence[tuple[float, str]]) -> list[float]:
-        outcomes = zip(arrivals, simulate(one.machine, arrivals, one.times, source), strict=True)
-        return [found.latency for (at, _), found in outcomes if found and at >= entry["warm_up"]]
-
-    def at_random() -> list[tuple[float, str]]:
-        """Of a Poisson process whose number of arrivals is known each comes at any time, as likely as at another."""
-        kinds = source.choices([name for name, _ in one.kinds], [weight for _, weight in one.kinds], k=len(real))
-        return list(zip(sorted(source.uniform(0, entry["seconds"]) for _ in real), kinds, strict=True))
-
-    runs = [latencies(at_random()) for _ in range(REPLICAS)]
-    spreads: Any = [spread(found) for found in runs]
-    pooled: Any = spread([latency for found in runs for latency in found])
-    replays: Any = [spread(latencies(real)) for _ in range(REPLAYS)]
-    single = sample(one.times, one.kinds, ARRIVALS, source)
-    besides = sum(rest(one.times[kind]) * weight for kind, weight in one.kinds) / sum(share for _, share in one.kinds)
-    wait = pollaczek_khinchine(rate, single) if one.machine.max_batch == 1 else None
-
-    def of(name: str) -> Prediction:
-        singles = sorted(float(found[name]) for found in spreads)
-        low, high = (singles[int(share * REPLICAS)] for share in (0.025, 0.975))
-        replay = statistics.fmean(found[name] for found in replays)
-        exact = None if wait is None or name != "mean" else wait + statistics.fmean(single) + besides
-        return Prediction(entry["figures"]["latency"][name], pooled[name], low, high, replay, exact)
-
-    return {name: of(name) for name in NAMES}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-WEATHER = ("clear", "misty", "snowy", "stormy", "starry")
+HOURS = ("at dawn", "at noon", "at sunset", "at twilight", "at night")
 PLACES = ("forest", "mountains", "desert", "sea", "hills", "island")
-TIMES = ("dawn", "noon", "sunset", "twilight", "night")
+WEATHERS = ("clear", "misty", "snowy", "stormy", "starry")
+PROMPTS = [f"a {weather} {place} {hour}" for hour, place, weather in itertools.product(HOURS, PLACES, WEATHERS)]
 PATH = "/api/generate"
 
 Kind = tuple[str, float, Mapping[str, Any]]
@@ -40,8 +42,7 @@ def drawn(mix: Sequence[Kind], seed: int) -> Iterator[tuple[str, dict[str, Any]]
     source, weights, number = random.Random(seed), [weight for _, weight, _ in mix], 0
     while True:
         ((name, _, fields),) = source.choices(mix, weights)
-        prompt = f"a {source.choice(WEATHER)} {source.choice(PLACES)} at {source.choice(TIMES)}"
-        yield name, {"prompt": prompt, "seed": number, **fields}
+        yield name, {"prompt": source.choice(PROMPTS), "seed": number, **fields}
         number += 1
 
 

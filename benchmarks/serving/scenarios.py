@@ -1,4 +1,4 @@
-"""What is measured: throughput of busy clients, latency under random arrivals, and three times too much."""
+"""What is measured: latency under random arrivals, and three times too much."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 
 from benchmarks.server import running
 from benchmarks.serving.load import Load, Target, entry
+from benchmarks.serving.plan import Setting, Times, mean
 from benchmarks.serving.requests import MIXED, SQUARE, Kind, drawn, with_fields
-from benchmarks.serving.simulation import Times, mean
 
 CLIENTS = 8
-ROUNDS = 3
 LOAD = 0.7  # of the capacity
 OVERLOAD = 3.0  # times the capacity
 BATCH = 4
@@ -39,10 +38,9 @@ class Setup:
     def mix(self, kinds: Sequence[Kind], caches: bool) -> list[Kind]:
         return with_fields(kinds, caches, steps=self.steps)
 
-    def load(self, name: str, mix: Sequence[Kind], share: float, **loop: Any) -> Load:
-        """`share`: of `seconds`. `loop`: rate or clients."""
-        warm_up = 0.0 if "clients" in loop else self.seconds / 20
-        return Load(name=name, mix=mix, seconds=share * self.seconds, warm_up=warm_up, **loop)
+    def load(self, name: str, mix: Sequence[Kind], share: float, rate: float) -> Load:
+        """An open loop of a `share` of the seconds."""
+        return Load(name=name, mix=mix, seconds=share * self.seconds, warm_up=self.seconds / 20, rate=rate)
 
     @contextmanager
     def serving(self, max_batch: int, queue_size: int = 64, **others: str) -> Iterator[Target]:
@@ -54,35 +52,13 @@ class Setup:
 
     def capacity(self, target: Target, mix: Sequence[Kind]) -> float:
         """Images a second that busy clients get."""
-        load = self.load("busy", mix, 1 / 7, clients=CLIENTS)
-        finished: float = entry(load, [target.run(load)])["figures"]["finished"]
-        return finished
+        load = Load(name="busy", mix=mix, seconds=self.seconds / 7, clients=CLIENTS)
+        return float(entry(load, *target.run(load))["figures"]["finished"])
 
 
 def ruled(caches: bool, max_batch: int, queue: int = 64) -> dict[str, Any]:
-    """The rules that a plan goes by, and what only an open loop measures."""
-    rules = {"caches": caches, "max_batch": max_batch, "queue": queue}
-    return {"rules": rules, "times": None, "drift": None, "capacity": None}
-
-
-def closed(setup: Setup) -> list[dict[str, Any]]:
-    """Eight clients that ask again at once, with and without caches and batches.
-
-    In rounds over all settings, since a machine that is slow for a while should be so for all of them.
-    """
-    rounds: dict[Any, list[Any]] = {}
-    with setup.serving(1) as single, setup.serving(BATCH) as batching:
-        targets = {1: single, BATCH: batching}
-        for turn in range(ROUNDS + 1):  # the first one warms
-            for kinds, caches, max_batch in itertools.product((SQUARE, MIXED), (False, True), targets):
-                asked = setup.mix(kinds, caches)
-                if not turn:
-                    targets[max_batch].warm(asked)
-                    continue
-                name = "one kind" if len(kinds) == 1 else f"{len(kinds)} kinds"
-                load = setup.load(name, asked, 1 / 8, clients=CLIENTS)
-                rounds.setdefault((name, caches, max_batch), [load]).append(targets[max_batch].run(load))
-    return [entry(load, runs, **ruled(*rules)) for (_, *rules), (load, *runs) in rounds.items()]
+    """The rules that a plan goes by."""
+    return {"caches": caches, "max_batch": max_batch, "queue": queue}
 
 
 def at_load(setup: Setup) -> list[dict[str, Any]]:
@@ -110,12 +86,14 @@ def _at_load(setup: Setup, target: Target, hasty: Target, caches: bool, max_batc
             times[kind[0]]["batches"] = _batches(hasty, kind, max_batch)
         capacity = setup.capacity(target, mix)
     load = setup.load(f"{LOAD:.0%} load", mix, share, rate=LOAD * capacity)
-    run = target.run(load)
+    samples, looks = target.run(load)
     after = measure(hasty, mix, 1)
     for kind, name in itertools.product(after, ("alone", "busy")):
         times[kind][name] += after[kind][name]
-    told = {"times": times, "drift": mean(after, weights) / before - 1, "capacity": capacity}
-    return entry(load, [run], **(ruled(caches, max_batch) | told))
+    drift = mean(after, weights) / before - 1
+    found = entry(load, samples, looks, rules=ruled(caches, max_batch), times=times, drift=drift, capacity=capacity)
+    arrivals = [(one["scheduled"], one["kind"]) for one in samples]
+    return found | {"replayed": Setting.of(found).replayed(arrivals, load.warm_up)}
 
 
 def overload(setup: Setup) -> list[dict[str, Any]]:
@@ -127,8 +105,8 @@ def overload(setup: Setup) -> list[dict[str, Any]]:
             target.warm(mix)
             capacity = setup.capacity(target, mix)
             load = setup.load(f"{OVERLOAD:g} times the capacity", mix, 1 / 2, rate=OVERLOAD * capacity)
-            told = ruled(False, max_batch, QUEUE) | {"capacity": capacity}
-            found.append(entry(load, [target.run(load)], **told))
+            rules = ruled(False, max_batch, QUEUE)
+            found.append(entry(load, *target.run(load), rules=rules, capacity=capacity))
     return found
 
 

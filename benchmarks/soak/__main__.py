@@ -17,9 +17,10 @@ from typing import Annotated
 import psutil
 import typer
 
-from benchmarks.report import show
+from app.client import ApiError, Client, Generated
+from benchmarks.report import commit, show, table
 from benchmarks.server import SERVE, Server, wait_for
-from benchmarks.soak.clients import Crowd, Pictures, good_requests, pictures
+from benchmarks.soak.clients import PATIENCE, Crowd, good_requests
 from benchmarks.soak.hostile import rows, running
 from benchmarks.soak.wire import exchange, request
 
@@ -33,59 +34,40 @@ def main(
     minutes: Annotated[float, typer.Option(help="Of the siege; the quiet server comes before.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the crowd's choices.")] = 0,
     serve: Annotated[str | None, typer.Option(help="Module to run as the server instead of `app serve`.")] = None,
-    table: Annotated[bool, typer.Option("--table", help="Send each bad input once and print the answers.")] = False,
 ) -> None:
     command = ("-m", serve) if serve else SERVE
-    if table:
-        sys.exit(_table(command))
     # Requests drawn together differ from the same ones alone by rounding (docs/decisions/batching.md): bytes do not.
     with running(command, LD_MAX_BATCH_SIZE="1") as quiet:
         expected = _drawn(quiet)
-    print(f"quiet server: {sum(map(len, expected.values()))} pictures of {len(expected)} requests", flush=True)
+    print(f"quiet server: the pictures of {len(expected)} requests", flush=True)
     # What is kept of jobs is bounded low, so that it is full when the first measure is taken.
     kept = {"WAVESPEED_RESULT_SECONDS": "20", "WAVESPEED_RESULT_BYTES": str(2**20), "WAVESPEED_JOBS_FOLDER": "jobs"}
-    with running(command, WAVESPEED_QUEUE_SIZE="8", LD_MAX_BATCH_SIZE="1", **kept) as server:
-        crowd = Crowd(server, expected, rows(), seed=seed)
+    settings = {"WAVESPEED_QUEUE_SIZE": "8", "LD_MAX_BATCH_SIZE": "1", **kept}
+    with running(command, **settings) as server, Client(server.url, timeout=PATIENCE) as client:
+        crowd = Crowd(server, client, expected, rows(), seed)
         moments = _besiege(server, crowd, minutes * 60)
-        crowd.end()
         alive = server.process.poll() is None and server.get("/livez").status_code == 200
         traces = server.log.count("Traceback")
     failed, tally = failures(moments, crowd.faults, alive), dict(sorted(Counter(crowd.answers).items()))
     held = (f"{name} | {part} | {_cells(one)}" for name, parts in moments.items() for part, one in parts.items())
-    show("held", "moment | process | resident MB | descriptors | threads", held)
-    show("answers", "answer | count", (f"{word} | {count}" for word, count in tally.items()))
-    for sentence in [*crowd.faults[:20], *failed]:
-        print(f"! {sentence}")
+    show(table("moment | process | resident MB | descriptors | threads", held))
+    show(table("answer | count", (f"{word} | {count}" for word, count in tally.items())))
+    show(f"! {sentence}" for sentence in [*crowd.faults[:20], *failed])
     run = {"server": serve or "app serve", "minutes": minutes, "seed": seed, "kills": crowd.kills, "answers": tally}
-    print(json.dumps(run | {"tracebacks_in_log": traces, "moments": moments, "failed": failed}))
+    told = {"tracebacks_in_log": traces, "moments": moments, "failed": failed}
+    print(json.dumps({"benchmark": "soak", "commit": commit(), **run, **told}))
     sys.exit(1 if failed else 0)
 
 
-def _table(command: Sequence[str]) -> int:
-    """Each row of bad input once, as Markdown; the number of those that were not answered as they should."""
-    wrong = 0
-    print("| input | status | type |\n|---|---|---|")
-    with running(command) as server:
-        for row in rows():
-            answer = exchange(server.address, row.parts, leave=row.leave)
-            status = answer.status if answer else "the client left" if row.leave else "closed"
-            print(f"| {row.name} | {status} | {f'`{answer.type}`' if answer and answer.type else ''} |")
-            wrong += not row.accepts(answer)
-        wait_for(server.idle, 120, "an idle server")
-        after = exchange(server.address, [request(json.dumps(good_requests()["deepcache"]))])
-        print(f"\n{wrong} wrong; afterwards a good request: {after.status if after else 'no answer'}")
-    return wrong
-
-
-def _drawn(server: Server) -> dict[str, Pictures]:
+def _drawn(server: Server) -> dict[str, Generated]:
     """Each good request once, one after the other; those that this server's models cannot do are left out."""
-    found: dict[str, Pictures] = {}
-    for name, body in good_requests().items():
-        answer = exchange(server.address, [request(json.dumps(body))], seconds=240)
-        if answer is not None and answer.status == 200:
-            found[name] = pictures(answer.body)
-        else:
-            print(f"left out: {name}: {answer.body.decode() if answer else 'no answer'}")
+    found: dict[str, Generated] = {}
+    with Client(server.url) as client:
+        for name, fields in good_requests().items():
+            try:
+                found[name] = client.generate(**fields)
+            except ApiError as error:
+                print(f"left out: {name}: {error}")
     return found
 
 
@@ -100,25 +82,16 @@ def _besiege(server: Server, crowd: Crowd, seconds: float) -> Moments:
     for _ in range(3):
         with ThreadPoolExecutor(24) as pool:
             list(pool.map(lambda _: exchange(server.address, [long]), range(24)))
-    crowd.start()
-    started = time.monotonic()
-    for name, share in (("warm", 0.25), ("no more kills", 0.4), ("worker warm", 0.65), ("end", 1.0)):
-        while time.monotonic() < started + seconds * share and server.process.poll() is None:
-            time.sleep(0.2)
-        crowd.pause()
+    for name, with_kills, without in (("warm", 0.25, 0.0), ("worker warm", 0.15, 0.25), ("end", 0.0, 0.35)):
+        crowd.besiege(seconds * with_kills, killing=True)
+        crowd.besiege(seconds * without, killing=False)
         wait_for(server.idle, 120, "an idle server")
-        if name == "no more kills":
-            crowd.killing = False
-        else:
-            for good in crowd.requests:  # once, alone: after all that, are its bytes what they were?
-                crowd.ask(good)
-            time.sleep(6)  # longer than idle connections are kept
-            worker = int(str(wait_for(server.worker, 120, "a worker")))
-            moments[name] = {"server": _settled(server.process.pid), "worker": _settled(worker)}
-            counts = f"{len(crowd.answers)} answers, {crowd.kills} kills, {len(crowd.faults)} faults"
-            print(f"{name}: {counts}", flush=True)
-        if name != "end":
-            crowd.resume()
+        for good in crowd.requests:  # once, alone: after all that, are its bytes what they were?
+            crowd.ask(good)
+        time.sleep(6)  # longer than idle connections are kept
+        worker = int(str(wait_for(server.worker, 120, "a worker")))
+        moments[name] = {"server": _settled(server.process.pid), "worker": _settled(worker)}
+        print(f"{name}: {len(crowd.answers)} answers, {crowd.kills} kills, {len(crowd.faults)} faults", flush=True)
     return moments
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import base64
+import itertools
 import json
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-import psutil
-
-from benchmarks.server import Server, wait_for
-from benchmarks.soak.hostile import Row, odd_pictures
-from benchmarks.soak.wire import Answer, exchange, request
+from app.client import ApiError, Client, Generated
+from benchmarks.server import Server
+from benchmarks.soak.hostile import Row, odd_picture
+from benchmarks.soak.wire import exchange, request
 
 BUSY = {"queue_full", "worker_lost", "not_ready"}
 """Honest answers to a good request while workers are killed and the queue is full."""
 PATIENCE = 240.0  # seconds for an answer
-
-Pictures = tuple[bytes, ...]
 
 
 def good_requests() -> dict[str, dict[str, Any]]:
@@ -40,88 +38,57 @@ def good_requests() -> dict[str, dict[str, Any]]:
         "jpeg": {"output_format": "jpeg"},
         "odd text": {"prompt": "a\u202e\nstormy sea 👩\u200d🚀\x1b[2J", "negative_prompt": "\r\nSteps: 1"},
     }
-    for name, text in odd_pictures().items():
-        named[f"from {name}"] = {"steps": 4, "img2img_enabled": True, "img2img_image": text}
+    named["from a CMYK JPEG"] = {"steps": 4, "img2img_enabled": True, "img2img_image": odd_picture()}
     return {name: small | fields for name, fields in named.items()}
 
 
-def pictures(body: bytes) -> Pictures:
-    told = json.loads(body)
-    return tuple(base64.b64decode(text) for text in told.get("images") or [told["image"]])
-
-
 class Crowd:
-    """Threads that ask until told to end; between `pause` and `resume` none of them has a request on its way.
+    """answers: what was answered, in words. faults: sentences on what must not be. kills: of workers."""
 
-    answers: what was answered, in words. faults: sentences on what must not be.
-    """
-
-    def __init__(self, server: Server, expected: Mapping[str, Pictures], rows: Sequence[Row], *, seed: int) -> None:
-        self.server, self.expected, self.rows = server, expected, rows
+    def __init__(
+        self, server: Server, client: Client, expected: Mapping[str, Generated], rows: Sequence[Row], seed: int = 0
+    ) -> None:
+        self.server, self.client, self.expected, self.rows = server, client, expected, rows
         self.requests = {name: body for name, body in good_requests().items() if name in expected}
         self.answers: list[str] = []
         self.faults: list[str] = []
-        self.kills, self.killing = 0, True
-        self._open, self._ended = threading.Event(), threading.Event()
-        acts = [*[self.ask_well] * 3, self.ask_badly, self.leave, self.kill, self.ask_later]
-        self._idle = [threading.Event() for _ in acts]
-        self._threads = [
-            threading.Thread(target=self._loop, args=(act, idle, seed * 1000 + number), daemon=True)
-            for number, (act, idle) in enumerate(zip(acts, self._idle, strict=True))
-        ]
+        self.kills, self._seeds, self._until = 0, itertools.count(seed * 1000), 0.0
 
-    def start(self) -> None:
-        self._open.set()
-        for thread in self._threads:
-            thread.start()
+    def besiege(self, seconds: float, killing: bool) -> None:
+        """Ask in all ways at once for so long. Afterwards no request is on its way."""
+        self._until = time.monotonic() + seconds
+        acts = [*[self.ask_well] * 3, self.ask_badly, self.leave, self.ask_later, *([self.kill] if killing else [])]
+        with ThreadPoolExecutor(len(acts)) as pool:
+            for act in acts:
+                pool.submit(self._repeat, act, random.Random(next(self._seeds)))
 
-    def pause(self) -> None:
-        """Raises TimeoutError when a request stays without an answer."""
-        self._open.clear()
-        wait_for(lambda: all(idle.is_set() for idle in self._idle), 300, "an answer to each request")
-
-    def resume(self) -> None:
-        self._open.set()
-
-    def end(self) -> None:
-        self._ended.set()
-        self._open.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _loop(self, act: Any, idle: threading.Event, seed: int) -> None:
-        source = random.Random(seed)
-        while not self._ended.is_set():
-            idle.clear()
-            if self._open.is_set():
-                try:
-                    act(source)
-                except Exception as error:  # noqa: BLE001  # whatever happens to a client is to be told, not to end it
-                    self._fault(f"{act.__name__}: {type(error).__name__}: {error}")
-                    time.sleep(1)
-            idle.set()
-            self._open.wait()
+    def _repeat(self, act: Callable[[random.Random], None], source: random.Random) -> None:
+        while time.monotonic() < self._until and self.server.process.poll() is None:
+            try:
+                act(source)
+            except Exception as error:  # noqa: BLE001  # whatever happens to a client is to be told, not to end it
+                self._fault(f"{act.__name__}: {type(error).__name__}: {error}")
+                time.sleep(1)
 
     def _fault(self, sentence: str) -> None:
         self.faults.append(sentence[:300])
 
-    def _exchange(self, body: Mapping[str, Any], **how: Any) -> Answer | None:
-        return exchange(self.server.address, [request(json.dumps(body), **how)], seconds=PATIENCE)
-
     def ask(self, name: str) -> None:
-        self.judge(name, self._exchange(self.requests[name]))
+        self.judge(name, lambda: self.client.generate(**self.requests[name]))
 
-    def judge(self, name: str, answer: Answer | None) -> None:
-        if answer is None:
-            self._fault(f"{name}: no answer")
-        elif answer.status != 200:
-            self.answers.append(f"good {answer.status} {answer.type}")
-            if answer.type not in BUSY:
-                self._fault(f"{name}: {answer.status} {answer.body[:200]!r}")
-        elif pictures(answer.body) == self.expected[name]:
-            self.answers.append("good 200, the quiet server's bytes")
+    def judge(self, name: str, draw: Callable[[], Generated], *allowed: str) -> None:
+        """`allowed`: errors that are right besides `BUSY`."""
+        try:
+            found = draw()
+        except ApiError as error:
+            self.answers.append(f"good {error.status} {error.type}")
+            if error.type not in {*BUSY, *allowed}:
+                self._fault(f"{name}: {error.status} {error.type}: {error}")
         else:
-            self._fault(f"{name}: not the quiet server's picture")
+            same = found.images == self.expected[name].images
+            self.answers.append(f"good 200, {'the quiet' if same else 'not the quiet'} server's bytes")
+            if not same:
+                self._fault(f"{name}: not the quiet server's picture")
 
     def ask_well(self, source: random.Random) -> None:
         self.ask(source.choice(list(self.requests)))
@@ -144,41 +111,27 @@ class Crowd:
 
     def kill(self, source: random.Random) -> None:
         """The worker, at a random moment, one time in some seconds."""
-        for _ in range(source.randrange(100, 400)):
-            if not self._open.is_set() or not self.killing or self._ended.wait(0.1):
-                return
-        if (worker := self.server.worker()) is not None and psutil.pid_exists(worker):
-            os.kill(worker, signal.SIGKILL)
-            self.kills += 1
+        time.sleep(min(source.uniform(10, 40), max(0.0, self._until - time.monotonic())))
+        if time.monotonic() < self._until and (worker := self.server.worker()) is not None:
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.kill(worker, signal.SIGKILL)
+                self.kills += 1
 
     def ask_later(self, source: random.Random) -> None:
-        """Through /api/jobs: fetched, or cancelled twice at a random moment."""
+        """As a job: fetched, or cancelled twice at a random moment."""
         name = source.choice(list(self.requests))
-        made = self._exchange(self.requests[name], path="/api/jobs")
-        if made is None or made.status != 202:
-            self.judge(name, made)
-            return
-        path = f"/api/jobs/{json.loads(made.body)['id']}"
-        if source.random() < 0.3:
-            time.sleep(source.choice([0.0, 0.1, 0.5]))
-            twice = [self._exchange({}, method="DELETE", path=path) for _ in range(2)]
-            statuses = [answer and answer.status for answer in twice]
-            self.answers.append(f"cancelled twice {statuses}")
-            if not set(statuses) <= {200, 202, 409}:
-                self._fault(f"cancelled twice: {statuses}")
 
-        def ended() -> dict[str, Any] | None:
-            answer = self._exchange({}, method="GET", path=path)
-            if answer is None or answer.status != 200:
-                raise RuntimeError(f"{path}: {answer}")
-            seen: dict[str, Any] = json.loads(answer.body)
-            return None if seen["state"] in ("queued", "running") else seen
+        def draw() -> Generated:
+            job = self.client.submit(**self.requests[name])
+            if source.random() < 0.3:
+                time.sleep(source.choice([0.0, 0.1, 0.5]))
+                for _ in range(2):
+                    try:
+                        job.cancel()
+                    except ApiError as error:
+                        if error.type != "job_finished":
+                            raise
+                self.answers.append("cancelled twice")
+            return job.result()
 
-        seen: Any = wait_for(ended, PATIENCE, f"the end of job {name}")
-        if seen["state"] == "done":
-            self.judge(name, Answer(200, {}, json.dumps(seen["result"]).encode()))
-        else:
-            kind = (seen.get("error") or {}).get("type")
-            self.answers.append(f"job {seen['state']} {kind}")
-            if seen["state"] != "cancelled" and kind not in BUSY:
-                self._fault(f"job {name}: {seen['state']} {kind}")
+        self.judge(name, draw, "cancelled")

@@ -12,21 +12,13 @@ import pytest
 import torch
 
 from benchmarks.cache import __main__ as command
+from benchmarks.cache import settings
 from benchmarks.cache.measure import Bench
-from benchmarks.cache.overhead import FLUX_BLOCK
-from benchmarks.cache.settings import Grid
-from cache import DeepCache
 from models.base import ModelSpec
 
 needs_peers = pytest.mark.skipif(
     find_spec("cache_dit") is None or find_spec("matplotlib") is None, reason="needs the bench extra"
 )
-
-
-TINY = {
-    **FLUX_BLOCK, "in_channels": 16, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,
-    "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4),
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -36,17 +28,15 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
     monkeypatch.setattr(command, "DEFAULT", sd_spec.name)
     monkeypatch.setattr(command, "DEFAULT_FLUX", flux_spec.name)
     monkeypatch.setattr(command, "OVERHEAD_REPEATS", 2)
-    monkeypatch.setattr(command, "WIDE_REPEATS", 2)
     monkeypatch.setattr(command, "FORECAST_REPEATS", 2)
-    monkeypatch.setattr(command, "GRID", Grid(intervals=(2,), depths=(2,), thresholds=(0.6,)))
-    monkeypatch.setattr(command, "FLUX_BLOCK", TINY)  # minutes at Flux's width
-    monkeypatch.setattr(command, "counted", list)  # seconds for SDXL; tests/cache/test_cost.py has it
+    for name, only in {"INTERVALS": 3, "DEPTHS": 2, "THRESHOLDS": 0.6, "FEWER_STEPS": 0.5, "CACHED_STEPS": 0.5}.items():
+        monkeypatch.setattr(settings, name, (only,))
     return [spec.name for spec in specs]
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
     usual = {"model": None, "whole": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
-    return {**usual, "page": folder / "benchmarks.md", "store": folder / "store.jsonl", **changes}
+    return {**usual, "page": folder / "benchmarks.md", "store": folder / "store", **changes}
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -55,13 +45,14 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_the_quick_run_ends_in_one_json_line(
-    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(settings, "PRESETS", {"balanced": settings.PRESETS["balanced"]})
     command.main(**arguments(tmp_path, model=names[:1]))
     last = last_line(capsys)
     rows = last["models"][names[0]]["settings"]
     assert rows["uncached"]["identical"] == 2
-    balanced = rows["ours balanced 3/2"]
+    balanced = rows["ours balanced"]
     assert balanced["operations_speedup"] == pytest.approx(balanced["predicted_speedup"], rel=0.03)
     assert balanced["operations_speedup"] > 1
     assert last["machine"]["versions"]["torch"] == torch.__version__
@@ -72,16 +63,17 @@ def test_the_quick_run_ends_in_one_json_line(
 def test_the_full_run_writes_its_page_and_goes_on_where_it_stopped(
     names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "benchmarks.md").write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
     command.main(**arguments(tmp_path, whole=True))
     first = last_line(capsys)
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     for name in names:
-        assert f"images/pareto-{name}.png" in page
         assert (tmp_path / "images" / f"pareto-{name}.png").stat().st_size > 10_000
         for setting in first["models"][name]["settings"]:
             assert f"| {setting} |" in page
-    excess = first["models"][names[0]]["overhead"][0]["excess"]
-    assert excess.keys() == {f"ours, {DeepCache().forecast}", "ours, none", "DeepCache 0.1.1"}
+    told = [claim["sentence"] for claim in first["models"][names[0]]["demands"]]
+    assert any("time over plain reuse" in sentence for sentence in told)
+    assert any("above its bare layers" in sentence for sentence in told)
 
     def fail(*_: Any) -> None:
         raise AssertionError("measured again")

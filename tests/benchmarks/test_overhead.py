@@ -1,19 +1,18 @@
-"""What a reuse step costs above its layers: the same steps timed for ours, the hook's and the bare one."""
+"""What a reuse step costs above its layers: the same steps timed for ours, the helper's and the bare one."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from benchmarks.cache.overhead import first_block_overheads
-from tests.cache.networks import flux_inputs, tiny_flux
+from benchmarks.cache.overhead import overhead
+from benchmarks.cache.settings import OURS, PUBLISHED
 
 
-def test_the_first_block_caches_are_timed_at_reused_calls() -> None:
-    network = tiny_flux()
-    latents = torch.zeros(1, 64, 16)
-    arguments = {"hidden_states": latents, "timestep": torch.ones(1), **flux_inputs(network, 1, (16, 16))}
-    row = first_block_overheads(network, arguments, ("probe", "none"), 4, "the first block")
-    assert row["layers"] == "the first block"
-    assert row["milliseconds"].keys() == {"bare", "ours, probe", "ours, none", "diffusers FirstBlockCache"}
-    assert row["excess"].keys() == row["milliseconds"].keys() - {"bare"}
-    assert min(row["milliseconds"].values()) > 0
+def test_the_reused_steps_are_timed(sd: Any) -> None:
+    network = sd.pipeline.unet
+    row = overhead(sd.pipeline, branch=0, depth=2, repeats=2, size=(8, 8))
+    assert row["branch"] == 0
+    assert row["excess"].keys() == {OURS, PUBLISHED}
+    assert row["milliseconds"] > 0
+    assert sd.pipeline.unet is network
+    assert "forward" not in vars(network)

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.cache.measure import ssim
-from benchmarks.report import interval
+from benchmarks.cache.measure import interval, ssim
 
 
 def looped_ssim(x: np.ndarray, y: np.ndarray) -> float:

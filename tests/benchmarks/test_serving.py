@@ -81,7 +81,7 @@ class OneWorker:
 
 
 def a_load(**given: Any) -> Load:
-    usual = {"name": "x", "mix": SQUARE, "seconds": 2.0, "warm_up": 0.0, "objective": 2.0, "seed": 1}
+    usual = {"name": "x", "mix": SQUARE, "seconds": 2.0, "warm_up": 0.0, "objective": 2.0}
     return Load(**{**usual, **given})
 
 
@@ -117,7 +117,7 @@ def test_an_open_loop_counts_from_the_schedule_through_a_stall(users: int, monke
     slower than it is told makes latencies longer, so what follows of its least times is a lower bound for them.
     """
     monkeypatch.setattr(loads, "MOST_USERS", users)
-    arrivals = poisson(20.0, 2.0, seed=1)
+    arrivals = poisson(20.0, 2.0)
     services = [1.0 if number == 10 else 0.01 for number in range(len(arrivals))]
     with answering(OneWorker(services.__getitem__)) as url:
         samples, _ = Target(url).run(a_load(rate=20.0))
@@ -163,7 +163,7 @@ def test_figures_are_those_of_the_window() -> None:
         sample(6.0, 0.1, 0),
         sample(9.5, 1.5, images=2),  # finished after the end
     ]
-    found = figures(samples, [(1.0, 10.0)], objective=2.0)
+    found = figures(samples, 1.0, 10.0, objective=2.0)
     assert (found["requests"], found["statuses"]) == (6, {"0": 1, "200": 3, "429": 2})
     assert found["offered"] == pytest.approx(6 / 9)
     assert found["finished"] == pytest.approx((5 + 1 + 1) / 9)
@@ -175,21 +175,20 @@ def test_figures_are_those_of_the_window() -> None:
     assert found["late"] == pytest.approx(0.01)
 
 
-def test_rounds_are_joined_and_their_median_counts() -> None:
-    slow, usual, quick = (
-        ([sample(at, 0.5) for at in (0.1, *times)], [(3.0, 1, 1, None)])
-        for times in ([2.1], [2.1, 2.6], [2.1, 2.2, 2.3, 2.4, 3.9])
-    )
-    whole = entry(a_load(seconds=4.0, warm_up=2.0, rate=1.0), [slow, usual, quick])
-    assert (whole["figures"]["requests"], whole["figures"]["seconds"]) == (8, pytest.approx(6.0))
-    assert whole["figures"]["finished"] == pytest.approx(1.0)  # of 0.5, 1 and 2 a second; the last ends after its round
-    assert [look[0] for look in whole["looks"]] == [3.0, 7.0, 11.0]
-    assert whole["rounds"] == 3
+def test_a_closed_loop_counts_up_to_its_last_answer() -> None:
+    samples = [sample(at, 0.5) for at in (0.1, 2.0, 3.9)]
+    looks = [{"at": float(at), "server": 1, "workers": 1, "waiting": at} for at in range(4)]
+    closed = entry(a_load(seconds=4.0, clients=1), samples, looks)["figures"]
+    assert (closed["requests"], closed["finished"]) == (3, pytest.approx(3 / 4.4))
+    opened = entry(a_load(seconds=4.0, warm_up=1.0, rate=1.0), samples, looks[:2])
+    assert (opened["figures"]["requests"], opened["figures"]["finished"]) == (2, pytest.approx(1 / 3))
+    assert opened["held"]["waiting_most"] == 1
 
 
 def test_growth_is_of_medians_a_third_apart() -> None:
     def grown(*resident: int) -> Any:
-        return held([(float(at), of, 0, 3) for at, of in enumerate(resident)], [])["server_growth"]
+        looks = [{"at": at, "server": of, "workers": 0, "waiting": 3} for at, of in enumerate(resident)]
+        return held(looks, [])["server_growth"]
 
     assert grown(100, 100, 500, 100, 100, 100, 110, 110, 110) == pytest.approx(0.1)
     assert grown(100, 200) is None
@@ -234,7 +233,7 @@ def test_a_200_without_its_pictures_is_none() -> None:
     load = a_load(seconds=0.5, rate=80.0)
     with answering(answer) as url:
         samples, looks = Target(url).run(load)
-    found = entry(load, [(samples, looks)])["figures"]
+    found = entry(load, samples, looks)["figures"]
     expected = {"429": seen.count("starry"), "0": seen.count("snowy")}
     expected["200"] = len(seen) - sum(expected.values())
     assert found["statuses"] == expected
@@ -250,7 +249,8 @@ def test_overload_is_refused_and_its_queue_stays_bounded(server: Server) -> None
     )  # four times what it can do
     target = Target(server.url, server.process.pid)
     target.warm(load.mix)
-    found = entry(load, [target.run(load)])
+    samples, looks = target.run(load)
+    found = entry(load, samples, looks)
     figures, held = found["figures"], found["held"]
     assert figures["statuses"].keys() == {"200", "429"}
     assert figures["statuses"]["429"] > figures["statuses"]["200"] / 2
@@ -258,7 +258,7 @@ def test_overload_is_refused_and_its_queue_stays_bounded(server: Server) -> None
     assert held["waiting_most"] <= 4
     assert held["server_mb"] > 10
     assert held["workers_mb"] > 10
-    waits = [wait for *_, wait, _ in found["points"] if wait is not None]
+    waits = [one["queue"] for one in samples if one["queue"] is not None]
     # A place is served at a time; one service more than there are places is room for what dispatching takes.
     assert max(waits) <= (4 + 1) * held["service_longest"]
 
@@ -270,7 +270,6 @@ def test_one_load_by_the_command(server: Server) -> None:
     told = json.loads(CliRunner().invoke(cli, [*given, *more]).stdout.splitlines()[-1])
     assert told["figures"]["statuses"].keys() == {"200"}
     assert told["held"]["workers_mb"] > 10
-    assert "points" not in told
 
 
 @needs_locust

@@ -1,4 +1,4 @@
-"""Waiting: closed forms and simulation beside textbook cases and loops written here, and the fleet from them."""
+"""Waiting: the simulation beside a closed form and loops written here, and the fleet from it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.serving import page, plan
-from benchmarks.serving.simulation import (
-    Machine,
-    Times,
-    allen_cunneen,
-    erlang_c,
-    factor,
-    poisson_kinds,
-    pollaczek_khinchine,
-    simulate,
-)
+from benchmarks.serving.plan import Machine, Times, poisson_kinds, simulate
 from tests.benchmarks.lindley import lindley
-
-
-def test_pollaczek_khinchine_at_its_textbook_cases() -> None:
-    assert pollaczek_khinchine(0.7, [1.0]) == pytest.approx(0.7 / (2 * 0.3))  # M/D/1
-    exponential = [-math.log(1 - (place + 0.5) / 100_000) for place in range(100_000)]
-    assert pollaczek_khinchine(0.7, exponential) == pytest.approx(0.7 / 0.3, rel=0.002)  # M/M/1: ρ / (μ − λ)
-    assert pollaczek_khinchine(1.0, [1.0]) == math.inf
-
-
-@pytest.mark.parametrize(("workers", "load"), [(1, 0.7), (4, 2.8), (8, 7.5), (100, 90.0)])
-def test_erlang_c_by_its_definition(workers: int, load: float) -> None:
-    terms = [load**count / math.factorial(count) for count in range(workers)]
-    waiting = load**workers / math.factorial(workers) * workers / (workers - load)
-    assert erlang_c(workers, load) == pytest.approx(waiting / (sum(terms) + waiting))
-
-
-def test_erlang_c_of_a_fleet_and_of_too_few() -> None:
-    assert 0 < erlang_c(5000, 4900.0) < 1
-    assert erlang_c(4, 4.0) == 1.0
-
-
-def test_allen_cunneen_is_exact_for_one_worker() -> None:
-    services = [0.5, 1.0, 3.0]
-    assert allen_cunneen(0.4, services, 1) == pytest.approx(pollaczek_khinchine(0.4, services))
-    assert allen_cunneen(3.0, services, 4) == math.inf
 
 
 def fixed(*seconds: float, **batches: float) -> Times:
@@ -89,12 +55,13 @@ def test_the_simulation_of_several_workers_is_the_recursion_of_the_earliest_free
 
 
 def test_the_simulated_mean_wait_comes_to_the_closed_form() -> None:
-    source = random.Random(5)
-    services = [0.2, 0.4, 1.5]
+    """Pollaczek and Khinchine, exact before one worker (Kleinrock, Queueing Systems I, 5.6): λ E[S²] / (2 (1 − ρ))."""
+    source, rate, services = random.Random(5), 1.0, [0.2, 0.4, 1.5]
     times = {"a": {"alone": [0.4], "busy": services, "batches": {"1": 1.0}}}
-    arrivals = poisson_kinds(0.7 / 0.7, 40_000, [("a", 1.0)], source)
+    arrivals = poisson_kinds(rate, 40_000, [("a", 1.0)], source)
     waits = [one.wait for one in simulate(Machine(queue_size=10_000), arrivals, times, source) if one]
-    assert sum(waits) / len(waits) == pytest.approx(pollaczek_khinchine(1.0, services), rel=0.05)
+    squares, load = sum(one**2 for one in services) / 3, rate * sum(services) / 3
+    assert sum(waits) / len(waits) == pytest.approx(rate * squares / (2 * (1 - load)), rel=0.05)
 
 
 def test_a_full_queue_refuses() -> None:
@@ -105,10 +72,10 @@ def test_a_full_queue_refuses() -> None:
 
 def test_a_batch_is_the_oldest_one_s_kind_up_to_its_size() -> None:
     arrivals = [(0.0, "a"), (0.1, "b"), (0.2, "a"), (0.3, "b"), (0.4, "a"), (0.5, "b"), (0.6, "b")]
-    # a alone 0–1; three b 1–5 (2.0 × 2.0); two a 5–6.5 (1.0 × 1.5, between one and three); the last b 6.5–8.5
+    # a alone 0–1; three b 1–5 (2.0 × 2.0); two a 5–6.5 (1.0 × 1.5); the last b 6.5–8.5
     for timeout, waited in ((0.0, 0.0), (0.8, 0.1)):  # for company of the kind that came just now: an eighth of it
         machine = Machine(max_batch=3, batch_timeout=timeout)
-        found = simulate(machine, arrivals, fixed(1.0, 2.0, x3=2.0), random.Random(0))
+        found = simulate(machine, arrivals, fixed(1.0, 2.0, x2=1.5, x3=2.0), random.Random(0))
         outcomes = [one for one in found if one]
         assert [one.batch for one in outcomes] == [1, 3, 2, 3, 2, 3, 1]
         assert [one.latency + at for one, (at, _) in zip(outcomes, arrivals, strict=True)] == pytest.approx(
@@ -117,8 +84,8 @@ def test_a_batch_is_the_oldest_one_s_kind_up_to_its_size() -> None:
 
 
 def test_a_batch_that_was_not_measured_is_not_guessed() -> None:
-    with pytest.raises(ValueError, match="batches of 5 were not measured"):
-        factor(fixed(1.0, x4=2.0)["a"], 5)
+    with pytest.raises(KeyError, match="3"):
+        simulate(Machine(max_batch=3), [(0.0, "a")] * 4, fixed(1.0, x2=1.5), random.Random(0))
 
 
 def test_a_fleet_keeps_its_objective_and_one_step_more_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +100,10 @@ def test_a_fleet_keeps_its_objective_and_one_step_more_does_not(monkeypatch: pyt
     assert one.workers == 4 * one.machines
     assert one.busy == pytest.approx(one.per_machine * 0.625 / 4, rel=0.03)  # of finitely many arrivals
     assert one.cost == pytest.approx(one.workers * 1.8 / (100 * 3600) * 1000)
-    assert one.pooled is not None
-    assert 62.5 < one.pooled < one.workers
 
 
 def test_no_fleet_keeps_an_objective_below_the_service_time() -> None:
     demand = plan.Demand(rate=1.0, objective=0.4, share=0.95, price=1.0)
     one = plan.fleet(plan.Setting("x", Machine(), [("a", 1.0)], fixed(0.5)), demand)
-    assert (one.per_machine, one.machines, one.cost) == (0.0, None, None)
+    assert (one.per_machine, one.machines, one.cost) == (0.0, 0, 0.0)
     assert "misses the objective" in "\n".join(page.planning([], [one], demand)["fleet"])

@@ -6,26 +6,48 @@ import json
 import re
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from benchmarks.report import ROOT
 from benchmarks.server import Server, wait_for
-from benchmarks.soak.hostile import Row, fields, rows, running
+from benchmarks.soak.hostile import Row, fields, picture, rows, running
 from benchmarks.soak.wire import Answer, exchange, request
 from tests.app.test_bad_input import NOT_A_NUMBER, OUT_OF_BOUNDS, UNKNOWN_SAMPLER, WRONG_TYPE
+from tests.app.test_pictures import REFUSED, png
 
 FAKE = ("-m", "tests.e2e.fake_server")
 GOOD = {"prompt": "a", "width": 64, "height": 64, "steps": 2, "seed": 1}
 
 
 VALUES = [(field, value) for field, value, *_ in OUT_OF_BOUNDS + NOT_A_NUMBER + WRONG_TYPE + UNKNOWN_SAMPLER]
-ROWS = [*rows(), *(fields(f"{field} is {value}", f'"{field}": {value}') for field, value in VALUES)]
+LORAS = ("..", "../outside", "/etc/passwd", "%2e%2e", "a\\b", "pickle.ckpt", "pickle", "link", "owner/repository")
+LISTED = [
+    *rows(),
+    *(fields(f"LoRA {name}", f'"loras": {json.dumps([{"name": name}])}') for name in LORAS),
+    picture("50 000²", png(50_000, 50_000, rows=b"\0")),
+]
+ROWS = [
+    *LISTED,
+    *(fields(f"{field} is {value}", f'"{field}": {value}') for field, value in VALUES),
+    *(picture(f"with {name}", make()) for name, (make, _) in REFUSED.items()),
+]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(FAKE, WAVESPEED_QUEUE_SIZE="1") as server:
+    with running(FAKE, lay_out, WAVESPEED_QUEUE_SIZE="1") as server:
         yield server
+
+
+def lay_out(folder: Path) -> None:
+    """LoRAs that must not be read: a pickle, and a link that leads out of their folder."""
+    loras = folder / "loras"
+    loras.mkdir()
+    (loras / "pickle.ckpt").write_bytes(b"\x80\x04.")
+    (folder / "outside.safetensors").write_bytes(bytes(16))
+    (loras / "link.safetensors").symlink_to(folder / "outside.safetensors")
 
 
 def ask(server: Server, **body: object) -> Answer:
@@ -39,6 +61,18 @@ def test_bad_input_is_answered_as_it_should(server: Server, row: Row) -> None:
     answer = exchange(server.address, row.parts, leave=row.leave)
     assert row.accepts(answer), answer
     assert server.get("/livez").status_code == 200
+
+
+def test_the_document_lists_what_is_asked() -> None:
+    lines = (ROOT / "docs" / "bad-input.md").read_text(encoding="utf-8").partition("## The table")[2].splitlines()
+    told = dict(line[2:].split(" | ", 1) for line in lines if line.startswith("| ") and "| status |" not in line)
+    assert told.keys() == {row.name for row in LISTED}
+    for row in LISTED:
+        without = "the client left" if row.leave else "closed"
+        words = {without if status is None else str(status) for status in row.status}
+        status, kind = told[row.name].removesuffix("|").strip().split(" |")
+        assert status in words, row.name
+        assert row.type is None or kind.strip() == f"`{row.type}`", row.name
 
 
 def test_afterwards_all_is_well(server: Server) -> None:
