@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ HAS_RAY = find_spec("ray") is not None
 # The same examples in every run, and as long for each as a busy machine takes: Hypothesis's own limit is 0.2 seconds.
 settings.register_profile("wavespeed", deadline=None, derandomize=True, database=None)
 settings.load_profile("wavespeed")
+
+
+LONGEST = ("e2e", "accelerator", "ui", "embedded", "compatibility")
+"""Folders that come first, so that two processes which share the files end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = Path(__file__).parent
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(folders).parts[0], len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
