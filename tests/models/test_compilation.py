@@ -1,7 +1,7 @@
 """Compiled layers: the same pictures within rounding, under every cache, and the bytes of before when they are off.
 
-Most tests compile with `eager`, where it is dynamo's doing alone: it traces and guards as for the default. One compiles with
-`aot_eager`, which leaves out code generation only; one runs the default, Inductor, on a single layer.
+Most tests compile with `eager`, where it is dynamo's doing alone: it traces and guards as for the default. One compiles
+with `aot_eager`, which leaves out code generation only; one runs the default, Inductor, on a single layer.
 """
 
 from __future__ import annotations
