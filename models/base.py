@@ -110,9 +110,9 @@ class GenerationParams:
     `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
     denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
-    `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
+    `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled.
-    The passes (`models/passes`) are off by default. `face_detector` is the operator's file for ADetailer.
+    The passes (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str

@@ -10,11 +10,14 @@ from functools import cached_property, partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, attention, compilation, embedding, finite, limits, samplers
+from . import adapters, finite, limits
+from .acceleration import attention, compilation
+from .adapters import embedding
 from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
-from .loading import quiet
+from .libraries import quiet
+from .sampling import samplers
 from .share import Share, alike, joined
-from .texts import TextCache, key_of
+from .text.encoded import TextCache, key_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +26,9 @@ if TYPE_CHECKING:
     from cache import CacheStrategy, Denoiser
 
     from .layout import Layout
-    from .passes import Pass
-    from .passes.drawing import Progress
-    from .passes.preview import Decoder
+    from .stages import Pass
+    from .stages.drawing import Progress
+    from .stages.preview import Decoder
 
 Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
 REMEMBERED = 64  # samplers' responses: a few numbers each
@@ -126,7 +129,7 @@ class PipelineModel(ABC):
         """Within the context, requests with these settings can be drawn, by these passes."""
         import torch
 
-        from . import passes
+        from . import stages as passes
 
         samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
         chain = passes.chain(params)
@@ -135,7 +138,7 @@ class PipelineModel(ABC):
 
     def _share(self, params: GenerationParams, written: Written) -> Share:
         """A request's text, encoded, and what is to be said to it."""
-        from .passes.drawing import Clock
+        from .stages.drawing import Clock
 
         clock = Clock(self.device)
         with clock("text"):
@@ -155,7 +158,7 @@ class PipelineModel(ABC):
     def _progress(
         self, on_steps: Callable[[Sequence[Step]], None], params: GenerationParams, chain: Sequence[Pass], batches: int
     ) -> Progress:
-        from .passes.drawing import Progress
+        from .stages.drawing import Progress
 
         return Progress(on_steps, batches * sum(one.steps(self, params) for one in chain))
 
@@ -169,8 +172,8 @@ class PipelineModel(ABC):
         progress: Progress,
     ) -> None:
         """Draw the images of all `seeds` together and give each share its own."""
-        from .passes import hires_fix
-        from .passes.drawing import Clock, Drawing
+        from .stages import hires as hires_fix
+        from .stages.drawing import Clock, Drawing
 
         size = limits.render_size(self.spec, params.width, params.height)
         if params.hires_fix:
@@ -251,7 +254,7 @@ class PipelineModel(ABC):
     @cached_property
     def preview_decoder(self) -> Decoder:
         """Found, or fitted, on the first request with previews."""
-        from .passes.preview import decoder_of
+        from .stages.preview import decoder_of
 
         return decoder_of(self)
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from . import attention, compilation
+from .acceleration import attention, compilation
 from .base import LoadedModel, LoadFailed, LoadHooks, ModelFamily, ModelSpec, UnknownModel
-from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
-from .sdxl import SDXL
-from .unet import SD, SD15, SD21
+from .families.flux import FLUX, FLUX_DEV, FLUX_SCHNELL
+from .families.sd import SD, SD15, SD21
+from .families.sdxl import SDXL
 
 _ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, FLUX, FLUX_SCHNELL, FLUX_DEV)
 FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})

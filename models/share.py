@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from . import attention
+from .acceleration import attention
 from .base import Generation, PassReport, Timings
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from .passes.drawing import Clock, Drawing
+    from .stages.drawing import Clock, Drawing
 
 Conditioning = Mapping[str, "torch.Tensor"]
 """A pipeline's arguments for the text, by name; the first dimension is the batch."""

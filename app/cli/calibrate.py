@@ -41,9 +41,9 @@ def calibrate(
     for one, other, count in combinations:
         checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other, "steps": count}, settings)
     with runner_here(settings) as (progress, runner):
-        from models import calibration, placements
         from models.base import GenerationParams
-        from models.unet import StableDiffusionModel
+        from models.families.sd import StableDiffusionModel
+        from models.tuning import calibration, placements
 
         info = runner.catalogue().models[model]
         loaded = runner.model(model)
@@ -90,7 +90,7 @@ def threshold(
     fields: dict[str, Any],
 ) -> None:
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
-    from models import threshold
+    from models.tuning import threshold
 
     prompts, settings = prompt or threshold.PROMPTS, read_settings()
     given = {"prompt": prompts[0], "model": model, "seed": 0, "fbcache_enabled": True, **fields}

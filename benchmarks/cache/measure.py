@@ -26,7 +26,7 @@ from models.base import GenerationParams
 from models.embedded import FOLDER
 from models.embedded.recipe.autoencoder import to_tensor
 from models.embedded.recipe.judges import Judge
-from models.nearness import PEAK, psnr
+from models.tuning.nearness import PEAK, psnr
 
 PROMPTS = (
     "a misty forest at twilight",

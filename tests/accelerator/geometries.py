@@ -39,11 +39,12 @@ from transformers import (
 
 from cache import TransformerDenoiser, UNetDenoiser, cost
 from models.base import LoadedModel, ModelSpec
-from models.flux import FluxModel
-from models.loading import _settle, quiet
-from models.samplers import DIFFUSION, FLOW_MATCHING
-from models.sdxl import SDXLModel
-from models.unet import StableDiffusionModel
+from models.families.flux import FluxModel
+from models.families.sd import StableDiffusionModel
+from models.families.sdxl import SDXLModel
+from models.libraries import quiet
+from models.loading.folder import _settle
+from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
 
 from .device import NAME, hollow
 

@@ -12,7 +12,7 @@ from torch import no_grad
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import GenerationParams
-from models.passes.drawing import Clock
+from models.stages.drawing import Clock
 
 from .device import Accelerator
 from .geometries import Geometry

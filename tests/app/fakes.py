@@ -30,7 +30,7 @@ from app.engine.types import (
 )
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
-from models.attention import KERNELS, unavailable
+from models.acceleration.attention import KERNELS, unavailable
 from models.base import (
     Generation,
     GenerationParams,
@@ -42,7 +42,7 @@ from models.base import (
     Timings,
     UnknownModel,
 )
-from models.text import TooFewLayers
+from models.text.clip import TooFewLayers
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02

@@ -13,9 +13,9 @@ import app.__main__ as command_line
 from app.engine import runner
 from cache import DeepCache
 from models.base import GenerationParams, ModelSpec
+from models.families.sd import SD
 from models.models_file import Configuration
-from models.placements import read
-from models.unet import SD
+from models.tuning.placements import read
 from tests.models.conftest import flux_folder, flux_spec, sd_folder, sd_spec
 
 __all__ = ["flux_folder", "flux_spec", "sd_folder", "sd_spec"]

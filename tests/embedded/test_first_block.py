@@ -11,9 +11,9 @@ import pytest
 from cache import CacheStrategy, FirstBlockCache, NoCache
 from models.base import GenerationParams, LoadedModel, ModelError
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from models.nearness import psnr
 from models.registry import Registry
-from models.threshold import PROMPTS, find
+from models.tuning.nearness import psnr
+from models.tuning.threshold import PROMPTS, find
 
 PICTURES = (("a snowy forest at night", 40), ("misty hills at dawn", 41), ("a stormy sea at sunset", 42))
 PARAMS = GenerationParams(prompt="", width=192, height=128, steps=28, guidance_scale=3.0)

@@ -12,7 +12,7 @@ from models.base import GenerationParams, LoadedModel
 from models.embedded import SPECS
 from models.embedded.recipe.autoencoder import to_tensor
 from models.embedded.recipe.judges import TABLES, WEIGHTS, Judge
-from models.unet import SD
+from models.families.sd import SD
 
 FILLER = "a painting of a view, " * 24  # 216 tokens: three windows
 

@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from models.base import LoadedModel, ModelSpec
-from models.flux import FLUX
-from models.sdxl import SDXL
-from models.unet import SD
+from models.families.flux import FLUX
+from models.families.sd import SD
+from models.families.sdxl import SDXL
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 16

@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 
 from cache import CacheStrategy, DeepCache
 from models.base import GenerationParams, LoadedModel
-from models.calibration import calibrate, chosen, generated, rounds, sensitivities
-from models.nearness import psnr
+from models.tuning.calibration import calibrate, chosen, generated, rounds, sensitivities
+from models.tuning.nearness import psnr
 
 UNIFORM, OTHER, THIRD = (0, 3), (0, 1), (0, 2)
 

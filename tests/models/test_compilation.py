@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from cache import DeepCache, NoCache
-from models import compilation
+from models.acceleration import compilation
+from models.acceleration.compilation import CompilationFailed, CompiledLayers
 from models.base import GenerationCancelled, ModelSpec, Step
-from models.compilation import CompilationFailed, CompiledLayers
-from models.unet import SD
+from models.families.sd import SD
 from tests.models.test_generation import PARAMS, ignore, pixels
 from tests.models.test_lora import kohya, random_pairs, saved
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from cache import NoCache
-from models import embedding
+from models.adapters import embedding
 from models.base import AdapterFailed, Embedding, GenerationCancelled, GenerationParams, LoadedModel, Step
-from models.loading import quiet
+from models.libraries import quiet
 
 PARAMS = GenerationParams(
     prompt="a misty forest", negative_prompt="", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,)

@@ -14,7 +14,7 @@ import pytest
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadedModel, LoadFailed, ModelSpec
 from models.registry import FAMILIES, Registry
-from models.texts import TextCache
+from models.text.encoded import TextCache
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels, plain
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.files import UnknownFile, WeightsFolder
+from models.adapters.files import UnknownFile, WeightsFolder
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from PIL import Image
 
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
 from cache.schedule import Schedule
-from models import samplers
 from models.base import GenerationCancelled, GenerationParams, LoadedModel, ModelSpec, Step, UnsupportedSampler
-from models.flux import FLUX, FluxModel
-from models.loading import quiet
-from models.unet import SD
+from models.families.flux import FLUX, FluxModel
+from models.families.sd import SD
+from models.libraries import quiet
+from models.sampling import samplers
 
 PARAMS = GenerationParams(
     prompt="a misty forest", width=64, height=64, steps=4, guidance_scale=3.0, seeds=(7, 8), batch_size=2

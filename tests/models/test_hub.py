@@ -21,8 +21,8 @@ import pytest
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
-from models import hub
 from models.base import Hub, LoadFailed, ModelSpec
+from models.loading import hub
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

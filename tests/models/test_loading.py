@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.base import LoadedModel, LoadFailed, ModelSpec
-from models.flux import FLUX
-from models.unet import SD
+from models.families.flux import FLUX
+from models.families.sd import SD
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
+from models.adapters.lora import COMPONENTS
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, ModelSpec, Step
-from models.lora import COMPONENTS
-from models.texts import TextCache
-from models.unet import SD
+from models.families.sd import SD
+from models.text.encoded import TextCache
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
 

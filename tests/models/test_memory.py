@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from models.base import GenerationParams
 from models.embedded import SPECS
-from models.footprint import loaded_bytes
+from models.families.sd import StableDiffusionModel
+from models.loading.footprint import loaded_bytes
 from models.memory import decode_bytes, peak_bytes
-from models.unet import StableDiffusionModel
 
 
 def test_the_peak_of_a_chain_is_its_two_largest_neighbours() -> None:

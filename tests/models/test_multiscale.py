@@ -16,7 +16,7 @@ from cache import DeepCache, FirstBlockCache, NoCache
 from cache.prediction import Diffusion, FlowMatching, Prediction, prediction_of
 from models.base import GenerationParams, LoadedModel, Multiscale
 from models.layout import Packed, Spatial
-from models.passes.multiscale import Scales, is_reduced, low_frequencies
+from models.stages.multiscale import Scales, is_reduced, low_frequencies
 from tests.models.test_passes import ignore, pixels
 
 PARAMS = GenerationParams(prompt="a misty forest", width=96, height=64, steps=12, guidance_scale=3.0, seeds=(7,))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from models.nearness import psnr
+from models.tuning.nearness import psnr
 
 
 def picture(level: int) -> np.ndarray:

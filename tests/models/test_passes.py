@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models import faces, samplers
+from models import faces
 from models.base import (
     GenerationCancelled,
     GenerationParams,
@@ -27,13 +27,14 @@ from models.base import (
     TooFewSteps,
 )
 from models.embedded import SPECS
-from models.flux import FluxModel
-from models.loading import quiet
-from models.passes.adetailer import ADetailer, around
-from models.passes.drawing import Clock, Drawing, Progress
-from models.passes.preview import Previews, linear
-from models.sdxl import SDXL, SDXLModel
-from models.unet import SD as SD_FAMILY
+from models.families.flux import FluxModel
+from models.families.sd import SD as SD_FAMILY
+from models.families.sdxl import SDXL, SDXLModel
+from models.libraries import quiet
+from models.sampling import samplers
+from models.stages.detail import ADetailer, around
+from models.stages.drawing import Clock, Drawing, Progress
+from models.stages.preview import Previews, linear
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=6, guidance_scale=3.0, seeds=(7, 8))
 

@@ -18,8 +18,8 @@ from cache import DeepCache
 from cache.schedule import GROWTH, Placement, budget, warped
 from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
-from models.placements import Calibrated, place, read, stretched, write
-from models.unet import SD
+from models.families.sd import SD
+from models.tuning.placements import Calibrated, place, read, stretched, write
 from tests.models.conftest import BETAS
 
 FOUND = Calibrated(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.prompt import HIGHEST, MOST_WEAKENED, BadPrompt, Fragment, parse, plain, remarks, weighted, windows
+from models.text.prompt import HIGHEST, MOST_WEAKENED, BadPrompt, Fragment, parse, plain, remarks, weighted, windows
 
 CASES: dict[str, list[tuple[str, float]]] = {
     "": [],

@@ -12,9 +12,9 @@ import pytest
 from diffusers.schedulers import AysSchedules
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models import samplers
 from models.base import LoadedModel, ModelSpec
 from models.registry import FAMILIES
+from models.sampling import samplers
 from tests.models.test_generation import PARAMS, ignore, pixels
 
 STEPS = 4

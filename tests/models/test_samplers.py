@@ -19,9 +19,9 @@ from diffusers import (
 )
 from diffusers.schedulers import AysSchedules
 
-from models import samplers
 from models.base import UnsupportedSampler
-from models.loading import quiet
+from models.libraries import quiet
+from models.sampling import samplers
 from tests.models.conftest import terminal_snr_betas, terminal_snr_scheduler
 
 PAIRS = [(name, scheduler) for name, sampler in samplers.DIFFUSION.items() for scheduler in sampler.schedulers]

@@ -11,10 +11,10 @@ import torch
 from compel import Compel
 
 from cache import DeepCache, NoCache
-from models import text
 from models.base import GenerationParams, LoadedModel, Step
-from models.prompt import parse
-from models.text import TooFewLayers
+from models.text import clip as text
+from models.text.clip import TooFewLayers
+from models.text.prompt import parse
 
 WINDOW = 16  # tokens of the tiny encoder, two of them at the ends
 LONG = "a misty forest, a snowy hill, a stormy sea"  # a token a letter

@@ -15,7 +15,7 @@ import torch
 
 from cache import NoCache
 from models.base import Embedding, GenerationParams, LoadedModel, Lora
-from models.texts import TextCache, key_of
+from models.text.encoded import TextCache, key_of
 from tests.models.test_generation import PARAMS, ignore, pixels
 
 

@@ -13,8 +13,8 @@ import pytest
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Multiscale, Step
 from models.embedded import FOLDER, SPECS
-from models.flux import FLUX
-from models.unet import SD
+from models.families.flux import FLUX
+from models.families.sd import SD
 from tests.models.test_generation import PARAMS, ignore, pixels, plain
 
 PROMPTS = ("a fox", "a rainy day", "the sea")

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
 from cache import NoCache
-from models import faces, passes
+from models import faces
+from models import stages as passes
 from models.base import DetectorFailed, GenerationParams, LoadedModel, Step
 
 CELL = 32  # pixels of the network's input that share an anchor
