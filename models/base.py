@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from cache import CacheReport, CacheStrategy, Denoiser
@@ -43,7 +42,7 @@ class UnsupportedSampler(ModelError):
 
 
 class TooFewSteps(ModelError):
-    """A pass would have no step to run."""
+    """A stage would have no step to run."""
 
     field = "steps"
 
@@ -112,7 +111,7 @@ class GenerationParams:
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
     `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled.
-    The passes (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
+    Stages beyond the first (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str
@@ -145,7 +144,7 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished denoising step: `index` counts from 0 to `total` - 1 over all passes and batches of the request.
+    """A finished denoising step: `index` counts from 0 to `total` - 1 over all stages and batches of the request.
 
     `total` grows when ADetailer has found faces: how many there are is not known before.
 
@@ -176,8 +175,8 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassReport:
-    """One run of the denoiser under a cache: the pass that made it, its steps, its size in pixels.
+class StageReport:
+    """One run of the denoiser under a cache: the stage that made it, its steps, its size in pixels.
 
     `sizes`: with multi-scale, a letter for each denoiser call, F at full size, S small, which is `small_share` of it.
     """
@@ -193,7 +192,7 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user.
+    """What a request made: one picture a seed, one report a stage and batch as they ran, sentences for the user.
 
     `attention` is the kernel that computed the denoiser's attention. `batches`: how many images were denoised together
     in each batch; one that several requests shared stands with the first of them alone. `sampling`: sampler and
@@ -201,7 +200,7 @@ class Generation:
     """
 
     images: list[Image.Image]
-    passes: list[PassReport]
+    stages: list[StageReport]
     timings: Timings
     warnings: list[str] = field(default_factory=list)
     attention: str = "sdpa"
@@ -210,7 +209,7 @@ class Generation:
 
     @property
     def reports(self) -> list[CacheReport]:
-        return [one.cache for one in self.passes]
+        return [one.cache for one in self.stages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,48 +297,4 @@ class LoadedModel(Protocol):
 
         A picture is what it would be without the others, but for the rounding that a batch's size brings.
         """
-        ...
-
-
-class ModelFamily(Protocol):
-    """One architecture: its data, its loader. Stateless."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def native_size(self) -> int:
-        """Pixels of a side of the square that the family was trained at."""
-        ...
-
-    @property
-    def size_multiple(self) -> int: ...
-
-    @property
-    def cache(self) -> CacheName:
-        """The cache that acts on this family's denoiser."""
-        ...
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def guidance_scale(self) -> float: ...
-
-    @property
-    def samplers(self) -> Mapping[str, tuple[str, ...]]:
-        """Sampler name → names of the schedulers it can be paired with."""
-        ...
-
-    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
-        """Floating-point operations of a reuse step at each branch, as shares of a full step, without the weights.
-
-        Empty where the cache has no branches. Raises LoadFailed.
-        """
-        ...
-
-    def load(
-        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> LoadedModel:
-        """`dtype` None: the spec's, else the one that suits the device. Raises LoadFailed."""
         ...

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from .base import DtypeName, Hub, ModelError, ModelSpec, Offload
 from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from .families import FAMILIES
 from .loading.file import refuse_pickle
-from .registry import FAMILIES
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Repository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]

@@ -1,4 +1,4 @@
-"""A loaded diffusers pipeline that draws pictures under a cache strategy: what all families share."""
+"""A loaded diffusers pipeline: what all families share. It knows nothing of requests' stages."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial, wraps
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, finite, limits
+from . import finite
 from .acceleration import attention, compilation
-from .adapters import embedding
-from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
-from .libraries import quiet
+from .base import GenerationParams, ModelSpec
+from .run import Run
 from .sampling import samplers
-from .share import Share, alike, joined
-from .text.encoded import TextCache, key_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +21,14 @@ if TYPE_CHECKING:
 
     from cache import CacheStrategy, Denoiser
 
+    from .decoders import Decoder
     from .layout import Layout
-    from .stages import Pass
-    from .stages.drawing import Progress
-    from .stages.preview import Decoder
 
-Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
 REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
 class PipelineModel(ABC):
-    """Encode the prompt, then take each batch through the passes (`models/passes`).
-
-    diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a batch.
-    """
+    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run."""
 
     def __init__(
         self, spec: ModelSpec, pipeline: Any, denoiser: Denoiser, choices: Mapping[str, samplers.Sampler]
@@ -49,7 +39,6 @@ class PipelineModel(ABC):
         self.compile_backend = "inductor"
         self._denoiser = denoiser
         self._compiled: compilation.CompiledLayers | None = None
-        self._texts = TextCache()
         self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
 
     @property
@@ -74,129 +63,62 @@ class PipelineModel(ABC):
         dtype: torch.dtype = self.pipeline.vae.dtype
         return torch.float32 if dtype == torch.float16 and self.upcasts else dtype
 
-    def working_bytes(self, params: GenerationParams, images: int) -> int:
+    def decode_bytes(self, width: int, height: int, images: int) -> int:
+        """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
         from .memory import decode_bytes
 
-        width, height = limits.render_size(self.spec, params.width, params.height)
         vae = self.pipeline.vae
         if self.spec.vae_tiling:
             width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
         return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
-    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
-        """One picture a seed, in their order.
-
-        Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
-        where it shows; what `on_step` raises passes through, and leaves the model as it was.
-        """
-        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        with self._ready(params) as (written, chain):
-            share = self._share(params, written)
-            progress = self._progress(lambda steps: on_step(*steps), params, chain, len(batches))
-            for seeds in batches:
-                self._batch(params, [share], [seeds], strategy, chain, progress)
-        return share.generation()
-
-    def generate_together(
-        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
-    ) -> list[Generation | Exception]:
-        """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
-
-        Their images are one batch, or several where the texts differ in length. `on_steps` hears each step of a batch
-        once, with what it was to each request by its index; what it raises ends that batch alone. Raises as `generate`
-        does what concerns all of them.
-        """
-        results: list[Generation | Exception | None] = [None] * len(requests)
-        with self._ready(requests[0]) as (written, chain):
-            shares = [self._share(request, written) for request in requests]
-            for members in alike(shares):
-                hook = partial(_by_index, on_steps, members)
-                progress = self._progress(hook, requests[0], chain, 1)
-                theirs = [shares[index] for index in members]
-                try:
-                    seeds = [requests[index].seeds for index in members]
-                    self._batch(requests[0], theirs, seeds, strategy, chain, progress)
-                except Exception as error:  # noqa: BLE001  # whatever ended this batch, the others know nothing of it
-                    for index in members:
-                        results[index] = error
-                else:
-                    for index in members:
-                        results[index] = shares[index].generation()
-        return [result for result in results if result is not None]
-
     @contextmanager
-    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Pass, ...]]]:
-        """Within the context, requests with these settings can be drawn, by these passes."""
-        import torch
-
-        from . import stages as passes
-
-        samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
-        chain = passes.chain(params)
-        with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
-            yield written, chain
-
-    def _share(self, params: GenerationParams, written: Written) -> Share:
-        """A request's text, encoded, and what is to be said to it."""
-        from .stages.drawing import Clock
-
-        clock = Clock(self.device)
-        with clock("text"):
-            text = written(params)
-            conditioning = self._texts.get(key_of(params), partial(self._encoded, text))
-            words = embedding.without(params.prompt, params.embeddings)
-            warnings = limits.warnings(self.spec, words, params.width, params.height)
-            warnings += self._warnings(text)
-        return Share(conditioning, warnings, clock.seconds)
-
-    def _encoded(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        encoded = self._encode(params)
-        parts = ("text_encoder", "text_encoder_2")
-        finite.check(encoded.values(), "The encoded text is", self.pipeline, parts)
-        return encoded
-
-    def _progress(
-        self, on_steps: Callable[[Sequence[Step]], None], params: GenerationParams, chain: Sequence[Pass], batches: int
-    ) -> Progress:
-        from .stages.drawing import Progress
-
-        return Progress(on_steps, batches * sum(one.steps(self, params) for one in chain))
-
-    def _batch(
+    def run(
         self,
         params: GenerationParams,
-        shares: Sequence[Share],
-        seeds: Sequence[tuple[int, ...]],
+        seeds: tuple[int, ...],
         strategy: CacheStrategy,
-        chain: Sequence[Pass],
-        progress: Progress,
-    ) -> None:
-        """Draw the images of all `seeds` together and give each share its own."""
-        from .stages import hires as hires_fix
-        from .stages.drawing import Clock, Drawing
+        size: tuple[int, int],
+        pictures: Sequence[Image.Image] = (),
+        strength: float = 1.0,
+    ) -> Iterator[Run]:
+        """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
-        size = limits.render_size(self.spec, params.width, params.height)
-        if params.hires_fix:
-            size, _ = hires_fix.sizes(self, params)
-        counts = list(map(len, seeds))
-        ends = list(accumulate(counts))
-        items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        clock = Clock(self.device)
-        progress.items = items
-        flat = tuple(seed for each in seeds for seed in each)
-        drawing = Drawing(self, params, flat, joined(shares, counts), strategy, size, clock, progress)
-        for one in chain:
-            one.run(drawing)
-        for share, part in zip(shares, items, strict=True):
-            share.take(drawing, part)
-            share.spend(clock)
+        They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
+        diffusers' img2img pipelines. Raises AttentionUnavailable and CompilationFailed.
+        """
+        pipeline = self.from_pictures() if pictures else self.pipeline
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
+        wanted |= self.guidance(params)
+        timesteps = samplers.custom_timesteps(params.scheduler, params.steps, self.published_timesteps)
+        if timesteps is not None:
+            wanted["timesteps"] = timesteps
+        if pictures:
+            wanted |= {"image": list(pictures), "strength": strength}
+        with (
+            self._scheduled(pipeline, params, seeds) as scheduler,
+            self._accelerated(params) as (kernel, compiling),
+        ):
+            sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
+            view = self.view(params, scheduler, sampling).sampled(partial(self.responses, scheduler))
+            with strategy.attach(view) as report:
+                yield Run(
+                    pipeline=pipeline,
+                    scheduler=scheduler,
+                    sampling=sampling,
+                    report=report,
+                    attention=kernel,
+                    compilation=compiling,
+                    steps=self.partial_steps(params.steps, strength) if pictures else params.steps,
+                    grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
+                    settings={name: value for name, value in wanted.items() if name in takes},
+                    ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
+                )
 
     @contextmanager
-    def accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
-        """The denoiser with the attention kernel that `params` asks for, and its layers compiled if they do.
-
-        Raises AttentionUnavailable and CompilationFailed.
-        """
+    def _accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
+        """The denoiser with the attention kernel that `params` asks for, and its layers compiled if they do."""
         with ExitStack() as stack:
             compiling = compilation.Compilation()
             if params.compiled:
@@ -206,8 +128,8 @@ class PipelineModel(ABC):
             kernel = stack.enter_context(attention.attending(params.attention, str(self.device), self._dtype))
             yield kernel, compiling
 
-    def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
-        """The denoiser as a strategy sees it in a run that `scheduler` steps."""
+    def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> Denoiser:
+        """The denoiser as a strategy sees it in a run that `scheduler`, called `sampling`, steps."""
         return self._denoiser
 
     def responses(self, scheduler: Any) -> tuple[float, ...] | None:
@@ -254,9 +176,9 @@ class PipelineModel(ABC):
     @cached_property
     def preview_decoder(self) -> Decoder:
         """Found, or fitted, on the first request with previews."""
-        from .stages.preview import decoder_of
+        from .decoders import decoder_of
 
-        return decoder_of(self)
+        return decoder_of(self.pipeline, self.spec.source, self.device)
 
     @property
     def size_multiple(self) -> int:
@@ -271,7 +193,7 @@ class PipelineModel(ABC):
         return int(height * width * self.pipeline.vae_scale_factor**2)
 
     @contextmanager
-    def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
+    def _scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
         """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards.
 
         The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
@@ -288,20 +210,19 @@ class PipelineModel(ABC):
         finally:
             pipeline.scheduler = saved
 
-    def _truncation(self, tokenizer: Any, prompt: str, limit: int) -> list[str]:
-        tokens = len(tokenizer(prompt).input_ids)
-        if tokens <= limit:
-            return []
-        return [f"{self.spec.name} reads {limit} tokens; the prompt has {tokens}, and its end was not read."]
-
     @property
     @abstractmethod
     def layout(self) -> Layout:
         """How the denoiser's latents lie."""
 
+    def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        """The pipeline's arguments for the text, each with one row (1, …). Raises NotFinite."""
+        encoded = self._encode(params)
+        finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
+        return encoded
+
     @abstractmethod
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        """The pipeline's arguments for the text, each with one row (1, …)."""
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]: ...
 
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:
@@ -342,7 +263,7 @@ class PipelineModel(ABC):
         """What the autoencoder decodes, (B, channels, height, width) of the grid."""
 
     @abstractmethod
-    def _warnings(self, params: GenerationParams) -> list[str]:
+    def warnings(self, params: GenerationParams) -> list[str]:
         """What of the request this family cannot honour."""
 
 
@@ -360,7 +281,3 @@ def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..
         return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
 
     return uploaded
-
-
-def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:
-    on_steps(dict(zip(members, steps, strict=True)))

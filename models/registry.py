@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from .acceleration import attention, compilation
-from .base import LoadedModel, LoadFailed, LoadHooks, ModelFamily, ModelSpec, UnknownModel
-from .families.flux import FLUX, FLUX_DEV, FLUX_SCHNELL
-from .families.sd import SD, SD15, SD21
-from .families.sdxl import SDXL
+from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
+from .families import FAMILIES, ModelFamily
 
-_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, FLUX, FLUX_SCHNELL, FLUX_DEV)
-FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})
+if TYPE_CHECKING:
+    from .generation import ImageGenerator
+
 _GIB = 2**30
 
 
@@ -51,7 +49,7 @@ class Registry:
         self.device = device
         self.memory = memory
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
-        self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
+        self._loaded: dict[str, ImageGenerator] = {}  # the one used last is last
         self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
         self._costs: dict[str, tuple[float, ...]] = {}
 
@@ -79,8 +77,10 @@ class Registry:
     def family(self, name: str) -> ModelFamily:
         return FAMILIES[self.spec(name).family]
 
-    def get(self, name: str) -> LoadedModel:
+    def get(self, name: str) -> ImageGenerator:
         """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
+        from .generation import ImageGenerator
+
         model = self._loaded.pop(name, None)
         if model is None:
             sizes: list[int] = []
@@ -90,7 +90,7 @@ class Registry:
                 sizes.append(size)
 
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
-            model = self.family(name).load(self.spec(name), self.device, hooks=hooks)
+            model = ImageGenerator(self.family(name).load(self.spec(name), self.device, hooks=hooks))
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model

@@ -41,13 +41,13 @@ def calibrate(
     for one, other, count in combinations:
         checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other, "steps": count}, settings)
     with runner_here(settings) as (progress, runner):
+        from cache import UNetDenoiser
         from models.base import GenerationParams
-        from models.families.sd import StableDiffusionModel
         from models.tuning import calibration, placements
 
         info = runner.catalogue().models[model]
         loaded = runner.model(model)
-        if not isinstance(loaded, StableDiffusionModel):
+        if not isinstance(loaded.denoiser, UNetDenoiser):
             raise ServiceError(f"{model} has no UNet: DeepCache, and so its calibration, is for UNet models.")
         path = placements.file_of(loaded.spec)
         if width is None and height is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
+from models.base import UNWATCHED, CacheName, GenerationParams, LoadHooks, ModelSpec
 from models.libraries import quiet
 from models.loading.file import check_layout
 from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, single_file
@@ -61,7 +61,7 @@ class Flux:
 
     def load(
         self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> LoadedModel:
+    ) -> PipelineModel:
         import torch
 
         from cache import TransformerDenoiser
@@ -150,9 +150,12 @@ class FluxModel(PipelineModel):
         scaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
         return scaled
 
-    def _warnings(self, params: GenerationParams) -> list[str]:
-        sentences = self._truncation(self.pipeline.tokenizer_2, params.prompt, self._text_length)
-        sentences += remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
+    def warnings(self, params: GenerationParams) -> list[str]:
+        sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
+        tokens = len(self.pipeline.tokenizer_2(params.prompt).input_ids)
+        if tokens > self._text_length:
+            read = f"{self.spec.name} reads {self._text_length} tokens"
+            sentences.insert(0, f"{read}; the prompt has {tokens}, and its end was not read.")
         if params.negative_prompt and not self._runs_twice(params):
             reason = "is guidance-distilled" if self._distilled else "runs without guidance at a scale of 1 or less"
             sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import UNWATCHED, CacheName, GenerationParams, LoadedModel, LoadHooks, ModelSpec
+from models.base import UNWATCHED, CacheName, GenerationParams, LoadHooks, ModelSpec
 from models.libraries import first_line, quiet
 from models.loading.file import check_layout
 from models.loading.folder import check_class, check_traits, damaged, dtype_for, load_pipeline, read_json, single_file
 from models.pipeline import PipelineModel
-from models.sampling.samplers import DIFFUSION, Sampler, choices, names
+from models.sampling.samplers import DIFFUSION, Sampler, choices
 from models.text.clip import MOST_WINDOWS, encoders, left_out, plain_enough, states
 from models.text.prompt import parse, plain, remarks
 from models.tuning.placements import Calibrated, place, read
@@ -85,7 +85,7 @@ class UNetFamily:
 
     def load(
         self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> LoadedModel:
+    ) -> PipelineModel:
         import torch
 
         from cache import UNetDenoiser
@@ -108,7 +108,7 @@ class UNetFamily:
         denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
         return self.model(spec, pipeline, denoiser)
 
-    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
+    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> PipelineModel:
         return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
 
 
@@ -146,10 +146,8 @@ class StableDiffusionModel(PipelineModel):
     def denoiser(self) -> UNetDenoiser:
         return self._unet
 
-    def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
+    def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> UNetDenoiser:
         from cache.sampling import timesteps_of
-
-        sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
             timesteps = timesteps_of(scheduler, timestep)
@@ -186,7 +184,7 @@ class StableDiffusionModel(PipelineModel):
         scaled: torch.Tensor = latents / self.pipeline.vae.config.scaling_factor
         return scaled
 
-    def _warnings(self, params: GenerationParams) -> list[str]:
+    def warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)
         clips = encoders(self.pipeline, self.device, params.clip_skip)
         for name, prompt in (("prompt", params.prompt), ("negative prompt", params.negative_prompt)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.base import GenerationParams, LoadedModel, ModelSpec
+from models.base import GenerationParams, ModelSpec
 from models.sampling.samplers import AYS_TIMESTEPS_XL, DIFFUSION
 from models.text.clip import encoders, plain_enough, states
 from models.text.prompt import parse, plain, windows
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SDXLFamily(UNetFamily):
-    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> LoadedModel:
+    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> StableDiffusionModel:
         return SDXLModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
 
 

@@ -9,16 +9,16 @@ from models import limits
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
-    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
+    from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)
 class Decode:
     """The autoencoder's decoder, then a resampling where the model does not draw at the request's size."""
 
-    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
         return 0
 
     def run(self, drawing: Drawing) -> None:

@@ -17,9 +17,9 @@ from models import faces, limits
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
-    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
+    from .model import Sizes
 
 STRENGTH = 0.4
 CONTEXT = 2.0  # side of the crop by the face's longer side
@@ -34,7 +34,7 @@ class ADetailer:
 
     find: Callable[[Image.Image], list[faces.Box]] = faces.find
 
-    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
         limits.need_two(params, "adetailer")
         return 0  # nobody knows before the picture is there
 
@@ -83,7 +83,7 @@ def around(box: faces.Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return left, top, left + width, top + height
 
 
-def drawing_size(model: PipelineModel, crop: tuple[int, int]) -> tuple[int, int]:
+def drawing_size(model: Sizes, crop: tuple[int, int]) -> tuple[int, int]:
     """(width, height), pixels, to draw a crop at: of its aspect, with the pixels that the model was trained on.
 
     A crop that has more of them keeps its size.

@@ -16,9 +16,9 @@ from models import limits
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
-    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
+    from .model import Sizes
 
 SCALE = 2  # at most, from the first run to the second
 STRENGTH = 0.5  # of the second run
@@ -28,7 +28,7 @@ STRENGTH = 0.5  # of the second run
 class HiresFix:
     """The pictures drawn so far, enlarged (Lanczos), are drawn over at half strength, under a cache run of its own."""
 
-    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
         first, full = sizes(model, params)
         if first == full:
             return 0
@@ -49,7 +49,7 @@ class HiresFix:
         drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH)
 
 
-def sizes(model: PipelineModel, params: GenerationParams) -> tuple[tuple[int, int], tuple[int, int]]:
+def sizes(model: Sizes, params: GenerationParams) -> tuple[tuple[int, int], tuple[int, int]]:
     """(width, height), pixels, of the first run and of the second.
 
     The second is the request's. The first is half of it, but has at least the pixels that the model was trained on,

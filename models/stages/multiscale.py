@@ -1,4 +1,4 @@
-"""Some steps at a reduced latent size, inside of the base pass.
+"""Some steps at a reduced latent size, inside of the first run.
 
 The sampler stays at full size, so that every scheduler works as it is: the denoiser is shown a smaller picture, and its
 estimate of the clean latents is enlarged. What is shown is the low-frequency part of the latents' orthonormal cosine
@@ -26,7 +26,9 @@ from cache.transfer import upload
 
 if TYPE_CHECKING:
     from models.base import Multiscale
-    from models.pipeline import PipelineModel
+    from models.run import Run
+
+    from .model import Model
 
 EVERY = 4  # with `intermittent`, each so-many-th step between the ends is at full size
 
@@ -40,19 +42,16 @@ def is_reduced(settings: Multiscale, step: int, steps: int) -> bool:
 
 @dataclass(slots=True)
 class Scales:
-    """The sizes of one run. `step` is the one that is being run; whoever counts the steps sets it.
+    """The sizes of one run.
 
-    height, width: of the latents' grid. letters: F or S for each call of the denoiser, at full size or small. share: of
-    a full call's latents that a small one has.
+    letters: F or S for each call of the denoiser, at full size or small. share: of a full call's latents that a small
+    one has.
     """
 
-    model: PipelineModel
+    model: Model
     settings: Multiscale
-    steps: int
+    run: Run
     prediction: Prediction
-    height: int
-    width: int
-    step: int = 0
     letters: str = ""
     share: float = 1.0
     details: dict[str | None, Tensor] = field(default_factory=dict)
@@ -77,23 +76,23 @@ class Scales:
             self.details.clear()
 
     def _call(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layout, prediction = self.model.layout, self.prediction
+        layout, prediction, (height, width) = self.model.layout, self.prediction, self.run.grid
         latents, timestep = layout.input_of(args, kwargs)
-        grid, level = layout.grid(latents, self.height, self.width), prediction.at(timestep)
+        grid, level = layout.grid(latents, height, width), prediction.at(timestep)
         name = getattr(forward, "pass_name", None)  # conditional and unconditional, where they are called apart
         if self.bases is None:
             self.bases = self._bases(grid)
         down, across = self.bases
-        if not is_reduced(self.settings, self.step, self.steps):
+        if not is_reduced(self.settings, self.run.done, self.run.steps):
             self.letters += "F"
             output = forward(*args, **kwargs)
-            if is_reduced(self.settings, self.step + 1, self.steps):
-                clean = prediction.clean(grid, layout.grid(output[0], self.height, self.width), level)
+            if is_reduced(self.settings, self.run.done + 1, self.run.steps):
+                clean = prediction.clean(grid, layout.grid(output[0], height, width), level)
                 self.details[name] = clean - down.T @ (down @ clean @ across.T) @ across
             return output
         self.letters += "S"
         small_height, small_width = len(down), len(across)
-        self.share = small_height * small_width / (self.height * self.width)
+        self.share = small_height * small_width / (height * width)
         gain = math.sqrt(self.share)
         below = prediction.of_ratio(gain * level.sigma / level.alpha)
         small = (gain * below.alpha / level.alpha) * (down @ grid @ across.T)
@@ -107,9 +106,8 @@ class Scales:
 
     def _bases(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         multiple = self.model.layout.multiple
-        sides = (self.height, self.width)
-        sizes = [max(1, round(side * self.settings.factor / multiple)) * multiple for side in sides]
-        rows = (low_frequencies(side, size).to(grid.dtype) for side, size in zip(sides, sizes, strict=True))
+        sizes = [max(1, round(side * self.settings.factor / multiple)) * multiple for side in self.run.grid]
+        rows = (low_frequencies(side, size).to(grid.dtype) for side, size in zip(self.run.grid, sizes, strict=True))
         down, across = (upload(one, grid.device) for one in rows)
         return down, across
 

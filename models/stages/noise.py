@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from models.base import GenerationParams
-    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
+    from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class FromNoise:
     """All steps of the noise schedule, at the drawing's size."""
 
-    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
         return params.steps
 
     def run(self, drawing: Drawing) -> None:

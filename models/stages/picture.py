@@ -1,4 +1,4 @@
-"""From a client's picture to latents, in the base pass's place (Meng et al. 2022, "SDEdit")."""
+"""From a client's picture to latents, in noise's place (Meng et al. 2022, "SDEdit")."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from models.base import TooFewSteps
 
 if TYPE_CHECKING:
     from models.base import GenerationParams, Img2Img
-    from models.pipeline import PipelineModel
 
     from .drawing import Drawing
+    from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class FromPicture:
 
     settings: Img2Img
 
-    def steps(self, model: PipelineModel, params: GenerationParams) -> int:
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
         steps = model.partial_steps(params.steps, self.settings.denoise)
         if steps < 1:
             raise TooFewSteps(

@@ -55,7 +55,7 @@ def catalogue(registry: Registry) -> Catalogue:
     known = RegistryRunner(registry, "CPU").catalogue()
     unets = {name: replace(info, compilation=None) for name, info in known.models.items() if info.cache == "deepcache"}
     compiled: Any = registry.get("small-sd")
-    compiled.compile_backend = "eager"
+    compiled.model.compile_backend = "eager"
     return replace(known, models={**known.models, **unets})
 
 

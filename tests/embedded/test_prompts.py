@@ -13,13 +13,14 @@ from models.embedded import SPECS
 from models.embedded.recipe.autoencoder import to_tensor
 from models.embedded.recipe.judges import TABLES, WEIGHTS, Judge
 from models.families.sd import SD
+from models.generation import ImageGenerator
 
 FILLER = "a painting of a view, " * 24  # 216 tokens: three windows
 
 
 @pytest.fixture(scope="module")
 def tiny_sd() -> LoadedModel:
-    return SD.load(next(spec for spec in SPECS if spec.name == "tiny-sd"), "cpu")
+    return ImageGenerator(SD.load(next(spec for spec in SPECS if spec.name == "tiny-sd"), "cpu"))
 
 
 def seen(model: LoadedModel, prompt: str, table: str, word: str) -> float:

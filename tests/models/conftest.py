@@ -34,6 +34,7 @@ from models.base import LoadedModel, ModelSpec
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.families.sdxl import SDXL
+from models.generation import ImageGenerator
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 16
@@ -245,14 +246,14 @@ def flux_spec(flux_folder: Path) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def sd(sd_spec: ModelSpec) -> LoadedModel:
-    return SD.load(sd_spec, "cpu")
+    return ImageGenerator(SD.load(sd_spec, "cpu"))
 
 
 @pytest.fixture(scope="session")
 def flux(flux_spec: ModelSpec) -> LoadedModel:
-    return FLUX.load(flux_spec, "cpu")
+    return ImageGenerator(FLUX.load(flux_spec, "cpu"))
 
 
 @pytest.fixture(scope="session")
 def sdxl(family_folders: dict[str, Path]) -> LoadedModel:
-    return SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu")
+    return ImageGenerator(SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu"))

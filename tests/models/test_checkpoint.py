@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadFailed, ModelSpec, Step
-from models.registry import FAMILIES
+from models.families import FAMILIES
 from tests.models import original
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels

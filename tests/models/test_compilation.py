@@ -21,6 +21,7 @@ from models.acceleration import compilation
 from models.acceleration.compilation import CompilationFailed, CompiledLayers
 from models.base import GenerationCancelled, ModelSpec, Step
 from models.families.sd import SD
+from models.generation import ImageGenerator
 from tests.models.test_generation import PARAMS, ignore, pixels
 from tests.models.test_lora import kohya, random_pairs, saved
 
@@ -30,8 +31,8 @@ PLAIN = replace(COMPILED, compiled=False)
 
 def load(folder: Path, backend: Any = "aot_eager") -> Any:
     """A model of the caller's own: its compiled layers are kept with it."""
-    loaded: Any = SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu")
-    loaded.compile_backend = backend
+    loaded: Any = ImageGenerator(SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu"))
+    loaded.model.compile_backend = backend
     return loaded
 
 

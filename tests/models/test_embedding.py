@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from cache import NoCache
 from models.adapters import embedding
 from models.base import AdapterFailed, Embedding, GenerationCancelled, GenerationParams, LoadedModel, Step
+from models.generation import ImageGenerator
 from models.libraries import quiet
 
 PARAMS = GenerationParams(
@@ -144,8 +145,8 @@ def test_no_trace_after_success_error_and_cancel(sd: LoadedModel, tmp_path: Path
 
 
 def test_a_name_in_the_prompt_is_not_an_unknown_word(sd: LoadedModel, tmp_path: Path) -> None:
-    sd_like = copy.copy(sd)
-    sd_like.spec = replace(sd.spec, vocabulary=frozenset({"a", "forest"}))
+    sd_like: Any = ImageGenerator(copy.copy(sd.model))
+    sd_like.model.spec = replace(sd.spec, vocabulary=frozenset({"a", "forest"}))
     style = saved(tmp_path, "deep-style", emb_params=vectors(1))
     params = replace(PARAMS, prompt="a deep-style forest", embeddings=(style,))
     assert sd_like.generate(params, NoCache(), ignore).warnings == []

@@ -18,6 +18,7 @@ from cache.schedule import Schedule
 from models.base import GenerationCancelled, GenerationParams, LoadedModel, ModelSpec, Step, UnsupportedSampler
 from models.families.flux import FLUX, FluxModel
 from models.families.sd import SD
+from models.generation import ImageGenerator
 from models.libraries import quiet
 from models.sampling import samplers
 
@@ -209,7 +210,7 @@ def test_render_sizes_and_vocabulary_are_answered_in_warnings(sd_folder: Any, sd
         render_sizes=((64, 64), (96, 64)),
         vocabulary=frozenset({"a", "misty"}),
     )
-    small = SD.load(spec, "cpu")
+    small = ImageGenerator(SD.load(spec, "cpu"))
     drawn = small.generate(replace(PARAMS, width=300, height=200), NoCache(), ignore)
     assert {image.size for image in drawn.images} == {(300, 200)}
     assert drawn.warnings == [
@@ -234,7 +235,7 @@ def test_what_cannot_be_honoured_is_said(model: LoadedModel) -> None:
 
 def test_a_distilled_transformer_takes_the_scale_as_an_input(flux_spec: ModelSpec) -> None:
     """One call a step; another scale is another picture; the negative prompt is said to be idle."""
-    distilled = FLUX.load(flux_spec, "cpu")
+    distilled = ImageGenerator(FLUX.load(flux_spec, "cpu"))
     pipeline = distilled.pipeline
     torch.manual_seed(1)
     config = {**pipeline.transformer.config, "guidance_embeds": True}
@@ -260,7 +261,7 @@ def test_what_drew_is_told_also_where_the_request_left_it_to_the_model(model: Lo
     one = replace(PARAMS, seeds=(7,), batch_size=1, steps=1)
     own = model.generate(one, NoCache(), ignore).sampling
     assert own is not None
-    assert own[0] in model.choices  # type: ignore[attr-defined]
+    assert own[0] in model.model.choices  # type: ignore[attr-defined]
     named = replace(one, sampler="euler", scheduler="karras")
     drawn = model.generate(named, NoCache(), ignore)
     assert drawn.sampling == ("euler", "karras")

@@ -30,7 +30,7 @@ LOAD = """
 import json, sys
 from huggingface_hub import constants
 from models.base import Hub, LoadFailed, LoadHooks, ModelSpec
-from models.registry import FAMILIES
+from models.families import FAMILIES
 answers = []
 for place in sys.argv[1:]:
     if place == "offline":

@@ -18,6 +18,7 @@ from cache import DeepCache, FirstBlockCache, NoCache
 from models.adapters.lora import COMPONENTS
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, ModelSpec, Step
 from models.families.sd import SD
+from models.generation import ImageGenerator
 from models.text.encoded import TextCache
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
@@ -239,9 +240,9 @@ def test_a_cache_sees_the_changed_network(sd: LoadedModel, flux: LoadedModel, tm
         ours = model.generate(replace(PARAMS, loras=(lora,)), strategy, ignore)
         with merged(model, (pairs, 1.0)):
             expected = model.generate(PARAMS, strategy, ignore)
-        assert ours.passes[0].cache.decisions == expected.passes[0].cache.decisions
-        assert ours.passes[0].cache.reuse_cost == expected.passes[0].cache.reuse_cost
-        assert ours.passes[0].cache.reused > 0
+        assert ours.stages[0].cache.decisions == expected.stages[0].cache.decisions
+        assert ours.stages[0].cache.reuse_cost == expected.stages[0].cache.reuse_cost
+        assert ours.stages[0].cache.reused > 0
         assert np.abs(pixels(ours) - pixels(expected)).max() <= 2
 
 
@@ -251,8 +252,8 @@ def test_compiled_layers_see_the_lora_and_its_end(small_folders: dict[str, Path]
     The files change the layers of the first level and the middle, so that no others are compiled again. Dynamo decides
     that, whatever compiles behind it; "eager" leaves the operations as they are, and the bits too.
     """
-    model = SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu")
-    model.compile_backend = "eager"  # type: ignore[attr-defined]
+    model = ImageGenerator(SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu"))
+    model.model.compile_backend = "eager"  # type: ignore[attr-defined]
     first, second = (
         {name: pair for name, pair in pairs.items() if name[1].startswith(("down_blocks.0.", "mid_block."))}
         for pairs in (random_pairs(model, 1), random_pairs(model, 2, lambda index: 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,8 @@ def test_an_exact_denoiser_gives_the_same_at_either_size(layout: Any, factor: fl
 
     Model.layout = layout  # type: ignore[attr-defined]
     settings = Multiscale(factor=factor, fullres_start=1, fullres_end=1, intermittent=False)
-    scales = Scales(Model(), settings, 3, prediction, 24, 16)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(steps=3, done=0, grid=(24, 16))
+    scales = Scales(Model(), settings, run, prediction)  # type: ignore[arg-type]
     for step, timestep in enumerate((0.9, 0.6, 0.2) if isinstance(layout, Packed) else (901.0, 601.0, 201.0)):
         level = prediction.at(timestep)
         latents = layout.flat(level.alpha * clean + level.sigma * noise)
@@ -135,7 +137,7 @@ def test_an_exact_denoiser_gives_the_same_at_either_size(layout: Any, factor: fl
             inputs |= {"sample": latents}
         expected = network(**inputs)[0]
         with scales.attached():
-            scales.step = step
+            run.done = step
             result = network(**inputs)[0]
         assert torch.allclose(result, expected, atol=1e-4)  # float32, through two transforms
     small = (max(2, round(24 * factor / 2) * 2), max(2, round(16 * factor / 2) * 2))
@@ -157,7 +159,7 @@ def test_after_a_change_of_size_a_cache_computes(request: pytest.FixtureRequest,
     sizes = "".join("S" if is_reduced(settings, step, 12) else "F" for step in range(12))
     assert sizes == "FFSSSFSSSFFF"
     drawn = model.generate(replace(PARAMS, multiscale=settings), strategy, ignore)
-    (run,) = drawn.passes
+    (run,) = drawn.stages
     calls = len(run.cache.decisions) // 12
     assert run.sizes == "".join(letter * calls for letter in sizes)
     changed = [at for at in range(1, 12) if sizes[at] != sizes[at - 1]]
@@ -167,7 +169,7 @@ def test_after_a_change_of_size_a_cache_computes(request: pytest.FixtureRequest,
         assert run.cache.reused > 0
     plain = model.generate(PARAMS, strategy, ignore)
     assert not np.array_equal(pixels(drawn.images), pixels(plain.images))
-    assert plain.passes[0].sizes == ""
+    assert plain.stages[0].sizes == ""
 
 
 def test_no_small_step_changes_no_bit_and_is_said(sd: LoadedModel) -> None:
@@ -183,7 +185,7 @@ def test_the_first_step_of_all_may_be_small(sd: LoadedModel, flux: LoadedModel) 
     settings = Multiscale(factor=0.05, fullres_start=0, fullres_end=11)
     for model in (sd, flux):
         drawn = model.generate(replace(PARAMS, multiscale=settings), NoCache(), ignore)
-        assert drawn.passes[0].sizes.startswith("S")
+        assert drawn.stages[0].sizes.startswith("S")
         assert pixels(drawn.images).std() > 0
 
 
@@ -191,5 +193,5 @@ def test_the_first_step_of_all_may_be_small(sd: LoadedModel, flux: LoadedModel) 
 def test_samplers_with_a_history_take_sizes_in_turn(sd: LoadedModel, sampler: str) -> None:
     settings = Multiscale(fullres_start=2, fullres_end=3)
     drawn = sd.generate(replace(PARAMS, sampler=sampler, multiscale=settings), NoCache(), ignore)
-    assert set(drawn.passes[0].sizes) == {"F", "S"}
+    assert set(drawn.stages[0].sizes) == {"F", "S"}
     assert pixels(drawn.images).std() > 0

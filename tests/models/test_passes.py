@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,21 @@ from models.base import (
     GenerationParams,
     Img2Img,
     LoadedModel,
-    ModelSpec,
     Multiscale,
     Step,
     TooFewSteps,
 )
+from models.decoders import linear
 from models.embedded import SPECS
 from models.families.flux import FluxModel
 from models.families.sd import SD as SD_FAMILY
-from models.families.sdxl import SDXL, SDXLModel
+from models.families.sdxl import SDXLModel
+from models.generation import ImageGenerator
 from models.libraries import quiet
 from models.sampling import samplers
 from models.stages.detail import ADetailer, around
 from models.stages.drawing import Clock, Drawing, Progress
-from models.stages.preview import Previews, linear
+from models.stages.preview import Previews
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=6, guidance_scale=3.0, seeds=(7, 8))
 
@@ -53,11 +53,6 @@ def picture(width: int, height: int) -> Image.Image:
     levels[..., 2] = np.linspace(0, 255, width, dtype=np.uint8)
     levels[height // 4 : height // 2, width // 4 : width // 2] = (255, 0, 0)
     return Image.fromarray(levels)
-
-
-@pytest.fixture(scope="session")
-def sdxl(family_folders: dict[str, Path]) -> LoadedModel:
-    return SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu")
 
 
 @pytest.fixture(params=["sd", "sdxl", "flux"])
@@ -88,13 +83,13 @@ def diffusers_img2img(model: Any, params: GenerationParams) -> list[Image.Image]
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in params.seeds],
     }
     with quiet():
-        if isinstance(model, FluxModel):
+        if isinstance(model.model, FluxModel):
             pipeline = FluxImg2ImgPipeline(**model.pipeline.components)
             size = {"width": params.width, "height": params.height}
             arguments |= {"true_cfg_scale": params.guidance_scale, "max_sequence_length": 16, **size}
         else:
             arguments |= {"guidance_scale": params.guidance_scale}
-            if isinstance(model, SDXLModel):
+            if isinstance(model.model, SDXLModel):
                 arguments["negative_prompt"] = params.negative_prompt or None  # zeros, its own default
                 parts = {**model.pipeline.components, "add_watermarker": False}
                 pipeline = StableDiffusionXLImg2ImgPipeline(**parts)
@@ -112,8 +107,8 @@ def test_img2img_is_diffusers_own(model: LoadedModel, denoise: float) -> None:
     steps: list[Step] = []
     drawn = model.generate(params, NoCache(), steps.append)
     assert np.array_equal(pixels(drawn.images), pixels(diffusers_img2img(model, params)))
-    assert len(steps) == steps[0].total == drawn.passes[0].steps
-    assert [one.name for one in drawn.passes] == ["img2img"]
+    assert len(steps) == steps[0].total == drawn.stages[0].steps
+    assert [one.name for one in drawn.stages] == ["img2img"]
 
 
 def test_an_upload_is_cut_to_the_drawings_aspect(sd: LoadedModel) -> None:
@@ -155,7 +150,7 @@ def test_hires_fix_is_the_plain_picture_enlarged_and_drawn_over(sd: LoadedModel)
     large = replace(small, width=192, height=192, hires_fix=True)
     first = sd.generate(small, NoCache(), ignore)
     drawn = sd.generate(large, NoCache(), ignore)
-    assert [(one.name, one.width, one.height, one.steps) for one in drawn.passes] == [
+    assert [(one.name, one.width, one.height, one.steps) for one in drawn.stages] == [
         ("base", 96, 96, 6),
         ("hires_fix", 192, 192, 3),
     ]
@@ -239,13 +234,13 @@ def test_previews_of_a_long_run_are_few_and_small() -> None:
 def test_without_a_small_decoder_colours_are_a_fit_to_the_encoder() -> None:
     """The fit never saw this picture of the model's own, and follows its colours at an eighth of the size."""
     spec = next(spec for spec in SPECS if spec.name == "tiny-sd")
-    tiny: Any = SD_FAMILY.load(spec, "cpu")
+    tiny: Any = ImageGenerator(SD_FAMILY.load(spec, "cpu"))
     params = replace(PARAMS, prompt="a clear sea at sunset", width=192, height=128, guidance_scale=3.0, seeds=(7,))
     (drawn,) = tiny.generate(params, NoCache(), ignore).images
     levels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         clean = tiny.pipeline.vae.encode(levels).latent_dist.mode() * tiny.pipeline.vae.config.scaling_factor
-        colours = linear(tiny)(clean)[0]
+        colours = linear(tiny.pipeline, tiny.model.device)(clean)[0]
     small = torch.nn.functional.avg_pool2d(levels, 8)[0]
     assert colours.shape == small.shape
     correlation = torch.corrcoef(torch.stack([colours.flatten(), small.flatten()]))[0, 1]
@@ -260,9 +255,9 @@ def drawing_of(model: Any, images: list[Image.Image], steps: list[Step]) -> Draw
     """A batch whose pictures are there already."""
     params = replace(PARAMS, width=512, height=512, seeds=tuple(range(len(images))), adetailer=True)
     with torch.no_grad(), quiet():
-        conditioning = model._encode(params)
+        conditioning = model.model.encode(params)
     clock, progress = Clock(torch.device("cpu")), Progress(steps.extend, 0)
-    drawing = Drawing(model, params, params.seeds, conditioning, NoCache(), (512, 512), clock, progress)
+    drawing = Drawing(model.model, params, params.seeds, conditioning, NoCache(), (512, 512), clock, progress)
     drawing.images = list(images)
     return drawing
 
@@ -294,8 +289,8 @@ def test_adetailer_draws_the_face_anew_and_nothing_else(model: LoadedModel) -> N
     edge[[top, bottom - 1], left:right] = edge[top:bottom, [left, right - 1]] = True
     assert np.abs(after - before)[edge].max() <= 2  # the mask's soft edge has run out
     assert np.array_equal(np.asarray(drawing.images[0]), np.asarray(picture(512, 512)))
-    assert [one.name for one in drawing.passes] == ["adetailer"]
-    assert len(steps) == drawing.progress.total == drawing.passes[0].steps
+    assert [one.name for one in drawing.stages] == ["adetailer"]
+    assert len(steps) == drawing.progress.total == drawing.stages[0].steps
     assert drawing.warnings == ["ADetailer found no face in the picture of seed 0; it is as it was drawn."]
     assert frame[2] - frame[0] == frame[3] - frame[1]
 
@@ -319,7 +314,7 @@ def test_passes_stack_with_a_cache_run_each(sd: LoadedModel) -> None:
         PARAMS, steps=12, width=192, height=192, hires_fix=True, multiscale=Multiscale(), adetailer=True, preview=True
     )
     drawn = sd.generate(replace(params, batch_size=2), DeepCache(interval=3), ignore)
-    assert [(one.name, one.cache.decisions[0], one.cache.reused > 0) for one in drawn.passes] == [
+    assert [(one.name, one.cache.decisions[0], one.cache.reused > 0) for one in drawn.stages] == [
         ("base", "C", True),
         ("hires_fix", "C", True),
     ]
@@ -343,7 +338,7 @@ def test_every_pass_runs_with_few_steps(sd: LoadedModel, sampler: str, steps: in
         wanted += [({"img2img": start}, steps // 2), ({"hires_fix": True, "width": 192, "height": 192}, steps // 2)]
     for changes, last in wanted:
         drawn = sd.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
-        assert drawn.passes[-1].steps == last
+        assert drawn.stages[-1].steps == last
         assert pixels(drawn.images).std() > 0
     if steps == 1:
         refused = [{"img2img": start}, {"hires_fix": True, "width": 192, "height": 192}, {"adetailer": True}]
@@ -363,7 +358,7 @@ def test_a_face_is_drawn_in_one_step_at_least(sd: LoadedModel, steps: int, taken
     drawing.params = replace(drawing.params, steps=steps)
     with torch.no_grad(), quiet():
         ADetailer().run(drawing)
-    assert drawing.passes[0].steps == len(told) == taken
+    assert drawing.stages[0].steps == len(told) == taken
 
 
 def test_flux_needs_two_steps_to_draw_over_a_picture(flux: LoadedModel) -> None:

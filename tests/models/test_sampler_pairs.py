@@ -13,7 +13,8 @@ from diffusers.schedulers import AysSchedules
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import LoadedModel, ModelSpec
-from models.registry import FAMILIES
+from models.families import FAMILIES
+from models.generation import ImageGenerator
 from models.sampling import samplers
 from tests.models.test_generation import PARAMS, ignore, pixels
 
@@ -36,7 +37,7 @@ def calls(sampler: str) -> int:
 @pytest.fixture(scope="module")
 def small(small_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
-        prediction: FAMILIES["sd"].load(ModelSpec(name=prediction, family="sd", source=folder), "cpu")
+        prediction: ImageGenerator(FAMILIES["sd"].load(ModelSpec(name=prediction, family="sd", source=folder), "cpu"))
         for prediction, folder in small_folders.items()
     }
 
@@ -44,7 +45,7 @@ def small(small_folders: dict[str, Path]) -> dict[str, LoadedModel]:
 @pytest.fixture(scope="module")
 def distilled(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
-        name: FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu")
+        name: ImageGenerator(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
         for name in ("flux-schnell", "flux-dev")
     }
 
@@ -119,7 +120,7 @@ def test_previews_change_neither_pictures_nor_correction(small: dict[str, Loaded
     drawn = []
     for preview, forget in ((True, True), (False, False), (False, True), (True, False)):
         if forget:
-            model._responses.clear()
+            model.model._responses.clear()
         drawn.append(model.generate(replace(params, preview=preview), DeepCache(2, 0), ignore))
     assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
     assert [one.reports[0].settings["correction"] for one in drawn] == 4 * [sampler in FOLLOWED]
@@ -130,7 +131,7 @@ def test_previews_change_nothing_on_flux(distilled: dict[str, LoadedModel], samp
     model: Any = distilled["flux-dev"]
     drawn = []
     for preview in (True, False):
-        model._responses.clear()
+        model.model._responses.clear()
         params = replace(SMALL, steps=6, sampler=sampler, preview=preview)
         drawn.append(model.generate(params, FirstBlockCache(1.0), ignore))
     assert np.array_equal(pixels(drawn[0].images), pixels(drawn[1].images))
@@ -146,10 +147,10 @@ def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -
 
     alone = {}
     for sampler in samplers.DIFFUSION:
-        model._responses.clear()
+        model.model._responses.clear()
         alone[sampler] = picture(sampler)
     for order in (list(samplers.DIFFUSION), list(samplers.DIFFUSION)[::-1]):
-        model._responses.clear()
+        model.model._responses.clear()
         assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
 
 
@@ -162,7 +163,7 @@ def test_a_sampler_that_draws_noise_is_known_by_its_type(
     """dpm2_ancestral draws none in its first call, which a trial would take for its nature."""
     model: Any = small["epsilon"]
     params = replace(SMALL, steps=steps, sampler="dpm2_ancestral", scheduler=scheduler)
-    model._responses.clear()
+    model.model._responses.clear()
     drawn = [model.generate(params, DeepCache(2, 0), ignore) for _ in range(3)]
     assert not any(one.reports[0].settings["correction"] for one in drawn)
     assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
@@ -171,7 +172,8 @@ def test_a_sampler_that_draws_noise_is_known_by_its_type(
 @pytest.mark.parametrize(("family", "published"), [("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")])
 def test_align_your_steps_is_the_models_own(family_folders: dict[str, Path], family: str, published: str) -> None:
     """The timesteps that the denoiser is called with, and the picture of diffusers' pipeline given them."""
-    model: Any = FAMILIES[family].load(ModelSpec(name=family, family=family, source=family_folders[family]), "cpu")
+    spec = ModelSpec(name=family, family=family, source=family_folders[family])
+    model: Any = ImageGenerator(FAMILIES[family].load(spec, "cpu"))
     called: list[int] = []
     unet = model.pipeline.unet
     hook = unet.register_forward_pre_hook(lambda _, args, kwargs: called.append(int(args[1])), with_kwargs=True)

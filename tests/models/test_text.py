@@ -31,7 +31,7 @@ def pixels(drawn: Any) -> np.ndarray:
 
 def states(model: LoadedModel, *prompts: str, clip_skip: int | None = None) -> list[torch.Tensor]:
     with torch.no_grad():
-        clips = text.encoders(model.pipeline, model.device, clip_skip)
+        clips = text.encoders(model.pipeline, model.model.device, clip_skip)
         return text.states(clips, [parse(prompt) for prompt in prompts])
 
 
@@ -91,12 +91,12 @@ def test_break_begins_a_window(sd: LoadedModel) -> None:
     assert torch.equal(ours, torch.cat([states(sd, "a sea")[0], states(sd, "red")[0]], dim=1))
     (weighed,) = states(sd, "a (sea BREAK red:1.3)")
     assert torch.equal(weighed, torch.cat([states(sd, "a (sea:1.3)")[0], states(sd, "(red:1.3)")[0]], dim=1))
-    clips = text.encoders(sd.pipeline, sd.device, None)
+    clips = text.encoders(sd.pipeline, sd.model.device, None)
     assert not text.plain_enough(clips, [parse("a BREAK b")], None)
 
 
 def test_sdxl_pools_the_first_part(sdxl: LoadedModel) -> None:
-    broken, first = (sdxl._encode(replace(PARAMS, prompt=prompt)) for prompt in ("a sea BREAK red", "a sea"))
+    broken, first = (sdxl.model._encode(replace(PARAMS, prompt=prompt)) for prompt in ("a sea BREAK red", "a sea"))
     assert torch.equal(broken["pooled_prompt_embeds"], first["pooled_prompt_embeds"])
     assert broken["prompt_embeds"].shape[1] == 2 * first["prompt_embeds"].shape[1]
 
@@ -105,14 +105,14 @@ def test_sdxl_pools_the_first_part(sdxl: LoadedModel) -> None:
 def test_sdxl_without_a_negative_prompt_takes_zeros(sdxl: LoadedModel, prompt: str) -> None:
     """diffusers' force_zeros_for_empty_prompt, on the weighted path as well; with words there it reads them."""
     for negative, zero in (("", True), (" ", True), ("rain", False)):
-        encoded = sdxl._encode(replace(PARAMS, prompt=prompt, negative_prompt=negative))
+        encoded = sdxl.model._encode(replace(PARAMS, prompt=prompt, negative_prompt=negative))
         assert encoded["negative_prompt_embeds"].shape == encoded["prompt_embeds"].shape
         for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
             assert bool(encoded[name].eq(0).all()) is zero
     config = sdxl.pipeline.config
     sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     try:
-        assert sdxl._encode(replace(PARAMS, prompt=prompt))["negative_prompt_embeds"].ne(0).any()
+        assert sdxl.model._encode(replace(PARAMS, prompt=prompt))["negative_prompt_embeds"].ne(0).any()
     finally:
         sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=config["force_zeros_for_empty_prompt"])
 
@@ -175,7 +175,7 @@ def test_words_behind_the_window_and_weights_change_the_picture_under_a_cache_to
 def test_sdxl_reads_both_encoders_and_the_pooled_text(sdxl: LoadedModel) -> None:
     params = replace(PARAMS, negative_prompt="rain")
     plain = pixels(sdxl.generate(params, NoCache(), ignore))
-    clips = text.encoders(sdxl.pipeline, sdxl.device, None, trained=1, normed=False)
+    clips = text.encoders(sdxl.pipeline, sdxl.model.device, None, trained=1, normed=False)
     expected = sdxl.pipeline.encode_prompt("forest", device="cpu", do_classifier_free_guidance=False)[0]
     with torch.no_grad():
         assert torch.equal(text.states(clips, [parse("forest")])[0], expected)
@@ -214,7 +214,7 @@ def test_a_prompt_is_read_as_far_as_its_windows_reach(sd: LoadedModel, prompt: s
     """However long it is, a step has so much work and no more; what is left out is said."""
     [state] = states(sd, prompt)
     assert state.shape[1] <= (text.MOST_WINDOWS + 1) * WINDOW  # compel cuts between two words, and may need one more
-    [clip] = text.encoders(sd.pipeline, sd.device, None)
+    [clip] = text.encoders(sd.pipeline, sd.model.device, None)
     parts = clip.read(parse(prompt))
     assert len(parts) <= text.MOST_WINDOWS
     drawn = sd.generate(replace(PARAMS, prompt=prompt, steps=1), NoCache(), ignore)

@@ -98,7 +98,7 @@ def test_passes_over_the_whole_batch_are_shared(sd: LoadedModel, changes: dict[s
     for request, one in zip(requests, drawn(sd, requests, DeepCache(2, 2)), strict=True):
         alone = sd.generate(request, DeepCache(2, 2), ignore)
         assert levels(pixels(one.images), pixels(alone.images)) <= 2 * allowed  # two runs, one upon the other
-        assert [report.name for report in one.passes] == [report.name for report in alone.passes]
+        assert [report.name for report in one.stages] == [report.name for report in alone.stages]
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-flux"])

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 
 from cache import NoCache
 from models import faces
-from models import stages as passes
 from models.base import DetectorFailed, GenerationParams, LoadedModel, Step
+from models.generation import stages_of
+from models.stages.detail import ADetailer
 
 CELL = 32  # pixels of the network's input that share an anchor
 BOX = 3 * CELL  # side of every box
@@ -125,9 +126,9 @@ def test_boxes_are_where_the_picture_has_them(
 
 def test_the_request_s_detector_is_adetailer_s_and_else_the_cascade(tmp_path: Path) -> None:
     params = GenerationParams(prompt="a", adetailer=True)
-    assert passes.chain(params)[-1] == passes.ADetailer(faces.find)
+    assert stages_of(params)[-1] == ADetailer(faces.find)
     path = detector(tmp_path / "face.onnx", 320, 320)
-    detailer: Any = passes.chain(replace(params, face_detector=path))[-1]
+    detailer: Any = stages_of(replace(params, face_detector=path))[-1]
     image = painted((320, 320), 32, {(4, 4): "#f00"})
     assert detailer.find(image) == [faces.Box(96, 96, 96, 96)]
     assert faces.find(image) == []
