@@ -1,19 +1,19 @@
-"""What a generation is: its parameters, its steps, its result, and what a model family provides.
+"""What a generation is: its parameters, its steps, its result; what a configured model is.
 
 Nothing heavy is imported here: the HTTP process uses these types without torch or diffusers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from cache import CacheReport, CacheStrategy, Denoiser
+    from cache import CacheReport
 
 CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -166,7 +166,7 @@ StepsHook = Callable[[Mapping[int, Step]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds spent in each stage of a generation, summed over its batches; compiling is no part of denoising."""
+    """Seconds spent in each part of a generation, summed over its batches; compiling is no part of denoising."""
 
     text_seconds: float
     denoise_seconds: float
@@ -274,27 +274,3 @@ class LoadHooks:
 
 
 UNWATCHED = LoadHooks()
-
-
-class LoadedModel(Protocol):
-    """A model on a device. Not thread-safe: a diffusers scheduler holds the step index."""
-
-    @property
-    def denoiser(self) -> Denoiser: ...
-
-    def working_bytes(self, params: GenerationParams, images: int) -> int:
-        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
-        ...
-
-    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
-        """Draw `params.seeds`; attach `strategy` afresh to each batch; call `on_step` after each step."""
-        ...
-
-    def generate_together(
-        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
-    ) -> list[Generation | Exception]:
-        """Draw requests that differ in prompts and seeds alone, all at once: each one's pictures, or its failure.
-
-        A picture is what it would be without the others, but for the rounding that a batch's size brings.
-        """
-        ...

@@ -14,32 +14,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
+from PIL import Image
+
+from cache import CacheStrategy
 
 from . import adapters, faces, limits
 from .acceleration import attention
 from .adapters import embedding
 from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
 from .libraries import quiet
+from .pipeline import PipelineModel
 from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
 from .stages.detail import ADetailer
 from .stages.drawing import Clock, Drawing, Progress
 from .stages.hires import HiresFix
+from .stages.model import Sizes
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
 from .text.encoded import TextCache, key_of
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from cache import CacheStrategy
-
-    from .pipeline import PipelineModel
-    from .stages.model import Sizes
 
 Conditioning = Mapping[str, torch.Tensor]
 """A pipeline's arguments for the text, by name; the first dimension is the batch."""
@@ -64,8 +61,11 @@ def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
     return (first, *enlarged, Decode(), *detailed)
 
 
-class ImageGenerator:
-    """A `LoadedModel`: encodes the text once, then takes each batch through the stages."""
+class LoadedModel:
+    """A model and the way of a request through it: the text is encoded once, each batch goes through the stages.
+
+    Not thread-safe: a diffusers scheduler holds the step index.
+    """
 
     def __init__(self, model: PipelineModel) -> None:
         self.model = model
@@ -73,18 +73,19 @@ class ImageGenerator:
         self._texts = TextCache()
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
+        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
         return self.model.decode_bytes(*limits.render_size(self.model.spec, params.width, params.height), images)
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
-        """One picture a seed, in their order.
+        """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
         Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
         where it shows; what `on_step` raises passes through, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        with self._ready(params) as (written, stages):
+        with self._ready(params) as (written, stages, steps):
             share = self._share(params, written)
-            progress = self._progress(lambda steps: on_step(*steps), params, stages, len(batches))
+            progress = Progress(lambda each: on_step(*each), steps * len(batches))
             for seeds in batches:
                 self._batch(params, [share], [seeds], strategy, stages, progress)
         return share.generation()
@@ -94,16 +95,15 @@ class ImageGenerator:
     ) -> list[Generation | Exception]:
         """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
 
-        Their images are one batch, or several where the texts differ in length. `on_steps` hears each step of a batch
-        once, with what it was to each request by its index; what it raises ends that batch alone. Raises as `generate`
-        does what concerns all of them.
+        Their images are one batch, or several where the texts differ in length; an error ends its batch alone. A
+        picture is what it would be without the others, but for the rounding that a batch's size brings.
         """
         results: list[Generation | Exception | None] = [None] * len(requests)
-        with self._ready(requests[0]) as (written, stages):
+        with self._ready(requests[0]) as (written, stages, steps):
             shares = [self._share(request, written) for request in requests]
             for members in alike(shares):
                 hook = partial(_by_index, on_steps, members)
-                progress = self._progress(hook, requests[0], stages, 1)
+                progress = Progress(hook, steps)
                 theirs = [shares[index] for index in members]
                 try:
                     seeds = [requests[index].seeds for index in members]
@@ -117,12 +117,13 @@ class ImageGenerator:
         return [result for result in results if result is not None]
 
     @contextmanager
-    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Stage, ...]]]:
-        """Within the context, requests with these settings can be drawn, by these stages."""
+    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Stage, ...], int]]:
+        """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
         samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
         stages = stages_of(params)
+        steps = sum(one.steps(self.model, params) for one in stages)
         with torch.no_grad(), quiet(), adapters.applied(self.pipeline, params) as written:
-            yield written, stages
+            yield written, stages, steps
 
     def _share(self, params: GenerationParams, written: Written) -> Share:
         """A request's text, encoded, and what is to be said to it."""
@@ -134,15 +135,6 @@ class ImageGenerator:
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
             warnings += self.model.warnings(text)
         return Share(conditioning, warnings, clock.seconds)
-
-    def _progress(
-        self,
-        on_steps: Callable[[Sequence[Step]], None],
-        params: GenerationParams,
-        stages: Sequence[Stage],
-        batches: int,
-    ) -> Progress:
-        return Progress(on_steps, batches * sum(one.steps(self.model, params) for one in stages))
 
     def _batch(
         self,
@@ -161,15 +153,13 @@ class ImageGenerator:
         counts = list(map(len, seeds))
         ends = list(accumulate(counts))
         items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        clock = Clock(model.device)
         progress.items = items
         flat = tuple(seed for each in seeds for seed in each)
-        drawing = Drawing(model, params, flat, joined(shares, counts), strategy, size, clock, progress)
+        drawing = Drawing(model, params, flat, joined(shares, counts), strategy, size, Clock(model.device), progress)
         for one in stages:
             one.run(drawing)
         for share, part in zip(shares, items, strict=True):
             share.take(drawing, part)
-            share.spend(clock)
 
 
 @dataclass(slots=True)
@@ -189,7 +179,7 @@ class Share:
     batches: list[int] = field(default_factory=list)
 
     def take(self, drawing: Drawing, items: slice) -> None:
-        """Add the images `items` of a finished batch."""
+        """Add the images `items` of a finished batch, which takes its time for each of its requests."""
         self.images += drawing.images[items]
         batch = len(drawing.seeds)
         reports = drawing.stages
@@ -201,11 +191,8 @@ class Share:
         self.sampling = drawing.sampling
         said = [*drawing.warnings, *(sentence for one in reports for sentence in one.cache.warnings)]
         self.warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in self.warnings]
-
-    def spend(self, clock: Clock) -> None:
-        """Add what `clock` has measured: a batch takes its time for each of its requests."""
-        for part, seconds in clock.seconds.items():
-            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        for part, seconds in drawing.clock.seconds.items():
+            self.seconds[part] += seconds
 
     def generation(self) -> Generation:
         return Generation(
@@ -220,12 +207,7 @@ class Share:
 
 
 def joined(shares: Sequence[Share], images: Sequence[int]) -> Conditioning:
-    """The texts of a batch in which each share has so many images; one row if it is a single text's.
-
-    All must have the same shapes (`alike`).
-    """
-    if len(shares) == 1:
-        return shares[0].conditioning
+    """The texts of a batch in which each share has so many images, a row each. All have the same shapes (`alike`)."""
     pairs = list(zip(shares, images, strict=True))
     return {
         name: torch.cat([share.conditioning[name].repeat_interleave(count, dim=0) for share, count in pairs])

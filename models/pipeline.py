@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -35,25 +35,17 @@ class PipelineModel(ABC):
     ) -> None:
         self.spec = spec
         self.pipeline = pipeline
+        self.denoiser = denoiser
         self.choices = choices
         self.compile_backend = "inductor"
-        self._denoiser = denoiser
         self._compiled: compilation.CompiledLayers | None = None
         self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
-
-    @property
-    def denoiser(self) -> Denoiser:
-        return self._denoiser
 
     @cached_property
     def device(self) -> torch.device:
         """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
         device: torch.device = self.pipeline._execution_device
         return device
-
-    @cached_property
-    def _dtype(self) -> str:
-        return str(self._denoiser.root.dtype).removeprefix("torch.")
 
     @property
     def decode_dtype(self) -> torch.dtype:
@@ -96,9 +88,11 @@ class PipelineModel(ABC):
             wanted["timesteps"] = timesteps
         if pictures:
             wanted |= {"image": list(pictures), "strength": strength}
+        dtype = str(self.denoiser.root.dtype).removeprefix("torch.")
         with (
             self._scheduled(pipeline, params, seeds) as scheduler,
-            self._accelerated(params) as (kernel, compiling),
+            self._compiling(params) as compiling,
+            attention.attending(params.attention, str(self.device), dtype) as kernel,
         ):
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
             view = self.view(params, scheduler, sampling).sampled(partial(self.responses, scheduler))
@@ -116,24 +110,20 @@ class PipelineModel(ABC):
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
                 )
 
-    @contextmanager
-    def _accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
-        """The denoiser with the attention kernel that `params` asks for, and its layers compiled if they do."""
-        with ExitStack() as stack:
-            compiling = compilation.Compilation()
-            if params.compiled:
-                if self._compiled is None:
-                    self._compiled = compilation.CompiledLayers(self._denoiser, self.compile_backend)
-                compiling = stack.enter_context(self._compiled.attached())
-            kernel = stack.enter_context(attention.attending(params.attention, str(self.device), self._dtype))
-            yield kernel, compiling
+    def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:
+        """The denoiser with its layers compiled, if `params` ask for it."""
+        if not params.compiled:
+            return nullcontext(compilation.Compilation())
+        if self._compiled is None:
+            self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
+        return self._compiled.attached()
 
     def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> Denoiser:
-        """The denoiser as a strategy sees it in a run that `scheduler`, called `sampling`, steps."""
-        return self._denoiser
+        """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
+        return self.denoiser
 
     def responses(self, scheduler: Any) -> tuple[float, ...] | None:
-        """Those of a scheduler whose timesteps are set; remembered, as finding them takes a few milliseconds."""
+        """Of the scheduler (`cache.sampling`), its timesteps set. Kept: they take a few milliseconds to find."""
         import torch
 
         from cache.sampling import begun, follows, responses
@@ -183,7 +173,7 @@ class PipelineModel(ABC):
     @property
     def size_multiple(self) -> int:
         """Pixels that a drawing's sides are multiples of."""
-        return int(self.pipeline.vae_scale_factor)
+        return int(self.pipeline.vae_scale_factor * self.layout.multiple)
 
     @property
     def native_pixels(self) -> int:
@@ -200,7 +190,7 @@ class PipelineModel(ABC):
         """
         from cache.patching import shadowed
 
-        saved, root = pipeline.scheduler, self._denoiser.root
+        saved, root = pipeline.scheduler, self.denoiser.root
         pipeline.scheduler = samplers.build(
             saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
@@ -217,12 +207,12 @@ class PipelineModel(ABC):
 
     def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         """The pipeline's arguments for the text, each with one row (1, …). Raises NotFinite."""
-        encoded = self._encode(params)
+        encoded = {name: rows for name, rows in self._encode(params).items() if rows is not None}
         finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
         return encoded
 
     @abstractmethod
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]: ...
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]: ...
 
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from .acceleration import attention, compilation
 from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
-from .families import FAMILIES, ModelFamily
+from .families import FAMILIES
+from .families.family import ModelFamily
 
 if TYPE_CHECKING:
-    from .generation import ImageGenerator
+    from .generation import LoadedModel
 
 _GIB = 2**30
 
@@ -49,7 +50,7 @@ class Registry:
         self.device = device
         self.memory = memory
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
-        self._loaded: dict[str, ImageGenerator] = {}  # the one used last is last
+        self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
         self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
         self._costs: dict[str, tuple[float, ...]] = {}
 
@@ -77,9 +78,9 @@ class Registry:
     def family(self, name: str) -> ModelFamily:
         return FAMILIES[self.spec(name).family]
 
-    def get(self, name: str) -> ImageGenerator:
+    def get(self, name: str) -> LoadedModel:
         """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
-        from .generation import ImageGenerator
+        from .generation import LoadedModel
 
         model = self._loaded.pop(name, None)
         if model is None:
@@ -90,7 +91,7 @@ class Registry:
                 sizes.append(size)
 
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
-            model = ImageGenerator(self.family(name).load(self.spec(name), self.device, hooks=hooks))
+            model = LoadedModel(self.family(name).load(self.spec(name), self.device, hooks=hooks))
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model

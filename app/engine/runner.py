@@ -24,11 +24,11 @@ from app.errors import CannotStart
 from app.infotext import text_chunks
 from app.settings import Settings, available_cores
 from cache import CacheReport
-from models.base import Generation, LoadedModel, StageReport
+from models.base import Generation, StageReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
-    from models.generation import ImageGenerator
+    from models.generation import LoadedModel
     from models.registry import Registry
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class RegistryRunner:
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         self._registry.on_stage = on_stage
 
-    def model(self, name: str) -> ImageGenerator:
+    def model(self, name: str) -> LoadedModel:
         return self._registry.get(name)
 
     def load(self, model: str) -> None:

@@ -27,16 +27,16 @@ class AttentionUnavailable(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of attention; tensors are (batch, heads, tokens, head size)."""
+    """Arguments of `scaled_dot_product_attention`; tensors are (batch, heads, tokens, head size)."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None
-    dropout: float
-    causal: bool
-    scale: float | None
-    grouped: bool
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
 
     @property
     def softmax_scale(self) -> float:
@@ -45,7 +45,7 @@ class AttentionCall:
     @property
     def plain(self) -> bool:
         """Nothing that the kernels lack: a mask, dropout, causality, grouped or unbatched heads."""
-        odd = self.mask is not None or self.dropout > 0 or self.causal or self.grouped
+        odd = self.attn_mask is not None or self.dropout_p > 0 or self.is_causal or self.enable_gqa
         return not odd and self.query.dim() == 4
 
 
@@ -220,7 +220,7 @@ def _swapping(kernel: Kernel, function: Callable[..., Any], attention: Attention
         ) -> Any:
             kwargs = kwargs or {}
             if func is scaled_dot_product_attention:
-                call = _call(*args, **kwargs)
+                call = AttentionCall(*args, **kwargs)
                 if kernel.takes(call):
                     attention.swapped += 1
                     return kernel.run(function, call)
@@ -228,17 +228,3 @@ def _swapping(kernel: Kernel, function: Callable[..., Any], attention: Attention
             return func(*args, **kwargs)
 
     return Swap()
-
-
-def _call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    """The arguments of `scaled_dot_product_attention` by name."""
-    return AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -16,8 +16,8 @@ from . import embedding, lora
 def applied(pipeline: Any, params: GenerationParams) -> Iterator[Callable[[GenerationParams], GenerationParams]]:
     """`pipeline` with the adapters of `params`; afterwards, on success, error and cancel, exactly as it was.
 
-    Yields what gives a request with these adapters the parameters to encode its text from: an embedding's name is
-    replaced by its tokens. Raises AdapterFailed.
+    Yields a function for each request with these adapters: its prompts, each embedding's name written as the tokens
+    that stand for it. Raises AdapterFailed.
     """
     with lora.applied(pipeline, params.loras), embedding.inserted(pipeline, params.embeddings) as read:
 

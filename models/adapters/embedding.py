@@ -43,8 +43,8 @@ def without(text: str, embeddings: Iterable[Embedding]) -> str:
 def inserted(pipeline: Any, embeddings: Sequence[Embedding]) -> Iterator[Callable[[str], str]]:
     """The pipeline's tokenizers and text encoders with the vectors of `embeddings` added; as they were afterwards.
 
-    Yields what turns a prompt into one that the tokenizers read: each name becomes as many tokens of its own as the
-    file has vectors. Raises AdapterFailed.
+    Yields a function that writes a prompt for the tokenizers: each name as tokens of its own, one a vector of its
+    file. Raises AdapterFailed.
     """
     encoders = _encoders(pipeline)
     tokens: dict[str, list[str]] = {}

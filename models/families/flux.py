@@ -6,92 +6,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import UNWATCHED, CacheName, GenerationParams, LoadHooks, ModelSpec
-from models.libraries import quiet
-from models.loading.file import check_layout
-from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, single_file
+from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
 from models.pipeline import PipelineModel
-from models.sampling.samplers import FLOW_MATCHING, choices
+from models.sampling.samplers import FLOW_MATCHING, Sampler
 from models.text.prompt import remarks
+
+from .family import ModelFamily
 
 if TYPE_CHECKING:
     import torch
 
     from models.layout import Layout
 
-PIPELINE = "FluxPipeline"
 LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flux:
-    """A family of FluxPipeline models (Black Forest Labs 2024).
+class FluxFamily(ModelFamily):
+    """A family of FluxPipeline models (Black Forest Labs 2024)."""
 
-    `traits`: what the transformer's configuration says in this family and not in its neighbours. `file_has`,
-    `file_lacks`: parts of tensor names that tell a single file of it, which holds the transformer alone.
-    """
-
-    name: str
     native_size: int = 1024
-    traits: Mapping[str, object] = field(default_factory=dict)
+    pipeline: str = "FluxPipeline"
+    network: str = "transformer"
+    text_encoders: Mapping[str, str] = field(
+        default_factory=lambda: {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+    )
+    half: DtypeName = "bfloat16"
     file_has: tuple[str, ...] = ("double_blocks.0.", "single_blocks.0.")
-    file_lacks: tuple[str, ...] = ()
+    single: str | None = "transformer"
+    cache: CacheName = "first_block"
+    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
     size_multiple: int = 16
     steps: int = 28
     guidance_scale: float = 3.5
 
-    @property
-    def cache(self) -> CacheName:
-        return "first_block"
-
-    @property
-    def samplers(self) -> Mapping[str, tuple[str, ...]]:
-        return choices(FLOW_MATCHING)
-
-    def check(self, spec: ModelSpec) -> None:
-        """Raise LoadFailed if the files say that they are another family's; reads configurations and headers only."""
-        check_class(spec, PIPELINE)
-        check_traits(spec, "transformer/config.json", self.traits)
-        if (file := single_file(spec)) is not None:
-            check_layout(spec, file, self.file_has, self.file_lacks)
-
-    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
-        self.check(spec)
-        return ()
-
-    def load(
-        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> PipelineModel:
-        import torch
-
+    def model(self, spec: ModelSpec, pipeline: Any) -> FluxModel:
         from cache import TransformerDenoiser
 
-        self.check(spec)
-        with quiet():
-            from diffusers import FluxPipeline
-            from transformers import CLIPTextModel, T5EncoderModel
-
-            pipeline = load_pipeline(
-                FluxPipeline,
-                {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel},
-                spec,
-                device,
-                dtype or dtype_for(spec, device, torch.bfloat16),
-                hooks,
-                single="transformer",
-            )
-        return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+        return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), self.table)
 
 
-FLUX = Flux(name="flux")
-FLUX_SCHNELL = Flux(
+FLUX = FluxFamily(name="flux")
+FLUX_SCHNELL = FluxFamily(
     name="flux-schnell",
     traits={"guidance_embeds": False},
     file_lacks=("guidance_in.",),
     steps=4,
     guidance_scale=0.0,  # distilled to few steps; a scale above 1 would run it twice a step
 )
-FLUX_DEV = Flux(
+FLUX_DEV = FluxFamily(
     name="flux-dev",
     traits={"guidance_embeds": True},
     file_has=("double_blocks.0.", "single_blocks.0.", "guidance_in."),
@@ -101,13 +64,13 @@ FLUX_DEV = Flux(
 class FluxModel(PipelineModel):
     """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
 
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeddings = self._embed(params.prompt)
         if self._runs_twice(params):
             embeddings |= {f"negative_{name}": value for name, value in self._embed(params.negative_prompt).items()}
         return embeddings
 
-    def _embed(self, prompt: str) -> dict[str, torch.Tensor]:
+    def _embed(self, prompt: str) -> dict[str, torch.Tensor | None]:
         tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
 
@@ -139,10 +102,6 @@ class FluxModel(PipelineModel):
 
     def partial_steps(self, steps: int, strength: float) -> int:
         return steps - int(max(steps - min(steps * strength, steps), 0))  # diffusers' rounding for Flux
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * super().size_multiple
 
     def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         config = self.pipeline.vae.config

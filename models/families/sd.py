@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import UNWATCHED, CacheName, GenerationParams, LoadHooks, ModelSpec
+from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
 from models.libraries import first_line, quiet
-from models.loading.file import check_layout
-from models.loading.folder import check_class, check_traits, damaged, dtype_for, load_pipeline, read_json, single_file
+from models.loading.folder import damaged, read_json
 from models.pipeline import PipelineModel
-from models.sampling.samplers import DIFFUSION, Sampler, choices
+from models.sampling.samplers import DIFFUSION, Sampler
 from models.text.clip import MOST_WINDOWS, encoders, left_out, plain_enough, states
 from models.text.prompt import parse, plain, remarks
 from models.tuning.placements import Calibrated, place, read
+
+from .family import ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -31,104 +32,10 @@ _NO_CHECKER: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UNetFamily:
-    """A family of diffusers pipelines around a UNet2DConditionModel.
-
-    `text_encoders`: the transformers class of each. `extras`: arguments of the pipeline's constructor. `traits`: what
-    the UNet's configuration says in this family and not in its neighbours. `file_has`: parts of tensor names that tell
-    a single file of this family.
-    """
-
-    name: str
-    native_size: int
-    pipeline: str = "StableDiffusionPipeline"
-    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "CLIPTextModel"})
-    extras: Mapping[str, Any] = field(default_factory=lambda: _NO_CHECKER)
-    traits: Mapping[str, object] = field(default_factory=dict)
-    file_has: tuple[str, ...] = ("model.diffusion_model.input_blocks.", "first_stage_model.")
-    size_multiple: int = 8
-    steps: int = 20
-    guidance_scale: float = 7.5
-
-    @property
-    def cache(self) -> CacheName:
-        return "deepcache"
-
-    @property
-    def samplers(self) -> Mapping[str, tuple[str, ...]]:
-        return choices(DIFFUSION)
-
-    def check(self, spec: ModelSpec) -> None:
-        """Raise LoadFailed if the files say that they are another family's; reads configurations and headers only."""
-        check_class(spec, self.pipeline)
-        check_traits(spec, "unet/config.json", self.traits)
-        if (file := single_file(spec)) is not None:
-            check_layout(spec, file, self.file_has, ())
-
-    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
-        """Counted on the UNet's shape alone, at the latent size that its configuration names."""
-        import torch
-
-        from cache import UNetDenoiser
-
-        self.check(spec)
-        config = read_json(spec, "unet/config.json")
-        with quiet(), torch.device("meta"):
-            from diffusers import UNet2DConditionModel
-
-            try:
-                unet = UNet2DConditionModel.from_config(config)
-            except Exception as error:  # whatever torch and diffusers make of a nonsensical shape
-                raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
-        return UNetDenoiser(unet).branch_costs
-
-    def load(
-        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> PipelineModel:
-        import torch
-
-        from cache import UNetDenoiser
-
-        self.check(spec)
-        with quiet():
-            import diffusers
-            import transformers
-
-            pipeline = load_pipeline(
-                getattr(diffusers, self.pipeline),
-                {component: getattr(transformers, name) for component, name in self.text_encoders.items()},
-                spec,
-                device,
-                dtype or dtype_for(spec, device, torch.float16),
-                hooks,
-                **self.extras,
-            )
-        pipeline.unet.to(memory_format=torch.channels_last)
-        denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
-        return self.model(spec, pipeline, denoiser)
-
-    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> PipelineModel:
-        return StableDiffusionModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
-
-
-SD = UNetFamily(name="sd", native_size=512)
-SD15 = UNetFamily(
-    name="sd15",
-    native_size=512,
-    traits={"use_linear_projection": False},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.transformer."),
-)
-SD21 = UNetFamily(
-    name="sd21",
-    native_size=768,
-    traits={"use_linear_projection": True},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.model."),
-)
-
-
 class StableDiffusionModel(PipelineModel):
     """Guidance above 1 runs the unconditional half in the same batch (Ho and Salimans 2022)."""
+
+    denoiser: UNetDenoiser
 
     def __init__(
         self,
@@ -139,12 +46,7 @@ class StableDiffusionModel(PipelineModel):
         calibrated: tuple[Calibrated, ...] = (),
     ) -> None:
         super().__init__(spec, pipeline, denoiser, choices)
-        self._unet = denoiser
         self._calibrated = calibrated
-
-    @property
-    def denoiser(self) -> UNetDenoiser:
-        return self._unet
 
     def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> UNetDenoiser:
         from cache.sampling import timesteps_of
@@ -154,9 +56,9 @@ class StableDiffusionModel(PipelineModel):
             return None if timesteps is None else place(self._calibrated, *sampling, timesteps, interval, branch)
 
         guided = params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
-        return self._unet.ruled(rule, guided=guided)
+        return self.denoiser.ruled(rule, guided=guided)
 
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
         guided = params.guidance_scale > 1
         clips = encoders(self.pipeline, self.device, params.clip_skip)
@@ -167,8 +69,7 @@ class StableDiffusionModel(PipelineModel):
         else:
             positive, negative = states(clips, [prompt, negative_prompt])
             negative = negative if guided else None
-        named = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
-        return {name: embedding for name, embedding in named.items() if embedding is not None}
+        return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
     @property
     def layout(self) -> Layout:
@@ -198,3 +99,62 @@ class StableDiffusionModel(PipelineModel):
         if params.guidance_rescale and params.guidance_scale <= 1:
             sentences.append("guidance_rescale has no effect at a guidance scale of 1 or less.")
         return sentences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UNetFamily(ModelFamily):
+    """A family of diffusers pipelines around a UNet2DConditionModel."""
+
+    pipeline: str = "StableDiffusionPipeline"
+    network: str = "unet"
+    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "CLIPTextModel"})
+    extras: Mapping[str, Any] = field(default_factory=lambda: _NO_CHECKER)
+    half: DtypeName = "float16"
+    file_has: tuple[str, ...] = ("model.diffusion_model.input_blocks.", "first_stage_model.")
+    cache: CacheName = "deepcache"
+    table: Mapping[str, Sampler] = field(default_factory=lambda: DIFFUSION)
+    size_multiple: int = 8
+    steps: int = 20
+    guidance_scale: float = 7.5
+    model_class: type[StableDiffusionModel] = StableDiffusionModel
+
+    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
+        """Counted on the UNet's shape alone, at the latent size that its configuration names."""
+        import torch
+
+        from cache import UNetDenoiser
+
+        self.check(spec)
+        config = read_json(spec, "unet/config.json")
+        with quiet(), torch.device("meta"):
+            from diffusers import UNet2DConditionModel
+
+            try:
+                unet = UNet2DConditionModel.from_config(config)
+            except Exception as error:  # whatever torch and diffusers make of a nonsensical shape
+                raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
+        return UNetDenoiser(unet).branch_costs
+
+    def model(self, spec: ModelSpec, pipeline: Any) -> StableDiffusionModel:
+        import torch
+
+        from cache import UNetDenoiser
+
+        pipeline.unet.to(memory_format=torch.channels_last)
+        denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
+        return self.model_class(spec, pipeline, denoiser, self.table, read(spec))
+
+
+SD = UNetFamily(name="sd", native_size=512)
+SD15 = UNetFamily(
+    name="sd15",
+    native_size=512,
+    traits={"use_linear_projection": False},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.transformer."),
+)
+SD21 = UNetFamily(
+    name="sd21",
+    native_size=768,
+    traits={"use_linear_projection": True},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.model."),
+)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from models.base import GenerationParams, ModelSpec
-from models.sampling.samplers import AYS_TIMESTEPS_XL, DIFFUSION
+from models.base import GenerationParams
+from models.sampling.samplers import AYS_TIMESTEPS_XL
 from models.text.clip import encoders, plain_enough, states
 from models.text.prompt import parse, plain, windows
-from models.tuning.placements import read
 
 from .sd import StableDiffusionModel, UNetFamily
 
@@ -17,27 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
-class SDXLFamily(UNetFamily):
-    def model(self, spec: ModelSpec, pipeline: Any, denoiser: Any) -> StableDiffusionModel:
-        return SDXLModel(spec, pipeline, denoiser, DIFFUSION, read(spec))
-
-
-SDXL = SDXLFamily(
-    name="sdxl",
-    native_size=1024,
-    pipeline="StableDiffusionXLPipeline",
-    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
-    extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
-    traits={"addition_embed_type": "text_time"},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "conditioner.embedders.1.model."),
-    guidance_scale=5.0,
-)
-
-
 class SDXLModel(StableDiffusionModel):
     """The pipeline itself makes the sizes that the UNet is told: as drawn, nothing cropped."""
 
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         import torch
 
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
@@ -55,13 +37,12 @@ class SDXLModel(StableDiffusionModel):
         if not plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = states(clips, [prompt, negative_prompt])
             negative = None if not guided else torch.zeros_like(positive) if zeros else negative
-        named = {
+        return {
             "prompt_embeds": positive,
             "negative_prompt_embeds": negative,
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
-        return {name: embedding for name, embedding in named.items() if embedding is not None}
 
     @property
     def published_timesteps(self) -> Sequence[int]:
@@ -70,3 +51,16 @@ class SDXLModel(StableDiffusionModel):
     @property
     def upcasts(self) -> bool:
         return bool(self.pipeline.vae.config.force_upcast)
+
+
+SDXL = UNetFamily(
+    name="sdxl",
+    native_size=1024,
+    model_class=SDXLModel,
+    pipeline="StableDiffusionXLPipeline",
+    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
+    traits={"addition_embed_type": "text_time"},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "conditioner.embedders.1.model."),
+    guidance_scale=5.0,
+)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import Hub, LoadFailed, LoadHooks, ModelSpec
+from models.base import DtypeName, Hub, LoadFailed, LoadHooks, ModelSpec
 from models.libraries import first_line
 
 from .file import load_network, load_whole
@@ -196,14 +196,12 @@ def read_json(spec: ModelSpec, path: str) -> dict[str, Any]:
     return content
 
 
-def dtype_for(spec: ModelSpec, device: str, on_accelerator: torch.dtype) -> torch.dtype:
+def dtype_for(spec: ModelSpec, device: str, half: DtypeName) -> torch.dtype:
     """The spec's own, else half precision where it is fast and float32 on the CPU, whatever the files hold."""
     import torch
 
-    if spec.dtype is not None:
-        named: torch.dtype = getattr(torch, spec.dtype)
-        return named
-    return torch.float32 if torch.device(device).type == "cpu" else on_accelerator
+    dtype: torch.dtype = getattr(torch, spec.dtype or ("float32" if torch.device(device).type == "cpu" else half))
+    return dtype
 
 
 def damaged(spec: ModelSpec, reason: str) -> LoadFailed:

@@ -1,7 +1,7 @@
 """Samplers and schedulers by their common names, and the diffusers scheduler that each pair stands for.
 
 The table is data: it is read without torch or diffusers, so that a bad pair is refused before a model is asked. Which
-class takes which flag is checked against diffusers' own signatures by tests/models/test_samplers.py.
+class takes which flag is checked against diffusers' own signatures by tests/models/sampling/test_samplers.py.
 """
 
 from __future__ import annotations
@@ -138,10 +138,10 @@ def build(
 
 
 def names(built: Any, samplers: Mapping[str, Sampler], sampler: str | None, scheduler: str | None) -> tuple[str, str]:
-    """The sampler and scheduler of a run, by what `build` made of a request that names none or one of them.
+    """The names of the sampler and scheduler that `build` gave a request, which may have left both to the model.
 
-    What a request leaves open is the model's own: a saved configuration may well say karras. One that says what no name
-    stands for, such as a spacing of timesteps, is `normal`.
+    The model's saved configuration may well say karras. One that no name stands for, such as a spacing of timesteps, is
+    `normal`.
     """
     config = built.config
 

@@ -21,13 +21,11 @@ def on_host(scheduler_class: Any) -> Any:
     """`scheduler_class` with its schedule in main memory, wherever the latents lie.
 
     diffusers puts the timesteps on the device and looks them up in tables on the CPU: each look waits until the device
-    has done all that is queued, up to seven times a step. Timesteps, σ and what follows from them are a few numbers
-    that the host needs and that a device takes from it as arguments of its kernels. So `set_timesteps` leaves them
-    where they are made; a denoiser is called with a timestep that lies on the CPU. What `step` sends to the device
-    all the same, noise above all, goes there without waiting. The arithmetic is the class's own, bit for bit.
+    has done all that is queued, up to seven times a step. Here they stay on the CPU, a denoiser's too, and what `step`
+    sends to the device goes there without waiting. The arithmetic is the class's own, bit for bit.
 
-    A run begins at the schedule's first step unless a pipeline says otherwise. diffusers would look for the place of
-    its first timestep, takes the second where one stands there twice, and then runs over the end (`beta`, many steps).
+    A run begins at the schedule's first step unless a pipeline says otherwise. diffusers would look for its first
+    timestep, takes the second place where it stands twice, and then runs over the end (`beta`, many steps).
     """
     own = inspect.signature(scheduler_class.set_timesteps)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from models import limits
+from models.base import GenerationParams
 
-if TYPE_CHECKING:
-    from models.base import GenerationParams
-
-    from .drawing import Drawing
-    from .model import Sizes
+from .drawing import Drawing
+from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from models import faces, limits
+from models.base import GenerationParams
 
-if TYPE_CHECKING:
-    from models.base import GenerationParams
-
-    from .drawing import Drawing
-    from .model import Sizes
+from .drawing import Drawing
+from .model import Sizes
 
 STRENGTH = 0.4
 CONTEXT = 2.0  # side of the crop by the face's longer side

@@ -5,65 +5,54 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
+from PIL import Image
 
+from cache import CacheStrategy
 from cache.prediction import prediction_of
 from models import finite
 from models.base import GenerationParams, StageReport, Step
+from models.run import Run
 
+from .model import Model
 from .multiscale import Scales
 from .preview import Previews
 
-if TYPE_CHECKING:
-    from PIL import Image
 
-    from cache import CacheStrategy
-    from models.run import Run
-
-    from .model import Model
-
-
+@dataclass(slots=True)
 class Drawing:
-    """A batch of pictures while it is drawn. Stages set `latents`, `width` and `height`, and in the end `images`.
+    """A batch of pictures while it is drawn. Stages set `latents` and their `size`, and in the end `images`.
 
-    conditioning: the pipeline's arguments for the text, each with one row for all images or one an image.
+    conditioning: the pipeline's arguments for the text, each with a row an image. size: (width, height), pixels.
     generators: one an image, on the CPU, seeded once and drawn from by all stages in turn, so that a picture is the
         same on every device and whatever it is batched with.
-    width, height: of `latents`, in pixels.
+    sampling: sampler and scheduler by name, of the last run. kernels: what computed the attention of each run.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        params: GenerationParams,
-        seeds: tuple[int, ...],
-        conditioning: Mapping[str, torch.Tensor],
-        strategy: CacheStrategy,
-        size: tuple[int, int],
-        clock: Clock,
-        progress: Progress,
-    ) -> None:
-        self.model = model
-        self.params = params
-        self.seeds = seeds
-        self.conditioning = conditioning
-        self.strategy = strategy
-        self.width, self.height = size
-        self.clock = clock
-        self.progress = progress
-        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        self.latents: torch.Tensor | None = None
-        self.images: list[Image.Image] = []
-        self.stages: list[StageReport] = []
-        self.warnings: list[str] = []
-        self.sampling: tuple[str, str] | None = None  # sampler and scheduler by name, of the last run
-        self.kernels: list[str] = []  # that computed the attention of each run
+    model: Model
+    params: GenerationParams
+    seeds: tuple[int, ...]
+    conditioning: Mapping[str, torch.Tensor]
+    strategy: CacheStrategy
+    size: tuple[int, int]
+    clock: Clock
+    progress: Progress
+    latents: torch.Tensor | None = None
+    images: list[Image.Image] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sampling: tuple[str, str] | None = None
+    kernels: list[str] = field(default_factory=list)
+    generators: list[torch.Generator] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
 
     def from_noise(self, name: str) -> torch.Tensor:
-        """Latents of width × height pixels, drawn from nothing: all steps of the schedule."""
-        return self._denoise(name, slice(None), (self.width, self.height))
+        """Latents drawn from nothing: all steps of the schedule."""
+        return self._denoise(name, slice(None), self.size)
 
     def from_pictures(
         self, name: str, pictures: Sequence[Image.Image], strength: float, *, only: int | None = None
@@ -97,7 +86,7 @@ class Drawing:
             pipeline = type(run.pipeline).__name__
             self.warnings += [f"{one} had no effect in the pass {name}: {pipeline} has none." for one in run.ignored]
             latents = run(
-                {key: _rows(tensor, images, len(seeds)) for key, tensor in self.conditioning.items()},
+                {key: rows[images] for key, rows in self.conditioning.items()},
                 self.generators[images],
                 self.progress.watch(run, previews),
             )
@@ -143,21 +132,16 @@ class Drawing:
             )
 
     def decode(self) -> list[Image.Image]:
-        """Pictures of width × height pixels. Raises ValueError before anything has been drawn."""
+        """The latents as pictures. Raises ValueError before anything has been drawn."""
         if self.latents is None:
             raise ValueError("there are no latents to decode: a stage that draws comes first")
-        return self.model.decode(self.latents, self.width, self.height)
-
-
-def _rows(conditioning: torch.Tensor, images: slice, count: int) -> torch.Tensor:
-    """Those of `images`, which are `count`."""
-    return conditioning.repeat_interleave(count, dim=0) if len(conditioning) == 1 else conditioning[images]
+        return self.model.decode(self.latents, *self.size)
 
 
 class Progress:
     """Tells the requests in a batch of the steps that its runs make.
 
-    on_steps: hears of each step what it was to each request, which differ in their decisions at most.
+    on_steps: hears of each step, once for each request: their decisions may differ.
     total: denoising steps of all stages over all batches; a stage that finds more to do adds to it.
     items: each request's images in the batch.
     """
@@ -184,20 +168,20 @@ class Progress:
 
 
 class Clock:
-    """Seconds by stage; waits for the device's queue, so that a stage is charged for its own work."""
+    """Seconds by part of the work; waits for the device's queue, so that a part is charged for its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0, "compile": 0.0}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, part: str) -> Iterator[None]:
         started = self._now()
         yield
-        self.seconds[stage] += self._now() - started
+        self.seconds[part] += self._now() - started
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Charge what was measured within one stage to another."""
+        """Charge what was measured within one part to another."""
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 

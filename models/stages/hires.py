@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from models import limits
+from models.base import GenerationParams
 
-if TYPE_CHECKING:
-    from models.base import GenerationParams
-
-    from .drawing import Drawing
-    from .model import Sizes
+from .drawing import Drawing
+from .model import Sizes
 
 SCALE = 2  # at most, from the first run to the second
 STRENGTH = 0.5  # of the second run
@@ -45,7 +42,7 @@ class HiresFix:
             return
         with drawing.clock("decode"):
             pictures = [image.resize(full, Image.Resampling.LANCZOS) for image in drawing.decode()]
-        drawing.width, drawing.height = full
+        drawing.size = full
         drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH)
 
 

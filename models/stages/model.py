@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
+import torch
+from PIL import Image
 
-    from cache import CacheStrategy, Denoiser
-    from models.base import GenerationParams, ModelSpec
-    from models.decoders import Decoder
-    from models.layout import Layout
-    from models.run import Run
+from cache import CacheStrategy, Denoiser
+from models.base import GenerationParams, ModelSpec
+from models.decoders import Decoder
+from models.layout import Layout
+from models.run import Run
 
 
 class Sizes(Protocol):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,10 @@ from torch import Tensor
 from cache.patching import shadowed
 from cache.prediction import Prediction
 from cache.transfer import upload
+from models.base import Multiscale
+from models.run import Run
 
-if TYPE_CHECKING:
-    from models.base import Multiscale
-    from models.run import Run
-
-    from .model import Model
+from .model import Model
 
 EVERY = 4  # with `intermittent`, each so-many-th step between the ends is at full size
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from models.base import GenerationParams
+from models.base import GenerationParams
 
-    from .drawing import Drawing
-    from .model import Sizes
+from .drawing import Drawing
+from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from models import limits
-from models.base import TooFewSteps
+from models.base import GenerationParams, Img2Img, TooFewSteps
 
-if TYPE_CHECKING:
-    from models.base import GenerationParams, Img2Img
-
-    from .drawing import Drawing
-    from .model import Sizes
+from .drawing import Drawing
+from .model import Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,5 +26,5 @@ class FromPicture:
         return steps
 
     def run(self, drawing: Drawing) -> None:
-        picture = limits.fit(self.settings.picture, drawing.width, drawing.height)
+        picture = limits.fit(self.settings.picture, *drawing.size)
         drawing.latents = drawing.from_pictures("img2img", [picture] * len(drawing.seeds), self.settings.denoise)

@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from cache.patching import shadowed
 from cache.prediction import FlowMatching, prediction_of
-
-if TYPE_CHECKING:
-    from models.decoders import Decoder
-    from models.layout import Layout
-    from models.run import Run
+from models.decoders import Decoder
+from models.layout import Layout
+from models.run import Run
 
 LONGEST_SIDE = 256  # pixels
 PICTURES = 5  # of a run, about

@@ -1,9 +1,10 @@
-"""Finding the placements of a model's compute calls: dynamic programming proposes, real runs decide.
+"""Finding a model's settings by drawing: placements of DeepCache's compute calls, a first-block threshold.
 
-A few pictures are drawn uncached while the branch's states are recorded. What a reuse would get wrong, weighed by how
-far the sampler goes on its word, gives candidates (`cache/placement.py`); as errors grow or fade on their way to the
-picture, several weights are tried. Each candidate then draws the same pictures. The one nearest to the uncached ones is
-kept if it beats the uniform placement by more than chance would.
+Placements: dynamic programming proposes, real runs decide. A few pictures are drawn uncached while the branch's states
+are recorded. What a reuse would get wrong, weighed by how far the sampler goes on its word, gives candidates
+(`cache/placement.py`); as errors grow or fade on their way to the picture, several weights are tried. Each candidate
+then draws the same pictures. The one nearest to the uncached ones is kept if it beats the uniform placement by more
+than chance would.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from cache import CacheStrategy, DeepCache, UNetDenoiser
+from cache import CacheError, CacheStrategy, DeepCache, FirstBlockCache, UNetDenoiser, threshold
 from cache.cost import deepest_branch
 from cache.placement import Recorder, Search
 from cache.schedule import GROWTH, budget, warped
-from models.base import GenerationParams, LoadedModel
+from models.base import GenerationParams, ModelError, StepHook
 
 from .nearness import psnr
 from .placements import Calibrated
+
+if TYPE_CHECKING:
+    from models.generation import LoadedModel
 
 POWERS = (1.0, 1.5)  # of a call's weight: 1 gives the next latent's error; above it early errors count for less
 GROWTHS = (1.0, GROWTH)  # of placements that look at timesteps alone
@@ -138,3 +142,28 @@ def sensitivities(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
         scale = {"epsilon": math.cos(phases[call]), "sample": math.sin(phases[call])}.get(kind, 1.0)
         found.append(turn / scale / list(timesteps).count(timestep))
     return found
+
+
+PROMPTS = ("a misty forest at twilight", "a clear sea at noon", "a snowy island at dawn", "a stormy desert at sunset")
+
+
+def find_threshold(
+    model: LoadedModel,
+    params: GenerationParams,
+    speedup: float,
+    settings: FirstBlockCache,
+    on_step: StepHook,
+    prompts: Sequence[str] = PROMPTS,
+) -> threshold.Found:
+    """The lowest threshold that promises `speedup` for pictures like `params`, one of each prompt, at its own seed.
+
+    Raises ModelError where the model has no first-block cache or no threshold reaches that far.
+    """
+    recorder = threshold.Recorder()
+    try:
+        for number, prompt in enumerate(prompts):
+            one = replace(params, prompt=prompt, seeds=(params.seeds[0] + number,), batch_size=1)
+            model.generate(one, recorder, on_step)
+        return threshold.threshold_for(recorder, speedup, settings)
+    except CacheError as error:
+        raise ModelError(str(error)) from error

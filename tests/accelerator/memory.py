@@ -1,4 +1,4 @@
-"""Bytes of a run by its stages: weights, the peak while denoising and while decoding."""
+"""Bytes of a run by its parts: weights, the peak while denoising and while decoding."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def peaks(geometry: Geometry, strategy: CacheStrategy, *, images: int = 1, **opt
     own = Clock.__call__
 
     @contextmanager
-    def counted(self: Clock, stage: str) -> Iterator[None]:
-        with device.counting() as counts, own(self, stage):
+    def counted(self: Clock, part: str) -> Iterator[None]:
+        with device.counting() as counts, own(self, part):
             yield
-        found[stage] = max(found.get(stage, 0), counts.peak)
+        found[part] = max(found.get(part, 0), counts.peak)
 
     with device, no_grad(), patch.object(Clock, "__call__", counted):
         model = geometry.load(**options)

@@ -19,7 +19,8 @@ from torch import nn
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces
-from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Lora, Multiscale, Step
+from models.base import Generation, GenerationParams, Img2Img, Lora, Multiscale, Step
+from models.generation import LoadedModel
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
 from tests.accelerator.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SD21, SDXL, Geometry

@@ -16,7 +16,7 @@ from torch.nn import functional
 from models.base import GenerationParams
 from models.embedded import SPECS
 from models.families.sd import StableDiffusionModel
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.loading.footprint import loaded_bytes
 from models.memory import decode_bytes, peak_bytes
 
@@ -105,7 +105,7 @@ def test_tiles_and_slices_need_less() -> None:
         spec = replace(SPECS[0], render_sizes=(), **options)
         vae = AutoencoderKL.from_pretrained(spec.source, subfolder="vae")
         model = StableDiffusionModel(spec, SimpleNamespace(vae=vae), None, {})  # type: ignore[arg-type]
-        return ImageGenerator(model).working_bytes(params, images)
+        return LoadedModel(model).working_bytes(params, images)
 
     whole, tile = need(1), AutoencoderKL.load_config(SPECS[0].source, subfolder="vae")["sample_size"]
     assert need(3) == pytest.approx(3 * whole, abs=2)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Multiscale, Step
+from models.base import Generation, GenerationCancelled, GenerationParams, Multiscale, Step
 from models.embedded import FOLDER, SPECS
 from models.families.flux import FLUX
 from models.families.sd import SD
+from models.generation import LoadedModel
 from tests.models.test_generation import PARAMS, ignore, pixels, plain
 
 PROMPTS = ("a fox", "a rainy day", "the sea")
@@ -104,7 +105,8 @@ def test_passes_over_the_whole_batch_are_shared(sd: LoadedModel, changes: dict[s
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-flux"])
 def test_the_embedded_models_pictures_too(name: str) -> None:
     (spec,) = (one for one in SPECS if one.name == name)
-    model = (FLUX if name == "tiny-flux" else SD).load(replace(spec, source=FOLDER / name), "cpu")
+    family = FLUX if name == "tiny-flux" else SD
+    model = LoadedModel(family.load(replace(spec, source=FOLDER / name), "cpu"))
     params = replace(PARAMS, width=128, height=128, steps=6)
     requests = requests_of(params)
     strategy: CacheStrategy = DeepCache(3, 2) if name == "tiny-sd" else FirstBlockCache(0.1)

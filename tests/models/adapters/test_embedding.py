@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from cache import NoCache
 from models.adapters import embedding
-from models.base import AdapterFailed, Embedding, GenerationCancelled, GenerationParams, LoadedModel, Step
-from models.generation import ImageGenerator
+from models.base import AdapterFailed, Embedding, GenerationCancelled, GenerationParams, Step
+from models.generation import LoadedModel
 from models.libraries import quiet
 
 PARAMS = GenerationParams(
@@ -145,7 +145,7 @@ def test_no_trace_after_success_error_and_cancel(sd: LoadedModel, tmp_path: Path
 
 
 def test_a_name_in_the_prompt_is_not_an_unknown_word(sd: LoadedModel, tmp_path: Path) -> None:
-    sd_like: Any = ImageGenerator(copy.copy(sd.model))
+    sd_like: Any = LoadedModel(copy.copy(sd.model))
     sd_like.model.spec = replace(sd.spec, vocabulary=frozenset({"a", "forest"}))
     style = saved(tmp_path, "deep-style", emb_params=vectors(1))
     params = replace(PARAMS, prompt="a deep-style forest", embeddings=(style,))

@@ -21,9 +21,9 @@ from models.acceleration import compilation
 from models.acceleration.compilation import CompilationFailed, CompiledLayers
 from models.base import GenerationCancelled, ModelSpec, Step
 from models.families.sd import SD
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
+from tests.models.adapters.test_lora import kohya, random_pairs, saved
 from tests.models.test_generation import PARAMS, ignore, pixels
-from tests.models.test_lora import kohya, random_pairs, saved
 
 COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
 PLAIN = replace(COMPILED, compiled=False)
@@ -31,7 +31,7 @@ PLAIN = replace(COMPILED, compiled=False)
 
 def load(folder: Path, backend: Any = "aot_eager") -> Any:
     """A model of the caller's own: its compiled layers are kept with it."""
-    loaded: Any = ImageGenerator(SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu"))
+    loaded: Any = LoadedModel(SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu"))
     loaded.model.compile_backend = backend
     return loaded
 
@@ -115,7 +115,7 @@ def test_a_cancel_leaves_the_layers_as_they_were(model: Any) -> None:
 
 
 def test_another_attention_kernel_composes(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.models.test_attention import CODE, KERNELS, attention, install
+    from tests.models.acceleration.test_attention import CODE, KERNELS, attention, install
 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(  # type: ignore[misc]

@@ -19,7 +19,6 @@ from models.base import (
     GenerationCancelled,
     GenerationParams,
     Img2Img,
-    LoadedModel,
     Multiscale,
     Step,
     TooFewSteps,
@@ -29,7 +28,7 @@ from models.embedded import SPECS
 from models.families.flux import FluxModel
 from models.families.sd import SD as SD_FAMILY
 from models.families.sdxl import SDXLModel
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.libraries import quiet
 from models.sampling import samplers
 from models.stages.detail import ADetailer, around
@@ -234,7 +233,7 @@ def test_previews_of_a_long_run_are_few_and_small() -> None:
 def test_without_a_small_decoder_colours_are_a_fit_to_the_encoder() -> None:
     """The fit never saw this picture of the model's own, and follows its colours at an eighth of the size."""
     spec = next(spec for spec in SPECS if spec.name == "tiny-sd")
-    tiny: Any = ImageGenerator(SD_FAMILY.load(spec, "cpu"))
+    tiny: Any = LoadedModel(SD_FAMILY.load(spec, "cpu"))
     params = replace(PARAMS, prompt="a clear sea at sunset", width=192, height=128, guidance_scale=3.0, seeds=(7,))
     (drawn,) = tiny.generate(params, NoCache(), ignore).images
     levels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -255,7 +254,8 @@ def drawing_of(model: Any, images: list[Image.Image], steps: list[Step]) -> Draw
     """A batch whose pictures are there already."""
     params = replace(PARAMS, width=512, height=512, seeds=tuple(range(len(images))), adetailer=True)
     with torch.no_grad(), quiet():
-        conditioning = model.model.encode(params)
+        encoded = model.model.encode(params)
+        conditioning = {name: row.repeat_interleave(len(images), dim=0) for name, row in encoded.items()}
     clock, progress = Clock(torch.device("cpu")), Progress(steps.extend, 0)
     drawing = Drawing(model.model, params, params.seeds, conditioning, NoCache(), (512, 512), clock, progress)
     drawing.images = list(images)

@@ -12,9 +12,9 @@ import pytest
 from diffusers.schedulers import AysSchedules
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import LoadedModel, ModelSpec
+from models.base import ModelSpec
 from models.families import FAMILIES
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.sampling import samplers
 from tests.models.test_generation import PARAMS, ignore, pixels
 
@@ -37,7 +37,7 @@ def calls(sampler: str) -> int:
 @pytest.fixture(scope="module")
 def small(small_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
-        prediction: ImageGenerator(FAMILIES["sd"].load(ModelSpec(name=prediction, family="sd", source=folder), "cpu"))
+        prediction: LoadedModel(FAMILIES["sd"].load(ModelSpec(name=prediction, family="sd", source=folder), "cpu"))
         for prediction, folder in small_folders.items()
     }
 
@@ -45,7 +45,7 @@ def small(small_folders: dict[str, Path]) -> dict[str, LoadedModel]:
 @pytest.fixture(scope="module")
 def distilled(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
-        name: ImageGenerator(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
+        name: LoadedModel(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
         for name in ("flux-schnell", "flux-dev")
     }
 
@@ -173,7 +173,7 @@ def test_a_sampler_that_draws_noise_is_known_by_its_type(
 def test_align_your_steps_is_the_models_own(family_folders: dict[str, Path], family: str, published: str) -> None:
     """The timesteps that the denoiser is called with, and the picture of diffusers' pipeline given them."""
     spec = ModelSpec(name=family, family=family, source=family_folders[family])
-    model: Any = ImageGenerator(FAMILIES[family].load(spec, "cpu"))
+    model: Any = LoadedModel(FAMILIES[family].load(spec, "cpu"))
     called: list[int] = []
     unet = model.pipeline.unet
     hook = unet.register_forward_pre_hook(lambda _, args, kwargs: called.append(int(args[1])), with_kwargs=True)

@@ -19,7 +19,7 @@ from cache.schedule import GROWTH, Placement, budget, warped
 from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.families.sd import SD
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.tuning.placements import Calibrated, place, read, stretched, write
 from tests.models.conftest import BETAS
 
@@ -153,7 +153,7 @@ def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path:
     spec = replace(sd_spec, source=folder)
     branch_0 = replace(FOUND, calls=6, computed=(0, 1))
     write(spec, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))])
-    model = ImageGenerator(SD.load(spec, "cpu"))
+    model = LoadedModel(SD.load(spec, "cpu"))
     params = GenerationParams(prompt="a", width=64, height=64, steps=6)
     expected = {None: "CCRRRR", "ddim": "CCRRRR", "heun": "CCCCRRRRRRR"}  # saved with DDIM
     for sampler, letters in expected.items():
@@ -172,7 +172,7 @@ def test_a_model_saved_with_karras_is_placed_by_it(small_folders: dict[str, Path
     spec = ModelSpec(name="karras", family="sd", source=folder)
     plain = replace(FOUND, sampler="euler")
     write(spec, [plain, replace(plain, scheduler="karras", computed=(0, 4))])
-    model = ImageGenerator(SD.load(spec, "cpu"))
+    model = LoadedModel(SD.load(spec, "cpu"))
     for sampler in (None, "euler"):
         params = GenerationParams(prompt="a", width=64, height=64, steps=6, sampler=sampler)
         report = model.generate(params, DeepCache(3, 3), ignore).reports[0]
@@ -183,7 +183,7 @@ def test_a_model_saved_with_karras_is_placed_by_it(small_folders: dict[str, Path
 
 
 def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "caching.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "caching.md").read_text(encoding="utf-8")
     known = read(next(spec for spec in SPECS if spec.name == DEFAULT))
     for interval in (2, 3, 5):
         places = place(known, "ddim", "normal", evenly(20), interval, 0)

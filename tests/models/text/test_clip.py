@@ -11,7 +11,8 @@ import torch
 from compel import Compel
 
 from cache import DeepCache, NoCache
-from models.base import GenerationParams, LoadedModel, Step
+from models.base import GenerationParams, Step
+from models.generation import LoadedModel
 from models.text import clip as text
 from models.text.clip import TooFewLayers
 from models.text.prompt import parse
@@ -96,7 +97,7 @@ def test_break_begins_a_window(sd: LoadedModel) -> None:
 
 
 def test_sdxl_pools_the_first_part(sdxl: LoadedModel) -> None:
-    broken, first = (sdxl.model._encode(replace(PARAMS, prompt=prompt)) for prompt in ("a sea BREAK red", "a sea"))
+    broken, first = (sdxl.model.encode(replace(PARAMS, prompt=prompt)) for prompt in ("a sea BREAK red", "a sea"))
     assert torch.equal(broken["pooled_prompt_embeds"], first["pooled_prompt_embeds"])
     assert broken["prompt_embeds"].shape[1] == 2 * first["prompt_embeds"].shape[1]
 
@@ -105,14 +106,14 @@ def test_sdxl_pools_the_first_part(sdxl: LoadedModel) -> None:
 def test_sdxl_without_a_negative_prompt_takes_zeros(sdxl: LoadedModel, prompt: str) -> None:
     """diffusers' force_zeros_for_empty_prompt, on the weighted path as well; with words there it reads them."""
     for negative, zero in (("", True), (" ", True), ("rain", False)):
-        encoded = sdxl.model._encode(replace(PARAMS, prompt=prompt, negative_prompt=negative))
+        encoded = sdxl.model.encode(replace(PARAMS, prompt=prompt, negative_prompt=negative))
         assert encoded["negative_prompt_embeds"].shape == encoded["prompt_embeds"].shape
         for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
             assert bool(encoded[name].eq(0).all()) is zero
     config = sdxl.pipeline.config
     sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     try:
-        assert sdxl.model._encode(replace(PARAMS, prompt=prompt))["negative_prompt_embeds"].ne(0).any()
+        assert sdxl.model.encode(replace(PARAMS, prompt=prompt))["negative_prompt_embeds"].ne(0).any()
     finally:
         sdxl.pipeline.register_to_config(force_zeros_for_empty_prompt=config["force_zeros_for_empty_prompt"])
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from models.base import Hub, LoadFailed, ModelSpec
 from models.loading import hub
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import json, sys

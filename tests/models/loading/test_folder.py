@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.base import LoadedModel, LoadFailed, ModelSpec
+from models.base import LoadFailed, ModelSpec
 from models.families.flux import FLUX
 from models.families.sd import SD
+from models.generation import LoadedModel
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

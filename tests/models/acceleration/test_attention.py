@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.acceleration import attention
 from models.acceleration.attention import KERNELS, AttentionUnavailable, attending, unavailable
-from models.base import LoadedModel
+from models.generation import LoadedModel
 from tests.models.test_generation import PARAMS, ignore, pixels
 
 CODE = {

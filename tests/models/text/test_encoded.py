@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cache import NoCache
-from models.base import Embedding, GenerationParams, LoadedModel, Lora
+from models.base import Embedding, GenerationParams, Lora
+from models.generation import LoadedModel
 from models.text.encoded import TextCache, key_of
 from tests.models.test_generation import PARAMS, ignore, pixels
 

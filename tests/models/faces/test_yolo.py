@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from cache import NoCache
 from models import faces
-from models.base import DetectorFailed, GenerationParams, LoadedModel, Step
-from models.generation import stages_of
+from models.base import DetectorFailed, GenerationParams, Step
+from models.generation import LoadedModel, stages_of
 from models.stages.detail import ADetailer
 
 CELL = 32  # pixels of the network's input that share an anchor

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import LoadedModel, LoadFailed, ModelSpec
+from models.base import LoadFailed, ModelSpec
 from models.families import FAMILIES
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.registry import Registry
 from models.text.encoded import TextCache
 from tests.models.test_generation import PARAMS as FOUR_STEPS
@@ -28,7 +28,7 @@ PUBLISHED = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
 @pytest.fixture(scope="module")
 def loaded(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
-        name: ImageGenerator(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
+        name: LoadedModel(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
         for name in PUBLISHED
     }
 
@@ -150,7 +150,7 @@ def test_decoding_in_slices_and_tiles_is_the_autoencoders_own(
     family_folders: dict[str, Path], loaded: dict[str, LoadedModel]
 ) -> None:
     spec = ModelSpec(name="tiled", family="sd15", source=family_folders["sd15"], vae_tiling=True, vae_slicing=True)
-    tiled: Any = ImageGenerator(FAMILIES["sd15"].load(spec, "cpu"))
+    tiled: Any = LoadedModel(FAMILIES["sd15"].load(spec, "cpu"))
     assert tiled.pipeline.vae.use_tiling
     assert tiled.pipeline.vae.use_slicing
     drawn = pixels(tiled.generate(PARAMS, NoCache(), ignore).images)
@@ -165,7 +165,7 @@ def test_decoding_in_slices_and_tiles_is_the_autoencoders_own(
 
 def test_the_files_dtype_can_be_overridden(family_folders: dict[str, Path]) -> None:
     spec = ModelSpec(name="half", family="sd15", source=family_folders["sd15"], dtype="bfloat16")
-    half: Any = ImageGenerator(FAMILIES["sd15"].load(spec, "cpu"))
+    half: Any = LoadedModel(FAMILIES["sd15"].load(spec, "cpu"))
     assert str(half.pipeline.unet.dtype) == str(half.pipeline.vae.dtype) == "torch.bfloat16"
     drawn = half.generate(PARAMS, DeepCache(), ignore)
     assert pixels(drawn.images).std() > 0

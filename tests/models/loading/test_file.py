@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.base import LoadFailed, ModelSpec, Step
 from models.families import FAMILIES
+from models.generation import LoadedModel
 from tests.models import original
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels
@@ -72,8 +73,9 @@ def test_one_file_draws_what_the_folder_draws(
 ) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it went to the network"))
     config = family_folders[family] if family.startswith("flux") else weightless(family_folders[family], tmp_path)
-    single = FAMILIES[family].load(ModelSpec(name="one", family=family, source=files[family], config=config), "cpu")
-    whole = FAMILIES[family].load(ModelSpec(name="many", family=family, source=family_folders[family]), "cpu")
+    one = ModelSpec(name="one", family=family, source=files[family], config=config)
+    many = ModelSpec(name="many", family=family, source=family_folders[family])
+    single, whole = (LoadedModel(FAMILIES[family].load(spec, "cpu")) for spec in (one, many))
     strategy = FirstBlockCache(threshold=0.5) if family.startswith("flux") else DeepCache(interval=2)
     for cache in (NoCache(), strategy):
         drawn, expected = (model.generate(PARAMS, cache, ignore) for model in (single, whole))
@@ -164,8 +166,8 @@ def test_stages_are_told_before_each_part(family_folders: dict[str, Path]) -> No
 
 def test_a_prediction_type_can_be_set(family_folders: dict[str, Path]) -> None:
     spec = ModelSpec(name="v", family="sd15", source=family_folders["sd15"])
-    plain = FAMILIES["sd15"].load(spec, "cpu")
-    velocity = FAMILIES["sd15"].load(replace(spec, prediction_type="v_prediction"), "cpu")
+    plain = LoadedModel(FAMILIES["sd15"].load(spec, "cpu"))
+    velocity = LoadedModel(FAMILIES["sd15"].load(replace(spec, prediction_type="v_prediction"), "cpu"))
     steps: list[Step] = []
     one, other = plain.generate(PARAMS, NoCache(), ignore), velocity.generate(PARAMS, NoCache(), steps.append)
     assert not np.array_equal(pixels(one.images), pixels(other.images))

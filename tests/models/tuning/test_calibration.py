@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from cache import CacheStrategy, DeepCache
-from models.base import GenerationParams, LoadedModel
+from models.base import GenerationParams
+from models.generation import LoadedModel
 from models.tuning.calibration import calibrate, chosen, generated, rounds, sensitivities
 from models.tuning.nearness import psnr
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
 from cache.prediction import Diffusion, FlowMatching, Prediction, prediction_of
-from models.base import GenerationParams, LoadedModel, Multiscale
+from models.base import GenerationParams, Multiscale
+from models.generation import LoadedModel
 from models.layout import Packed, Spatial
 from models.stages.multiscale import Scales, is_reduced, low_frequencies
-from tests.models.test_passes import ignore, pixels
+from tests.models.stages.test_stages import ignore, pixels
 
 PARAMS = GenerationParams(prompt="a misty forest", width=96, height=64, steps=12, guidance_scale=3.0, seeds=(7,))
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.adapters.lora import COMPONENTS
-from models.base import AdapterFailed, GenerationCancelled, GenerationParams, LoadedModel, Lora, ModelSpec, Step
+from models.base import AdapterFailed, GenerationCancelled, GenerationParams, Lora, ModelSpec, Step
 from models.families.sd import SD
-from models.generation import ImageGenerator
+from models.generation import LoadedModel
 from models.text.encoded import TextCache
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
@@ -252,7 +252,7 @@ def test_compiled_layers_see_the_lora_and_its_end(small_folders: dict[str, Path]
     The files change the layers of the first level and the middle, so that no others are compiled again. Dynamo decides
     that, whatever compiles behind it; "eager" leaves the operations as they are, and the bits too.
     """
-    model = ImageGenerator(SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu"))
+    model = LoadedModel(SD.load(ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"]), "cpu"))
     model.model.compile_backend = "eager"  # type: ignore[attr-defined]
     first, second = (
         {name: pair for name, pair in pairs.items() if name[1].startswith(("down_blocks.0.", "mid_block."))}
