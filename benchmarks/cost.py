@@ -59,8 +59,8 @@ def bare(threads: int) -> Callable[[Sequence[Fields]], list[Image.Image]]:
     import torch
 
     from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+    from models.libraries import quiet
     from models.limits import fit, render_size
-    from models.loading import quiet
     from models.registry import Registry
 
     torch.set_num_threads(threads)

@@ -1,20 +1,19 @@
-"""What a generation is: its parameters, its steps, its result, and what a model family provides.
+"""What a generation is: its parameters, its steps, its result; what a configured model is.
 
 Nothing heavy is imported here: the HTTP process uses these types without torch or diffusers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
-    from cache import CacheReport, CacheStrategy, Denoiser
+    from cache import CacheReport
 
 CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
@@ -43,7 +42,7 @@ class UnsupportedSampler(ModelError):
 
 
 class TooFewSteps(ModelError):
-    """A pass would have no step to run."""
+    """A stage would have no step to run."""
 
     field = "steps"
 
@@ -110,9 +109,9 @@ class GenerationParams:
     `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
     denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
     `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
-    `attention` names a kernel of `models/attention.py`, or leaves the choice to it (`auto`);
+    `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled. `vae_tiling` decodes in tiles, as the model's own setting does.
-    The passes (`models/passes`) are off by default. `face_detector` is the operator's file for ADetailer.
+    Stages beyond the first (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str
@@ -146,7 +145,7 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished denoising step: `index` counts from 0 to `total` - 1 over all passes and batches of the request.
+    """A finished denoising step: `index` counts from 0 to `total` - 1 over all stages and batches of the request.
 
     `total` grows when ADetailer has found faces: how many there are is not known before.
 
@@ -168,7 +167,7 @@ StepsHook = Callable[[Mapping[int, Step]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds spent in each stage of a generation, summed over its batches; compiling is no part of denoising."""
+    """Seconds spent in each part of a generation, summed over its batches; compiling is no part of denoising."""
 
     text_seconds: float
     denoise_seconds: float
@@ -177,8 +176,8 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PassReport:
-    """One run of the denoiser under a cache: the pass that made it, its steps, its size in pixels.
+class StageReport:
+    """One run of the denoiser under a cache: the stage that made it, its steps, its size in pixels.
 
     `sizes`: with multi-scale, a letter for each denoiser call, F at full size, S small, which is `small_share` of it.
     """
@@ -194,7 +193,7 @@ class PassReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What a request made: one picture a seed, one report a pass and batch as they ran, sentences for the user.
+    """What a request made: one picture a seed, one report a stage and batch as they ran, sentences for the user.
 
     `attention` is the kernel that computed the denoiser's attention. `batches`: how many images were denoised together
     in each batch; one that several requests shared stands with the first of them alone. `sampling`: sampler and
@@ -202,7 +201,7 @@ class Generation:
     """
 
     images: list[Image.Image]
-    passes: list[PassReport]
+    stages: list[StageReport]
     timings: Timings
     warnings: list[str] = field(default_factory=list)
     attention: str = "sdpa"
@@ -211,7 +210,7 @@ class Generation:
 
     @property
     def reports(self) -> list[CacheReport]:
-        return [one.cache for one in self.passes]
+        return [one.cache for one in self.stages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,71 +275,3 @@ class LoadHooks:
 
 
 UNWATCHED = LoadHooks()
-
-
-class LoadedModel(Protocol):
-    """A model on a device. Not thread-safe: a diffusers scheduler holds the step index."""
-
-    @property
-    def denoiser(self) -> Denoiser: ...
-
-    def working_bytes(self, params: GenerationParams, images: int) -> int:
-        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
-        ...
-
-    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
-        """Draw `params.seeds`; attach `strategy` afresh to each batch; call `on_step` after each step."""
-        ...
-
-    def generate_together(
-        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
-    ) -> list[Generation | Exception]:
-        """Draw requests that differ in prompts and seeds alone, all at once: each one's pictures, or its failure.
-
-        A picture is what it would be without the others, but for the rounding that a batch's size brings.
-        """
-        ...
-
-
-class ModelFamily(Protocol):
-    """One architecture: its data, its loader. Stateless."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def native_size(self) -> int:
-        """Pixels of a side of the square that the family was trained at."""
-        ...
-
-    @property
-    def size_multiple(self) -> int: ...
-
-    @property
-    def cache(self) -> CacheName:
-        """The cache that acts on this family's denoiser."""
-        ...
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def guidance_scale(self) -> float: ...
-
-    @property
-    def samplers(self) -> Mapping[str, tuple[str, ...]]:
-        """Sampler name → names of the schedulers it can be paired with."""
-        ...
-
-    def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
-        """Floating-point operations of a reuse step at each branch, as shares of a full step, without the weights.
-
-        Empty where the cache has no branches. Raises LoadFailed.
-        """
-        ...
-
-    def load(
-        self, spec: ModelSpec, device: str, dtype: torch.dtype | None = None, hooks: LoadHooks = UNWATCHED
-    ) -> LoadedModel:
-        """`dtype` None: the spec's, else the one that suits the device. Raises LoadFailed."""
-        ...

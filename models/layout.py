@@ -34,7 +34,7 @@ class Layout(Protocol):
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
         """The call's arguments with another grid, perhaps of another size, and timestep in them.
 
-        What is made of numbers alone lies on the CPU, as a run's timesteps do (`PipelineModel.scheduled`).
+        What is made of numbers alone lies on the CPU, as a run's timesteps do (`PipelineModel.run`).
         """
         ...
 

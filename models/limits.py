@@ -29,7 +29,7 @@ def render_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
 
 
 def need_two(params: GenerationParams, name: str) -> None:
-    """Raise TooFewSteps for the pass `name`, which draws over a part of the schedule: one step is all or nothing."""
+    """Raise TooFewSteps for the stage `name`, which draws over a part of the schedule: one step is all or nothing."""
     if params.steps < 2:
         raise TooFewSteps(
             f"{name} draws over the picture in a part of the steps, and 1 step has no part: use 2 or more."

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .loading import quiet
+from .libraries import quiet
 
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
 _DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from .base import DtypeName, Hub, ModelError, ModelSpec, Offload
-from .checkpoint import refuse_pickle
 from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from .registry import FAMILIES
+from .families import FAMILIES
+from .loading.file import refuse_pickle
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Repository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]

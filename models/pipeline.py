@@ -1,20 +1,19 @@
-"""A loaded diffusers pipeline that draws pictures under a cache strategy: what all families share."""
+"""A loaded diffusers pipeline: what all families share. It knows nothing of requests' stages."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial, wraps
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from . import adapters, attention, compilation, embedding, finite, limits, samplers
-from .base import Generation, GenerationParams, ModelSpec, Step, StepHook, StepsHook
-from .loading import quiet
-from .share import Share, alike, joined
-from .texts import TextCache, key_of
+from . import finite
+from .acceleration import attention, compilation
+from .base import GenerationParams, ModelSpec
+from .run import Run
+from .sampling import samplers
 
 if TYPE_CHECKING:
     import torch
@@ -22,46 +21,31 @@ if TYPE_CHECKING:
 
     from cache import CacheStrategy, Denoiser
 
+    from .decoders import Decoder
     from .layout import Layout
-    from .passes import Pass
-    from .passes.drawing import Progress
-    from .passes.preview import Decoder
 
-Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
 REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
 class PipelineModel(ABC):
-    """Encode the prompt, then take each batch through the passes (`models/passes`).
-
-    diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a batch.
-    """
+    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run."""
 
     def __init__(
         self, spec: ModelSpec, pipeline: Any, denoiser: Denoiser, choices: Mapping[str, samplers.Sampler]
     ) -> None:
         self.spec = spec
         self.pipeline = pipeline
+        self.denoiser = denoiser
         self.choices = choices
         self.compile_backend = "inductor"
-        self._denoiser = denoiser
         self._compiled: compilation.CompiledLayers | None = None
-        self._texts = TextCache()
         self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
-
-    @property
-    def denoiser(self) -> Denoiser:
-        return self._denoiser
 
     @cached_property
     def device(self) -> torch.device:
         """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
         device: torch.device = self.pipeline._execution_device
         return device
-
-    @cached_property
-    def _dtype(self) -> str:
-        return str(self._denoiser.root.dtype).removeprefix("torch.")
 
     @property
     def decode_dtype(self) -> torch.dtype:
@@ -71,145 +55,85 @@ class PipelineModel(ABC):
         dtype: torch.dtype = self.pipeline.vae.dtype
         return torch.float32 if dtype == torch.float16 and self.upcasts else dtype
 
-    def working_bytes(self, params: GenerationParams, images: int) -> int:
+    def decode_bytes(self, width: int, height: int, images: int, *, tiled: bool = False) -> int:
+        """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
         from .memory import decode_bytes
 
-        width, height = limits.render_size(self.spec, params.width, params.height)
         vae = self.pipeline.vae
-        if self.spec.vae_tiling or params.vae_tiling:
+        if self.spec.vae_tiling or tiled:
             width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
         return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
 
-    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
-        """One picture a seed, in their order.
-
-        Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
-        where it shows; what `on_step` raises passes through, and leaves the model as it was.
-        """
-        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        with self._ready(params) as (written, chain):
-            share = self._share(params, written)
-            progress = self._progress(lambda steps: on_step(*steps), params, chain, len(batches))
-            for seeds in batches:
-                self._batch(params, [share], [seeds], strategy, chain, progress)
-        return share.generation()
-
-    def generate_together(
-        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
-    ) -> list[Generation | Exception]:
-        """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
-
-        Their images are one batch, or several where the texts differ in length. `on_steps` hears each step of a batch
-        once, with what it was to each request by its index; what it raises ends that batch alone. Raises as `generate`
-        does what concerns all of them.
-        """
-        results: list[Generation | Exception | None] = [None] * len(requests)
-        with self._ready(requests[0]) as (written, chain):
-            shares = [self._share(request, written) for request in requests]
-            for members in alike(shares):
-                hook = partial(_by_index, on_steps, members)
-                progress = self._progress(hook, requests[0], chain, 1)
-                theirs = [shares[index] for index in members]
-                try:
-                    seeds = [requests[index].seeds for index in members]
-                    self._batch(requests[0], theirs, seeds, strategy, chain, progress)
-                except Exception as error:  # noqa: BLE001  # whatever ended this batch, the others know nothing of it
-                    for index in members:
-                        results[index] = error
-                else:
-                    for index in members:
-                        results[index] = shares[index].generation()
-        return [result for result in results if result is not None]
+    @contextmanager
+    def decoding(self, *, tiled: bool) -> Iterator[None]:
+        """Within the context pictures are decoded in tiles, if `tiled` or the model's own setting says so."""
+        if tiled:
+            self.pipeline.vae.enable_tiling()
+        try:
+            yield
+        finally:
+            self.pipeline.vae.use_tiling = self.spec.vae_tiling
 
     @contextmanager
-    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Pass, ...]]]:
-        """Within the context, requests with these settings can be drawn, by these passes."""
-        import torch
-
-        from . import passes
-
-        samplers.check(samplers.choices(self.choices), params.sampler, params.scheduler)
-        chain = passes.chain(params)
-        tiles = _in_tiles(self.pipeline.vae) if params.vae_tiling and not self.spec.vae_tiling else nullcontext()
-        with torch.no_grad(), quiet(), tiles, adapters.applied(self.pipeline, params) as written:
-            yield written, chain
-
-    def _share(self, params: GenerationParams, written: Written) -> Share:
-        """A request's text, encoded, and what is to be said to it."""
-        from .passes.drawing import Clock
-
-        clock = Clock(self.device)
-        with clock("text"):
-            text = written(params)
-            conditioning = self._texts.get(key_of(params), partial(self._encoded, text))
-            words = embedding.without(params.prompt, params.embeddings)
-            warnings = limits.warnings(self.spec, words, params.width, params.height)
-            warnings += self._warnings(text)
-        return Share(conditioning, warnings, clock.seconds)
-
-    def _encoded(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        encoded = self._encode(params)
-        parts = ("text_encoder", "text_encoder_2")
-        finite.check(encoded.values(), "The encoded text is", self.pipeline, parts)
-        return encoded
-
-    def _progress(
-        self, on_steps: Callable[[Sequence[Step]], None], params: GenerationParams, chain: Sequence[Pass], batches: int
-    ) -> Progress:
-        from .passes.drawing import Progress
-
-        return Progress(on_steps, batches * sum(one.steps(self, params) for one in chain))
-
-    def _batch(
+    def run(
         self,
         params: GenerationParams,
-        shares: Sequence[Share],
-        seeds: Sequence[tuple[int, ...]],
+        seeds: tuple[int, ...],
         strategy: CacheStrategy,
-        chain: Sequence[Pass],
-        progress: Progress,
-    ) -> None:
-        """Draw the images of all `seeds` together and give each share its own."""
-        from .passes import hires_fix
-        from .passes.drawing import Clock, Drawing
+        size: tuple[int, int],
+        pictures: Sequence[Image.Image] = (),
+        strength: float = 1.0,
+    ) -> Iterator[Run]:
+        """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
-        size = limits.render_size(self.spec, params.width, params.height)
-        if params.hires_fix:
-            size, _ = hires_fix.sizes(self, params)
-        counts = list(map(len, seeds))
-        ends = list(accumulate(counts))
-        items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        clock = Clock(self.device)
-        progress.items = items
-        flat = tuple(seed for each in seeds for seed in each)
-        drawing = Drawing(self, params, flat, joined(shares, counts), strategy, size, clock, progress)
-        for one in chain:
-            one.run(drawing)
-        for share, part in zip(shares, items, strict=True):
-            share.take(drawing, part)
-            share.spend(clock)
-
-    @contextmanager
-    def accelerated(self, params: GenerationParams) -> Iterator[tuple[attention.Attention, compilation.Compilation]]:
-        """The denoiser with the attention kernel that `params` asks for, and its layers compiled if they do.
-
-        Raises AttentionUnavailable and CompilationFailed.
+        They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
+        diffusers' img2img pipelines. Raises AttentionUnavailable and CompilationFailed.
         """
-        with ExitStack() as stack:
-            compiling = compilation.Compilation()
-            if params.compiled:
-                if self._compiled is None:
-                    self._compiled = compilation.CompiledLayers(self._denoiser, self.compile_backend)
-                compiling = stack.enter_context(self._compiled.attached())
-            kernel = stack.enter_context(attention.attending(params.attention, str(self.device), self._dtype))
-            yield kernel, compiling
+        pipeline = self.from_pictures() if pictures else self.pipeline
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
+        wanted |= self.guidance(params)
+        timesteps = samplers.custom_timesteps(params.scheduler, params.steps, self.published_timesteps)
+        if timesteps is not None:
+            wanted["timesteps"] = timesteps
+        if pictures:
+            wanted |= {"image": list(pictures), "strength": strength}
+        dtype = str(self.denoiser.root.dtype).removeprefix("torch.")
+        with (
+            self._scheduled(pipeline, params, seeds) as scheduler,
+            self._compiling(params) as compiling,
+            attention.attending(params.attention, str(self.device), dtype) as kernel,
+        ):
+            sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
+            view = self.view(params, scheduler, sampling).sampled(partial(self.responses, scheduler))
+            with strategy.attach(view) as report:
+                yield Run(
+                    pipeline=pipeline,
+                    scheduler=scheduler,
+                    sampling=sampling,
+                    report=report,
+                    attention=kernel,
+                    compilation=compiling,
+                    steps=self.partial_steps(params.steps, strength) if pictures else params.steps,
+                    grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
+                    settings={name: value for name, value in wanted.items() if name in takes},
+                    ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
+                )
 
-    def view(self, params: GenerationParams, scheduler: Any) -> Denoiser:
-        """The denoiser as a strategy sees it in a run that `scheduler` steps."""
-        return self._denoiser
+    def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:
+        """The denoiser with its layers compiled, if `params` ask for it."""
+        if not params.compiled:
+            return nullcontext(compilation.Compilation())
+        if self._compiled is None:
+            self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
+        return self._compiled.attached()
+
+    def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> Denoiser:
+        """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
+        return self.denoiser
 
     def responses(self, scheduler: Any) -> tuple[float, ...] | None:
-        """Those of a scheduler whose timesteps are set; remembered, as finding them takes a few milliseconds."""
+        """Of the scheduler (`cache.sampling`), its timesteps set. Kept: they take a few milliseconds to find."""
         import torch
 
         from cache.sampling import begun, follows, responses
@@ -252,14 +176,14 @@ class PipelineModel(ABC):
     @cached_property
     def preview_decoder(self) -> Decoder:
         """Found, or fitted, on the first request with previews."""
-        from .passes.preview import decoder_of
+        from .decoders import decoder_of
 
-        return decoder_of(self)
+        return decoder_of(self.pipeline, self.spec.source, self.device)
 
     @property
     def size_multiple(self) -> int:
         """Pixels that a drawing's sides are multiples of."""
-        return int(self.pipeline.vae_scale_factor)
+        return int(self.pipeline.vae_scale_factor * self.layout.multiple)
 
     @property
     def native_pixels(self) -> int:
@@ -269,14 +193,14 @@ class PipelineModel(ABC):
         return int(height * width * self.pipeline.vae_scale_factor**2)
 
     @contextmanager
-    def scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
+    def _scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
         """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards.
 
         The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
         """
         from cache.patching import shadowed
 
-        saved, root = pipeline.scheduler, self._denoiser.root
+        saved, root = pipeline.scheduler, self.denoiser.root
         pipeline.scheduler = samplers.build(
             saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
@@ -286,20 +210,19 @@ class PipelineModel(ABC):
         finally:
             pipeline.scheduler = saved
 
-    def _truncation(self, tokenizer: Any, prompt: str, limit: int) -> list[str]:
-        tokens = len(tokenizer(prompt).input_ids)
-        if tokens <= limit:
-            return []
-        return [f"{self.spec.name} reads {limit} tokens; the prompt has {tokens}, and its end was not read."]
-
     @property
     @abstractmethod
     def layout(self) -> Layout:
         """How the denoiser's latents lie."""
 
+    def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
+        """The pipeline's arguments for the text, each with one row (1, …). Raises NotFinite."""
+        encoded = {name: rows for name, rows in self._encode(params).items() if rows is not None}
+        finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
+        return encoded
+
     @abstractmethod
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        """The pipeline's arguments for the text, each with one row (1, …)."""
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]: ...
 
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:
@@ -340,7 +263,7 @@ class PipelineModel(ABC):
         """What the autoencoder decodes, (B, channels, height, width) of the grid."""
 
     @abstractmethod
-    def _warnings(self, params: GenerationParams) -> list[str]:
+    def warnings(self, params: GenerationParams) -> list[str]:
         """What of the request this family cannot honour."""
 
 
@@ -358,16 +281,3 @@ def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..
         return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
 
     return uploaded
-
-
-@contextmanager
-def _in_tiles(vae: Any) -> Iterator[None]:
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.disable_tiling()
-
-
-def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:
-    on_steps(dict(zip(members, steps, strict=True)))

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
-from . import attention, compilation
-from .base import LoadedModel, LoadFailed, LoadHooks, ModelFamily, ModelSpec, UnknownModel
-from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
-from .sdxl import SDXL
-from .unet import SD, SD15, SD21
+from .acceleration import attention, compilation
+from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
+from .families import FAMILIES
+from .families.family import ModelFamily
 
-_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, FLUX, FLUX_SCHNELL, FLUX_DEV)
-FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})
+if TYPE_CHECKING:
+    from .generation import LoadedModel
+
 _GIB = 2**30
 
 
@@ -81,6 +80,8 @@ class Registry:
 
     def get(self, name: str) -> LoadedModel:
         """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
+        from .generation import LoadedModel
+
         model = self._loaded.pop(name, None)
         if model is None:
             sizes: list[int] = []
@@ -90,7 +91,7 @@ class Registry:
                 sizes.append(size)
 
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
-            model = self.family(name).load(self.spec(name), self.device, hooks=hooks)
+            model = LoadedModel(self.family(name).load(self.spec(name), self.device, hooks=hooks))
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model

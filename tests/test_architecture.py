@@ -142,8 +142,18 @@ def test_the_search_for_circles_finds_them(graph: dict[str, set[str]], expected:
     assert circles(graph) == expected
 
 
-def test_no_module_of_app_imports_itself_in_a_circle() -> None:
-    assert circles(graph_of("app")) == []
+@pytest.mark.parametrize("package", ["app", "models"])
+def test_no_module_imports_itself_in_a_circle(package: str) -> None:
+    assert circles(graph_of(package)) == []
+
+
+def test_the_model_does_not_know_the_way_of_a_request_nor_a_stage_the_model() -> None:
+    graph = graph_of("models")
+
+    def importing(*rooms: str) -> set[str]:
+        return {m for m, targets in graph.items() if any(t.startswith(rooms) for t in targets | {m})}
+
+    assert importing("models.stages") & importing("models.pipeline", "models.families") == {"models.generation"}
 
 
 @pytest.mark.parametrize(("room", "other"), [(one, two) for one in ROOMS for two in ROOMS if two not in DOORS[one]])

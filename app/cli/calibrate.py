@@ -41,13 +41,13 @@ def calibrate(
     for one, other, count in combinations:
         checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other, "steps": count}, settings)
     with runner_here(settings) as (progress, runner):
-        from models import calibration, placements
+        from cache import UNetDenoiser
         from models.base import GenerationParams
-        from models.unet import StableDiffusionModel
+        from models.tuning import calibration, placements
 
         info = runner.catalogue().models[model]
         loaded = runner.model(model)
-        if not isinstance(loaded, StableDiffusionModel):
+        if not isinstance(loaded.denoiser, UNetDenoiser):
             raise ServiceError(f"{model} has no UNet: DeepCache, and so its calibration, is for UNet models.")
         path = placements.file_of(loaded.spec)
         if width is None and height is None:
@@ -90,9 +90,9 @@ def threshold(
     fields: dict[str, Any],
 ) -> None:
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
-    from models import threshold
+    from models.tuning import calibration
 
-    prompts, settings = prompt or threshold.PROMPTS, read_settings()
+    prompts, settings = prompt or calibration.PROMPTS, read_settings()
     given = {"prompt": prompts[0], "model": model, "seed": 0, "fbcache_enabled": True, **fields}
     request = checked_early(given, settings)
     with runner_here(settings) as (progress, runner):
@@ -105,5 +105,5 @@ def threshold(
         def on_step(step: Step) -> None:
             progress.advance()
 
-        found = threshold.find(loaded, job.params, speedup, job.strategy, on_step, prompts)
+        found = calibration.find_threshold(loaded, job.params, speedup, job.strategy, on_step, prompts)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))

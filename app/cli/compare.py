@@ -27,7 +27,7 @@ from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
 from app.settings import Settings, available_cores, read_settings
 from models.base import Step
-from models.nearness import psnr
+from models.tuning.nearness import psnr
 
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once

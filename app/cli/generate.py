@@ -29,7 +29,7 @@ from app.http.schemas import GenerateRequest, parse
 from app.images import format_of
 from app.settings import Settings, read_settings
 from models.base import ModelSpec, Step
-from models.registry import FAMILIES
+from models.families import FAMILIES
 
 SHORT = {
     "flux_enabled": "flux",

@@ -11,13 +11,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
 from app.engine.types import Job, StepsListener
 from cache import CacheStrategy
-from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Step, StepHook
+from models.base import Generation, GenerationCancelled, GenerationParams, Step, StepHook
+
+if TYPE_CHECKING:
+    from models.generation import LoadedModel
 
 _log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, of this process's container

@@ -24,10 +24,11 @@ from app.errors import CannotStart
 from app.infotext import text_chunks
 from app.settings import Settings, available_cores
 from cache import CacheReport, DeepCache, FirstBlockCache
-from models.base import Generation, GenerationParams, LoadedModel, PassReport
+from models.base import Generation, GenerationParams, StageReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
+    from models.generation import LoadedModel
     from models.registry import Registry
 
 _log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
     """Encodes the pictures."""
     if isinstance(generation, Exception):
         raise generation
-    cache = summarise_passes(generation.passes)
+    cache = summarise_stages(generation.stages)
     params = job.params.sampled_by(generation.sampling)
     pictures = tuple(
         images.encode(image, job.output_format, text_chunks(params, seed, job.model, job.strategy.name, cache))
@@ -165,18 +166,18 @@ def summarise(reports: Sequence[CacheReport]) -> dict[str, object]:
     return {key: _finite(value) for key, value in summary.items()}
 
 
-def summarise_passes(passes: Sequence[PassReport]) -> dict[str, object]:
-    """The summary of all runs; where there are others than the base pass, also one a pass, by name, under `passes`.
+def summarise_stages(stages: Sequence[StageReport]) -> dict[str, object]:
+    """The summary of all runs; where there are others than `base`, also one a stage, by name, under `passes`.
 
     Raises ValueError for no run at all.
     """
-    summary = summarise([one.cache for one in passes])
-    if all(one.name == "base" and not one.sizes for one in passes):
+    summary = summarise([one.cache for one in stages])
+    if all(one.name == "base" and not one.sizes for one in stages):
         return summary
-    summary["predicted_speedup"] = _speedup(passes)
+    summary["predicted_speedup"] = _speedup(stages)
     rows = []
-    for name in dict.fromkeys(one.name for one in passes):
-        runs = [one for one in passes if one.name == name]
+    for name in dict.fromkeys(one.name for one in stages):
+        runs = [one for one in stages if one.name == name]
         whole = summarise([one.cache for one in runs])
         row: dict[str, object] = {
             "name": name,
@@ -195,10 +196,10 @@ def summarise_passes(passes: Sequence[PassReport]) -> dict[str, object]:
     return summary
 
 
-def _speedup(passes: Sequence[PassReport]) -> float | None:
+def _speedup(stages: Sequence[StageReport]) -> float | None:
     """Operations of these runs without a cache by those with it, a call's taken as proportional to its latents."""
     without = spent = 0.0
-    for one in passes:
+    for one in stages:
         report = one.cache
         if report.reused and report.reuse_cost is None:
             return None

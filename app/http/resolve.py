@@ -18,13 +18,13 @@ from app.images import read_picture
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from models.adapters.embedding import mentioned
+from models.adapters.files import UnknownFile, WeightsFolder
 from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
-from models.embedding import mentioned
-from models.files import UnknownFile, WeightsFolder
 from models.limits import fit
-from models.prompt import BadPrompt
-from models.prompt import parse as parse_prompt
-from models.samplers import check as check_sampler
+from models.sampling.samplers import check as check_sampler
+from models.text.prompt import BadPrompt
+from models.text.prompt import parse as parse_prompt
 
 SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload

@@ -22,7 +22,7 @@ from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
-from models.nearness import PEAK, psnr
+from models.tuning.nearness import PEAK, psnr
 
 PROMPTS = (
     "a misty forest at twilight",

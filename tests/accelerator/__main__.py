@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from models import samplers
 from models.base import GenerationParams
+from models.sampling import samplers
 
 from .device import Accelerator
 from .geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry

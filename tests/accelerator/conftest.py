@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.base import LoadedModel
+from models.generation import LoadedModel
 from tests.accelerator.device import Accelerator
 from tests.accelerator.geometries import Geometry
 

@@ -38,12 +38,14 @@ from transformers import (
 )
 
 from cache import TransformerDenoiser, UNetDenoiser, cost
-from models.base import LoadedModel, ModelSpec
-from models.flux import FluxModel
-from models.loading import _settle, quiet
-from models.samplers import DIFFUSION, FLOW_MATCHING
-from models.sdxl import SDXLModel
-from models.unet import StableDiffusionModel
+from models.base import ModelSpec
+from models.families.flux import FluxModel
+from models.families.sd import StableDiffusionModel
+from models.families.sdxl import SDXLModel
+from models.generation import LoadedModel
+from models.libraries import quiet
+from models.loading.folder import _settle
+from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
 
 from .device import NAME, hollow
 
@@ -75,11 +77,11 @@ class Geometry:
             _settle(pipeline, spec, NAME)
         _counted_once(self.name, pipeline.components.get("unet") or pipeline.transformer)
         if self.family.startswith("flux"):
-            return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+            return LoadedModel(FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING))
         if spec.offload is None:
             pipeline.unet.to(memory_format=torch.channels_last)
         model = SDXLModel if self.family == "sdxl" else StableDiffusionModel
-        return model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION)
+        return LoadedModel(model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION))
 
 
 _FIRST: dict[str, nn.Module] = {}

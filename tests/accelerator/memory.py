@@ -1,4 +1,4 @@
-"""Bytes of a run by its stages: weights, the peak while denoising and while decoding."""
+"""Bytes of a run by its parts: weights, the peak while denoising and while decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import no_grad
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import GenerationParams
-from models.passes.drawing import Clock
+from models.stages.drawing import Clock
 
 from .device import Accelerator
 from .geometries import Geometry
@@ -46,10 +46,10 @@ def peaks(geometry: Geometry, strategy: CacheStrategy, *, images: int = 1, steps
     own = Clock.__call__
 
     @contextmanager
-    def counted(self: Clock, stage: str) -> Iterator[None]:
-        with device.counting() as counts, own(self, stage):
+    def counted(self: Clock, part: str) -> Iterator[None]:
+        with device.counting() as counts, own(self, part):
             yield
-        found[stage] = max(found.get(stage, 0), counts.peak)
+        found[part] = max(found.get(part, 0), counts.peak)
 
     with device, no_grad(), patch.object(Clock, "__call__", counted):
         model = geometry.load(**options)

@@ -11,7 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.loading import quiet
+from models.libraries import quiet
 from models.memory import peak_bytes
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, SMALL, Accelerator, DeviceTensor

@@ -19,7 +19,8 @@ from torch import nn
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces
-from models.base import Generation, GenerationParams, Img2Img, LoadedModel, Lora, Multiscale, Step
+from models.base import Generation, GenerationParams, Img2Img, Lora, Multiscale, Step
+from models.generation import LoadedModel
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
 from tests.accelerator.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SD21, SDXL, Geometry
@@ -55,27 +56,27 @@ def test_from_a_picture(load: Load, geometry: Geometry) -> None:
     request = params(geometry, steps=4, img2img=Img2Img(picture=Image.new("RGB", (300, 200)), denoise=0.5))
     for sampler in ("euler", "heun") if geometry is FLUX_DEV else ("euler", "ddim", "dpmpp_2m", "lcm"):
         made = draw(load(geometry), replace(request, sampler=sampler), cache(geometry))
-        assert [one.name for one in made.passes] == ["img2img"]
+        assert [one.name for one in made.stages] == ["img2img"]
 
 
 @pytest.mark.parametrize("geometry", [SD15, FLUX_SCHNELL], ids=lambda one: one.name)
 def test_small_first_then_large(load: Load, geometry: Geometry) -> None:
     side = 2 * (512 if geometry is SD15 else 1024)
     made = draw(load(geometry), params(geometry, width=side, height=side, hires_fix=True), cache(geometry))
-    assert [(one.name, one.width) for one in made.passes] == [("base", side // 2), ("hires_fix", side)]
+    assert [(one.name, one.width) for one in made.stages] == [("base", side // 2), ("hires_fix", side)]
 
 
 @BIG
 def test_steps_at_two_sizes(load: Load, geometry: Geometry) -> None:
     settings = Multiscale(fullres_start=1, fullres_end=1, intermittent=False)
     made = draw(load(geometry), params(geometry, steps=4, multiscale=settings), cache(geometry))
-    assert made.passes[0].sizes.strip("F") in ("SS", "SSS")  # PNDM calls twice in its first step
+    assert made.stages[0].sizes.strip("F") in ("SS", "SSS")  # PNDM calls twice in its first step
 
 
 def test_faces_are_drawn_anew(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faces, "finder", lambda detector: lambda image: [faces.Box(100, 100, 80, 80)])
     made = draw(load(SDXL), params(SDXL, steps=5, adetailer=True), cache(SDXL))
-    assert [one.name for one in made.passes] == ["base", "adetailer"]
+    assert [one.name for one in made.stages] == ["base", "adetailer"]
 
 
 @BIG
@@ -157,12 +158,13 @@ def test_offloaded_with_previews(load: Load, geometry: Geometry, offload: str) -
 @pytest.mark.parametrize("offload", [None, "model", "sequential"])
 def test_a_distilled_decoder_lies_where_the_latents_do(load: Load, tmp_path: Path, offload: str | None) -> None:
     AutoencoderTiny().save_pretrained(tmp_path / "taesd")
-    model: Any = load(SD15, offload=offload)
+    generator: Any = load(SD15, offload=offload)
+    model = generator.model
     spec, known = model.spec, model.__dict__.pop("preview_decoder", None)
     model.spec = replace(spec, source=tmp_path)
     try:
         steps: list[Step] = []
-        model.generate(params(SD15, preview=True), NoCache(), steps.append)
+        generator.generate(params(SD15, preview=True), NoCache(), steps.append)
         assert all(step.preview for step in steps)
     finally:
         model.spec = spec

@@ -10,9 +10,9 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from cache.sampling import responses
-from models import samplers
 from models.base import GenerationParams, Multiscale
-from models.loading import quiet
+from models.libraries import quiet
+from models.sampling import samplers
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
 from tests.accelerator.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
@@ -73,7 +73,7 @@ def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator
 
 def test_a_preview_is_read_once(run: Any) -> None:
     found = run(SD15, DeepCache(), preview=True)
-    assert {place.split(":")[0] for place in found.places} == {"from device models/passes/preview.py"}
+    assert {place.split(":")[0] for place in found.places} == {"from device models/stages/preview.py"}
     assert [sum(step.values()) for step in found.steps] == [1, 1, 1]
 
 

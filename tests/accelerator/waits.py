@@ -11,7 +11,8 @@ from unittest.mock import patch
 from diffusers import DiffusionPipeline
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationParams, LoadedModel, Step
+from models.base import Generation, GenerationParams, Step
+from models.generation import LoadedModel
 
 from .device import Accelerator
 

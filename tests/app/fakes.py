@@ -30,19 +30,19 @@ from app.engine.types import (
 )
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
-from models.attention import KERNELS, unavailable
+from models.acceleration.attention import KERNELS, unavailable
 from models.base import (
     Generation,
     GenerationParams,
     LoadFailed,
-    PassReport,
+    StageReport,
     Step,
     StepHook,
     StepsHook,
     Timings,
     UnknownModel,
 )
-from models.text import TooFewLayers
+from models.text.clip import TooFewLayers
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
@@ -73,7 +73,7 @@ class FakeModel:
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        passes, images = [], []
+        stages, images = [], []
         for number, seeds in enumerate(batches):
             report = CacheReport(strategy.name, reuse_cost=0.25, cache_bytes=1000 * len(seeds))
             if isinstance(strategy, DeepCache):
@@ -84,11 +84,11 @@ class FakeModel:
                 report.decisions += letter
                 on_step(Step(number * params.steps + index, len(batches) * params.steps, letter))
             size = {"width": params.width, "height": params.height}
-            passes.append(PassReport(name="base", cache=report, steps=params.steps, **size))
+            stages.append(StageReport(name="base", cache=report, steps=params.steps, **size))
             images += painted(params, seeds)
         timings = Timings(text_seconds=0.1, denoise_seconds=0.2, decode_seconds=0.3)
         sizes = list(map(len, batches))
-        return Generation(images=images, passes=passes, timings=timings, warnings=["The fake says so."], batches=sizes)
+        return Generation(images=images, stages=stages, timings=timings, warnings=["The fake says so."], batches=sizes)
 
     def generate_together(
         self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
@@ -101,10 +101,10 @@ class FakeModel:
         start = 0
         for params in requests:
             items = slice(start, start := start + len(params.seeds))
-            passes = [replace(one, cache=one.cache.of_items(items, len(seeds))) for one in made.passes]
+            stages = [replace(one, cache=one.cache.of_items(items, len(seeds))) for one in made.stages]
             batches = [] if results else made.batches
             images = painted(params, params.seeds)
-            results.append(replace(made, images=images, passes=passes, batches=batches))
+            results.append(replace(made, images=images, stages=stages, batches=batches))
         return results
 
 

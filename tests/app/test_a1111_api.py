@@ -13,7 +13,7 @@ from PIL import Image
 
 from app.errors import Invalid
 from app.infotext import SAMPLERS, SCHEDULERS, pair
-from models.samplers import DIFFUSION, choices
+from models.sampling.samplers import DIFFUSION, choices
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 from tests.app.test_bad_input import JSON, assert_refused

@@ -13,9 +13,10 @@ import app.__main__ as command_line
 from app.engine import runner
 from cache import DeepCache
 from models.base import GenerationParams, ModelSpec
+from models.families.sd import SD
+from models.generation import LoadedModel
 from models.models_file import Configuration
-from models.placements import read
-from models.unet import SD
+from models.tuning.placements import read
 from tests.models.conftest import flux_folder, flux_spec, sd_folder, sd_spec
 
 __all__ = ["flux_folder", "flux_spec", "sd_folder", "sd_spec"]
@@ -41,7 +42,7 @@ def test_what_is_found_is_kept_with_the_model_and_read_by_the_next_run(spec: Mod
         "ddim": (4, 4, 2, 2),
         "heun": (4, 7, 2, 2),
     }
-    model = SD.load(spec, "cpu")
+    model = LoadedModel(SD.load(spec, "cpu"))
     params = GenerationParams(prompt="a", width=64, height=64, steps=4, sampler="heun")
     report = model.generate(params, DeepCache(2, 3), lambda step: None).reports[0]
     assert tuple(call for call, letter in enumerate(report.decisions) if letter == "C") == found["heun"].computed

@@ -13,7 +13,7 @@ from PIL import Image
 from app.engine.types import Catalogue
 from app.infotext import SAMPLERS, SCHEDULERS, infotext
 from models.base import GenerationParams, Img2Img, Lora
-from models.samplers import DIFFUSION, choices
+from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
 
 # modules/infotext_utils.py of version 1.10, `re_param` and `re_imagesize`

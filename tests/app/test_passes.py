@@ -14,9 +14,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.engine.runner import summarise, summarise_passes
+from app.engine.runner import summarise, summarise_stages
 from cache import CacheReport
-from models.base import GenerationParams, Multiscale, PassReport
+from models.base import GenerationParams, Multiscale, StageReport
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 
@@ -121,23 +121,23 @@ async def test_an_upload_that_cannot_be_drawn_over_is_refused_and_the_next_reque
     assert params.img2img is not None
 
 
-def report_of(name: str, decisions: str, side: int, **details: Any) -> PassReport:
+def report_of(name: str, decisions: str, side: int, **details: Any) -> StageReport:
     cache = CacheReport("deepcache", {"interval": 3}, decisions, reuse_cost=0.25, cache_bytes=len(decisions))
-    return PassReport(name=name, cache=cache, steps=len(decisions), width=side, height=side, **details)
+    return StageReport(name=name, cache=cache, steps=len(decisions), width=side, height=side, **details)
 
 
 def test_a_plain_run_is_reported_as_ever() -> None:
     runs = [report_of("base", "CRR", 64), report_of("base", "CR", 64)]
-    assert summarise_passes(runs) == summarise([run.cache for run in runs])
+    assert summarise_stages(runs) == summarise([run.cache for run in runs])
     with pytest.raises(ValueError, match="report"):
-        summarise_passes([])
+        summarise_stages([])
 
 
 def test_passes_are_summed_and_reported_apart() -> None:
     """Two batches of a base pass with small steps and of a second one of twice the side."""
     base = {"sizes": "FSS", "small_share": 0.5}
     runs = [report_of("base", "CCR", 64, **base), report_of("hires_fix", "CR", 128)] * 2
-    summary = summarise_passes(runs)
+    summary = summarise_stages(runs)
     assert (summary["computed"], summary["reused"], summary["decisions"]) == (6, 4, "CCR CR CCR CR")
     passes: Any = summary["passes"]
     assert [row["name"] for row in passes] == ["base", "hires_fix"]

@@ -115,7 +115,7 @@ def test_a_block_that_writes_into_its_input_is_recorded_as_others() -> None:
 
     block.forward = in_place  # type: ignore[method-assign]
     written = recorded(network, drifting())
-    assert all(torch.equal(a, b) for a, b in zip(plain.passes[0], written.passes[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.stages[0], written.passes[0], strict=True))
 
 
 def test_the_promise_is_near_for_a_run_whose_latents_follow_the_cache() -> None:

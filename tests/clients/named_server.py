@@ -15,7 +15,7 @@ from app.log import logging_to
 from app.settings import Settings
 from cache import CacheStrategy
 from models.base import Generation, GenerationParams, Step, StepHook
-from models.samplers import DIFFUSION, FLOW_MATCHING, choices
+from models.sampling.samplers import DIFFUSION, FLOW_MATCHING, choices
 from tests.app.fakes import MODELS, FakeModel, FakeRegistry
 
 

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from app.engine.runner import RegistryRunner
 from app.engine.types import Catalogue, Job, JobResult
 from app.errors import Invalid
-from models.base import LoadedModel, ModelError, ModelSpec
+from models.base import ModelError, ModelSpec
 from models.embedded import SPECS
+from models.generation import LoadedModel
 from models.registry import Registry
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
@@ -55,7 +56,7 @@ def catalogue(registry: Registry) -> Catalogue:
     known = RegistryRunner(registry, "CPU").catalogue()
     unets = {name: replace(info, compilation=None) for name, info in known.models.items() if info.cache == "deepcache"}
     compiled: Any = registry.get("small-sd")
-    compiled.compile_backend = "eager"
+    compiled.model.compile_backend = "eager"
     return replace(known, models={**known.models, **unets})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models.samplers import DIFFUSION
+from models.sampling.samplers import DIFFUSION
 
 Cache = Literal["DeepCache", "FBCache"]
 

@@ -8,18 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from cache import NoCache
-from models.base import GenerationParams, LoadedModel
+from models.base import GenerationParams
 from models.embedded import SPECS
 from models.embedded.recipe.autoencoder import to_tensor
 from models.embedded.recipe.judges import TABLES, WEIGHTS, Judge
-from models.unet import SD
+from models.families.sd import SD
+from models.generation import LoadedModel
 
 FILLER = "a painting of a view, " * 24  # 216 tokens: three windows
 
 
 @pytest.fixture(scope="module")
 def tiny_sd() -> LoadedModel:
-    return SD.load(next(spec for spec in SPECS if spec.name == "tiny-sd"), "cpu")
+    return LoadedModel(SD.load(next(spec for spec in SPECS if spec.name == "tiny-sd"), "cpu"))
 
 
 def seen(model: LoadedModel, prompt: str, table: str, word: str) -> float:

@@ -30,10 +30,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from models.base import LoadedModel, ModelSpec
-from models.flux import FLUX
-from models.sdxl import SDXL
-from models.unet import SD
+from models.base import ModelSpec
+from models.families.flux import FLUX
+from models.families.sd import SD
+from models.families.sdxl import SDXL
+from models.generation import LoadedModel
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 16
@@ -245,14 +246,14 @@ def flux_spec(flux_folder: Path) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def sd(sd_spec: ModelSpec) -> LoadedModel:
-    return SD.load(sd_spec, "cpu")
+    return LoadedModel(SD.load(sd_spec, "cpu"))
 
 
 @pytest.fixture(scope="session")
 def flux(flux_spec: ModelSpec) -> LoadedModel:
-    return FLUX.load(flux_spec, "cpu")
+    return LoadedModel(FLUX.load(flux_spec, "cpu"))
 
 
 @pytest.fixture(scope="session")
 def sdxl(family_folders: dict[str, Path]) -> LoadedModel:
-    return SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu")
+    return LoadedModel(SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu"))

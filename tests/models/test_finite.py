@@ -73,7 +73,7 @@ def test_a_decoder_that_overflows_half_precision_decodes_in_full(sd: Any, monkey
     vae = sd.pipeline.vae
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = sd.decode(latents, 64, 64)
+        expected = sd.model.decode(latents, 64, 64)
         decode, asked = vae.decode, []
 
         def overflowing(clean: torch.Tensor, **options: Any) -> Any:
@@ -86,7 +86,7 @@ def test_a_decoder_that_overflows_half_precision_decodes_in_full(sd: Any, monkey
         weights = {name: value.clone() for name, value in vae.state_dict().items()}
         vae.to(torch.float16)
         try:
-            drawn = sd.decode(latents.half(), 64, 64)
+            drawn = sd.model.decode(latents.half(), 64, 64)
             assert vae.dtype == torch.float16
         finally:
             vae.to(torch.float32)

@@ -15,11 +15,12 @@ from PIL import Image
 
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
 from cache.schedule import Schedule
-from models import samplers
-from models.base import GenerationCancelled, GenerationParams, LoadedModel, ModelSpec, Step, UnsupportedSampler
-from models.flux import FLUX, FluxModel
-from models.loading import quiet
-from models.unet import SD
+from models.base import GenerationCancelled, GenerationParams, ModelSpec, Step, UnsupportedSampler
+from models.families.flux import FLUX, FluxModel
+from models.families.sd import SD
+from models.generation import LoadedModel
+from models.libraries import quiet
+from models.sampling import samplers
 
 PARAMS = GenerationParams(
     prompt="a misty forest", width=64, height=64, steps=4, guidance_scale=3.0, seeds=(7, 8), batch_size=2
@@ -55,7 +56,7 @@ def plain(model: LoadedModel, params: GenerationParams, **overrides: Any) -> lis
         "height": params.height,
         "generator": generators(params),
     }
-    if isinstance(model, FluxModel):
+    if isinstance(model.model, FluxModel):
         arguments |= {"true_cfg_scale": params.guidance_scale, "max_sequence_length": 16}
     else:
         arguments |= {"guidance_scale": params.guidance_scale}
@@ -209,7 +210,7 @@ def test_render_sizes_and_vocabulary_are_answered_in_warnings(sd_folder: Any, sd
         render_sizes=((64, 64), (96, 64)),
         vocabulary=frozenset({"a", "misty"}),
     )
-    small = SD.load(spec, "cpu")
+    small = LoadedModel(SD.load(spec, "cpu"))
     drawn = small.generate(replace(PARAMS, width=300, height=200), NoCache(), ignore)
     assert {image.size for image in drawn.images} == {(300, 200)}
     assert drawn.warnings == [
@@ -226,7 +227,7 @@ def test_what_cannot_be_honoured_is_said(model: LoadedModel) -> None:
     assert len(unguided.warnings) == 1
     assert "negative prompt has no effect" in unguided.warnings[0]
     long = model.generate(replace(PARAMS, prompt="a misty forest " * 9), NoCache(), ignore).warnings
-    if isinstance(model, FluxModel):
+    if isinstance(model.model, FluxModel):
         assert "reads 16 tokens" in long.pop()
     assert long == []
     assert model.generate(replace(PARAMS, prompt="forest"), NoCache(), ignore).warnings == []
@@ -234,13 +235,14 @@ def test_what_cannot_be_honoured_is_said(model: LoadedModel) -> None:
 
 def test_a_distilled_transformer_takes_the_scale_as_an_input(flux_spec: ModelSpec) -> None:
     """One call a step; another scale is another picture; the negative prompt is said to be idle."""
-    distilled = FLUX.load(flux_spec, "cpu")
+    distilled = LoadedModel(FLUX.load(flux_spec, "cpu"))
     pipeline = distilled.pipeline
     torch.manual_seed(1)
     config = {**pipeline.transformer.config, "guidance_embeds": True}
     transformer = FluxTransformer2DModel.from_config(config).eval()
     pipeline.transformer = transformer
-    model = FluxModel(distilled.spec, pipeline, TransformerDenoiser(transformer), samplers.FLOW_MATCHING)
+    denoiser = TransformerDenoiser(transformer)
+    model = LoadedModel(FluxModel(distilled.spec, pipeline, denoiser, samplers.FLOW_MATCHING))
     drawn = model.generate(replace(PARAMS, negative_prompt="rain"), NoCache(), ignore)
     assert drawn.reports[0].decisions == "CCCC"
     assert drawn.warnings == ["The negative prompt has no effect: random-flux is guidance-distilled."]
@@ -260,7 +262,7 @@ def test_what_drew_is_told_also_where_the_request_left_it_to_the_model(model: Lo
     one = replace(PARAMS, seeds=(7,), batch_size=1, steps=1)
     own = model.generate(one, NoCache(), ignore).sampling
     assert own is not None
-    assert own[0] in model.choices  # type: ignore[attr-defined]
+    assert own[0] in model.model.choices  # type: ignore[attr-defined]
     named = replace(one, sampler="euler", scheduler="karras")
     drawn = model.generate(named, NoCache(), ignore)
     assert drawn.sampling == ("euler", "karras")

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from models.base import GenerationParams
 from models.embedded import SPECS
-from models.footprint import loaded_bytes
+from models.families.sd import StableDiffusionModel
+from models.generation import LoadedModel
+from models.loading.footprint import loaded_bytes
 from models.memory import decode_bytes, peak_bytes
-from models.unet import StableDiffusionModel
 
 
 def test_the_peak_of_a_chain_is_its_two_largest_neighbours() -> None:
@@ -103,7 +104,8 @@ def test_tiles_and_slices_need_less() -> None:
     def need(images: int, **options: bool) -> int:
         spec = replace(SPECS[0], render_sizes=(), **options)
         vae = AutoencoderKL.from_pretrained(spec.source, subfolder="vae")
-        return StableDiffusionModel(spec, SimpleNamespace(vae=vae), None, {}).working_bytes(params, images)  # type: ignore[arg-type]
+        model = StableDiffusionModel(spec, SimpleNamespace(vae=vae), None, {})  # type: ignore[arg-type]
+        return LoadedModel(model).working_bytes(params, images)
 
     whole, tile = need(1), AutoencoderKL.load_config(SPECS[0].source, subfolder="vae")["sample_size"]
     assert need(3) == pytest.approx(3 * whole, abs=2)

@@ -10,8 +10,8 @@ import pytest
 
 from models.base import Hub
 from models.embedded import SPECS
+from models.families import FAMILIES
 from models.models_file import BadModelsFile, Contents, Entry, embedded, read
-from models.registry import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationCancelled, GenerationParams, LoadedModel, Multiscale, Step
+from models.base import Generation, GenerationCancelled, GenerationParams, Multiscale, Step
 from models.embedded import FOLDER, SPECS
-from models.flux import FLUX
-from models.unet import SD
+from models.families.flux import FLUX
+from models.families.sd import SD
+from models.generation import LoadedModel
 from tests.models.test_generation import PARAMS, ignore, pixels, plain
 
 PROMPTS = ("a fox", "a rainy day", "the sea")
@@ -98,13 +99,14 @@ def test_passes_over_the_whole_batch_are_shared(sd: LoadedModel, changes: dict[s
     for request, one in zip(requests, drawn(sd, requests, DeepCache(2, 2)), strict=True):
         alone = sd.generate(request, DeepCache(2, 2), ignore)
         assert levels(pixels(one.images), pixels(alone.images)) <= 2 * allowed  # two runs, one upon the other
-        assert [report.name for report in one.passes] == [report.name for report in alone.passes]
+        assert [report.name for report in one.stages] == [report.name for report in alone.stages]
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-flux"])
 def test_the_embedded_models_pictures_too(name: str) -> None:
     (spec,) = (one for one in SPECS if one.name == name)
-    model = (FLUX if name == "tiny-flux" else SD).load(replace(spec, source=FOLDER / name), "cpu")
+    family = FLUX if name == "tiny-flux" else SD
+    model = LoadedModel(family.load(replace(spec, source=FOLDER / name), "cpu"))
     params = replace(PARAMS, width=128, height=128, steps=6)
     requests = requests_of(params)
     strategy: CacheStrategy = DeepCache(3, 2) if name == "tiny-sd" else FirstBlockCache(0.1)

@@ -1,0 +1,1 @@
+"""How a run's network is made faster without a cache: attention kernels, compiled layers."""

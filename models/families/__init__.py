@@ -1,0 +1,14 @@
+"""The families of models by name, one a file: data, loader, what differs from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from .family import ModelFamily
+from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
+from .sd import SD, SD15, SD21
+from .sdxl import SDXL
+
+_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, FLUX, FLUX_SCHNELL, FLUX_DEV)
+FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})

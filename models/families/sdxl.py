@@ -1,0 +1,66 @@
+"""Stable Diffusion XL: two text encoders, a pooled text and sizes beside the timestep (Podell et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from models.base import GenerationParams
+from models.sampling.samplers import AYS_TIMESTEPS_XL
+from models.text.clip import encoders, plain_enough, states
+from models.text.prompt import parse, plain, windows
+
+from .sd import StableDiffusionModel, UNetFamily
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SDXLModel(StableDiffusionModel):
+    """The pipeline itself makes the sizes that the UNet is told: as drawn, nothing cropped."""
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
+        import torch
+
+        prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
+        guided = params.guidance_scale > 1
+        # Without a negative prompt the model was trained, and diffusers draws, with zeros in its place.
+        zeros = not params.negative_prompt.strip() and self.pipeline.config.force_zeros_for_empty_prompt
+        positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompt=plain(windows(prompt)[0]),  # of which the pooled text is made, as the web UI does it
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=None if zeros else plain(windows(negative_prompt)[0]),
+        )  # (1, tokens, D), pooled (1, D'); None for the negative ones without guidance
+        clips = encoders(self.pipeline, self.device, params.clip_skip, trained=1, normed=False)
+        if not plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
+            positive, negative = states(clips, [prompt, negative_prompt])
+            negative = None if not guided else torch.zeros_like(positive) if zeros else negative
+        return {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": negative,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+
+    @property
+    def published_timesteps(self) -> Sequence[int]:
+        return AYS_TIMESTEPS_XL
+
+    @property
+    def upcasts(self) -> bool:
+        return bool(self.pipeline.vae.config.force_upcast)
+
+
+SDXL = UNetFamily(
+    name="sdxl",
+    native_size=1024,
+    model_class=SDXLModel,
+    pipeline="StableDiffusionXLPipeline",
+    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
+    traits={"addition_embed_type": "text_time"},
+    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "conditioner.embedders.1.model."),
+    guidance_scale=5.0,
+)

@@ -1,0 +1,238 @@
+"""The way of a request: its parameters are turned into stages, and each batch of its pictures goes through them.
+
+This is the one module that knows both the models and the stages. The order:
+
+    from noise or a picture (multi-scale acts in it) → hires → decode, resample to the size asked for → detail
+
+Each but decode is a run of the denoiser with a scheduler and a cache run of its own; previews come from all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from cache import CacheStrategy
+
+from . import adapters, faces, limits
+from .acceleration import attention
+from .adapters import embedding
+from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
+from .libraries import quiet
+from .pipeline import PipelineModel
+from .sampling import samplers
+from .stages import hires
+from .stages.decode import Decode
+from .stages.detail import ADetailer
+from .stages.drawing import Clock, Drawing, Progress
+from .stages.hires import HiresFix
+from .stages.model import Sizes
+from .stages.noise import FromNoise
+from .stages.picture import FromPicture
+from .text.encoded import TextCache, key_of
+
+Conditioning = Mapping[str, torch.Tensor]
+"""A pipeline's arguments for the text, by name; the first dimension is the batch."""
+Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
+
+
+class Stage(Protocol):
+    """Stateless: what belongs to a batch is in its Drawing."""
+
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
+        """Denoising steps for one batch, as far as they are known before it is drawn. Raises TooFewSteps."""
+        ...
+
+    def run(self, drawing: Drawing) -> None: ...
+
+
+def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
+    """The stages of a request in their order. Raises DetectorFailed."""
+    first: Stage = FromNoise() if params.img2img is None else FromPicture(params.img2img)
+    enlarged = (HiresFix(),) if params.hires_fix else ()
+    detailed = (ADetailer(faces.finder(params.face_detector)),) if params.adetailer else ()
+    return (first, *enlarged, Decode(), *detailed)
+
+
+class LoadedModel:
+    """A model and the way of a request through it: the text is encoded once, each batch goes through the stages.
+
+    Not thread-safe: a diffusers scheduler holds the step index.
+    """
+
+    def __init__(self, model: PipelineModel) -> None:
+        self.model = model
+        self.spec, self.pipeline, self.denoiser = model.spec, model.pipeline, model.denoiser
+        self._texts = TextCache()
+
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
+        size = limits.render_size(self.model.spec, params.width, params.height)
+        return self.model.decode_bytes(*size, images, tiled=params.vae_tiling)
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        """One picture a seed, in their order, each batch under `strategy` attached afresh.
+
+        Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
+        where it shows; what `on_step` raises passes through, and leaves the model as it was.
+        """
+        batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
+        with self._ready(params) as (written, stages, steps):
+            share = self._share(params, written)
+            progress = Progress(lambda each: on_step(*each), steps * len(batches))
+            for seeds in batches:
+                self._batch(params, [share], [seeds], strategy, stages, progress)
+        return share.generation()
+
+    def generate_together(
+        self, requests: Sequence[GenerationParams], strategy: CacheStrategy, on_steps: StepsHook
+    ) -> list[Generation | Exception]:
+        """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
+
+        Their images are one batch, or several where the texts differ in length; an error ends its batch alone. A
+        picture is what it would be without the others, but for the rounding that a batch's size brings.
+        """
+        results: list[Generation | Exception | None] = [None] * len(requests)
+        with self._ready(requests[0]) as (written, stages, steps):
+            shares = [self._share(request, written) for request in requests]
+            for members in alike(shares):
+                hook = partial(_by_index, on_steps, members)
+                progress = Progress(hook, steps)
+                theirs = [shares[index] for index in members]
+                try:
+                    seeds = [requests[index].seeds for index in members]
+                    self._batch(requests[0], theirs, seeds, strategy, stages, progress)
+                except Exception as error:  # noqa: BLE001  # whatever ended this batch, the others know nothing of it
+                    for index in members:
+                        results[index] = error
+                else:
+                    for index in members:
+                        results[index] = shares[index].generation()
+        return [result for result in results if result is not None]
+
+    @contextmanager
+    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Stage, ...], int]]:
+        """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
+        samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
+        stages = stages_of(params)
+        steps = sum(one.steps(self.model, params) for one in stages)
+        with (
+            torch.no_grad(),
+            quiet(),
+            self.model.decoding(tiled=params.vae_tiling),
+            adapters.applied(self.pipeline, params) as written,
+        ):
+            yield written, stages, steps
+
+    def _share(self, params: GenerationParams, written: Written) -> Share:
+        """A request's text, encoded, and what is to be said to it."""
+        clock = Clock(self.model.device)
+        with clock("text"):
+            text = written(params)
+            conditioning = self._texts.get(key_of(params), partial(self.model.encode, text))
+            words = embedding.without(params.prompt, params.embeddings)
+            warnings = limits.warnings(self.model.spec, words, params.width, params.height)
+            warnings += self.model.warnings(text)
+        return Share(conditioning, warnings, clock.seconds)
+
+    def _batch(
+        self,
+        params: GenerationParams,
+        shares: Sequence[Share],
+        seeds: Sequence[tuple[int, ...]],
+        strategy: CacheStrategy,
+        stages: Sequence[Stage],
+        progress: Progress,
+    ) -> None:
+        """Draw the images of all `seeds` together and give each share its own."""
+        model = self.model
+        size = limits.render_size(model.spec, params.width, params.height)
+        if params.hires_fix:
+            size, _ = hires.sizes(model, params)
+        counts = list(map(len, seeds))
+        ends = list(accumulate(counts))
+        items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        progress.items = items
+        flat = tuple(seed for each in seeds for seed in each)
+        drawing = Drawing(model, params, flat, joined(shares, counts), strategy, size, Clock(model.device), progress)
+        for one in stages:
+            one.run(drawing)
+        for share, part in zip(shares, items, strict=True):
+            share.take(drawing, part)
+
+
+@dataclass(slots=True)
+class Share:
+    """What one request gets of the batches that it is drawn in.
+
+    `conditioning` has one row each; what comes behind `seconds` is filled batch by batch.
+    """
+
+    conditioning: Conditioning
+    warnings: list[str]
+    seconds: dict[str, float]
+    images: list[Image.Image] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    sampling: tuple[str, str] | None = None
+    batches: list[int] = field(default_factory=list)
+
+    def take(self, drawing: Drawing, items: slice) -> None:
+        """Add the images `items` of a finished batch, which takes its time for each of its requests."""
+        self.images += drawing.images[items]
+        batch = len(drawing.seeds)
+        reports = drawing.stages
+        if len(range(batch)[items]) < batch:  # others are drawn in it, whose decisions may differ
+            reports = [replace(one, cache=one.cache.of_items(items, batch)) for one in reports]
+        self.stages += reports
+        self.batches += [batch] if not items.start else []
+        self.kernels += drawing.kernels
+        self.sampling = drawing.sampling
+        said = [*drawing.warnings, *(sentence for one in reports for sentence in one.cache.warnings)]
+        self.warnings += [sentence for sentence in dict.fromkeys(said) if sentence not in self.warnings]
+        for part, seconds in drawing.clock.seconds.items():
+            self.seconds[part] += seconds
+
+    def generation(self) -> Generation:
+        return Generation(
+            images=self.images,
+            stages=self.stages,
+            timings=Timings(**{f"{part}_seconds": seconds for part, seconds in self.seconds.items()}),
+            warnings=self.warnings,
+            batches=self.batches,
+            sampling=self.sampling,
+            attention=next((kernel for kernel in self.kernels if kernel != attention.SDPA), attention.SDPA),
+        )
+
+
+def joined(shares: Sequence[Share], images: Sequence[int]) -> Conditioning:
+    """The texts of a batch in which each share has so many images, a row each. All have the same shapes (`alike`)."""
+    pairs = list(zip(shares, images, strict=True))
+    return {
+        name: torch.cat([share.conditioning[name].repeat_interleave(count, dim=0) for share, count in pairs])
+        for name in shares[0].conditioning
+    }
+
+
+def alike(shares: Sequence[Share]) -> list[list[int]]:
+    """Which shares have texts of the same shapes, by their indices.
+
+    A prompt of several windows has more tokens than one of one. Filled up to the longest, the shorter would be another
+    text to a denoiser that attends to all tokens, and the picture would depend on its neighbours.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, share in enumerate(shares):
+        shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in share.conditioning.items()))
+        groups.setdefault(shapes, []).append(index)
+    return list(groups.values())
+
+
+def _by_index(on_steps: StepsHook, members: Sequence[int], steps: Sequence[Step]) -> None:
+    on_steps(dict(zip(members, steps, strict=True)))

@@ -1,0 +1,1 @@
+"""A configured model turned into a pipeline on a device."""

@@ -1,0 +1,84 @@
+"""How many bytes a model's weights take in memory, read from the headers of its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from models.base import ModelSpec
+
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(?P<variant>\.fp16)?(-\d+-of-\d+)?(?P<late>\.fp16)?\.safetensors"
+)
+DROPPED = ("model_ema.",)  # beginnings of tensor names: a training run's average, which diffusers leaves in the file
+_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+def weight_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Component → variant (`` or `fp16`) → its safetensors files, of those components that pipelines load."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for component in NETWORKS:
+        for file in sorted((folder / component).glob("*.safetensors")):
+            if match := _WEIGHTS.fullmatch(file.name):
+                variant = "fp16" if match["variant"] or match["late"] else ""
+                found.setdefault(component, {}).setdefault(variant, []).append(file)
+    return found
+
+
+def variant_of(files: Mapping[str, Mapping[str, list[Path]]], half: bool) -> str | None:
+    """`fp16` where those files are the ones to load: asked for in half precision, or there are no others."""
+    halves = [variants for variants in files.values() if "fp16" in variants]
+    if halves and (half or all("" not in variants for variants in files.values())):
+        return "fp16"
+    return None
+
+
+def network_bytes(folder: Path, itemsize: int) -> dict[str, int]:
+    """Bytes of each component's weights once loaded at `itemsize` bytes a number."""
+    files = weight_files(folder)
+    variant = variant_of(files, itemsize == 2) or ""
+    return {
+        component: loaded_bytes(variants.get(variant) or next(iter(variants.values())), itemsize)
+        for component, variants in files.items()
+    }
+
+
+def loaded_bytes(files: Iterable[Path], itemsize: int) -> int:
+    """Bytes of the files' tensors that are kept, at `itemsize` a number; of a file without a header, its size."""
+    total = 0
+    for file in files:
+        try:
+            total += sum(
+                math.prod(tensor["shape"]) * itemsize
+                for name, tensor in _header(file).items()
+                if name != "__metadata__" and not name.startswith(DROPPED)
+            )
+        except (OSError, ValueError, TypeError, KeyError):
+            total += file.stat().st_size if file.is_file() else 0  # the loader will say what is wrong with it
+    return total
+
+
+def resident(spec: ModelSpec, networks: Mapping[str, int]) -> int:
+    """Bytes of them that are on the device at once: with offloading, one network's or next to none."""
+    match spec.offload:
+        case None:
+            return sum(networks.values())
+        case "model":
+            return max(networks.values(), default=0)
+        case "sequential":
+            return 0
+
+
+def _header(file: Path) -> dict[str, dict[str, list[int]]]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError("the header is longer than the format allows")
+        header = json.loads(opened.read(length))
+    if not isinstance(header, dict):
+        raise TypeError("the header is not an object")
+    return header

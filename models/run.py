@@ -1,0 +1,60 @@
+"""One run of a diffusers pipeline under a cache: its call, and its callbacks turned into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from cache import CacheReport
+
+    from .acceleration.attention import Attention
+    from .acceleration.compilation import Compilation
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """What a run is made of, and how many of its `steps` are done.
+
+    sampling: sampler and scheduler by name. grid: height and width of the latents. settings: arguments of the
+    pipeline's call. ignored: the names of those that it would not read.
+    """
+
+    pipeline: Any
+    scheduler: Any
+    sampling: tuple[str, str]
+    report: CacheReport
+    attention: Attention
+    compilation: Compilation
+    steps: int
+    grid: tuple[int, int]
+    settings: Mapping[str, Any]
+    ignored: Sequence[str]
+    done: int = 0
+
+    def __call__(
+        self, conditioning: Mapping[str, Tensor], generators: Sequence[Generator], on_step: Callable[[], None]
+    ) -> Tensor:
+        """Latents as the pipeline returns them, one row for each of `generators`."""
+
+        def callback(pipeline: Any, index: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            # The rule of the pipelines' own progress bar: PNDM's extra first call and the two calls of second-order
+            # samplers, whose last step has but one, come out as `steps` steps.
+            order, calls = self.scheduler.order, pipeline.num_timesteps
+            warm_up = calls - self.steps * order
+            if index == calls - 1 or (index + 1 > warm_up and (index + 1) % order == 0):
+                self.done += 1
+                on_step()
+            return tensors
+
+        latents: Tensor = self.pipeline(
+            **conditioning,
+            **self.settings,
+            generator=list(generators),
+            output_type="latent",
+            callback_on_step_end=callback,
+        ).images
+        return latents

@@ -1,0 +1,191 @@
+"""One batch on its way through the stages: what they share, and the run of a denoiser that each may make."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from cache import CacheStrategy
+from cache.prediction import prediction_of
+from models import finite
+from models.base import GenerationParams, StageReport, Step
+from models.run import Run
+
+from .model import Model
+from .multiscale import Scales
+from .preview import Previews
+
+
+@dataclass(slots=True)
+class Drawing:
+    """A batch of pictures while it is drawn. Stages set `latents` and their `size`, and in the end `images`.
+
+    conditioning: the pipeline's arguments for the text, each with a row an image. size: (width, height), pixels.
+    generators: one an image, on the CPU, seeded once and drawn from by all stages in turn, so that a picture is the
+        same on every device and whatever it is batched with.
+    sampling: sampler and scheduler by name, of the last run. kernels: what computed the attention of each run.
+    """
+
+    model: Model
+    params: GenerationParams
+    seeds: tuple[int, ...]
+    conditioning: Mapping[str, torch.Tensor]
+    strategy: CacheStrategy
+    size: tuple[int, int]
+    clock: Clock
+    progress: Progress
+    latents: torch.Tensor | None = None
+    images: list[Image.Image] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sampling: tuple[str, str] | None = None
+    kernels: list[str] = field(default_factory=list)
+    generators: list[torch.Generator] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+
+    def from_noise(self, name: str) -> torch.Tensor:
+        """Latents drawn from nothing: all steps of the schedule."""
+        return self._denoise(name, slice(None), self.size)
+
+    def from_pictures(
+        self, name: str, pictures: Sequence[Image.Image], strength: float, *, only: int | None = None
+    ) -> torch.Tensor:
+        """Latents drawn over `pictures`, which are of one size that the model can draw at.
+
+        They are encoded and noised to where the last `strength` of the schedule begins, and denoised from there. There
+        is one an image of the batch, or a single one for the image `only`.
+        """
+        images = slice(None) if only is None else slice(only, only + 1)
+        return self._denoise(name, images, pictures[0].size, pictures, strength)
+
+    def _denoise(
+        self,
+        name: str,
+        images: slice,
+        size: tuple[int, int],
+        pictures: Sequence[Image.Image] = (),
+        strength: float = 1.0,
+    ) -> torch.Tensor:
+        """One run of the cache, reported under the stage's `name`: latents, one row for each of `images`."""
+        model, params, seeds = self.model, self.params, self.seeds[images]
+        decoder = model.preview_decoder if params.preview else None
+        with (
+            self.clock("denoise"),
+            model.run(params, seeds, self.strategy, size, pictures, strength) as run,
+            self._scales(run) as scales,
+            Previews(decoder, run.steps).watching(run, model.layout) as previews,
+        ):
+            self.sampling = run.sampling
+            pipeline = type(run.pipeline).__name__
+            self.warnings += [f"{one} had no effect in the pass {name}: {pipeline} has none." for one in run.ignored]
+            latents = run(
+                {key: rows[images] for key, rows in self.conditioning.items()},
+                self.generators[images],
+                self.progress.watch(run, previews),
+            )
+        report = run.report
+        if run.scheduler.order > 1 and report.strategy != "none":
+            report.warn(
+                f"The sampler makes two evaluations a step: the cache counted the {len(report.decisions)} calls of the "
+                f"denoiser, not the {run.steps} steps."
+            )
+        self.stages.append(
+            StageReport(
+                name=name,
+                cache=report,
+                steps=run.steps,
+                width=size[0],
+                height=size[1],
+                sizes="" if scales is None else scales.letters,
+                small_share=1.0 if scales is None else scales.share,
+            )
+        )
+        self.clock.move("denoise", "compile", run.compilation.seconds)
+        self.kernels.append(run.attention.name)
+        self.warnings += run.attention.warnings
+        made_by = ("vae", "unet", "transformer") if pictures else ("unet", "transformer")
+        finite.check([latents], f"The latents of the pass {name} are", run.pipeline, made_by)
+        return latents
+
+    @contextmanager
+    def _scales(self, run: Run) -> Iterator[Scales | None]:
+        """The run's sizes, where it has several: multi-scale acts in the first one."""
+        settings = self.params.multiscale
+        if settings is None or self.stages:
+            yield None
+            return
+        scales = Scales(self.model, settings, run, prediction_of(run.scheduler))
+        with scales.attached():
+            yield scales
+        if "S" not in scales.letters:
+            self.warnings.append(
+                f"Multi-scale had no effect: none of the {run.steps} steps lies between the first "
+                f"{settings.fullres_start} and the last {settings.fullres_end}, or the factor is 1. Use more steps or "
+                "fewer at full size."
+            )
+
+    def decode(self) -> list[Image.Image]:
+        """The latents as pictures. Raises ValueError before anything has been drawn."""
+        if self.latents is None:
+            raise ValueError("there are no latents to decode: a stage that draws comes first")
+        return self.model.decode(self.latents, *self.size)
+
+
+class Progress:
+    """Tells the requests in a batch of the steps that its runs make.
+
+    on_steps: hears of each step, once for each request: their decisions may differ.
+    total: denoising steps of all stages over all batches; a stage that finds more to do adds to it.
+    items: each request's images in the batch.
+    """
+
+    def __init__(self, on_steps: Callable[[Sequence[Step]], None], total: int) -> None:
+        self.total = total
+        self.items: Sequence[slice] = (slice(None),)
+        self._on_steps = on_steps
+        self._next = 0
+
+    def watch(self, run: Run, previews: Previews) -> Callable[[], None]:
+        """What `run` is to call after each step."""
+        read = 0
+
+        def stepped() -> None:
+            nonlocal read
+            preview = previews.after(run.done)
+            decisions = [run.report.decisions_of(items)[read:] for items in self.items]
+            read = len(run.report.decisions)
+            self._on_steps([Step(self._next, self.total, decision, preview) for decision in decisions])
+            self._next += 1
+
+        return stepped
+
+
+class Clock:
+    """Seconds by part of the work; waits for the device's queue, so that a part is charged for its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0, "compile": 0.0}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[part] += self._now() - started
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Charge what was measured within one part to another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

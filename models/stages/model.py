@@ -1,0 +1,55 @@
+"""What stages need of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from cache import CacheStrategy, Denoiser
+from models.base import GenerationParams, ModelSpec
+from models.decoders import Decoder
+from models.layout import Layout
+from models.run import Run
+
+
+class Sizes(Protocol):
+    """At which sizes, and in how many steps, a model draws."""
+
+    spec: ModelSpec
+
+    @property
+    def size_multiple(self) -> int: ...
+
+    @property
+    def native_pixels(self) -> int: ...
+
+    def partial_steps(self, steps: int, strength: float) -> int: ...
+
+
+class Model(Sizes, Protocol):
+    """A model that denoises and decodes."""
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def preview_decoder(self) -> Decoder: ...
+
+    def run(
+        self,
+        params: GenerationParams,
+        seeds: tuple[int, ...],
+        strategy: CacheStrategy,
+        size: tuple[int, int],
+        pictures: Sequence[Image.Image] = (),
+        strength: float = 1.0,
+    ) -> AbstractContextManager[Run]: ...
+
+    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]: ...

@@ -1,0 +1,196 @@
+"""Compiled layers: the same pictures within rounding, under every cache, and the bytes of before when they are off.
+
+Most tests compile with `eager`, where it is dynamo's doing alone: it traces and guards as for the default. One compiles
+with `aot_eager`, which leaves out code generation only; one runs the default, Inductor, on a single layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache import DeepCache, NoCache
+from models.acceleration import compilation
+from models.acceleration.compilation import CompilationFailed, CompiledLayers
+from models.base import GenerationCancelled, ModelSpec, Step
+from models.families.sd import SD
+from models.generation import LoadedModel
+from tests.models.adapters.test_lora import kohya, random_pairs, saved
+from tests.models.test_generation import PARAMS, ignore, pixels
+
+COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
+PLAIN = replace(COMPILED, compiled=False)
+
+
+def load(folder: Path, backend: Any = "aot_eager") -> Any:
+    """A model of the caller's own: its compiled layers are kept with it."""
+    loaded: Any = LoadedModel(SD.load(ModelSpec(name="random-sd", family="sd", source=folder), "cpu"))
+    loaded.model.compile_backend = backend
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def model(small_folders: dict[str, Path]) -> Any:
+    torch._dynamo.reset()
+    return load(small_folders["epsilon"])
+
+
+@pytest.fixture(scope="module")
+def traced(small_folders: dict[str, Path]) -> Any:
+    """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations as they are, and the bits."""
+    return load(small_folders["epsilon"], "eager")
+
+
+@pytest.fixture(autouse=True)
+def _counted() -> Iterator[None]:
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    "strategy", [NoCache(), DeepCache(interval=2, depth=2), DeepCache(interval=2, depth=12)], ids=str
+)
+def test_compiled_pictures_are_the_plain_ones_and_off_again_the_same_bytes(model: Any, strategy: Any) -> None:
+    before = model.generate(PLAIN, strategy, ignore)
+    compiled = model.generate(COMPILED, strategy, ignore)
+    assert compiled.reports[0].decisions == before.reports[0].decisions
+    # aot_eager decomposes some operations into others: float32 rounding, four steps of it.
+    difference = pixels(compiled.images).astype(int) - pixels(before.images)
+    assert np.abs(difference).max() <= 1
+    after = model.generate(PLAIN, strategy, ignore)
+    assert np.array_equal(pixels(after.images), pixels(before.images))
+    assert (before.timings.compile_seconds, after.timings.compile_seconds) == (0.0, 0.0)
+
+
+def test_the_reuse_pass_runs_the_same_compiled_layers(traced: Any) -> None:
+    """Nothing is compiled anew for a cache: its pass is a choice among the layers."""
+    traced.generate(COMPILED, NoCache(), ignore)
+    torch._dynamo.utils.counters.clear()
+    cached = traced.generate(COMPILED, DeepCache(interval=2, depth=2), ignore)
+    assert cached.reports[0].decisions == "CRCR"
+    assert graphs() == 0
+    assert cached.timings.compile_seconds == 0.0
+
+
+def test_compiling_is_timed_apart_and_happens_once_a_shape(traced: Any) -> None:
+    wide = replace(COMPILED, width=128)
+    first = traced.generate(wide, NoCache(), ignore)
+    assert first.timings.compile_seconds > 0
+    assert first.timings.denoise_seconds > 0
+    assert graphs() >= len(CompiledLayers(traced.denoiser)) // 2
+    again = traced.generate(wide, NoCache(), ignore)
+    assert again.timings.compile_seconds == 0.0
+    assert np.array_equal(pixels(again.images), pixels(first.images))
+
+
+def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, small_folders: dict[str, Path]) -> None:
+    """torch would compile for any shape once it has seen two; then history would show in the last bits."""
+    fresh = load(small_folders["epsilon"], "eager")
+    wide = replace(COMPILED, width=128)
+    after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (traced, fresh))
+    assert np.array_equal(pixels(after_others.images), pixels(alone.images))
+
+
+def test_a_cancel_leaves_the_layers_as_they_were(traced: Any) -> None:
+    def stop(step: Step) -> None:
+        raise GenerationCancelled
+
+    attributes = {name: set(module.__dict__) for name, module in traced.denoiser.root.named_modules()}
+    with pytest.raises(GenerationCancelled):
+        traced.generate(COMPILED, DeepCache(), stop)
+    assert {name: set(module.__dict__) for name, module in traced.denoiser.root.named_modules()} == attributes
+    assert traced.generate(COMPILED, DeepCache(), ignore).images
+
+
+def test_another_attention_kernel_composes(traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.models.acceleration.test_attention import CODE, KERNELS, attention, install
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(  # type: ignore[misc]
+        attention.KERNELS, "sage", replace(KERNELS["sage"], devices=("cpu",), dtypes=("float32",))
+    )
+    install(tmp_path, "sageattention", CODE["sageattention"])
+    plain = traced.generate(replace(PLAIN, attention="sdpa"), DeepCache(interval=2), ignore)
+    try:
+        both = traced.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
+        assert graphs() > 0
+        torch._dynamo.utils.counters.clear()
+        again = traced.generate(replace(COMPILED, attention="sage"), DeepCache(interval=2), ignore)
+        assert (graphs(), again.timings.compile_seconds) == (0, 0.0)
+        assert np.array_equal(pixels(again.images), pixels(both.images))
+    finally:
+        sys.modules.pop("sageattention", None)
+    assert both.attention == "sage"
+    difference = pixels(both.images).astype(int) - pixels(plain.images)
+    assert np.abs(difference).max() <= 1
+    without = traced.generate(replace(COMPILED, attention="sdpa"), DeepCache(interval=2), ignore)
+    assert without.attention == "sdpa"
+
+
+def test_a_lora_composes_and_is_gone_afterwards(traced: Any, tmp_path: Path) -> None:
+    before = traced.generate(COMPILED, DeepCache(interval=2), ignore)
+    added = (saved(tmp_path, "style", kohya(random_pairs(traced))),)
+    plain = traced.generate(replace(PLAIN, loras=added), DeepCache(interval=2), ignore)
+    both = traced.generate(replace(COMPILED, loras=added), DeepCache(interval=2), ignore)
+    assert np.array_equal(pixels(both.images), pixels(plain.images))
+    assert not np.array_equal(pixels(both.images), pixels(before.images))
+    after = traced.generate(COMPILED, DeepCache(interval=2), ignore)
+    assert np.array_equal(pixels(after.images), pixels(before.images))
+
+
+def test_a_transformer_is_refused(flux: Any) -> None:
+    with pytest.raises(CompilationFailed, match="Flux"):
+        flux.generate(replace(COMPILED, guidance_scale=1.0), NoCache(), ignore)
+
+
+def test_a_compiler_that_fails_is_a_sentence_and_leaves_no_trace(small_folders: dict[str, Path]) -> None:
+    def broken(graph: object, inputs: object) -> Any:
+        raise RuntimeError("ld: cannot find -lgomp")
+
+    loaded = load(small_folders["epsilon"], broken)
+    before = loaded.generate(PLAIN, NoCache(), ignore)
+    with pytest.raises(CompilationFailed, match="Leave it out"):
+        loaded.generate(COMPILED, NoCache(), ignore)
+    assert np.array_equal(pixels(loaded.generate(PLAIN, NoCache(), ignore).images), pixels(before.images))
+
+
+def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert compilation.unavailable("cpu", None) is None
+    assert "offloaded layer by layer" in str(compilation.unavailable("cpu", "sequential"))
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    assert "install g++" in str(compilation.unavailable("cpu", None))
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    assert "triton" in str(compilation.unavailable("cuda:0", None))
+
+
+@pytest.mark.skipif(compilation.unavailable("cpu", None) is not None, reason="no C++ compiler")
+def test_the_default_compiler_runs_on_a_layer_of_a_unet(model: Any) -> None:
+    whole = CompiledLayers(model.denoiser)
+    layer = model.denoiser.root.get_submodule("up_blocks.0.upsamplers.0")
+    whole._forwards = [(one, compiled) for one, compiled in whole._forwards if one is layer]
+    inputs = (torch.randn(1, 16, 4, 4),)
+    # What another run compiled is not asked for: it may have been told of another processor (ATEN_CPU_CAPABILITY).
+    with (
+        torch.no_grad(),
+        torch._inductor.config.patch(cpp_cache_precompile_headers=False, fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        plain = layer(*inputs)
+        with whole.attached() as built:
+            compiled = layer(*inputs)
+    assert built.seconds > 0
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
