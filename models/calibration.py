@@ -1,9 +1,9 @@
 """Finding the placements of a model's compute calls: dynamic programming proposes, real runs decide.
 
 A few pictures are drawn uncached while the branch's states are recorded. What a reuse would get wrong, weighed by how
-far the sampler goes on its word, gives candidates (`cache/placement.py`); as errors grow or fade on their way to the
-picture, several weights are tried. Each candidate then draws the same pictures. The one nearest to the uncached ones is
-kept if it beats the uniform placement by more than chance would.
+far the sampler goes on its word, gives candidates (`cache/tuning/placement.py`); as errors grow or fade on their way to
+the picture, several weights are tried. Each candidate then draws the same pictures. The one nearest to the uncached
+ones is kept if it beats the uniform placement by more than chance would.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from numpy.typing import ArrayLike
 
 from cache import CacheStrategy, DeepCache, UNetDenoiser
-from cache.cost import deepest_branch
-from cache.placement import Recorder, Search
-from cache.schedule import GROWTH, budget, warped
+from cache.deepcache.schedule import GROWTH, budget, warped
+from cache.flops import deepest_branch
+from cache.tuning.placement import Search
+from cache.tuning.recorder import BranchRecorder
 
 from .base import GenerationParams, LoadedModel
 from .nearness import psnr
@@ -52,7 +53,7 @@ def calibrate(
     uses and of its scheduler, for the entries. progress: told before each round of pictures what it is for.
     """
     branch = deepest_branch(view.branch_costs, depth)
-    recorder = Recorder(branch)
+    recorder = BranchRecorder(branch)
     progress("uncached")
     reference = draw(recorder)
     states = torch.cat(recorder.runs)

@@ -211,7 +211,7 @@ class PipelineModel(ABC):
         """Those of a scheduler whose timesteps are set; remembered, as finding them takes a few milliseconds."""
         import torch
 
-        from cache.sampling import begun, follows, responses
+        from cache.solver import begun, follows, responses
 
         if not follows(scheduler):
             return None

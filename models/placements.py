@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.schedule import Placement, budget, ruled
+from cache.deepcache.schedule import Placement, budget, ruled
 
 from .base import Hub, LoadFailed, ModelSpec
 

@@ -1,4 +1,4 @@
-"""A threshold for a model: a few uncached pictures, then the search of `cache/threshold.py`."""
+"""A threshold for a model: a few uncached pictures, then the search of `cache/tuning/threshold.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import GenerationParams, LoadedModel, ModelError, StepHook
 
 if TYPE_CHECKING:
     from cache import FirstBlockCache
-    from cache.threshold import Found
+    from cache.tuning.threshold import Found
 
 PROMPTS = ("a misty forest at twilight", "a clear sea at noon", "a snowy island at dawn", "a stormy desert at sunset")
 
@@ -28,9 +28,10 @@ def find(
     Raises ModelError where the model has no first-block cache or no threshold reaches that far.
     """
     from cache import CacheError
-    from cache.threshold import Recorder, threshold_for
+    from cache.tuning.recorder import ResidualRecorder
+    from cache.tuning.threshold import threshold_for
 
-    recorder = Recorder()
+    recorder = ResidualRecorder()
     try:
         for number, prompt in enumerate(prompts):
             one = replace(params, prompt=prompt, seeds=(params.seeds[0] + number,), batch_size=1)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from cache import UNetDenoiser
-    from cache.schedule import Placement
+    from cache.deepcache.schedule import Placement
 
     from .layout import Layout
 
@@ -157,7 +157,7 @@ class StableDiffusionModel(PipelineModel):
         return self._unet
 
     def view(self, params: GenerationParams, scheduler: Any) -> UNetDenoiser:
-        from cache.sampling import timesteps_of
+        from cache.solver import timesteps_of
 
         sampling = names(scheduler, self.choices, params.sampler, params.scheduler)
 

@@ -24,7 +24,7 @@ from benchmarks.cache.page import COLUMNS, Section, draw, row, write
 from benchmarks.cache.settings import Grid, Setting, full, presets
 from benchmarks.report import ROOT, Claim, machine, show
 from cache import DeepCache, FirstBlockCache
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry

@@ -14,7 +14,7 @@ from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
 from benchmarks.report import Claim
 from cache import UNetDenoiser
-from cache.cost import deepest_branch, interval_speedup
+from cache.flops import deepest_branch, interval_speedup
 
 GAINS = {2: 4.0, 3: 4.0, 5: 1.5}  # interval → dB that the default forecast must gain over plain reuse
 OVER_FEWER = 8.0  # dB over fewer steps in equal time

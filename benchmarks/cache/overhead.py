@@ -22,7 +22,7 @@ from benchmarks.cache.measure import now
 from benchmarks.cache.peers import diffusers_hook, published_deepcache, twin
 from benchmarks.cache.settings import with_forecast
 from cache import CacheStrategy, DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from cache.patching import shadowed
 
 WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache
 from cache import CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
-from cache.cost import deepest_branch
 from cache.deepcache import DEEPEST
+from cache.flops import deepest_branch
 from cache.forecast import ORDERS, WITHOUT_WITNESS
 
 UNCACHED = "uncached"

@@ -80,7 +80,7 @@ class Scales:
         layout, prediction = self.model.layout, self.prediction
         latents, timestep = layout.input_of(args, kwargs)
         grid, level = layout.grid(latents, self.height, self.width), prediction.at(timestep)
-        name = getattr(forward, "pass_name", None)  # conditional and unconditional, where they are called apart
+        name = getattr(forward, "lane", None)  # conditional and unconditional, where they are called apart
         if self.bases is None:
             self.bases = self._bases(grid)
         down, across = self.bases

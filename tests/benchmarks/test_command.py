@@ -40,7 +40,7 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
     monkeypatch.setattr(command, "FORECAST_REPEATS", 2)
     monkeypatch.setattr(command, "GRID", Grid(intervals=(2,), depths=(2,), thresholds=(0.6,)))
     monkeypatch.setattr(command, "FLUX_BLOCK", TINY)  # minutes at Flux's width
-    monkeypatch.setattr(command, "counted", list)  # seconds for SDXL; tests/cache/test_cost.py has it
+    monkeypatch.setattr(command, "counted", list)  # seconds for SDXL; tests/cache/test_flops.py has it
     return [spec.name for spec in specs]
 
 

@@ -14,7 +14,7 @@ from benchmarks.cache.measure import Bench, Operations, Result, difference, grou
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache, twin
 from benchmarks.cache.settings import Grid, Setting, full, ours
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cache import DeepCache, FirstBlockCache, attach
-from cache.denoiser import BranchPass, UNetDenoiser
 from cache.forecast import ORDERS, Forecast, History
+from cache.views.unet import BranchPass, UNetDenoiser
 from tests.cache.networks import Plain, tiny_sd
 
 POLYNOMIAL: list[Forecast] = ["none", "linear", "quadratic"]

@@ -9,7 +9,8 @@ import torch
 
 from cache import DeepCache, IncompatibleDenoiser, TransformerDenoiser, UNetDenoiser
 from cache.forecast import Forecast, History
-from cache.placement import Recorder, Search, embedded
+from cache.tuning.placement import Search
+from cache.tuning.recorder import BranchRecorder, embedded
 from tests.cache.networks import denoise_unet, tiny_flux, tiny_unconditional
 
 
@@ -65,7 +66,7 @@ def test_the_recorder_sees_what_the_branch_would_keep_and_changes_nothing(branch
     hook = (view.root if branch is None else view.source(branch)).register_forward_hook(
         lambda module, inputs, output: seen.append((output if branch is not None else output[0]).flatten(1))
     )
-    recorder = Recorder(branch)
+    recorder = BranchRecorder(branch)
     with recorder.attach(view) as report:
         recorded = list(denoise_unet(unet))
     hook.remove()
@@ -79,7 +80,10 @@ def test_the_recorder_sees_what_the_branch_would_keep_and_changes_nothing(branch
 
 
 def test_a_transformer_has_no_branches_to_record() -> None:
-    with pytest.raises(IncompatibleDenoiser, match="no UNet"), Recorder(0).attach(TransformerDenoiser(tiny_flux())):
+    with (
+        pytest.raises(IncompatibleDenoiser, match="no UNet"),
+        BranchRecorder(0).attach(TransformerDenoiser(tiny_flux())),
+    ):
         pass
 
 

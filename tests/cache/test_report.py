@@ -28,7 +28,7 @@ def test_an_empty_report_is_honest() -> None:
 def test_a_report_adds_up() -> None:
     report = CacheReport("deepcache", {"interval": 3}, reuse_cost=0.224, cache_bytes=4096)
     for letter in "CRR" * 6 + "CR":
-        report.record(letter)
+        report.record((letter == "C",))
     assert json.loads(json.dumps(report.as_dict())) == {
         "strategy": "deepcache",
         "computed": 7,
@@ -46,7 +46,7 @@ def test_a_report_adds_up() -> None:
 
 def test_items_are_recorded_apart_and_a_call_is_reused_if_all_are() -> None:
     report = CacheReport("first_block")
-    for items in ("CC", "RC", "RR"):
+    for items in ((True, True), (False, True), (False, False)):
         report.record(items)
     assert report.decisions == "CCR"
     assert report.item_decisions == ["CRR", "CCR"]

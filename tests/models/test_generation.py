@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
-from cache.schedule import Schedule
+from cache.deepcache.schedule import Schedule
 from models import samplers
 from models.base import GenerationCancelled, GenerationParams, LoadedModel, ModelSpec, Step, UnsupportedSampler
 from models.flux import FLUX, FluxModel

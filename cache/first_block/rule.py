@@ -5,23 +5,22 @@ by how much it lies beside the line through the last two, summed over the calls 
 that moves on along its line is no error, since the others are taken along theirs; what each reused call adds to the
 state's error is, and stays in it.
 
-Nothing here runs a network: the same rule decides in a run (`residual.py`) and for recorded residuals (`threshold.py`).
+Nothing here runs a network: the same rule decides in a run and for recorded residuals (`tuning/threshold.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forecast import History
-from .transfer import upload
+from cache.forecast import History
+from cache.transfer import upload
 
-if TYPE_CHECKING:
-    from .first_block import FirstBlockCache
+from .settings import Settings
 
 
 class Verdict(NamedTuple):
@@ -37,13 +36,13 @@ class Verdict(NamedTuple):
 class Reference:
     """The residuals of each item's last computed calls (items, tokens, channels), and what was spent since."""
 
-    def __init__(self, settings: FirstBlockCache, probe: Tensor) -> None:
+    def __init__(self, settings: Settings, call: int, probe: Tensor) -> None:
         self._threshold = settings.threshold
         self._cap = math.inf if settings.max_consecutive is None else settings.max_consecutive
         self._guided = settings.forecast == "probe"
         items = probe.shape[0]
         self._history = History("linear" if self._guided else "none", items, witness=self._guided)
-        self._history.add(0, probe)
+        self._history.add(call, probe)
         self._scale = _means(probe.abs())  # mean |residual| of each item
         self._streak = [0] * items  # reused calls in a row
         self._spent = [0.0] * items  # with `probe`: what the reused calls since the last computed one left of it
