@@ -1,16 +1,13 @@
-"""The jobs that wait for a worker, by their age; what every engine does with them; which are drawn together."""
+"""The jobs that wait for a worker, by their age, and which of them are drawn together."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from abc import abstractmethod
 from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.engine.types import RETRY_SECONDS, Catalogue, Engine, Job, JobHandle, JobState, StepListener, leaving
-from app.errors import Cancelled, DeadlineExceeded, NotReady, ServiceError
+from app.engine.types import Job, JobHandle
 
 QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
@@ -51,67 +48,6 @@ class JobQueue:
     def _tell(self) -> None:
         for place, handle in enumerate(self, start=1):
             handle.stand(place)
-
-
-class QueueingEngine(Engine):
-    """What every `Engine` does with the jobs that it accepts, whoever draws them."""
-
-    def __init__(self, queue_size: int) -> None:
-        self._queue_size = queue_size
-        self._queue = JobQueue()
-        self._draining = False
-        self._catalogue: Catalogue | None = None
-
-    def catalogue(self) -> Catalogue:
-        if self._catalogue is None:
-            raise NotReady("The models are not known yet. Try again soon.", retry_after=RETRY_SECONDS)
-        return self._catalogue
-
-    @abstractmethod
-    def _unsettled(self) -> list[JobHandle]:
-        """Those that are drawn, and those that wait."""
-
-    @abstractmethod
-    def _accepted(self, handle: JobHandle) -> None:
-        """It is in the queue now."""
-
-    @abstractmethod
-    def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
-        """Answer now, wherever the job is."""
-
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model, promised=promised)
-        handle = JobHandle(job, on_step, kind_of(job))
-        handle.limit(self._expire)
-        self._queue.put(handle)
-        self._accepted(handle)
-        return handle
-
-    def cancel(self, job_id: str) -> bool:
-        for handle in self._unsettled():
-            if handle.job.id == job_id:
-                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
-                return True
-        return False
-
-    async def drain(self, seconds: float) -> None:
-        self._draining = True
-        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
-            await asyncio.wait(pending, timeout=seconds)
-        self._answer_all()
-
-    def _answer_all(self) -> None:
-        for handle in self._unsettled():
-            self._give_up(handle, leaving())
-
-    def _expire(self, handle: JobHandle) -> None:
-        where = "waited" if handle.state is JobState.QUEUED else "ran"
-        late = f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline."
-        self._give_up(handle, DeadlineExceeded(f"{late} Ask for less, or allow more in deadline_seconds."))
-
-    def _requeue(self, handle: JobHandle) -> None:
-        handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
-        self._queue.put(handle)  # it is promised: the bound does not apply
 
 
 def kind_of(job: Job) -> Hashable | None:

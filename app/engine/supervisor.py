@@ -1,25 +1,97 @@
-"""The engine of one machine: a bounded queue and one supervised worker process a device."""
+"""What every engine does with the jobs that it accepts, and the engine of one machine, a worker process a device."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 from app.engine import pipe, types
 from app.engine.pipe import WorkerProcess
-from app.engine.queue import Grouping, QueueingEngine
+from app.engine.queue import Grouping, JobQueue, kind_of
 from app.engine.slot import Patience, Quarantine, Slot, death
-from app.engine.types import EngineStatus, IllegalTransition, JobHandle, JobState, WorkerState
+from app.engine.types import (
+    Catalogue,
+    Engine,
+    EngineStatus,
+    IllegalTransition,
+    Job,
+    JobHandle,
+    JobState,
+    StepListener,
+    WorkerState,
+)
 from app.engine.worker import RunnerFactory, Spawn, spawn
-from app.errors import Cancelled, NotReady, ServiceError
+from app.errors import Cancelled, DeadlineExceeded, NotReady, ServiceError
 from app.settings import Settings
 
 _log = logging.getLogger(__name__)
 
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
+
+
+class QueueingEngine(Engine):
+    """What every `Engine` does with the jobs that it accepts, whoever draws them."""
+
+    def __init__(self, queue_size: int) -> None:
+        self._queue_size = queue_size
+        self._queue = JobQueue()
+        self._draining = False
+        self._catalogue: Catalogue | None = None
+
+    def catalogue(self) -> Catalogue:
+        if self._catalogue is None:
+            raise NotReady("The models are not known yet. Try again soon.", retry_after=types.RETRY_SECONDS)
+        return self._catalogue
+
+    @abstractmethod
+    def _unsettled(self) -> list[JobHandle]:
+        """Those that are drawn, and those that wait."""
+
+    @abstractmethod
+    def _accepted(self, handle: JobHandle) -> None:
+        """It is in the queue now."""
+
+    @abstractmethod
+    def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
+        """Answer now, wherever the job is."""
+
+    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+        self.admit(job.model, promised=promised)
+        handle = JobHandle(job, on_step, kind_of(job))
+        handle.limit(self._expire)
+        self._queue.put(handle)
+        self._accepted(handle)
+        return handle
+
+    def cancel(self, job_id: str) -> bool:
+        for handle in self._unsettled():
+            if handle.job.id == job_id:
+                self._give_up(handle, Cancelled("The job was cancelled."), JobState.CANCELLED)
+                return True
+        return False
+
+    async def drain(self, seconds: float) -> None:
+        self._draining = True
+        if pending := [asyncio.ensure_future(handle.result) for handle in self._unsettled()]:
+            await asyncio.wait(pending, timeout=seconds)
+        self._answer_all()
+
+    def _answer_all(self) -> None:
+        for handle in self._unsettled():
+            self._give_up(handle, types.leaving())
+
+    def _expire(self, handle: JobHandle) -> None:
+        where = "waited" if handle.state is JobState.QUEUED else "ran"
+        late = f"The request still {where} after {handle.job.deadline_seconds:g} seconds, its deadline."
+        self._give_up(handle, DeadlineExceeded(f"{late} Ask for less, or allow more in deadline_seconds."))
+
+    def _requeue(self, handle: JobHandle) -> None:
+        handle.requeue()  # by itself from now on: the loss may have been the doing of one of several
+        self._queue.put(handle)  # it is promised: the bound does not apply
 
 
 class LocalEngine(QueueingEngine):

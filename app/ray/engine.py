@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from app.engine import types
 from app.engine.pipe import in_own_thread
-from app.engine.queue import QueueingEngine
+from app.engine.supervisor import QueueingEngine
 from app.engine.types import Catalogue, DeviceStatus, EngineStatus, JobHandle, JobResult, JobState, WorkerState
 from app.errors import NotReady, ServiceError, WorkerLost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name

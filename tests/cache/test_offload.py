@@ -18,13 +18,18 @@ CASES = [(small_unet, denoise_unet, strategy) for strategy in ON_UNET]
 CASES += [(small_flux, denoise_flux, strategy) for strategy in ON_FLUX]  # type: ignore[misc, list-item]
 
 
+def name_of(value: object) -> str:
+    """The same in every process: a function's own text holds its address."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-@pytest.mark.parametrize(("build", "steps", "strategy"), CASES, ids=str)
+@pytest.mark.parametrize(("build", "steps", "strategy"), CASES, ids=name_of)
 def test_weights_that_are_fetched_layer_by_layer(
     build: Callable[[], nn.Module], steps: Callable[..., Iterator[torch.Tensor]], strategy: CacheStrategy
 ) -> None:
@@ -44,7 +49,7 @@ def test_weights_that_are_fetched_layer_by_layer(
     assert {path: id(module.__dict__.get("_hf_hook")) for path, module in network.named_modules()} == hooks
 
 
-@pytest.mark.parametrize(("build", "steps", "strategy"), [CASES[0], CASES[3]], ids=str)
+@pytest.mark.parametrize(("build", "steps", "strategy"), [CASES[0], CASES[3]], ids=name_of)
 def test_a_network_that_is_moved_as_a_whole(
     build: Callable[[], nn.Module], steps: Callable[..., Iterator[torch.Tensor]], strategy: CacheStrategy
 ) -> None:
