@@ -78,11 +78,6 @@ class Run(Generic[K]):
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
 
-    def explain_correction(self) -> None:
-        """Say that nothing was corrected."""
-        if self._correction is not None and self.report.decisions and self._correction.responses is None:
-            self.report.warn("Nothing was corrected: what this sampler makes of a prediction is not known beforehand.")
-
     def step(self, call: Call, lane: Lane[K]) -> tuple[Any, Decision]:
         """The denoiser's answer, computed or reused, and which it was."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ from benchmarks.cache.overhead import FLUX_BLOCK, first_block_overheads, flux_bl
 from benchmarks.cache.page import COLUMNS, Section, draw, row, write
 from benchmarks.cache.settings import Grid, Setting, full, presets
 from benchmarks.report import ROOT, Claim, machine, show
-from cache import DeepCache, FirstBlockCache
+from cache import DeepCache
 from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
@@ -94,7 +94,7 @@ def demands(
 ) -> list[Claim]:
     """What was asked of the model's cache, at its default depth and forecast."""
     if not costs:
-        return of_thresholds(results, FirstBlockCache().forecast)
+        return of_thresholds(results)
     strategy = DeepCache()
     branch = deepest_branch(costs, strategy.depth)
     if branch is None:
@@ -103,27 +103,26 @@ def demands(
     here = (strategy.interval, branch)
     even = [one for one in settings if one.ours and not one.default and (one.interval, one.branch) == here]
     own = {one.forecast: one for one in even}
-    if {strategy.forecast, "none"} <= own.keys():
-        claims.append(forecast_time(bench, own[strategy.forecast], own["none"], FORECAST_REPEATS))
+    if {True, False} <= own.keys():
+        claims.append(forecast_time(bench, own[True], own[False], FORECAST_REPEATS))
     return claims
 
 
 def reuse_steps(bench: Bench, costs: Sequence[float], depths: Sequence[int]) -> list[dict[str, Any]]:
     """The overhead of a reuse step: at each branch that `depths` choose, or after a transformer's first block."""
     pipeline = bench.model.pipeline
-    forecasts = dict.fromkeys(((DeepCache() if costs else FirstBlockCache()).forecast, "none"))
     if not costs:
         networks = {
             "the first block": (pipeline.transformer, bench.arguments(), OVERHEAD_REPEATS),
             "Flux's first block, 256×256": (*flux_block(FLUX_BLOCK, pipeline.device), WIDE_REPEATS),
         }
-        return [first_block_overheads(*of, forecasts, repeats, name) for name, (*of, repeats) in networks.items()]
+        return [first_block_overheads(*of, repeats, name) for name, (*of, repeats) in networks.items()]
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     size = (bench.params.height // pipeline.vae_scale_factor, bench.params.width // pipeline.vae_scale_factor)
     first = {deepest_branch(costs, depth): depth for depth in reversed(depths)}
     branches = dict.fromkeys(deepest_branch(costs, depth) for depth in depths)
     chosen = [first[branch] for branch in branches if branch is not None]
-    return [overheads(pipeline.unet, scheduler, depth, forecasts, OVERHEAD_REPEATS, size) for depth in chosen]
+    return [overheads(pipeline.unet, scheduler, depth, OVERHEAD_REPEATS, size) for depth in chosen]
 
 
 def conditions(name: str, bench: Bench) -> str:
@@ -166,7 +165,7 @@ def main(
         if whole:
             section.overhead = reuse_steps(bench, costs, GRID.depths)
             section.claims = demands(bench, settings, results, costs)
-            section.claims += of_overheads(section.overhead, (DeepCache() if costs else FirstBlockCache()).forecast)
+            section.claims += of_overheads(section.overhead)
             draw(section.conditions, results, page.parent / section.plot)
         sections.append(section)
     if whole:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cache.front import Axis, at_least, in_operations, our_front, shortened
 from benchmarks.cache.measure import Bench, Result, difference
-from benchmarks.cache.settings import FEWER, NO_LAYER, UNCACHED, Setting
+from benchmarks.cache.settings import FEWER, NO_LAYER, OURS, UNCACHED, Setting, named
 from benchmarks.report import Claim
 from cache import UNetDenoiser
 from cache.flops import deepest_branch, interval_speedup
@@ -66,7 +66,7 @@ def of_intervals(results: Sequence[Result], branch: int) -> list[Claim]:
         for other in sorted(here, key=lambda one: not one.ours):
             if not other.ours:
                 claim(f"{where}the default over {other.method}", own, other, 0.0)
-            elif other.forecast == "none" and not other.default:
+            elif other.forecast is False:
                 claim(f"{where}the default over plain reuse, at least {wanted} dB", own, other, wanted)
         for one in (one for one in here if one.ours):
             if (fewer := shortened(results, in_operations, one.operations_speedup)) is not None:
@@ -83,29 +83,27 @@ def forecast_time(bench: Bench, forecast: Setting, plain: Setting, repeats: int)
     return Claim(sentence, f"{excess:+.1%}, median of {repeats} pairs", excess <= EXTRA_TIME)
 
 
-def of_overheads(rows: Sequence[Mapping[str, Any]], default: str) -> list[Claim]:
+def of_overheads(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """What the default forecast's reuse step takes above its bare layers, and against the published helper's."""
     claims, bound = [], f"at most {OVERHEAD:.0%} and below the published helper's"
     for row in rows:
-        own = row["excess"][f"ours, {default}"]
+        own = row["excess"][OURS]
         (published,) = (excess for name, excess in row["excess"].items() if not name.startswith("ours"))
         sentence = f"{row['layers']}: a reuse step above its bare layers, {bound}"
         claims.append(Claim(sentence, f"{own:+.1%} against {published:+.1%}", own <= OVERHEAD and own < published))
     return claims
 
 
-def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:
-    """Each forecast on a transformer, against every peer at no lower hit rate and at no fewer operations saved.
+def of_thresholds(results: Sequence[Result]) -> list[Claim]:
+    """Ours on a transformer, against every peer at no lower hit rate and at no fewer operations saved.
 
-    Only the default one is held to it. At equal operations it may take fewer steps as well; a hit rate says nothing
-    across runs of unequal length.
+    Only the one with its forecast is held to it. At equal operations it may take fewer steps as well; a hit rate says
+    nothing across runs of unequal length.
     """
     claims = []
     peers = [name for name in dict.fromkeys(one.method for one in results if not one.ours) if name != UNCACHED]
-    forecasts = dict.fromkeys(one.forecast for one in results if one.forecast is not None)
-    for forecast in sorted(forecasts, key=lambda name: name != default):
-        ours = [one for one in results if one.ours and one.forecast == forecast]
-        named = f"{forecast} forecast{', the default' if forecast == default else ''}"
+    for forecast in sorted({one.forecast for one in results if one.forecast is not None}, reverse=True):
+        ours = [one for one in results if one.forecast is forecast]
         for method in peers:
             points = [one for one in results if one.method == method]
             for unit, (axis, neutral) in UNITS.items():
@@ -114,8 +112,8 @@ def of_thresholds(results: Sequence[Result], default: str) -> list[Claim]:
                 alike = [one for one in ours if axis is in_operations or one.steps == results[0].steps]
                 front = our_front(alike, axis)
                 couples = [(one, at_least(front, axis, axis(one))) for one in points if axis(one) > neutral]
-                claim = _against(f"{named}: nearer than {method} at no lower {unit}", couples)
-                claims.append(claim if forecast == default else dataclasses.replace(claim, holds=None))
+                claim = _against(f"{named(forecast)}: nearer than {method} at no lower {unit}", couples)
+                claims.append(claim if forecast else dataclasses.replace(claim, holds=None))
     return claims
 
 

@@ -9,7 +9,7 @@ a computed call are new ones, those of the reused call after it are the same but
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks.cache.measure import now
 from benchmarks.cache.peers import diffusers_hook, published_deepcache, twin
-from benchmarks.cache.settings import with_forecast
+from benchmarks.cache.settings import named
 from cache import CacheStrategy, DeepCache, FirstBlockCache, TransformerDenoiser, UNetDenoiser
 from cache.flops import deepest_branch
 from cache.patching import shadowed
 
-WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second
+WARM_UP = 2  # pairs of a computed and a reused call; a forecast begins with the second
 
 FLUX_BLOCK = {
     "in_channels": 64,
@@ -61,9 +61,7 @@ def flux_block(config: Mapping[str, Any], device: Any, side: int = 16, tokens: i
         }
 
 
-def overheads(
-    unet: nn.Module, scheduler: Any, depth: int, forecasts: Iterable[str], repeats: int, size: tuple[int, int]
-) -> dict[str, Any]:
+def overheads(unet: nn.Module, scheduler: Any, depth: int, repeats: int, size: tuple[int, int]) -> dict[str, Any]:
     """Median milliseconds of a reuse step, and the median over the repeats of each one's excess over the bare one.
 
     size: height and width of the latents, of which two are denoised together, as guidance does.
@@ -92,9 +90,9 @@ def overheads(
         layers._middle.state = kept[0]
         stack.enter_context(shadowed(layers._shadows))
         steps = {"bare": _reused(view, call)}
-        for forecast in forecasts:
-            strategy = with_forecast(DeepCache(interval=2, depth=depth), forecast)
-            steps[f"ours, {forecast}"], _ = _ours(UNetDenoiser(twin(unet)), strategy, call, repeats, stack)
+        for forecast in (True, False):
+            strategy = DeepCache(interval=2, depth=depth, forecast=forecast, schedule="uniform")
+            steps[named(forecast)], _ = _ours(UNetDenoiser(twin(unet)), strategy, call, repeats, stack)
         host = SimpleNamespace(unet=unet, scheduler=scheduler)
         peer = published_deepcache(host, repeats, interval=2, branch=branch)
         stack.enter_context(peer.attach(UNetDenoiser(unet)))
@@ -103,7 +101,7 @@ def overheads(
 
 
 def first_block_overheads(
-    transformer: nn.Module, arguments: Mapping[str, Any], forecasts: Iterable[str], repeats: int, layers: str
+    transformer: nn.Module, arguments: Mapping[str, Any], repeats: int, layers: str
 ) -> dict[str, Any]:
     """The same for the first-block cache beside diffusers' hook; `arguments` are of one call of `transformer`."""
     view = TransformerDenoiser(twin(transformer))
@@ -118,9 +116,9 @@ def first_block_overheads(
         shadows = [(view.root, name, blocks[:1] if index == 0 else []) for index, (name, blocks) in lists]
         stack.enter_context(shadowed(shadows))
         steps, reports = {"bare": _reused(view, call)}, []
-        for forecast in forecasts:
-            strategy, own = with_forecast(FirstBlockCache(), forecast), TransformerDenoiser(twin(transformer))
-            steps[f"ours, {forecast}"], report = _ours(own, strategy, call, repeats, stack)
+        for forecast in (True, False):
+            strategy, own = FirstBlockCache(forecast=forecast), TransformerDenoiser(twin(transformer))
+            steps[named(forecast)], report = _ours(own, strategy, call, repeats, stack)
             reports.append(report)
         host = SimpleNamespace(transformer=transformer)
         peer = diffusers_hook(host, repeats, config=FirstBlockCacheConfig(threshold=FirstBlockCache().threshold))

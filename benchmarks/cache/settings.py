@@ -12,7 +12,6 @@ from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcach
 from cache import CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
 from cache.deepcache import DEEPEST
 from cache.flops import deepest_branch
-from cache.forecast import ORDERS, WITHOUT_WITNESS
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
@@ -37,7 +36,7 @@ class Point:
     interval: int | None = None
     branch: int | None = None
     threshold: float | None = None
-    forecast: str | None = None
+    forecast: bool | None = None
     default: bool = False
 
     @property
@@ -69,7 +68,6 @@ class Grid:
     intervals: Sequence[int] = (2, 3, 4, 5, 6, 7, 8)
     depths: Sequence[int] = (0, 1, 2, 3, 4)
     thresholds: Sequence[float] = (0.026, 0.027, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)
-    forecasts: Sequence[str] = tuple(ORDERS)
     fewer: Sequence[float] = (0.8, 0.6, 0.55, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
     cached_fewer: Sequence[float] = (0.7, 0.5, 0.3)
 
@@ -107,7 +105,7 @@ def full(denoiser: Denoiser, steps: int, grid: Grid) -> list[Setting]:
 
 
 def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
-    """Ours as it comes, with guidance reused, where reused steps run no layer, and evenly placed with each forecast.
+    """Ours as it comes, with guidance reused, where reused steps run no layer, and evenly placed.
 
     Evenly is how the published helper places its calls.
     """
@@ -126,9 +124,9 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
             if depth == min(depths.values()):
                 bare = dataclasses.replace(strategy, depth=DEEPEST)
                 yield here(NO_LAYER, f"N{interval} d{DEEPEST}", ours(bare))
-            for forecast in forecasts(DeepCache, grid):
-                even = ours(with_forecast(strategy, forecast))
-                yield here(f"{OURS}, {forecast}, evenly placed", label, even, forecast=forecast)
+            for forecast in (True, False):
+                even = dataclasses.replace(strategy, forecast=forecast, schedule="uniform")
+                yield here(f"{named(forecast)}, evenly placed", label, ours(even), forecast=forecast)
             for count in shares(steps, grid.cached_fewer):
                 yield here(f"{OURS}, guidance reused, fewer steps", f"{count} {label}", half, steps=count)
             published = partial(published_deepcache, interval=interval, branch=branch)
@@ -136,19 +134,18 @@ def _unet(costs: Sequence[float], grid: Grid, steps: int) -> Iterator[Setting]:
 
 
 def _transformer(blocks: int, grid: Grid, steps: int) -> Iterator[Setting]:
-    """Ours with each forecast, the default also in shortened runs, beside the published ones."""
+    """Ours with its forecast, also in shortened runs, and without, beside the published ones."""
     import torch
     from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 
     for threshold in grid.thresholds:
         here = partial(Setting, label=f"{threshold}", threshold=threshold)
-        for forecast in forecasts(FirstBlockCache, grid):
-            strategy = with_forecast(FirstBlockCache(threshold=threshold), forecast)
-            own = {"method": f"{OURS}, {forecast}", "make": ours(strategy), "forecast": forecast}
-            yield (first := here(**own, default=strategy == FirstBlockCache(threshold=threshold)))
-            for count in shares(steps, grid.cached_fewer) if first.default else ():
-                short = {"method": f"{first.method}, fewer steps", "label": f"{count} {threshold}", "steps": count}
-                yield here(**{**own, **short})
+        for forecast in (True, False):
+            make = ours(FirstBlockCache(threshold=threshold, forecast=forecast))
+            yield here(named(forecast), make=make, forecast=forecast, default=forecast)
+            for count in shares(steps, grid.cached_fewer) if forecast else ():
+                short = {"label": f"{count} {threshold}", "steps": count}
+                yield here(f"{OURS}, fewer steps", make=make, forecast=forecast, **short)
         hook = partial(diffusers_hook, config=FirstBlockCacheConfig(threshold=threshold))
         yield here("diffusers FirstBlockCache", make=hook, alone=True)
         for first_blocks, warmup in ((8, 8), (1, 4)):  # DBCache as it comes; with one first block and 4 warm-up calls
@@ -170,15 +167,6 @@ def shares(steps: int, wanted: Iterable[float]) -> list[int]:
     return [n for n in dict.fromkeys(max(1, round(steps * share)) for share in wanted) if n < steps]
 
 
-def forecasts(strategy: type[Any], grid: Grid) -> list[str]:
-    """Those of the grid's forecasts that the strategy can make, its default first."""
-    able = ORDERS if strategy is FirstBlockCache else WITHOUT_WITNESS
-    return sorted((name for name in grid.forecasts if name in able), key=lambda name: name != strategy().forecast)
-
-
-def with_forecast(strategy: Any, forecast: str) -> CacheStrategy:
-    """`strategy` with that forecast and, where it can place its computed calls otherwise, with them evenly placed."""
-    names = {field.name for field in dataclasses.fields(strategy)}
-    wanted = {"forecast": forecast, "schedule": "uniform"}
-    changed: CacheStrategy = dataclasses.replace(strategy, **{k: v for k, v in wanted.items() if k in names})
-    return changed
+def named(forecast: bool) -> str:
+    """The method of ours with or without one."""
+    return OURS if forecast else f"{OURS}, no forecast"

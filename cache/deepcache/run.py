@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cache import forecast as forecasts
 from cache.flops import deepest_branch
+from cache.forecast import Damped
 from cache.report import CacheReport
 from cache.run import Lane, Run
 from cache.views.base import Call, Decision, answer_of
@@ -28,8 +28,8 @@ class Kept:
     """What a lane keeps at one size. A run that comes back to a size, as multi-scale does, goes on from there."""
 
     rows: int | None  # of a guided batch whose reuse calls run the second half alone; None for any other
-    history: forecasts.History  # of the branch's state (batch, channels, height, width), or of the prediction
-    difference: forecasts.History  # of the guided predictions, with text less without; empty for any other batch
+    history: Damped  # of the branch's state (batch, channels, height, width), or of the prediction
+    difference: Damped  # of the guided predictions, with text less without; empty for any other batch
     form: type = tuple  # of the network's answers
     computed: int = -1  # the last call that computed, counted in this lane and size from 0
     now: int = -1  # the last call
@@ -45,7 +45,9 @@ class DeepCacheRun(Run[Kept]):
     denoiser: UNetDenoiser
 
     def __init__(self, settings: Settings, denoiser: UNetDenoiser) -> None:
-        super().__init__(denoiser, CacheReport(settings.name, dataclasses.asdict(settings)), corrects=settings.corrects)
+        said = {**dataclasses.asdict(settings), "forecast": "damped" if settings.forecast else "none"}
+        corrects = settings.forecast and settings.interval > 1
+        super().__init__(denoiser, CacheReport(settings.name, said), corrects=corrects)
         self.settings = settings
         self.branch = branch = deepest_branch(denoiser.branch_costs, settings.depth)
         self.cost = 0.0 if branch is None else denoiser.branch_costs[branch]
@@ -150,8 +152,8 @@ class DeepCacheRun(Run[Kept]):
             kept.history.make_room()
             kept.difference.make_room()
             return kept
-        state, difference = (forecasts.History(self.settings.forecast) for _ in range(2))
-        return Kept(self.guided_rows(call), state, difference)
+        forecast = self.settings.forecast
+        return Kept(self.guided_rows(call), Damped(forecast), Damped(forecast))
 
     def guided_rows(self, call: Call) -> int | None:
         """The rows of a guided batch whose unconditional half reuse calls are to spare."""
@@ -176,8 +178,6 @@ class DeepCacheRun(Run[Kept]):
 
     def explain(self) -> None:
         """Warn of whatever kept the cache from acting as asked."""
-        if self.settings.correction is True:
-            self.explain_correction()
         report, interval, calls = self.report, self.settings.interval, len(self.report.decisions)
         if self.settings.guidance == "reuse" and report.reused and report.settings["guidance"] == "full":
             report.warn(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache import forecast as forecasts
-
 from . import schedule as schedules
 from .schedule import WHOLE_SCHEDULE
 
@@ -25,17 +23,15 @@ class Settings:
         native size (`flops.deepest_branch`). Where no branch is that cheap, the prediction itself is kept.
     start, end: reuse is allowed at 1000 - timestep within them: 0 is pure noise, 1000 finished. Reading the timestep
         synchronises with a GPU once a call; with 0 and 1000 it is not read.
-    forecast: what a reuse call takes for the kept tensor: `none` its last value, `linear` and `quadratic` a polynomial
-        through its last two or three, `damped` a line whose slope is trusted as far as the last one held
-        (`cache/forecast.py`); each order costs a multiply-add and a kept tensor.
+    forecast: whether a reuse call takes more than the last value of the kept tensor, a damped line through its last
+        ones (`cache/forecast.py`), and a computed call repays what the reused ones before it got wrong, for a sampler
+        that the view knows (`cache/solver.py`). Without, it is the published cache.
     schedule: where the compute calls lie. `uniform`: every `interval`-th. `auto`: as many, where the denoiser's view
         places them, if it knows the run and no window is set; else uniform. A tuple: those very calls, the first being
         0, whatever the interval.
     guidance: `full` runs both halves of a guided batch in reuse calls. `reuse` runs the half with text alone, at half
         the cost, and takes the other from the guidance difference, which is kept and forecast
         (`deepcache/guidance.py`). It needs a view that knows guided calls; where it cannot act, the report says `full`.
-    correction: whether a computed call also repays what the reused ones before it got wrong (`cache/solver.py`),
-        for a sampler that the view knows; None: with any forecast but `none`.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -44,10 +40,9 @@ class Settings:
     depth: int = 2
     start: int = 0
     end: int = WHOLE_SCHEDULE
-    forecast: forecasts.Forecast = "damped"
+    forecast: bool = True
     schedule: schedules.Schedule = "auto"
     guidance: Guidance = "full"
-    correction: bool | None = None
 
     def __post_init__(self) -> None:
         for setting, least, most in (
@@ -62,18 +57,8 @@ class Settings:
                 raise ValueError(f"{setting} must be a whole number {bounds}, not {value!r}.")
         if self.start > self.end:
             raise ValueError(f"start ({self.start}) must not lie behind end ({self.end}): exchange them.")
-        if self.forecast == "probe":
-            raise ValueError(
-                "forecast probe asks a transformer's first block, and DeepCache has none: use damped, or another of "
-                f"{', '.join(forecasts.WITHOUT_WITNESS)}."
-            )
-        forecasts.check(self.forecast, forecasts.WITHOUT_WITNESS)
+        if type(self.forecast) is not bool:
+            raise ValueError(f"forecast must be True or False, the published cache, not {self.forecast!r}.")
         schedules.check(self.schedule)
         if self.guidance not in GUIDANCE:
             raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, not {self.guidance!r}.")
-
-    @property
-    def corrects(self) -> bool:
-        """Whether a correction may act: left open, it belongs to every forecast but `none`."""
-        wanted = self.forecast != "none" if self.correction is None else self.correction
-        return wanted and self.interval > 1

@@ -6,9 +6,9 @@ with the streams after the first block plus what all remaining blocks added to t
 of it from the last ones. Without a forecast bit-equal to diffusers' hook for one item; the items of a batch decide each
 for itself.
 
-The forecast `probe`, the default, lets the first block say more than yes or no: how far along the line through its last
-two computed values its residual has moved. The other blocks' residuals are taken as far along theirs, and what is held
-against the threshold is how far r lies beside its line, summed over the calls since the last computed one.
+With a forecast the first block says more than yes or no: how far along the line through its last two computed values
+its residual has moved. The other blocks' residuals are taken as far along theirs, and what is held against the
+threshold is how far r lies beside its line, summed over the calls since the last computed one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cache.errors import IncompatibleDenoiser
 from cache.flops import Uncountable, on_meta
-from cache.forecast import History
+from cache.forecast import Line
 from cache.patching import Shadow, shadowed
 from cache.report import CacheReport
 from cache.run import Lane, Run
@@ -39,7 +39,7 @@ class Kept:
     """What a lane keeps. Every tensor's first dimension is the batch; an item's part is of its last computed call."""
 
     reference: Reference  # for the first block's residual of the image stream
-    tails: dict[str, History]  # what all blocks but the first added to each stream
+    tails: dict[str, Line]  # what all blocks but the first added to each stream
 
     @property
     def bytes(self) -> int:
@@ -52,7 +52,9 @@ class FirstBlockRun(Run[Kept]):
     denoiser: TransformerDenoiser
 
     def __init__(self, settings: Settings, denoiser: TransformerDenoiser) -> None:
-        super().__init__(denoiser, CacheReport(settings.name, dataclasses.asdict(settings)), corrects=settings.corrects)
+        said = {**dataclasses.asdict(settings), "forecast": "probe" if settings.forecast else "none"}
+        corrects = settings.forecast and settings.threshold > 0
+        super().__init__(denoiser, CacheReport(settings.name, said), corrects=corrects)
         self.settings = settings
         self.blocks = denoiser.blocks
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
@@ -93,8 +95,6 @@ class FirstBlockRun(Run[Kept]):
 
     def conclude(self) -> None:
         """Complete the report."""
-        if self.settings.correction is True:
-            self.explain_correction()
         self.report.reuse_cost = self.reuse_cost()
         self.report.conclude(partial(_explain, self.settings.threshold, sum(map(len, self.blocks))))
 
@@ -196,14 +196,14 @@ class Turn:
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
         for name, tail in kept.tails.items():
             stream = streams[name]
-            streams[name] = tail.at(self.lane.calls, stream) if ahead is None else tail.along(ahead, stream)
+            streams[name] = tail.along(ahead, stream)
         if self.rows:
             rows = self.index_of_rows()
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
         return streams
 
-    def decide(self, kept: Kept) -> list[float] | None:
-        """Set which items compute. Returns how far the others have moved on, where the forecast asks for it."""
+    def decide(self, kept: Kept) -> list[float]:
+        """Set which items compute. Returns how many calls each has moved on."""
         verdict = kept.reference.judge(self.lane.calls, self.probe)
         self.rows, self.changes = verdict.rows, verdict.changes
         for row, change in enumerate(verdict.changes):
@@ -239,7 +239,7 @@ class Turn:
         rows: list[int] | None = None
         index: Tensor | None = None
         if kept is None:
-            tails = {name: History(run.settings.forecast, self.batch) for name in streams}
+            tails = {name: Line(self.batch, run.settings.forecast) for name in streams}
             kept = self.lane.kept[self.lane.size] = Kept(Reference(run.settings, call, self.probe), tails)
         else:
             if len(self.rows) < self.batch:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cache import forecast as forecasts
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -14,21 +12,18 @@ class Settings:
 
     threshold: relative mean absolute difference, 0 to 1; 0 never reuses, published settings lie between .03 and .15.
     max_consecutive: the most calls in a row that may reuse; None for no cap.
-    forecast: what a reuse call takes for the remaining blocks' residuals: `none` their last values, `linear` and
-        `quadratic` a polynomial through the last two or three, `damped` a cautious line (`cache/forecast.py`); `probe`
-        a line as far as the first block's residual has moved along its own, and the threshold bounds the sum of what
-        that residual leaves unexplained.
-    correction: whether a computed call also repays what the reused ones before it got wrong (`cache/solver.py`),
-        for a sampler that the view knows; None: with any forecast but `none`.
-    The decision is the host's: a call waits for a GPU once, with `probe` twice.
+    forecast: whether the remaining blocks' residuals are taken along a line as far as the first block's has moved along
+        its own (`cache/forecast.py`), the threshold bounding the sum of what that one leaves unexplained, and a
+        computed call repays what the reused ones before it got wrong, for a sampler that the view knows
+        (`cache/solver.py`). Without, it is the published cache.
+    The decision is the host's: a call waits for a GPU once.
     """
 
     name: ClassVar[str] = "first_block"
 
     threshold: float = 0.05
     max_consecutive: int | None = None
-    forecast: forecasts.Forecast = "probe"
-    correction: bool | None = None
+    forecast: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
@@ -37,10 +32,5 @@ class Settings:
             raise ValueError(f"threshold must lie between 0 (never reuse) and 1, not at {self.threshold}.")
         if self.max_consecutive is not None and (type(self.max_consecutive) is not int or self.max_consecutive < 1):
             raise ValueError(f"max_consecutive must be 1 or more, or None for no cap, not {self.max_consecutive!r}.")
-        forecasts.check(self.forecast)
-
-    @property
-    def corrects(self) -> bool:
-        """Whether a correction may act: left open, it belongs to every forecast but `none`."""
-        wanted = self.forecast != "none" if self.correction is None else self.correction
-        return wanted and self.threshold > 0
+        if type(self.forecast) is not bool:
+            raise ValueError(f"forecast must be True or False, the published cache, not {self.forecast!r}.")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from cache.forecast import Forecast, History
+from cache.forecast import Damped
 
 
 class Search:
@@ -24,16 +24,16 @@ class Search:
     states: (entries, calls, size), of all runs together. longest: of the gaps between two computed calls.
     """
 
-    def __init__(self, states: Tensor, forecast: Forecast, longest: int) -> None:
+    def __init__(self, states: Tensor, forecast: bool, longest: int) -> None:
         self.calls = states.shape[1]
         self.longest = min(longest, self.calls)
         self._errors = {
             anchors: self._reused(states, anchors, forecast) for anchors in _anchors(self.calls, self.longest)
         }
 
-    def _reused(self, states: Tensor, anchors: tuple[int, ...], forecast: Forecast) -> list[float]:
+    def _reused(self, states: Tensor, anchors: tuple[int, ...], forecast: bool) -> list[float]:
         """Root mean square errors of the calls that follow the last of `anchors`, if none of them computes."""
-        history = History(forecast)
+        history = Damped(forecast)
         for call in anchors:
             history.make_room()
             history.add(call, states[:, call])

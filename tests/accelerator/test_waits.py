@@ -66,7 +66,7 @@ def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator
         return told
 
     device.script = script
-    found = run(FLUX_SCHNELL, FirstBlockCache(correction=False), seeds=(1, 2), batch_size=2)
+    found = run(FLUX_SCHNELL, FirstBlockCache(), seeds=(1, 2), batch_size=2)
     assert found.generation.reports[0].item_decisions == ["CRR", "CCC"]
     assert [sum(step.values()) for step in found.steps] == [0, 1, 1]
 

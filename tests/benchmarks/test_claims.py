@@ -17,10 +17,10 @@ def test_a_forecast_is_held_against_plain_reuse_the_helper_and_fewer_steps() -> 
     def unet(plain: float) -> list[Result]:
         where = {"interval": 3, "branch": 0}
         return [
-            result("ours", 40, forecast="linear", default=True, **where),
-            result("ours, none", plain, forecast="none", **where),
+            result("ours", 40, forecast=True, default=True, **where),
+            result("ours, no forecast", plain, forecast=False, **where),
             result("DeepCache 0.1.1", plain, **where),
-            result("ours, linear", 90, forecast="linear", default=True, interval=3, branch=1),  # another branch
+            result("ours", 90, forecast=True, default=True, interval=3, branch=1),  # another branch
             result("ours, fewer steps", 90, 3.0, steps=10, **where),  # of another run
             result("fewer steps", 34, 1.9, steps=10),
             result("fewer steps", 32, 2.1, steps=9),
@@ -37,19 +37,19 @@ def test_a_forecast_is_held_against_plain_reuse_the_helper_and_fewer_steps() -> 
 def test_only_the_default_forecast_is_held_to_beating_the_peers() -> None:
     results = [
         result("uncached", 96, 1.0),
-        result("ours, linear", 40, 2.0, forecast="linear", hit_rate=0.6, label="a"),
-        result("ours, linear", 30, 3.0, forecast="linear", hit_rate=0.8, label="b"),
-        result("ours, none", 20, 3.0, forecast="none", hit_rate=0.8),
+        result("ours", 40, 2.0, forecast=True, hit_rate=0.6, label="a"),
+        result("ours", 30, 3.0, forecast=True, hit_rate=0.8, label="b"),
+        result("ours, no forecast", 20, 3.0, forecast=False, hit_rate=0.8),
         result("peer", 35, 1.5, hit_rate=0.5),
         result("peer", 31, 2.5, hit_rate=0.7, label="strong"),
         result("peer", 5, 9.0, hit_rate=0.9),
         result("peer", 96, 1.0, hit_rate=0.0),  # did not act
     ]
-    claims = of_thresholds(results, "linear")
+    claims = of_thresholds(results)
     held = [claim for claim in claims if claim.holds is not None]
     assert len(claims) == 4
     assert len(held) == 2
-    assert all(claim.sentence.startswith("linear forecast, the default") for claim in held)
+    assert all(claim.sentence.startswith("ours: ") for claim in held)
     assert not any(claim.holds for claim in held)
     assert held[0].measured.startswith("1 of 2 points (1 without a counterpart); the worst -1.0 dB")
     assert held[0].measured.endswith("b against strong")
@@ -58,19 +58,19 @@ def test_only_the_default_forecast_is_held_to_beating_the_peers() -> None:
 def test_a_shortened_run_of_ours_counts_by_operations_and_not_by_hit_rate() -> None:
     results = [
         result("uncached", 96, 1.0, steps=28),
-        result("ours, linear", 40, 2.0, forecast="linear", hit_rate=0.6, steps=28),
-        result("ours, linear, fewer steps", 45, 3.0, forecast="linear", hit_rate=0.7, steps=20),
-        result("ours, linear, fewer steps", 30, 2.6, forecast="linear", hit_rate=0.7, steps=20),  # beaten by the above
+        result("ours", 40, 2.0, forecast=True, hit_rate=0.6, steps=28),
+        result("ours, fewer steps", 45, 3.0, forecast=True, hit_rate=0.7, steps=20),
+        result("ours, fewer steps", 30, 2.6, forecast=True, hit_rate=0.7, steps=20),  # beaten by the above
         result("peer", 42, 2.5, hit_rate=0.6, steps=28),
     ]
-    by_hit_rate, by_operations = of_thresholds(results, "linear")
+    by_hit_rate, by_operations = of_thresholds(results)
     assert by_hit_rate.measured.startswith("0 of 1 points (0 without a counterpart); the worst -2.0 dB")
     assert by_operations.measured.startswith("1 of 1 points (0 without a counterpart); the worst +3.0 dB")
 
 
 def test_the_overhead_must_be_small_and_below_the_helpers() -> None:
     rows = [
-        {"layers": f"branch {branch}", "excess": {"ours, linear": own, "ours, none": 0.0, "DeepCache 0.1.1": published}}
+        {"layers": f"branch {branch}", "excess": {"ours": own, "ours, no forecast": 0.0, "DeepCache 0.1.1": published}}
         for branch, (own, published) in enumerate([(0.03, 0.1), (0.03, 0.02), (0.06, 0.1)])
     ]
-    assert [claim.holds for claim in of_overheads(rows, "linear")] == [True, False, False]
+    assert [claim.holds for claim in of_overheads(rows)] == [True, False, False]

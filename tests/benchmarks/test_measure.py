@@ -52,7 +52,7 @@ def test_pairs_repeat_prompts_with_new_seeds() -> None:
 
 def test_plain_reuse_and_the_published_helper_are_one_point(sd: Any) -> None:
     bench = bench_of(sd)
-    strategy = DeepCache(interval=2, depth=2, forecast="none")
+    strategy = DeepCache(interval=2, depth=2, forecast=False)
     branch = deepest_branch(sd.denoiser.branch_costs, strategy.depth)
     assert branch is not None
     own = Setting("ours", "", ours(strategy))
@@ -69,7 +69,7 @@ def test_plain_reuse_and_diffusers_hook_are_one_point(flux: Any) -> None:
     from diffusers import FirstBlockCacheConfig
 
     bench = bench_of(flux)
-    own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast="none")))
+    own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast=False)))
     config = FirstBlockCacheConfig(threshold=0.6)
     peer = Setting("peer", "", lambda host, steps: diffusers_hook(host, steps, config=config))
     first, second = bench.quality(own), bench.quality(peer)
@@ -164,9 +164,9 @@ def test_equal_settings_are_measured_once(sd: Any) -> None:
 
 
 def test_a_transformers_shortened_runs_are_those_of_the_default() -> None:
-    grid = Grid(intervals=(3,), thresholds=(0.1,), forecasts=("probe", "none"), cached_fewer=(0.5, 0.25))
+    grid = Grid(intervals=(3,), thresholds=(0.1,), cached_fewer=(0.5, 0.25))
     settings = full(TransformerDenoiser(tiny_flux()), 20, grid)
-    short = [(one.steps, one.name) for one in settings if one.method == "ours, probe, fewer steps"]
-    assert short == [(10, "ours, probe, fewer steps 10 0.1"), (5, "ours, probe, fewer steps 5 0.1")]
+    short = [(one.steps, one.name) for one in settings if one.method == "ours, fewer steps"]
+    assert short == [(10, "ours, fewer steps 10 0.1"), (5, "ours, fewer steps 5 0.1")]
     assert not any(one.default for one in settings if one.steps)
-    assert [one.name for one in settings if one.ours and not one.steps] == ["ours, probe 0.1", "ours, none 0.1"]
+    assert [one.name for one in settings if one.ours and not one.steps] == ["ours 0.1", "ours, no forecast 0.1"]

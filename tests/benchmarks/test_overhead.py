@@ -12,8 +12,8 @@ def test_the_first_block_caches_are_timed_at_reused_calls() -> None:
     network = tiny_flux()
     latents = torch.zeros(1, 64, 16)
     arguments = {"hidden_states": latents, "timestep": torch.ones(1), **flux_inputs(network, 1, (16, 16))}
-    row = first_block_overheads(network, arguments, ("probe", "none"), 4, "the first block")
+    row = first_block_overheads(network, arguments, 4, "the first block")
     assert row["layers"] == "the first block"
-    assert row["milliseconds"].keys() == {"bare", "ours, probe", "ours, none", "diffusers FirstBlockCache"}
+    assert row["milliseconds"].keys() == {"bare", "ours", "ours, no forecast", "diffusers FirstBlockCache"}
     assert row["excess"].keys() == row["milliseconds"].keys() - {"bare"}
     assert min(row["milliseconds"].values()) > 0

@@ -119,7 +119,7 @@ def own(timesteps: Any, training: Any = 1000) -> Any:
 )
 def test_a_scheduler_of_ones_own_that_answers_nonsense_is_not_believed(timesteps: Any) -> None:
     network = small_unet()
-    with attach(network, DeepCache(2, 1, correction=False)):
+    with attach(network, DeepCache(2, 1)):
         *_, expected = denoise_unet(network)
     with attach(SimpleNamespace(unet=network, scheduler=own(timesteps)), DeepCache(2, 1)) as report:
         *_, found = denoise_unet(network)

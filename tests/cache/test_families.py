@@ -44,7 +44,7 @@ def test_every_step_equals_diffusers_hook_bit_for_bit(family: ModuleType) -> Non
     rates = set()
     for threshold in THRESHOLDS:
         expected, letters = hooked(family, threshold)
-        with attach(view, FirstBlockCache(threshold, forecast="none")) as report:
+        with attach(view, FirstBlockCache(threshold, forecast=False)) as report:
             latents = list(family.steps(network, steps=STEPS))
         assert report.decisions == letters
         assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
@@ -82,13 +82,13 @@ def sd3_by_hand(network: nn.Module, threshold: float) -> tuple[list[Tensor], str
 
 def test_sd3_equals_its_forward_written_out() -> None:
     network = sd3.build()
-    with attach(network, FirstBlockCache(1e-9, forecast="none")) as report:
+    with attach(network, FirstBlockCache(1e-9, forecast=False)) as report:
         list(sd3.steps(network, steps=STEPS))
     changes = sorted(change for change in report.residuals if change is not None)
     rates = set()
     for threshold in (0.5 * changes[0], 1.01 * changes[3], 1.5 * changes[-1], 1.0):
         expected, letters = sd3_by_hand(network, threshold)
-        with attach(network, FirstBlockCache(threshold, forecast="none")) as report:
+        with attach(network, FirstBlockCache(threshold, forecast=False)) as report:
             latents = list(sd3.steps(network, steps=STEPS))
         assert report.decisions == letters
         assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS

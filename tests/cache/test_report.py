@@ -83,7 +83,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"end": 1001}, "end"),
         (DeepCache, {"end": math.nan}, "end"),
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
-        (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
+        (DeepCache, {"forecast": "linear"}, "forecast must be True or False"),
         (DeepCache, {"forecast": None}, "forecast"),
         (DeepCache, {"guidance": "half"}, "guidance must be one of full, reuse"),
         (DeepCache, {"schedule": "best"}, "schedule must be auto, uniform or a tuple"),
@@ -92,8 +92,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"schedule": (1, 4)}, "begin with 0"),
         (DeepCache, {"schedule": (0, 4, 4)}, "ascend"),
         (DeepCache, {"schedule": ()}, "begin with 0"),
-        (DeepCache, {"forecast": "probe"}, "DeepCache has none: use damped"),
-        (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
+        (FirstBlockCache, {"forecast": 1}, "forecast must be True or False"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),
         (FirstBlockCache, {"threshold": 1.1}, "between 0"),
         (FirstBlockCache, {"threshold": math.nan}, "between 0"),
@@ -110,7 +109,7 @@ def test_settings_out_of_bounds_are_refused(strategy: Any, settings: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, "none", (0, 2)), FirstBlockCache(0.1, 4, "quadratic")]
+    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, False, (0, 2)), FirstBlockCache(0.1, 4, False)]
 )
 def test_strategies_are_frozen_and_survive_a_pickle(strategy: Any) -> None:
     assert pickle.loads(pickle.dumps(strategy)) == strategy

@@ -23,11 +23,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from cache import CacheReport, DeepCache, Denoiser, FirstBlockCache, solver
+from cache import CacheReport, DeepCache, Denoiser, FirstBlockCache, attach, solver, view_of
 from cache.patching import shadowed
 from cache.run import Lane, Run
 from cache.solver import SPREAD, Correction, Ledger, lagrange, responses
 from cache.views.base import Call, Decision
+from tests.cache.networks import denoise_flux, denoise_unet, small_flux, small_unet
 
 pytestmark = [  # diffusers' schedulers on NumPy 2
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
@@ -202,9 +203,7 @@ def test_the_report_says_whether_a_run_was_corrected(known: list[float] | None) 
     assert run.report.settings == {"correction": False}
     for number in range(4):
         run(number, torch.zeros(1))
-    run.explain_correction()
     assert run.report.settings == {"correction": known is not None}
-    assert len(run.report.warnings) == (known is None)
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
@@ -277,14 +276,17 @@ def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
             )
 
 
-def test_left_open_it_belongs_to_every_forecast_but_none() -> None:
-    for kind, best in ((DeepCache, "damped"), (FirstBlockCache, "probe")):
-        made = [kind(forecast=name) for name in ("none", "linear", best)]
-        assert [strategy.corrects for strategy in made] == [False, True, True]
-        for asked in (False, True):
-            assert [kind(forecast=name, correction=asked).corrects for name in ("none", best)] == [asked, asked]
-    assert not DeepCache(interval=1).corrects
-    assert not FirstBlockCache(0).corrects
+@pytest.mark.parametrize("forecast", [False, True])
+@torch.no_grad()
+def test_it_belongs_to_the_forecast(forecast: bool) -> None:
+    for network, denoise, kind in (
+        (small_unet(), denoise_unet, DeepCache),
+        (small_flux(), denoise_flux, FirstBlockCache),
+    ):
+        known = view_of(network).sampled(lambda: [1.0] * 6)
+        with attach(known, kind(forecast=forecast)) as report:
+            list(denoise(network))
+        assert report.settings["correction"] is forecast
 
 
 @pytest.mark.parametrize(("letters", "repaid"), [("CCRRC", True), ("CCRRRRRRRRRC", False)])
