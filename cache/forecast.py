@@ -27,34 +27,39 @@ from .transfer import upload
 FASTEST = 2.0  # steps along a line that a witness may be believed for each call
 
 
-class Damped:
-    """The last value of a tensor (items, …) and the slope that led to it, damped for each item.
+class _Kept:
+    """The last value of a tensor (items, …) and its slope.
 
     forecast: whether a slope is kept; without one the last value is repeated.
     """
 
     def __init__(self, forecast: bool = True) -> None:
         self._forecast = forecast
-        self._call = 0
         self._value: Tensor | None = None
         self._slope: Tensor | None = None
-        self._trust: Tensor | None = None  # what of the slope is taken
+        self._weight: Tensor | None = None  # one number an item, made of its slope
 
     @property
     def newest(self) -> Tensor:
-        """The very tensor that was given last."""
-        assert self._value is not None, "the first call computes"
+        """The value computed last, which is the very tensor that was given where all items were."""
+        assert self._value is not None, "the first call computes all items"
         return self._value
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._value, self._slope, self._trust) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self._value, self._slope, self._weight) if tensor is not None)
+
+
+class Damped(_Kept):
+    """The slope is trusted as far as the one before it held, for each item."""
+
+    _call = 0
 
     def at(self, call: int) -> Tensor:
         """The forecast for `call`. With one value known, that tensor itself."""
-        if self._slope is None or self._trust is None:
+        if self._slope is None or self._weight is None:
             return self.newest
-        return self.newest.addcmul(self._slope, self._trust * (call - self._call))
+        return self.newest.addcmul(self._slope, self._weight * (call - self._call))
 
     def make_room(self) -> None:
         """Let go of what the next value will not need, so that the old and the new are not held at once."""
@@ -65,7 +70,7 @@ class Damped:
         """Keep `value` as that of `call`."""
         if self._forecast and self._value is not None:
             slope = (value - self._value).div_(call - self._call)
-            self._trust, self._slope = self._judged(slope), slope
+            self._weight, self._slope = self._judged(slope), slope
         self._call, self._value = call, value
 
     def _judged(self, slope: Tensor) -> Tensor:
@@ -76,30 +81,16 @@ class Damped:
         return _column((held.clamp(0, 1).nan_to_num(0) / 2 + 0.5).to(slope.dtype), slope)
 
 
-class Line:
-    """The last value of each item of a tensor (items, …) and its slope, 0 while there is none.
+class Line(_Kept):
+    """Items may be computed at calls of their own; a slope is 0 while there is none.
 
-    Items may be computed at calls of their own. forecast: whether slopes are kept. witness: whether `ahead_of` will be
-    asked.
+    witness: whether `ahead_of` will be asked.
     """
 
     def __init__(self, items: int, forecast: bool = True, *, witness: bool = False) -> None:
-        self._forecast = forecast
+        super().__init__(forecast)
         self._calls: list[int | None] = [None] * items  # of each item's value
-        self._value: Tensor | None = None
-        self._slope: Tensor | None = None
-        self._is_witness = witness
-        self._square: Tensor | None = None  # of a witness: ⟨slope, slope⟩ of each item
-
-    @property
-    def newest(self) -> Tensor:
-        """The values computed last, which is the very tensor that was given where all items were."""
-        assert self._value is not None, "the first call computes all items"
-        return self._value
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self._value, self._slope, self._square) if tensor is not None)
+        self._is_witness = witness  # its weight: ⟨slope, slope⟩
 
     def ahead_of(self, value: Tensor, call: int) -> tuple[Tensor, Tensor]:
         """How many calls beyond its newest value each item's line comes nearest to `value` (items,), and the rest.
@@ -109,13 +100,13 @@ class Line:
         rest is `value` less that point of the line, in float at least. Both lie on the device: the host waits for none.
         """
         rest = value - self.newest
-        if self._slope is None or self._square is None:
+        if self._slope is None or self._weight is None:
             return rest.new_zeros(len(self._calls), dtype=torch.float32), rest
         farthest = [0.0 if anchor is None else FASTEST * (call - anchor) for anchor in self._calls]
         product = _products(rest, self._slope)
         bound = upload(torch.tensor(farthest, dtype=product.dtype), product.device)
-        moves = (self._square > 0) & (product > 0)  # false for NaN
-        ahead = torch.where(moves, (product / self._square).minimum(bound), 0)
+        moves = (self._weight > 0) & (product > 0)  # false for NaN
+        ahead = torch.where(moves, (product / self._weight).minimum(bound), 0)
         rest = rest.to(torch.promote_types(rest.dtype, ahead.dtype))
         return ahead, rest.addcmul_(self._slope.to(rest.dtype), _column(ahead.to(rest.dtype), rest), value=-1)
 
@@ -153,12 +144,12 @@ class Line:
         for item in members:
             self._calls[item] = call
         if self._is_witness:
-            self._square = None if self._slope is None else _products(self._slope, self._slope)
+            self._weight = None if self._slope is None else _products(self._slope, self._slope)
 
     def forget(self, item: int) -> None:
         """Start the item anew: its values are not to be forecast from, being no numbers for instance."""
         self._calls[item] = None
-        for held in (self._value, self._slope, self._square):
+        for held in (self._value, self._slope, self._weight):
             if held is not None:
                 held[item] = 0
 

@@ -5,42 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 from .report import CacheReport
 from .solver import Correction, Ledger
 from .views.base import Call, Decision, Denoiser
 
 
-class Kept(Protocol):
-    """What a strategy carries from call to call."""
-
-    @property
-    def bytes(self) -> int: ...
-
-
-K = TypeVar("K", bound=Kept)
-
-
 @dataclass(slots=True)
-class Lane(Generic[K]):
+class Lane:
     """The calls with text, those without, or those with both halves in one batch.
 
-    size: the signature of the present call. follows: whether the call before had it too. kept: by size.
+    size: the signature of the present call. follows: whether the call before had it too. kept: by size, what the
+    strategy carries from call to call; it knows its `bytes`.
     """
 
     calls: int = 0  # before the present one, at all sizes
     size: tuple[Any, ...] | None = None
     follows: bool = False
-    kept: dict[tuple[Any, ...] | None, K] = field(default_factory=dict)
+    kept: dict[tuple[Any, ...] | None, Any] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def bytes(self) -> int:
-        return self.ledger.bytes + sum(one.bytes for one in self.kept.values())
+        kept: int = sum(one.bytes for one in self.kept.values())
+        return self.ledger.bytes + kept
 
 
-class Run(Generic[K]):
+class Run:
     """One run of a denoiser under a strategy, whose own run says in `step` what becomes of a call.
 
     Raises IncompatibleDenoiser.
@@ -49,7 +41,7 @@ class Run(Generic[K]):
     def __init__(self, denoiser: Denoiser, report: CacheReport, *, corrects: bool) -> None:
         denoiser.check_is_not_compiled()
         self.denoiser, self.report = denoiser, report
-        self.lanes: dict[str | None, Lane[K]] = {}
+        self.lanes: dict[str | None, Lane] = {}
         self._correction = Correction(denoiser.responses) if corrects else None
         report.settings["correction"] = False
 
@@ -78,6 +70,6 @@ class Run(Generic[K]):
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
 
-    def step(self, call: Call, lane: Lane[K]) -> tuple[Any, Decision]:
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         """The denoiser's answer, computed or reused, and which it was."""
         raise NotImplementedError

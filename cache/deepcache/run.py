@@ -39,7 +39,7 @@ class Kept:
         return self.history.bytes + self.difference.bytes
 
 
-class DeepCacheRun(Run[Kept]):
+class DeepCacheRun(Run):
     """The state of one run."""
 
     denoiser: UNetDenoiser
@@ -93,7 +93,7 @@ class DeepCacheRun(Run[Kept]):
         said["schedule"] = "uniform"
         return Uniform(settings.interval)
 
-    def step(self, call: Call, lane: Lane[Kept]) -> tuple[Any, Decision]:
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         self.schedule = self.schedule or self.scheduled(call)
         kept = self.reusable(call, lane, self.schedule)
         try:
@@ -102,7 +102,7 @@ class DeepCacheRun(Run[Kept]):
             self.captured = None
         return output, (kept is None,)
 
-    def reusable(self, call: Call, lane: Lane[Kept], schedule: Uniform | Placement) -> Kept | None:
+    def reusable(self, call: Call, lane: Lane, schedule: Uniform | Placement) -> Kept | None:
         """What the call may reuse; None if it has to compute."""
         if self.settings.interval == 1:
             return None
@@ -114,12 +114,12 @@ class DeepCacheRun(Run[Kept]):
         if (argument := self.denoiser.injected(call)) is not None:
             self.report.warn(f"Calls with {argument} (ControlNet, T2I-Adapter) were computed fully.")
             return None
-        kept = lane.kept.get(lane.size)
+        kept: Kept | None = lane.kept.get(lane.size)
         if kept is None or not lane.follows:
             return None
         return kept if schedule.reuses(kept.now + 1, kept.computed) else None
 
-    def compute(self, call: Call, lane: Lane[Kept]) -> Any:
+    def compute(self, call: Call, lane: Lane) -> Any:
         kept, time = self.continued(call, lane), lane.calls
         output = call.run()
         if self.settings.interval == 1 or self.denoiser.injected(call) is not None:
@@ -145,9 +145,9 @@ class DeepCacheRun(Run[Kept]):
         lane.kept[lane.size] = kept
         return output
 
-    def continued(self, call: Call, lane: Lane[Kept]) -> Kept:
+    def continued(self, call: Call, lane: Lane) -> Kept:
         """What a computing call adds to: that of the calls before it in its lane and size, or an empty one."""
-        kept = lane.kept.pop(lane.size, None)
+        kept: Kept | None = lane.kept.pop(lane.size, None)
         if kept is not None:
             kept.history.make_room()
             kept.difference.make_room()
@@ -164,7 +164,7 @@ class DeepCacheRun(Run[Kept]):
         self.report.reuse_cost = self.cost / (1 if rows is None else 2)
         return rows
 
-    def reuse(self, call: Call, lane: Lane[Kept], kept: Kept) -> Any:
+    def reuse(self, call: Call, lane: Lane, kept: Kept) -> Any:
         kept.now += 1
         state = kept.history.at(lane.calls)
         if state is kept.history.newest and (self.branch_pass is None or self.copies):

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Kept:
         return self.reference.bytes + sum(history.bytes for history in self.tails.values())
 
 
-class FirstBlockRun(Run[Kept]):
+class FirstBlockRun(Run):
     """The state of one run."""
 
     denoiser: TransformerDenoiser
@@ -61,7 +61,7 @@ class FirstBlockRun(Run[Kept]):
         # Whether blocks write into their inputs, so that what is subtracted later must be copied; None until seen.
         self.in_place: bool | None = None
 
-    def step(self, call: Call, lane: Lane[Kept]) -> tuple[Any, Decision]:
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         denoiser, report = self.denoiser, self.report
         argument = denoiser.injected(call)
         if argument is not None:
@@ -102,32 +102,30 @@ class FirstBlockRun(Run[Kept]):
 class Turn:
     """One call in progress."""
 
-    def __init__(self, run: FirstBlockRun, lane: Lane[Kept]) -> None:
-        self.run = run
-        self.lane = lane
+    def __init__(self, run: FirstBlockRun, lane: Lane) -> None:
+        self.run, self.denoiser, self.lane = run, run.denoiser, lane
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
-        self.index: Tensor | None = None  # those, on the device
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
         self.change: float | None = None  # the largest of them
         self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
         self.writes: list[int] | None = None  # how often each of them had been written to by then
-        self.passed: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Any]]  # the list's arguments, and its streams
+        self.passed: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Any]]  # a list's arguments, and its streams
 
     def stand_ins(self, *, checking: bool) -> list[Shadow]:
         """What the root gets for its lists of blocks."""
-        denoiser = self.run.denoiser
+        self.checking = checking
         shadows: list[Shadow] = []
-        for index, (name, blocks) in enumerate(zip(denoiser.block_lists, self.run.blocks, strict=True)):
+        for index, (name, blocks) in enumerate(zip(self.denoiser.block_lists, self.run.blocks, strict=True)):
             further = [partial(self.check, index)] * (len(blocks) - 1 if checking else 0)
-            shadows.append((denoiser.root, name, [partial(self.through, index), *further]))
+            shadows.append((self.denoiser.root, name, [partial(self.through, index), *further]))
         return shadows
 
     def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What the root gets for running its list of blocks `index`."""
-        run, denoiser = self.run, self.run.denoiser
+        run, denoiser = self.run, self.denoiser
         blocks = run.blocks[index]
         if index == 0:
             streams = self.begin(args, kwargs)
@@ -143,7 +141,7 @@ class Turn:
         if len(self.rows) == self.batch:
             streams = self.run_blocks(blocks, streams, args, kwargs)
         elif self.rows:
-            rows = self.index_of_rows()
+            rows = self.index
             some_args = tuple(_items(value, rows, self.batch) for value in args)
             some_kwargs = {name: _items(value, rows, self.batch) for name, value in kwargs.items()}
             some = {name: stream[rows] for name, stream in streams.items()}
@@ -151,12 +149,13 @@ class Turn:
             streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
         if index == len(run.blocks) - 1 and self.rows:
             self.keep(streams)
-        self.passed = (args, kwargs, {name: streams.get(name) for name in self.head})
+        if self.checking:
+            self.passed = (args, kwargs, {name: streams.get(name) for name in self.head})
         return denoiser.output(streams, self.packed)
 
     def check(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What the root gets for each further block: all have run, and it is seen that they are called alike."""
-        denoiser = self.run.denoiser
+        denoiser = self.denoiser
         first_args, first_kwargs, streams = self.passed
         if not _same((args, kwargs), denoiser.arguments(streams, first_args, first_kwargs)):
             raise IncompatibleDenoiser(
@@ -167,7 +166,7 @@ class Turn:
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""
-        run, denoiser = self.run, self.run.denoiser
+        run, denoiser = self.run, self.denoiser
         taken = denoiser.inputs(args, kwargs)
         image = taken[IMAGE]
         before = image if run.in_place is False else image.clone()
@@ -175,7 +174,7 @@ class Turn:
         result = run.blocks[0][0](*args, **kwargs)
         self.packed = isinstance(result, tuple)
         self.live = denoiser.results(result)
-        kept = self.lane.kept.get(self.lane.size)
+        kept: Kept | None = self.lane.kept.get(self.lane.size)
         if kept is None:
             denoiser.check_order(taken, self.live)
         self.head = self.live
@@ -191,14 +190,10 @@ class Turn:
         ahead = self.decide(kept)
         if len(self.rows) == self.batch:
             return self.live
-
-        streams = dict(self.head)
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
-        for name, tail in kept.tails.items():
-            stream = streams[name]
-            streams[name] = tail.along(ahead, stream)
+        streams = self.head | {name: tail.along(ahead, self.head[name]) for name, tail in kept.tails.items()}
         if self.rows:
-            rows = self.index_of_rows()
+            rows = self.index
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
         return streams
 
@@ -219,10 +214,9 @@ class Turn:
     def run_blocks(
         self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Streams:
-        denoiser = self.run.denoiser
         for block in blocks:
-            block_args, block_kwargs = denoiser.arguments(streams, args, kwargs)
-            streams = denoiser.results(block(*block_args, **block_kwargs))
+            block_args, block_kwargs = self.denoiser.arguments(streams, args, kwargs)
+            streams = self.denoiser.results(block(*block_args, **block_kwargs))
         return streams
 
     def keep(self, streams: Streams) -> None:
@@ -230,29 +224,26 @@ class Turn:
         run, call = self.run, self.lane.calls
         if any(stream.shape != self.head[name].shape for name, stream in streams.items()):
             raise IncompatibleDenoiser(
-                f"{type(run.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
+                f"{type(self.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
                 "lists that hand the same streams on in block_lists."
             )
         if run.in_place is None:
             run.in_place = self.writes != _writes(self.live)
-        kept = self.lane.kept.get(self.lane.size)
-        rows: list[int] | None = None
-        index: Tensor | None = None
+        kept: Kept | None = self.lane.kept.get(self.lane.size)
+        rows, index = (self.rows, self.index) if len(self.rows) < self.batch else (None, None)
         if kept is None:
             tails = {name: Line(self.batch, run.settings.forecast) for name in streams}
             kept = self.lane.kept[self.lane.size] = Kept(Reference(run.settings, call, self.probe), tails)
         else:
-            if len(self.rows) < self.batch:
-                rows, index = self.rows, self.index_of_rows()
             kept.reference.keep(call, self.probe, rows, index)
         for name, stream in streams.items():
             tail = (stream - self.head[name]).detach()
             kept.tails[name].add(call, tail if index is None else tail[index], rows, index)
 
-    def index_of_rows(self) -> Tensor:
-        if self.index is None:
-            self.index = upload(torch.tensor(self.rows), self.probe.device)
-        return self.index
+    @cached_property
+    def index(self) -> Tensor:
+        """`rows` on the device."""
+        return upload(torch.tensor(self.rows), self.probe.device)
 
 
 def _writes(streams: Streams) -> list[int] | None:

@@ -62,7 +62,7 @@ def moved(scheduler: Any) -> list[float]:
     return [float(sampled(stepped, lambda number, _, at=at: zero + (number == at), zero)) for at in range(CALLS)]
 
 
-class Scripted(Run[Any]):
+class Scripted(Run):
     """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R."""
 
     def __init__(self, letters: list[str], truth: Callable[[int], Tensor], weights: Sequence[float] | None) -> None:
@@ -71,7 +71,7 @@ class Scripted(Run[Any]):
         self.letters, self.truth = letters, truth
         self.last = torch.tensor(torch.nan)
 
-    def step(self, call: Call, lane: Lane[Any]) -> tuple[Any, Decision]:
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         decision = tuple(letter == "C" for letter in self.letters[lane.calls])
         self.last = torch.where(torch.tensor(decision).view(-1, 1, 1, 1), self.truth(lane.calls), self.last)
         return (self.last.clone(),), decision
