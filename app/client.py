@@ -292,8 +292,7 @@ class Fields(TypedDict, total=False):
     fbcache_enabled: bool | None
     fbcache_threshold: float
     fbcache_max_consecutive: int | None
-    cache_forecast: Literal["none", "linear", "quadratic", "damped", "probe"] | None
-    cache_correction: bool | None
+    cache_forecast: bool
     attention: Literal["auto", "sdpa", "sage", "sparge"]
     stable_fast: bool
     img2img_enabled: bool

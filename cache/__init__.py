@@ -14,11 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .deepcache import DeepCache
+from .errors import AlreadyAttached, CacheError, IncompatibleDenoiser
 from .first_block import FirstBlockCache
-from .strategy import AlreadyAttached, CacheError, CacheReport, CacheStrategy, IncompatibleDenoiser, NoCache
+from .report import CacheReport
+from .strategy import CacheStrategy, NoCache
 
 if TYPE_CHECKING:
-    from .denoiser import Denoiser, TransformerDenoiser, UNetDenoiser, attach, view_of
+    from .attaching import attach, view_of
+    from .views.base import Denoiser
+    from .views.transformer import TransformerDenoiser
+    from .views.unet import UNetDenoiser
 
 __all__ = [
     "AlreadyAttached",
@@ -36,11 +41,17 @@ __all__ = [
     "view_of",
 ]
 
-_NEEDS_TORCH = {"Denoiser", "TransformerDenoiser", "UNetDenoiser", "attach", "view_of"}
+_NEEDS_TORCH = {
+    "Denoiser": ".views.base",
+    "TransformerDenoiser": ".views.transformer",
+    "UNetDenoiser": ".views.unet",
+    "attach": ".attaching",
+    "view_of": ".attaching",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS_TORCH:
-        globals()[name] = value = getattr(import_module(".denoiser", __name__), name)
+        globals()[name] = value = getattr(import_module(_NEEDS_TORCH[name], __name__), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

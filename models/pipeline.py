@@ -136,7 +136,7 @@ class PipelineModel(ABC):
         """Of the scheduler (`cache.sampling`), its timesteps set. Kept: they take a few milliseconds to find."""
         import torch
 
-        from cache.sampling import begun, follows, responses
+        from cache.solver import begun, follows, responses
 
         if not follows(scheduler):
             return None

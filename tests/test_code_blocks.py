@@ -37,7 +37,7 @@ NAMED = ("-m", "tests.clients.named_server")
 
 # Python blocks that are not programs, by how they begin, each with the reason. A test sees that they could not run.
 SHAPES = {
-    "@dataclass(frozen=True, slots=True)\nclass FromNoise:": "shows what a stage looks like, without the imports of its file",
+    "@dataclass(frozen=True, slots=True)\nclass FromNoise:": "shows a stage, without the imports of its file",
 }
 FOREIGN = re.compile(
     r"^(FASTAPI|OTEL|PIP)_|^(PYTHON|ID|TORCH_INDEX_URL)$"

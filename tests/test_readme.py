@@ -14,7 +14,7 @@ from app.errors import Invalid
 from app.http.schemas import EXAMPLE, PRESETS, GenerateRequest, parse
 from app.metrics import Metrics
 from app.settings import Settings, variable
-from cache.schedule import Uniform, Window
+from cache.deepcache.schedule import Uniform, Window
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

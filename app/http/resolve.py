@@ -181,12 +181,6 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
             field="fbcache_enabled",
         )
-    if request.deepcache_enabled and request.cache_forecast == "probe":
-        raise Incompatible(
-            "cache_forecast probe asks the first block of a transformer, and DeepCache has none. Leave it out, or "
-            "give none, linear, quadratic or damped.",
-            field="cache_forecast",
-        )
     if request.deepcache_enabled and request.img2img_enabled:
         raise Incompatible(
             "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
@@ -267,12 +261,12 @@ def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, st
 
 
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
-    both = _given(forecast=request.cache_forecast, correction=request.cache_correction)
+    forecast = request.cache_forecast
     if request.deepcache_enabled:
         chosen = _given(schedule=request.deepcache_schedule, guidance=request.deepcache_guidance)
-        return DeepCache(**request.deepcache, **chosen, **both)
+        return DeepCache(**request.deepcache, **chosen, forecast=forecast)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
-        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, **both)
+        return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, forecast)
     return NoCache()
 
 
@@ -300,8 +294,7 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
     multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
-    for field in ("cache_forecast", "cache_correction"):
-        unless(not isinstance(_strategy(request, model), NoCache), named & {field}, "no cache is on")
+    unless(not isinstance(_strategy(request, model), NoCache), named & {"cache_forecast"}, "no cache is on")
     return warnings
 
 

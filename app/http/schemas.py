@@ -133,25 +133,17 @@ class GenerateRequest(BaseModel):
         0.05,
         ge=0,
         le=1,
-        description="Reuse while the first block's residual differs by less, or lies less beside its line where "
-        "cache_forecast is probe; 0 never reuses. "
-        "Also called residual_diff_threshold.",
+        description="Reuse while the first block's residual lies less beside its line, or with cache_forecast false "
+        "differs by less; 0 never reuses. Also called residual_diff_threshold.",
     )
     fbcache_max_consecutive: int | None = Field(
         None, ge=1, le=50, description="Most reuse steps in a row; null sets no cap."
     )
-    cache_forecast: Literal["none", "linear", "quadratic", "damped", "probe"] | None = Field(
-        None,
-        description="How a reuse step predicts what it skips: none takes the last value, linear and quadratic a "
-        "polynomial through the last two or three, damped a line whose slope is trusted as far as the one before it "
-        "held; probe, for FBCache, a line as far as the first block has moved along its own; null takes the cache's "
-        "measured default.",
-    )
-    cache_correction: bool | None = Field(
-        None,
-        description="Whether a computed step also repays what the reused ones before it got wrong, which costs next to "
-        "nothing; for samplers that draw no noise and call the denoiser once a step. null: yes, unless cache_forecast "
-        "is none.",
+    cache_forecast: bool = Field(
+        True,
+        description="Whether a reuse step predicts what it skips, and a computed one repays what the reused ones "
+        "before it got wrong, for samplers that draw no noise and call the denoiser once a step; false is the "
+        "published cache, which repeats the last value.",
     )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
@@ -188,6 +180,14 @@ class GenerateRequest(BaseModel):
     @classmethod
     def _no_negative_zero(cls, value: float | None) -> float | None:
         return value + 0.0 if value is not None else None  # -0.0 + 0.0 is 0.0; the answer and PNG print it
+
+    @field_validator("cache_forecast", mode="before")
+    @classmethod
+    def _no_kind(cls, value: object) -> object:
+        if isinstance(value, str):
+            kinds = "has no kinds any more; give true, the default, or false, which is the published cache"
+            raise _located("cache_forecast", kinds)
+        return value
 
     @field_validator("loras")
     @classmethod

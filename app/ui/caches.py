@@ -16,16 +16,7 @@ _SCHEDULES = {
 }
 _GUIDANCE = {"full": "full: both halves", "reuse": "reuse: the prompt's half alone"}
 _GUIDANCE_HELP = "What a reused step runs of a guided batch. reuse forecasts the guidance, at half the cost."
-_FORECASTS = {
-    "none": "none: as it was",
-    "linear": "linear: on a line",
-    "quadratic": "quadratic: on a parabola",
-    "damped": "damped: on a line, as far as it held",
-}
-_PROBE = {"probe": "probe: as far as the first block moved"}  # DeepCache has no first block
-_FORECAST_HELP = "How a reused step predicts what it skips."
-_CORRECTIONS = {True: "on: it repays what reused steps got wrong", False: "off: as the network said"}
-_CORRECTION_HELP = "What the sampler is told at a computed step."
+_FORECAST_HELP = "Predict what a reused step skips, and correct it at the next computed one. Off: the published cache."
 
 
 def _take_preset(name: str) -> None:
@@ -77,8 +68,7 @@ def deepcache(model: Model) -> None:
             _choice("Schedule", _SCHEDULES, "deepcache_schedule", "Where the computed steps lie.", disabled=off)
         with guidance:
             _choice("Guidance in reused steps", _GUIDANCE, "deepcache_guidance", _GUIDANCE_HELP, disabled=off)
-        _choice("Forecast", _FORECASTS, "deepcache_forecast", _FORECAST_HELP, disabled=off)
-        _choice("Correction", _CORRECTIONS, "deepcache_correction", _CORRECTION_HELP, disabled=off)
+        st.toggle("Forecast", key="deepcache_forecast", help=_FORECAST_HELP, disabled=off)
 
 
 def first_block(model: Model) -> None:
@@ -105,8 +95,7 @@ def first_block(model: Model) -> None:
             placeholder="no cap",
             disabled=off,
         )
-        _choice("Forecast", _FORECASTS | _PROBE, "fbcache_forecast", _FORECAST_HELP, disabled=off)
-        _choice("Correction", _CORRECTIONS, "fbcache_correction", _CORRECTION_HELP, disabled=off)
+        st.toggle("Forecast", key="fbcache_forecast", help=_FORECAST_HELP, disabled=off)
 
 
 def _choice(label: str, choices: Mapping[Any, str], key: str, hint: str, *, disabled: bool) -> None:

@@ -38,13 +38,11 @@ DEFAULTS: dict[str, Any] = {
     **PRESETS["balanced"],
     "deepcache_schedule": None,
     "deepcache_guidance": None,
-    "deepcache_forecast": None,
-    "deepcache_correction": None,
+    "deepcache_forecast": True,
     "fbcache_enabled": True,
     "fbcache_threshold": 0.05,
     "fbcache_max_consecutive": None,
-    "fbcache_forecast": None,
-    "fbcache_correction": None,
+    "fbcache_forecast": True,
 }
 """Every widget that a request is made of. None: the server's default, or a random seed."""
 
@@ -70,7 +68,6 @@ def body(values: Mapping[str, Any], model: Model) -> dict[str, Any]:
             "deepcache_schedule": values["deepcache_schedule"],
             "deepcache_guidance": values["deepcache_guidance"],
             "cache_forecast": values["deepcache_forecast"],
-            "cache_correction": values["deepcache_correction"],
         }
     if no_fbcache(model) is None:
         request["fbcache_enabled"] = values["fbcache_enabled"]
@@ -79,7 +76,6 @@ def body(values: Mapping[str, Any], model: Model) -> dict[str, Any]:
                 "fbcache_threshold": values["fbcache_threshold"],
                 "fbcache_max_consecutive": values["fbcache_max_consecutive"],
                 "cache_forecast": values["fbcache_forecast"],
-                "cache_correction": values["fbcache_correction"],
             }
     return {name: value for name, value in request.items() if value is not None}
 

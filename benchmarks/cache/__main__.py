@@ -26,12 +26,12 @@ from benchmarks.cache.page import COLUMNS, draw, part, row
 from benchmarks.cache.settings import EVEN, PLAIN_REUSE, Setting, branches, full, presets
 from benchmarks.report import ROOT, Claim, conditions, fill, machine, show, table
 from cache import DeepCache, UNetDenoiser
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 
-_MEASURED_CODE = ("cache/*.py", "models/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
+_MEASURED_CODE = ("cache/**/*.py", "models/**/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
 PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "out" / "benchmark-cache"
 OVERHEAD_REPEATS = 40
 FORECAST_REPEATS = 20

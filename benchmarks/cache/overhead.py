@@ -21,7 +21,7 @@ from benchmarks.cache.settings import OURS, PUBLISHED
 from cache import DeepCache, UNetDenoiser
 from cache.patching import shadowed
 
-WARM_UP = 2  # pairs of a computed and a reused call; a linear forecast begins with the second
+WARM_UP = 2  # pairs of a computed and a reused call; a forecast begins with the second
 
 
 def overhead(pipeline: Any, branch: int, depth: int, repeats: int, size: tuple[int, int]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from app.http.schemas import PRESETS
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
-from cache.cost import deepest_branch
 from cache.deepcache import DEEPEST
+from cache.flops import deepest_branch
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
@@ -110,7 +110,7 @@ def _unet(costs: Sequence[float], steps: int) -> Iterator[Setting]:
                     f"{OURS}, no layer in reused steps", f"N{interval} d{DEEPEST}", ours(strategy, depth=DEEPEST)
                 )
             yield here(EVEN, label, ours(strategy, schedule="uniform"))
-            yield here(PLAIN_REUSE, label, ours(strategy, schedule="uniform", forecast="none"))
+            yield here(PLAIN_REUSE, label, ours(strategy, schedule="uniform", forecast=False))
             for count in shares(steps, CACHED_STEPS):
                 yield here(f"{OURS}, guidance reused, {FEWER}", f"{count} {label}", half, steps=count)
             published = partial(published_deepcache, interval=interval, branch=branch)
@@ -125,7 +125,7 @@ def _transformer(blocks: int, steps: int) -> Iterator[Setting]:
     for threshold in THRESHOLDS:
         label, strategy = f"{threshold}", FirstBlockCache(threshold=threshold)
         yield Setting(OURS, label, ours(strategy))
-        yield Setting(PLAIN_REUSE, label, ours(strategy, forecast="none"))
+        yield Setting(PLAIN_REUSE, label, ours(strategy, forecast=False))
         for count in shares(steps, CACHED_STEPS):
             yield Setting(OURS_FEWER, f"{count} {label}", ours(strategy), steps=count)
         hook = partial(diffusers_hook, config=FirstBlockCacheConfig(threshold=threshold))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from cache import UNetDenoiser
-    from cache.schedule import Placement
+    from cache.deepcache.schedule import Placement
     from models.layout import Layout
 
 _NO_CHECKER: Mapping[str, Any] = {
@@ -49,7 +49,7 @@ class StableDiffusionModel(PipelineModel):
         self._calibrated = calibrated
 
     def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> UNetDenoiser:
-        from cache.sampling import timesteps_of
+        from cache.solver import timesteps_of
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
             timesteps = timesteps_of(scheduler, timestep)

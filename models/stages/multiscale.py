@@ -77,7 +77,7 @@ class Scales:
         layout, prediction, (height, width) = self.model.layout, self.prediction, self.run.grid
         latents, timestep = layout.input_of(args, kwargs)
         grid, level = layout.grid(latents, height, width), prediction.at(timestep)
-        name = getattr(forward, "pass_name", None)  # conditional and unconditional, where they are called apart
+        name = getattr(forward, "lane", None)  # conditional and unconditional, where they are called apart
         if self.bases is None:
             self.bases = self._bases(grid)
         down, across = self.bases

@@ -2,9 +2,9 @@
 
 Placements: dynamic programming proposes, real runs decide. A few pictures are drawn uncached while the branch's states
 are recorded. What a reuse would get wrong, weighed by how far the sampler goes on its word, gives candidates
-(`cache/placement.py`); as errors grow or fade on their way to the picture, several weights are tried. Each candidate
-then draws the same pictures. The one nearest to the uncached ones is kept if it beats the uniform placement by more
-than chance would.
+(`cache/tuning/placement.py`); as errors grow or fade on their way to the picture, several weights are tried. Each
+candidate then draws the same pictures. The one nearest to the uncached ones is kept if it beats the uniform placement
+by more than chance would.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from cache import CacheError, CacheStrategy, DeepCache, FirstBlockCache, UNetDenoiser, threshold
-from cache.cost import deepest_branch
-from cache.placement import Recorder, Search
-from cache.schedule import GROWTH, budget, warped
+from cache import CacheError, CacheStrategy, DeepCache, FirstBlockCache, UNetDenoiser
+from cache.deepcache.schedule import GROWTH, budget, warped
+from cache.flops import deepest_branch
+from cache.tuning.placement import Search
+from cache.tuning.recorder import BranchRecorder, ResidualRecorder
+from cache.tuning.threshold import Found, threshold_for
 from models.base import GenerationParams, ModelError, StepHook
 
 from .nearness import psnr
@@ -56,7 +58,7 @@ def calibrate(
     uses and of its scheduler, for the entries. progress: told before each round of pictures what it is for.
     """
     branch = deepest_branch(view.branch_costs, depth)
-    recorder = Recorder(branch)
+    recorder = BranchRecorder(branch)
     progress("uncached")
     reference = draw(recorder)
     states = torch.cat(recorder.runs)
@@ -154,16 +156,16 @@ def find_threshold(
     settings: FirstBlockCache,
     on_step: StepHook,
     prompts: Sequence[str] = PROMPTS,
-) -> threshold.Found:
+) -> Found:
     """The lowest threshold that promises `speedup` for pictures like `params`, one of each prompt, at its own seed.
 
     Raises ModelError where the model has no first-block cache or no threshold reaches that far.
     """
-    recorder = threshold.Recorder()
+    recorder = ResidualRecorder()
     try:
         for number, prompt in enumerate(prompts):
             one = replace(params, prompt=prompt, seeds=(params.seeds[0] + number,), batch_size=1)
             model.generate(one, recorder, on_step)
-        return threshold.threshold_for(recorder, speedup, settings)
+        return threshold_for(recorder, speedup, settings)
     except CacheError as error:
         raise ModelError(str(error)) from error

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.schedule import Placement, budget, ruled
+from cache.deepcache.schedule import Placement, budget, ruled
 from models.base import Hub, LoadFailed, ModelSpec
 
 _EMBEDDED = Path(__file__).parents[1] / "embedded"

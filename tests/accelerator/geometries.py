@@ -37,7 +37,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from cache import TransformerDenoiser, UNetDenoiser, cost
+from cache import TransformerDenoiser, UNetDenoiser
+from cache.views import transformer
 from models.base import ModelSpec
 from models.families.flux import FluxModel
 from models.families.sd import StableDiffusionModel
@@ -88,11 +89,10 @@ _FIRST: dict[str, nn.Module] = {}
 
 
 def _counted_once(name: str, root: nn.Module) -> None:
-    """Operations are counted for each network anew, and here all of a name are alike."""
+    """Operations are counted for each transformer anew, and here all of a name are alike."""
     first = _FIRST.setdefault(name, root)
-    cost._BRANCH_COSTS[root] = cost._BRANCH_COSTS.setdefault(first, {})
-    if first in cost._FIRST_BLOCK_COSTS:
-        cost._FIRST_BLOCK_COSTS[root] = cost._FIRST_BLOCK_COSTS[first]
+    if first in transformer._FIRST_BLOCK_COSTS:
+        transformer._FIRST_BLOCK_COSTS[root] = transformer._FIRST_BLOCK_COSTS[first]
 
 
 def _materialise(network: nn.Module, dtype: torch.dtype) -> None:

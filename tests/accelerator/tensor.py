@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 NAME = "simulated"
 SMALL = 4096  # numbers: tensors up to that many have values
+ROOT = str(Path(__file__).resolve().parents[2])  # whose own name is no place
 PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/", "/peft/")
 """Folders whose lines a wait is charged to: the innermost one of them on the stack."""
 
@@ -141,7 +143,7 @@ def check_places(func: Any, tensors: list[Tensor]) -> None:
 def place_of_wait() -> str:
     frame = sys._getframe(2)
     while frame is not None:
-        file = frame.f_code.co_filename
+        file = frame.f_code.co_filename.removeprefix(ROOT)
         if any(place in file for place in PLACES) and "/tests/" not in file:
             start = max(file.rfind(place) for place in PLACES if place in file)
             return f"{file[start + 1 :]}:{frame.f_lineno}"

@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from cache.sampling import responses
+from cache.solver import responses
 from models.base import GenerationParams, Multiscale
 from models.libraries import quiet
 from models.sampling import samplers
@@ -47,7 +47,7 @@ def test_a_first_block_decision_is_read_once(run: Any, sampler: str, strategy: s
     (report,) = found.generation.reports
     decisions = len(report.decisions) - 1 if report.residuals else 0  # at the first call there is nothing to decide
     assert sum(found.places.values()) == decisions
-    assert all(place.startswith("from device cache/reference.py:") for place in found.places)
+    assert all(place.startswith("from device cache/first_block/rule.py:") for place in found.places)
 
 
 def test_what_else_runs_in_a_step_does_not_wait(run: Any) -> None:
@@ -66,7 +66,7 @@ def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator
         return told
 
     device.script = script
-    found = run(FLUX_SCHNELL, FirstBlockCache(correction=False), seeds=(1, 2), batch_size=2)
+    found = run(FLUX_SCHNELL, FirstBlockCache(), seeds=(1, 2), batch_size=2)
     assert found.generation.reports[0].item_decisions == ["CRR", "CCC"]
     assert [sum(step.values()) for step in found.steps] == [0, 1, 1]
 

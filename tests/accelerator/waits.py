@@ -20,14 +20,13 @@ STRATEGIES: dict[str, dict[str, CacheStrategy]] = {
     "deepcache": {
         "none": NoCache(),
         "default": DeepCache(interval=2),
-        "published": DeepCache(interval=2, forecast="none", schedule="uniform"),
+        "published": DeepCache(interval=2, forecast=False, schedule="uniform"),
         "half guidance": DeepCache(interval=2, guidance="reuse"),
     },
     "first_block": {
         "none": NoCache(),
         "default": FirstBlockCache(),
-        "published": FirstBlockCache(forecast="none"),
-        "damped": FirstBlockCache(forecast="damped"),
+        "published": FirstBlockCache(forecast=False),
     },
 }
 """By the cache that acts on a family."""

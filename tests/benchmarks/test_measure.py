@@ -14,7 +14,7 @@ from benchmarks.cache.measure import Bench, Operations, Result, difference, pair
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache, twin
 from benchmarks.cache.settings import Setting, full, ours
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
@@ -49,7 +49,7 @@ def test_pairs_repeat_prompts_with_new_seeds() -> None:
 
 def test_plain_reuse_and_the_published_helper_are_one_point(sd: Any) -> None:
     bench = bench_of(sd)
-    strategy = DeepCache(interval=2, depth=2, forecast="none")
+    strategy = DeepCache(interval=2, depth=2, forecast=False)
     branch = deepest_branch(sd.denoiser.branch_costs, strategy.depth)
     assert branch is not None
     own = Setting("ours", "", ours(strategy))
@@ -66,7 +66,7 @@ def test_plain_reuse_and_diffusers_hook_are_one_point(flux: Any) -> None:
     from diffusers import FirstBlockCacheConfig
 
     bench = bench_of(flux)
-    own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast="none")))
+    own = Setting("ours", "", ours(FirstBlockCache(threshold=0.6, forecast=False)))
     config = FirstBlockCacheConfig(threshold=0.6)
     peer = Setting("peer", "", lambda host, steps: diffusers_hook(host, steps, config=config))
     first, second = bench.quality(own), bench.quality(peer)

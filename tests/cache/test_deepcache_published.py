@@ -57,7 +57,7 @@ def ours(network: nn.Module, branch: int, strategy: DeepCache) -> tuple[list[Ten
 def test_every_branch_equals_the_published_helper_bit_for_bit(name: str, branch: int) -> None:
     network = network_of(BY_NAME[name])
     expected = published(network, branch, interval=3)
-    latents, report = ours(network, branch, DeepCache(interval=3, depth=0, forecast="none"))
+    latents, report = ours(network, branch, DeepCache(interval=3, depth=0, forecast=False))
     assert report.decisions == "CRRCR"
     assert report.settings["branch"] == branch
     assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS

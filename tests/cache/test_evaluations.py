@@ -61,7 +61,7 @@ def denoise(network: nn.Module, name: str) -> list[Tensor]:
 def test_every_call_of_a_sampler_reuses_what_the_last_computed_call_kept(name: str) -> None:
     network = small_unet()
     calls = SCHEDULERS[name][2]
-    with attach(network, DeepCache(3, 0, forecast="none")) as report:
+    with attach(network, DeepCache(3, 0, forecast=False)) as report:
         latents = denoise(network, name)
     assert report.decisions == ("CRR" * calls)[:calls]
 

@@ -7,13 +7,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import FirstBlockCache, IncompatibleDenoiser, attach, view_of
+from cache import FirstBlockCache, IncompatibleDenoiser, TransformerDenoiser, attach, view_of
 from tests.cache.families import cogvideox, sd3, wan
 
 STEPS = 10
@@ -44,7 +44,7 @@ def test_every_step_equals_diffusers_hook_bit_for_bit(family: ModuleType) -> Non
     rates = set()
     for threshold in THRESHOLDS:
         expected, letters = hooked(family, threshold)
-        with attach(view, FirstBlockCache(threshold, forecast="none")) as report:
+        with attach(view, FirstBlockCache(threshold, forecast=False)) as report:
             latents = list(family.steps(network, steps=STEPS))
         assert report.decisions == letters
         assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
@@ -82,13 +82,13 @@ def sd3_by_hand(network: nn.Module, threshold: float) -> tuple[list[Tensor], str
 
 def test_sd3_equals_its_forward_written_out() -> None:
     network = sd3.build()
-    with attach(network, FirstBlockCache(1e-9, forecast="none")) as report:
+    with attach(network, FirstBlockCache(1e-9, forecast=False)) as report:
         list(sd3.steps(network, steps=STEPS))
     changes = sorted(change for change in report.residuals if change is not None)
     rates = set()
     for threshold in (0.5 * changes[0], 1.01 * changes[3], 1.5 * changes[-1], 1.0):
         expected, letters = sd3_by_hand(network, threshold)
-        with attach(network, FirstBlockCache(threshold, forecast="none")) as report:
+        with attach(network, FirstBlockCache(threshold, forecast=False)) as report:
             latents = list(sd3.steps(network, steps=STEPS))
         assert report.decisions == letters
         assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
@@ -120,33 +120,30 @@ def test_reuse_costs_equal_the_operations_of_a_reuse_call(family: ModuleType) ->
     assert report.reuse_cost == pytest.approx(operations[1] / operations[0], rel=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' own import of it
 def test_a_transformer_that_joins_its_streams_is_refused() -> None:
-    """Chroma's second list runs over text and image in one tensor."""
+    """AuraFlow's second list runs over text and image in one tensor."""
     torch.manual_seed(0)
-    network = ChromaTransformer2DModel(
-        in_channels=8,
-        num_layers=2,
-        num_single_layers=2,
+    network = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=16,
-        axes_dims_rope=(2, 2, 4),
-        approximator_num_channels=64,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
     ).eval()
     inputs = {
-        "hidden_states": torch.randn(1, 16, 8),
+        "hidden_states": torch.randn(1, 4, 8, 8),
         "encoder_hidden_states": torch.randn(1, 4, 16),
         "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(4, 3),
     }
+    lists = ["joint_transformer_blocks", "single_transformer_blocks"]
     expected = network(**inputs)[0]
     with (
         pytest.raises(IncompatibleDenoiser, match=r"no encoder_hidden_states: it joins its streams.*Run it uncached"),
-        attach(network, FirstBlockCache(0.9)),
+        attach(TransformerDenoiser(network, block_lists=lists), FirstBlockCache(0.9)),
     ):
         network(**inputs)
     assert torch.equal(network(**inputs)[0], expected)

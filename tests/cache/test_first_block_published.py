@@ -50,7 +50,7 @@ def test_decisions_are_rounded_as_the_hooks_are_in_half_precision(threshold: flo
 def compare(family: Family, network: nn.Module, threshold: float, dtype: torch.dtype) -> None:
     twin, letters = hooked(family, threshold)
     expected = list(family.steps(twin.to(dtype), steps=STEPS))
-    with attach(network, FirstBlockCache(threshold, forecast="none")) as report:
+    with attach(network, FirstBlockCache(threshold, forecast=False)) as report:
         latents = list(family.steps(network, steps=STEPS))
     assert report.decisions == "".join(letters)
     assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
@@ -61,7 +61,7 @@ def test_the_thresholds_above_mix_both_decisions() -> None:
     family = TRANSFORMERS["flux"]
     rates = []
     for threshold in (0.05, 0.25, 0.3, 1.0):
-        with attach(network_of(family), FirstBlockCache(threshold, forecast="none")) as report:
+        with attach(network_of(family), FirstBlockCache(threshold, forecast=False)) as report:
             family.denoise(network_of(family), steps=STEPS)
         rates.append(report.hit_rate)
     assert rates == sorted(rates)

@@ -1,4 +1,4 @@
-"""Forecasts: exact on polynomials, against Lagrange's formula in float64; what is kept; how the caches use them."""
+"""Forecasts: against float64 by another way; what is kept; how the caches use them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cache import DeepCache, FirstBlockCache, attach
-from cache.denoiser import BranchPass, UNetDenoiser
-from cache.forecast import ORDERS, Forecast, History
+from cache.forecast import Damped, Line
+from cache.views.unet import BranchPass, UNetDenoiser
 from tests.cache.networks import Plain, tiny_sd
 
-POLYNOMIAL: list[Forecast] = ["none", "linear", "quadratic"]
-EVERY: list[Forecast] = [*POLYNOMIAL, "damped"]
+EITHER = pytest.mark.parametrize("forecast", [False, True])
 
 
-def foretold(forecast: Forecast, values: dict[int, Tensor], at: int) -> Tensor:
-    """What `values` (by call) let expect of call `at`, in float64, by none of History's arithmetic."""
-    return damped(values, at) if forecast == "damped" else lagrange(values, ORDERS[forecast], at)
+def foretold(forecast: bool, values: dict[int, Tensor], at: int) -> Tensor:
+    """What `values` (by call) let DeepCache expect of call `at`, in float64, by none of its arithmetic."""
+    return damped(values, at) if forecast else values[max(values)].double()
 
 
 def damped(values: dict[int, Tensor], at: int) -> Tensor:
@@ -44,111 +41,87 @@ def damped(values: dict[int, Tensor], at: int) -> Tensor:
     return torch.stack(rows)
 
 
-def lagrange(values: dict[int, Tensor], order: int, at: int) -> Tensor:
-    """The polynomial through the newest order + 1 of `values`."""
-    calls = sorted(values)[-order - 1 :]
-    total = torch.zeros_like(values[calls[0]], dtype=torch.float64)
-    for i in calls:
-        total += values[i].double() * math.prod((at - j) / (i - j) for j in calls if j != i)
-    return total
-
-
-def test_orders_are_those_of_their_names() -> None:
-    assert ORDERS == {"none": 0, "linear": 1, "quadratic": 2, "damped": 1, "probe": 1}
-
-
-@given(
-    forecast=st.sampled_from(POLYNOMIAL),
-    gaps=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    coefficients=st.lists(st.integers(-9, 9), min_size=3, max_size=3),
-    ahead=st.integers(1, 9),
-)
-def test_a_polynomial_of_the_forecasts_degree_is_met_exactly(
-    forecast: Forecast, gaps: list[int], coefficients: list[int], ahead: int
-) -> None:
-    degree = min(ORDERS[forecast], len(gaps) - 1)
-
-    def signal(call: int) -> Tensor:
-        value = sum(c * call**power for power, c in enumerate(coefficients[: degree + 1]))
-        return torch.tensor([value, -2 * value], dtype=torch.float64)
-
-    history, call = History(forecast), 0
-    for gap in gaps:
-        call += gap
-        history.make_room()
-        history.add(call, signal(call))
-    torch.testing.assert_close(history.at(call + ahead), signal(call + ahead), rtol=1e-12, atol=1e-9)
-
-
-@pytest.mark.parametrize("forecast", EVERY)
-def test_any_values_give_what_they_let_expect(forecast: Forecast) -> None:
+@EITHER
+def test_any_values_give_what_they_let_expect(forecast: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    history, values = History(forecast), {}
+    history, values = Damped(forecast), {}
     for call in (0, 3, 4, 9):
         values[call] = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+        history.make_room()
         history.add(call, values[call])
-        expected = foretold(forecast, values, call + 2)
-        torch.testing.assert_close(history.at(call + 2), expected, rtol=1e-6, atol=1e-6)
-        onto = torch.ones(2, 3, dtype=torch.float64)
-        torch.testing.assert_close(history.at(call + 2, onto), expected + 1, rtol=1e-6, atol=1e-6)
-        assert onto.sum() == 6
+        torch.testing.assert_close(history.at(call + 2), foretold(forecast, values, call + 2), rtol=1e-6, atol=1e-6)
         assert torch.equal(history.newest, values[call])
 
 
 def test_plain_reuse_hands_out_the_kept_tensor_itself() -> None:
-    history = History("none")
+    history = Damped(forecast=False)
     for call in range(3):
         value = torch.randn(2)
         history.add(call, value)
         assert history.at(call + 5) is value
-    first = History("quadratic")
+    first = Damped()
     first.add(0, value)
     assert first.at(1) is value
 
 
-@pytest.mark.parametrize("forecast", EVERY)
-def test_as_many_tensors_are_kept_as_the_order_needs_and_none_more(forecast: Forecast) -> None:
-    history, damps = History(forecast), forecast == "damped"
+@EITHER
+def test_no_more_is_kept_than_the_next_forecast_needs(forecast: bool) -> None:
+    history, shares = Damped(forecast), 4 * 2  # of the slope, one an entry of the first dimension
     for call in range(5):
-        history.make_room()  # damped judges the next slope by the last one
-        shares = 4 * 2 * damps  # of its slope, one an entry of the first dimension
-        assert history.bytes == 4 * 8 * min(call, ORDERS[forecast] + damps) + shares * (call > 1)
+        history.make_room()  # the next slope is judged by the last one
+        assert history.bytes == (32 * min(call, 2) + shares * (call > 1) if forecast else 0)
         history.add(call, torch.randn(2, 4))
-        assert history.bytes == 4 * 8 * min(call + 1, ORDERS[forecast] + 1) + shares * (call > 0)
+        assert history.bytes == (32 * min(call + 1, 2) + shares * (call > 0) if forecast else 32)
 
 
-@pytest.mark.parametrize("forecast", EVERY)
-def test_items_computed_at_calls_of_their_own_are_forecast_apart(forecast: Forecast) -> None:
+@EITHER
+def test_items_computed_at_calls_of_their_own_have_lines_of_their_own(forecast: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    history = History(forecast, items=3)
+    line, onto = Line(3, forecast), torch.ones(3, 2, 2, dtype=torch.float64)
     values: list[dict[int, Tensor]] = [{}, {}, {}]
+    ahead = [0.5, 2.0, 3.0]
     for call, rows in {0: None, 1: [1], 2: [0, 1], 4: None, 5: [2], 7: [0]}.items():
         items = range(3) if rows is None else rows
         new = torch.randn(len(items), 2, 2, dtype=torch.float64, generator=generator)
-        history.add(call, new.clone(), rows)
+        line.add(call, new.clone(), rows, None if rows is None else torch.tensor(rows))
+        expected = []
         for item, value in zip(items, new, strict=True):
-            values[item][call] = value[None]
-        expected = torch.cat([foretold(forecast, known, call + 3) for known in values])
-        torch.testing.assert_close(history.at(call + 3), expected, rtol=1e-6, atol=1e-6)
+            values[item][call] = value
+        for steps, known in zip(ahead, values, strict=True):
+            (*before, last), moved = sorted(known), torch.zeros(2, 2, dtype=torch.float64)
+            if before and forecast:
+                moved = steps * (known[last] - known[before[-1]]) / (last - before[-1])
+            expected.append(1 + known[last] + moved)
+        torch.testing.assert_close(line.along(ahead, onto), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert onto.sum() == 12
 
 
-@pytest.mark.parametrize("forecast", EVERY)
-def test_a_forgotten_item_starts_anew_and_leaves_the_others(forecast: Forecast) -> None:
-    history = History(forecast, items=2)
-    line = [torch.tensor([[10.0 * call], [call]]) for call in range(6)]
-    history.add(0, line[0].clone())
-    history.add(1, torch.tensor([[torch.nan], [1.0]]))
-    history.forget(0)
-    history.add(2, line[2].clone())
-    moves = 0 if forecast == "none" else 1
-    assert history.at(3).flatten().tolist() == [20.0, 2.0 + moves]  # item 0 has one value, item 1 a line
-    history.add(3, line[3].clone())
-    moves_0 = 0.5 if forecast == "damped" else moves  # its slope is a first one
-    assert history.at(4).flatten().tolist() == [30.0 + 10 * moves_0, 3.0 + moves]
+def test_a_forgotten_item_starts_anew_and_leaves_the_others() -> None:
+    line, zero = Line(2), torch.zeros(2, 1)
+    points = [torch.tensor([[10.0 * call], [call]]) for call in range(6)]
+    line.add(0, points[0].clone())
+    line.add(1, torch.tensor([[torch.nan], [1.0]]))
+    line.forget(0)
+    line.add(2, points[2].clone())
+    assert line.along([1, 1], zero).flatten().tolist() == [20.0, 3.0]  # item 0 has one value, item 1 a line
+    line.add(3, points[3].clone())
+    assert line.along([1, 1], zero).flatten().tolist() == [40.0, 4.0]
+
+
+def test_where_all_is_forgotten_there_is_no_line_to_move_along() -> None:
+    line, zero = Line(1, witness=True), torch.zeros(1, 2)
+    for call in range(2):
+        line.add(call, torch.full((1, 2), float(call)))
+    line.forget(0)
+    line.add(2, torch.ones(1, 2))
+    ahead, rest = line.ahead_of(torch.full((1, 2), 5.0), 3)
+    assert ahead.tolist() == [0.0]
+    assert rest.tolist() == [[4.0, 4.0]]
+    assert torch.equal(line.along([3], zero), torch.ones(1, 2))
 
 
 def test_a_damped_line_is_met_exactly_once_its_slope_has_held() -> None:
-    history = History("damped")
+    history = Damped()
     line = torch.tensor([[1.0, -2.0], [0.0, 8.0]], dtype=torch.float64)
     expected = [0, 0.5, 1, 1]  # of the way on from the last value
     for call, share in zip((0, 2, 3, 7), expected, strict=True):
@@ -159,7 +132,7 @@ def test_a_damped_line_is_met_exactly_once_its_slope_has_held() -> None:
 
 def test_a_damped_slope_that_turns_back_or_stood_still_is_halved() -> None:
     for values in ([0.0, 1.0, 0.0], [1.0, 1.0, 2.0]):
-        history = History("damped")
+        history = Damped()
         for call, value in enumerate(values):
             history.add(call, torch.tensor([[value]]))
         assert history.at(3).item() == values[-1] + (values[-1] - values[-2]) / 2
@@ -168,16 +141,16 @@ def test_a_damped_slope_that_turns_back_or_stood_still_is_halved() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_values_in_half_precision_are_damped_as_others(dtype: torch.dtype) -> None:
     """A sum of their squares is far beyond float16."""
-    history = History("damped")
+    history = Damped()
     step = torch.full((2, 4096), 500.0, dtype=dtype)
     for call in range(3):
         history.add(call, step * call)
     assert torch.equal(history.at(3), step * 3)
 
 
-@pytest.mark.parametrize("forecast", EVERY)
+@EITHER
 @torch.no_grad()
-def test_deepcache_runs_its_branch_on_the_forecast_state(forecast: Forecast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepcache_runs_its_branch_on_the_forecast_state(forecast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny_sd().double()
     view = UNetDenoiser(network)
     states: list[tuple[int, Tensor]] = []
@@ -199,14 +172,14 @@ def test_deepcache_runs_its_branch_on_the_forecast_state(forecast: Forecast, mon
         list(noise_upon_noise(network, steps=11))
         handle.remove()
     assert report.decisions == "CRRCRRCRRCR"
-    assert report.settings["forecast"] == forecast
+    assert report.settings["forecast"] == ("damped" if forecast else "none")
     assert [call for call, _ in states] == [1, 2, 4, 5, 7, 8, 10]
     for call, state in states:
         known = {c: value for c, value in computed.items() if c < call}
         torch.testing.assert_close(state, foretold(forecast, known, call), rtol=1e-6, atol=1e-6)
     tensor = next(iter(computed.values()))
-    shares = 8 * len(tensor) * (forecast == "damped")
-    assert report.cache_bytes == (ORDERS[forecast] + 1) * tensor.numel() * tensor.element_size() + shares
+    shares = 8 * len(tensor) * forecast
+    assert report.cache_bytes == (1 + forecast) * tensor.numel() * tensor.element_size() + shares
 
 
 def noise_upon_noise(network: Any, *, steps: int) -> Any:
@@ -217,9 +190,9 @@ def noise_upon_noise(network: Any, *, steps: int) -> Any:
         yield network(sample, 1000 - 50 * number, text).sample
 
 
-@pytest.mark.parametrize("forecast", EVERY)
+@EITHER
 @torch.no_grad()
-def test_where_no_layer_runs_the_prediction_is_forecast(forecast: Forecast) -> None:
+def test_where_no_layer_runs_the_prediction_is_forecast(forecast: bool) -> None:
     network = tiny_sd().double()
     with attach(network, DeepCache(2, 12, forecast=forecast)) as report:
         outputs = list(noise_upon_noise(network, steps=8))
@@ -231,9 +204,8 @@ def test_where_no_layer_runs_the_prediction_is_forecast(forecast: Forecast) -> N
         torch.testing.assert_close(output, foretold(forecast, known, call), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("forecast", EVERY)
 @torch.no_grad()
-def test_each_item_of_a_first_block_cache_is_forecast_from_its_own_calls(forecast: Forecast) -> None:
+def test_without_a_forecast_each_item_repeats_what_it_computed_last() -> None:
     """Three items that move at different paces, against a float64 loop over each item alone."""
     torch.manual_seed(0)
     network = Plain().double()
@@ -241,7 +213,7 @@ def test_each_item_of_a_first_block_cache_is_forecast_from_its_own_calls(forecas
     pace = torch.tensor([0.05, 0.2, 0.6])[:, None, None]
     inputs = [(start + pace * motion * math.sin(0.4 * call)).double() for call in range(12)]
     condition = condition.double()
-    with attach(network, FirstBlockCache(0.1, 3, forecast)) as report:
+    with attach(network, FirstBlockCache(0.1, 3, forecast=False)) as report:
         outputs = [network(hidden, condition) for hidden in inputs]
     assert len(set(report.item_decisions)) == 3
     for item in range(3):
@@ -254,15 +226,15 @@ def test_each_item_of_a_first_block_cache_is_forecast_from_its_own_calls(forecas
             if not reuse:
                 probe = head - one
                 known[call] = network.blocks[2](network.blocks[1](head, text), text) - head
-            expected = head + foretold(forecast, known, call)
+            expected = head + known[max(known)]
             torch.testing.assert_close(outputs[call][item : item + 1], expected, rtol=1e-6, atol=1e-6)
             letters += "R" if reuse else "C"
         assert report.item_decisions[item] == letters
 
 
-@pytest.mark.parametrize("forecast", EVERY)
+@EITHER
 @torch.no_grad()
-def test_numbers_that_are_none_are_never_forecast_from(forecast: Forecast) -> None:
+def test_numbers_that_are_none_are_never_forecast_from(forecast: bool) -> None:
     torch.manual_seed(0)
     network = Plain()
     hidden, condition = torch.randn(1, 5, 8), torch.randn(1, 8)
@@ -286,7 +258,7 @@ def test_a_forecast_is_nearer_than_plain_reuse_where_features_move_steadily() ->
 
     exact = outputs()
     errors = {}
-    for forecast in EVERY:
+    for forecast in (False, True):
         with attach(network, DeepCache(3, 0, forecast=forecast)):
             errors[forecast] = sum(float((a - b).norm()) for a, b in zip(outputs(), exact, strict=True))
-    assert errors["linear"] < errors["none"] / 1.5
+    assert errors[True] < errors[False] / 1.5

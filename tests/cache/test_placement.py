@@ -7,16 +7,17 @@ import itertools
 import pytest
 import torch
 
-from cache import DeepCache, IncompatibleDenoiser, TransformerDenoiser, UNetDenoiser
-from cache.forecast import Forecast, History
-from cache.placement import Recorder, Search, embedded
+from cache import IncompatibleDenoiser, TransformerDenoiser, UNetDenoiser
+from cache.forecast import Damped
+from cache.tuning.placement import Search
+from cache.tuning.recorder import BranchRecorder, embedded
 from tests.cache.networks import denoise_unet, tiny_flux, tiny_unconditional
 
 
-def cost(states: torch.Tensor, computed: tuple[int, ...], forecast: Forecast, weights: list[float]) -> float:
+def cost(states: torch.Tensor, computed: tuple[int, ...], forecast: bool, weights: list[float]) -> float:
     """The definition, written out: squared sums, gap by gap, of weighted root mean square errors."""
     calls = states.shape[1]
-    history, total = History(forecast), 0.0
+    history, total = Damped(forecast), 0.0
     for call, following in itertools.pairwise([*computed, calls]):
         history.add(call, states[:, call])
         wrong = 0.0
@@ -27,9 +28,9 @@ def cost(states: torch.Tensor, computed: tuple[int, ...], forecast: Forecast, we
     return total
 
 
-@pytest.mark.parametrize("forecast", ["none", "linear", "damped"])
+@pytest.mark.parametrize("forecast", [False, True])
 @pytest.mark.parametrize("budget", [1, 2, 4, 7])
-def test_no_placement_costs_less(forecast: Forecast, budget: int) -> None:
+def test_no_placement_costs_less(forecast: bool, budget: int) -> None:
     calls, generator = 8, torch.Generator().manual_seed(budget)
     states = torch.randn(3, calls, 5, generator=generator).cumsum(1).cumsum(1).double()
     weights = (torch.rand(calls, generator=generator) + 0.1).tolist()
@@ -41,10 +42,10 @@ def test_no_placement_costs_less(forecast: Forecast, budget: int) -> None:
 def test_gaps_are_no_longer_than_was_said() -> None:
     states = torch.zeros(1, 9, 2, dtype=torch.float64)
     states[:, 1] = 1  # whatever is saved lies at the beginning: without a limit the rest would be one gap
-    found = Search(states, "none", longest=3).best(4, [1.0] * 9)
+    found = Search(states, False, longest=3).best(4, [1.0] * 9)
     assert found is not None
     assert max(b - a for a, b in itertools.pairwise([*found, 9])) <= 3
-    assert Search(states, "none", longest=3).best(2, [1.0] * 9) is None
+    assert Search(states, False, longest=3).best(2, [1.0] * 9) is None
 
 
 def test_embedded_vectors_have_the_inner_products_of_the_states() -> None:
@@ -65,7 +66,7 @@ def test_the_recorder_sees_what_the_branch_would_keep_and_changes_nothing(branch
     hook = (view.root if branch is None else view.source(branch)).register_forward_hook(
         lambda module, inputs, output: seen.append((output if branch is not None else output[0]).flatten(1))
     )
-    recorder = Recorder(branch)
+    recorder = BranchRecorder(branch)
     with recorder.attach(view) as report:
         recorded = list(denoise_unet(unet))
     hook.remove()
@@ -79,17 +80,14 @@ def test_the_recorder_sees_what_the_branch_would_keep_and_changes_nothing(branch
 
 
 def test_a_transformer_has_no_branches_to_record() -> None:
-    with pytest.raises(IncompatibleDenoiser, match="no UNet"), Recorder(0).attach(TransformerDenoiser(tiny_flux())):
+    with (
+        pytest.raises(IncompatibleDenoiser, match="no UNet"),
+        BranchRecorder(0).attach(TransformerDenoiser(tiny_flux())),
+    ):
         pass
 
 
 def test_the_search_is_deepcaches_own_forecast() -> None:
-    """A line is forecast without error, so that one gap costs as much as the next and nothing is gained by moving."""
+    """From its third value on a line is forecast without error; before, it is not: calls 1 and 2 compute at once."""
     line = torch.arange(12.0, dtype=torch.float64)[None, :, None] * torch.ones(1, 1, 4)
-    search = Search(line, "linear", longest=6)
-    assert search.best(3, [1.0] * 12) == (
-        0,
-        1,
-        6,
-    )  # call 1 at once: from then on the line is known; gaps of six at most
-    assert DeepCache().forecast == "damped"
+    assert Search(line, True, longest=6).best(4, [1.0] * 12) == (0, 1, 2, 6)  # gaps of six at most

@@ -1,4 +1,4 @@
-"""The forecast `probe`: the first block tells how far along their lines the others' residuals have moved."""
+"""The first block tells how far along their lines the other blocks' residuals have moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache import FirstBlockCache, attach
-from cache.forecast import History
+from cache.forecast import Line
 from tests.cache.networks import Plain, denoise_flux, tiny_flux
 
 CALLS = 14
@@ -84,7 +84,7 @@ def test_each_item_follows_its_own_first_block(threshold: float, cap: int | None
 
 
 def test_the_step_along_a_line_is_met_and_never_goes_back() -> None:
-    line = History("probe", items=4, witness=True)
+    line = Line(4, witness=True)
     direction = torch.tensor([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0], [2.0, 2.0]])
     direction[3] = 0  # an item that stood still
     line.add(0, 0 * direction)
@@ -94,12 +94,13 @@ def test_the_step_along_a_line_is_met_and_never_goes_back() -> None:
     target[3] += 5
     moved, rest = line.ahead_of(target, 4)
     ahead = moved.tolist()
-    torch.testing.assert_close(rest, target - line.along(ahead))
+    zero = torch.zeros(4, 2)
+    torch.testing.assert_close(rest, target - line.along(ahead, zero))
     assert ahead == pytest.approx([3.0, 0.5, 0.0, 0.0])
     assert line.ahead_of(target, 3)[0].tolist() == [2.0, 0.5, 0.0, 0.0]  # twice the one call that has passed
-    torch.testing.assert_close(line.along(ahead)[:3], (2 + torch.tensor(ahead)[:3, None]) * direction[:3])
+    torch.testing.assert_close(line.along(ahead, zero)[:3], (2 + torch.tensor(ahead)[:3, None]) * direction[:3])
     onto = torch.ones(4, 2)
-    torch.testing.assert_close(line.along(ahead, onto), line.along(ahead) + 1)
+    torch.testing.assert_close(line.along(ahead, onto), line.along(ahead, zero) + 1)
     assert onto.sum() == 8
 
 
@@ -116,7 +117,7 @@ def test_what_moves_on_a_line_is_reused_exactly_at_whatever_pace() -> None:
         outputs = [network(hidden, condition) for hidden in inputs]
     assert report.decisions == "CCRRRR"
     torch.testing.assert_close(torch.stack(outputs), torch.stack(exact), rtol=1e-5, atol=1e-5)
-    with attach(network, FirstBlockCache(0.05, forecast="linear")) as report:
+    with attach(network, FirstBlockCache(0.05, forecast=False)) as report:
         for hidden in inputs:
             network(hidden, condition)
     assert (
@@ -126,13 +127,13 @@ def test_what_moves_on_a_line_is_reused_exactly_at_whatever_pace() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_residuals_in_half_precision_do_not_overflow(dtype: torch.dtype) -> None:
-    line = History("probe", items=2, witness=True)
+    line = Line(2, witness=True)
     step = torch.full((2, 4096), 512.0, dtype=dtype)
     for call in range(2):
         line.add(call, step * call)
     ahead = line.ahead_of(step * 3, 2)[0].tolist()
     assert ahead == [2.0, 2.0]
-    assert torch.equal(line.along(ahead), step * 3)
+    assert torch.equal(line.along(ahead, torch.zeros_like(step)), step * 3)
 
 
 @torch.no_grad()

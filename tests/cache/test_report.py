@@ -28,7 +28,7 @@ def test_an_empty_report_is_honest() -> None:
 def test_a_report_adds_up() -> None:
     report = CacheReport("deepcache", {"interval": 3}, reuse_cost=0.224, cache_bytes=4096)
     for letter in "CRR" * 6 + "CR":
-        report.record(letter)
+        report.record((letter == "C",))
     assert json.loads(json.dumps(report.as_dict())) == {
         "strategy": "deepcache",
         "computed": 7,
@@ -46,7 +46,7 @@ def test_a_report_adds_up() -> None:
 
 def test_items_are_recorded_apart_and_a_call_is_reused_if_all_are() -> None:
     report = CacheReport("first_block")
-    for items in ("CC", "RC", "RR"):
+    for items in ((True, True), (False, True), (False, False)):
         report.record(items)
     assert report.decisions == "CCR"
     assert report.item_decisions == ["CRR", "CCR"]
@@ -83,7 +83,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"end": 1001}, "end"),
         (DeepCache, {"end": math.nan}, "end"),
         (DeepCache, {"start": 800, "end": 200}, "exchange them"),
-        (DeepCache, {"forecast": "cubic"}, "forecast must be one of none, linear, quadratic, damped"),
+        (DeepCache, {"forecast": "linear"}, "forecast must be True or False"),
         (DeepCache, {"forecast": None}, "forecast"),
         (DeepCache, {"guidance": "half"}, "guidance must be one of full, reuse"),
         (DeepCache, {"schedule": "best"}, "schedule must be auto, uniform or a tuple"),
@@ -92,8 +92,7 @@ def test_a_warning_is_given_once() -> None:
         (DeepCache, {"schedule": (1, 4)}, "begin with 0"),
         (DeepCache, {"schedule": (0, 4, 4)}, "ascend"),
         (DeepCache, {"schedule": ()}, "begin with 0"),
-        (DeepCache, {"forecast": "probe"}, "DeepCache has none: use damped"),
-        (FirstBlockCache, {"forecast": ["linear"]}, "forecast"),
+        (FirstBlockCache, {"forecast": 1}, "forecast must be True or False"),
         (FirstBlockCache, {"threshold": -0.1}, "between 0"),
         (FirstBlockCache, {"threshold": 1.1}, "between 0"),
         (FirstBlockCache, {"threshold": math.nan}, "between 0"),
@@ -110,7 +109,7 @@ def test_settings_out_of_bounds_are_refused(strategy: Any, settings: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, "none", (0, 2)), FirstBlockCache(0.1, 4, "quadratic")]
+    "strategy", [NoCache(), DeepCache(5, 3, 200, 800, False, (0, 2)), FirstBlockCache(0.1, 4, False)]
 )
 def test_strategies_are_frozen_and_survive_a_pickle(strategy: Any) -> None:
     assert pickle.loads(pickle.dumps(strategy)) == strategy

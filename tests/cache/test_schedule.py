@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import DeepCache, attach
-from cache.schedule import GROWTH, Placement, Uniform, Window, progress, warped
+from cache.deepcache.schedule import GROWTH, Placement, Uniform, Window, progress, warped
 from tests.cache.networks import denoise_unet, tiny_unconditional
 
 

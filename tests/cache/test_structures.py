@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel, UNetSpatioTemporalCondi
 from torch import nn
 
 from cache import DeepCache, IncompatibleDenoiser, UNetDenoiser, attach
-from cache.cost import deepest_branch
+from cache.flops import deepest_branch
 from tests.cache.cut import Cut
 
 TEXT = {"cross_attention_dim": 16, "attention_head_dim": 4, "norm_num_groups": 4}

@@ -136,7 +136,7 @@ def test_the_threshold_is_strict_and_the_reference_is_the_last_computed_call(net
     network.transformer_blocks[0].register_forward_hook(
         lambda _m, _a, kwargs, out: seen.append((out[1] - kwargs["hidden_states"]).double()), with_kwargs=True
     )
-    with attach(network, FirstBlockCache(0.3, forecast="none")) as report:
+    with attach(network, FirstBlockCache(0.3, forecast=False)) as report:
         list(denoise_flux(network, steps=10))
     reference, letters, differences = seen[0], "C", [None]
     for residual in seen[1:]:
@@ -149,7 +149,7 @@ def test_the_threshold_is_strict_and_the_reference_is_the_last_computed_call(net
     assert report.residuals[1:] == pytest.approx(differences[1:], rel=1e-4)
     at_the_edge = report.residuals[1]
     assert at_the_edge is not None
-    with attach(network, FirstBlockCache(at_the_edge, forecast="none")) as report:
+    with attach(network, FirstBlockCache(at_the_edge, forecast=False)) as report:
         list(denoise_flux(network, steps=2))
     assert report.decisions == "CC"
 

@@ -11,23 +11,21 @@ from torch import nn
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from tests.cache.networks import FAMILIES, Family
 
-# Settings under which each strategy reuses some of six calls on every network here, and computes some; every forecast
-# is made from as many values as it can use.
+# Settings under which each strategy reuses some of six calls on every network here, and computes some; the forecast is
+# made from as many values as it can use.
 ON_UNETS: list[CacheStrategy] = [
     NoCache(),
-    DeepCache(interval=3, depth=0, forecast="none"),
-    DeepCache(interval=2, depth=2, start=200, end=800, forecast="linear"),
-    DeepCache(interval=2, depth=0, forecast="quadratic", schedule=(0, 1, 2, 4)),
-    DeepCache(interval=2, depth=12, forecast="damped"),  # no branch is cheap enough: the prediction is kept
-    DeepCache(interval=3, depth=0, forecast="linear", guidance="reuse"),
+    DeepCache(interval=3, depth=0, forecast=False),
+    DeepCache(interval=2, depth=2, start=200, end=800),
+    DeepCache(interval=2, depth=0, schedule=(0, 1, 2, 4)),
+    DeepCache(interval=2, depth=12),  # no branch is cheap enough: the prediction is kept
+    DeepCache(interval=3, depth=0, guidance="reuse"),
 ]
 ON_TRANSFORMERS: list[CacheStrategy] = [
     NoCache(),
-    FirstBlockCache(1.0, max_consecutive=2, forecast="none"),
-    FirstBlockCache(1.0, max_consecutive=2, forecast="linear"),
-    FirstBlockCache(1.0, max_consecutive=1, forecast="quadratic"),
-    FirstBlockCache(1.0, max_consecutive=1, forecast="damped"),
-    FirstBlockCache(1.0, max_consecutive=2, forecast="probe"),
+    FirstBlockCache(1.0, max_consecutive=2, forecast=False),
+    FirstBlockCache(1.0, max_consecutive=2),
+    FirstBlockCache(1.0, max_consecutive=1),
 ]
 # On larger networks, and on families that show that a view suffices: one setting of each strategy.
 ON_SAMPLED: list[CacheStrategy] = [ON_UNETS[3], ON_TRANSFORMERS[2]]

@@ -39,7 +39,7 @@ def test_the_default_forecast_is_nearer_than_plain_reuse_at_a_higher_hit_rate(mo
     """Without a forecast the cache is diffusers' hook, bit for bit. Over 32 pictures the gain is near 8 dB."""
     references, _ = drawn(model, NoCache())
     rates, quality = [], []
-    for strategy in (FirstBlockCache(0.1), FirstBlockCache(0.1, forecast="none")):
+    for strategy in (FirstBlockCache(0.1), FirstBlockCache(0.1, forecast=False)):
         pictures, reports = drawn(model, strategy)
         rates.append(np.mean([report.hit_rate for report in reports]))
         quality.append([psnr(*couple) for couple in zip(references, pictures, strict=True)])

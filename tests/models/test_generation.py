@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
-from cache.schedule import Schedule
+from cache.deepcache.schedule import Schedule
 from models.base import GenerationCancelled, GenerationParams, ModelSpec, Step, UnsupportedSampler
 from models.families.flux import FLUX, FluxModel
 from models.families.sd import SD
@@ -86,7 +86,7 @@ def test_a_cache_acts_and_the_next_run_knows_nothing_of_it(sd: LoadedModel, flux
     # interval 2: every second of four calls; threshold 1: all but the first, the two passes of guidance apart
     for model, strategy, decisions in (
         (sd, DeepCache(interval=2, depth=2), "CRCR"),
-        (flux, FirstBlockCache(threshold=1.0, forecast="none"), "CCRRRRRR"),
+        (flux, FirstBlockCache(threshold=1.0, forecast=False), "CCRRRRRR"),
     ):
         cached = model.generate(PARAMS, strategy, ignore)
         assert [report.decisions for report in cached.reports] == [decisions]

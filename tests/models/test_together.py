@@ -147,13 +147,13 @@ def test_each_hears_its_own_decisions_and_what_its_cache_could_not_do(flux: Load
     """With a threshold between the two items' changes, one reuses where the other computes."""
     params = replace(PARAMS, steps=8, guidance_scale=1.0)
     requests = requests_of(params)[:2]
-    never = FirstBlockCache(1e-9, forecast="none")
+    never = FirstBlockCache(1e-9, forecast=False)
     least = [
         min(change for change in flux.generate(one, never, ignore).reports[0].residuals if change is not None)
         for one in requests
     ]
     assert least[0] != least[1]
-    strategy = FirstBlockCache(sum(least) / 2, forecast="none")
+    strategy = FirstBlockCache(sum(least) / 2, forecast=False)
     steps: list[list[str]] = [[], []]
 
     def hear(each: Mapping[int, Step]) -> None:

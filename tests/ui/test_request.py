@@ -56,16 +56,11 @@ def test_what_is_sent_is_valid_and_for_the_model_alone(model: dict[str, Any], en
 
 @pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
 def test_the_uncached_request_differs_in_the_cache_and_names_the_seed(model: dict[str, Any]) -> None:
-    values = {**DEFAULTS, "deepcache_enabled": True, "deepcache_forecast": "linear", "fbcache_correction": False}
+    values = {**DEFAULTS, "deepcache_enabled": True, "deepcache_forecast": False}
     sent = body(values, model)
     plain = uncached(sent, {"seeds": [7]})
     resolved = parse(plain)
-    assert (resolved.seed, resolved.deepcache_enabled, resolved.cache_forecast, resolved.cache_correction) == (
-        7,
-        False,
-        None,
-        None,
-    )
+    assert (resolved.seed, resolved.deepcache_enabled, resolved.cache_forecast) == (7, False, True)
     assert resolved.fbcache_enabled is (False if model is FLUX else None)
     same = {name: value for name, value in sent.items() if "cache" not in name}
     assert {name: plain[name] for name in same} == same

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import DeepCache
-from cache.schedule import GROWTH, Placement, budget, warped
+from cache.deepcache.schedule import GROWTH, Placement, budget, warped
 from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.families.sd import SD

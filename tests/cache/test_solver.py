@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from cache import CacheReport, Denoiser, correction
-from cache.correction import Correction, lagrange, wanted
-from cache.patching import Call, shadowed
-from cache.sampling import SPREAD, responses
+from cache import CacheReport, DeepCache, Denoiser, FirstBlockCache, attach, solver, view_of
+from cache.patching import shadowed
+from cache.run import Lane, Run
+from cache.solver import SPREAD, Correction, Ledger, lagrange, responses
+from cache.views.base import Call, Decision
+from tests.cache.networks import denoise_flux, denoise_unet, small_flux, small_unet
 
 pytestmark = [  # diffusers' schedulers on NumPy 2
     pytest.mark.filterwarnings("ignore:__array__ implementation"),
@@ -59,29 +62,30 @@ def moved(scheduler: Any) -> list[float]:
     return [float(sampled(stepped, lambda number, _, at=at: zero + (number == at), zero)) for at in range(CALLS)]
 
 
-class Strategy:
-    """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R.
+class Scripted(Run):
+    """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R."""
 
-    Nothing is corrected without a scheduler.
-    """
-
-    def __init__(self, letters: list[str], truth: Callable[[int], Tensor], scheduler: Any) -> None:
+    def __init__(self, letters: list[str], truth: Callable[[int], Tensor], weights: Sequence[float] | None) -> None:
+        view = Denoiser(nn.Identity()).sampled(lambda: weights)
+        super().__init__(view, CacheReport("test"), corrects=True)
         self.letters, self.truth = letters, truth
-        self.report = CacheReport("test")
         self.last = torch.tensor(torch.nan)
-        view = Denoiser(nn.Identity()).sampled(lambda: None if scheduler is None else moved(scheduler))
-        self.handle = Correction(view, self.report).around(self._handle)
 
-    def _handle(self, call: Call) -> tuple[Tensor]:
-        number = len(self.report.decisions)
-        letters = self.letters[number]
-        computes = torch.tensor([letter == "C" for letter in letters]).view(-1, 1, 1, 1)
-        self.last = torch.where(computes, self.truth(number), self.last)
-        self.report.record(letters)
-        return (self.last.clone(),)
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
+        decision = tuple(letter == "C" for letter in self.letters[lane.calls])
+        self.last = torch.where(torch.tensor(decision).view(-1, 1, 1, 1), self.truth(lane.calls), self.last)
+        return (self.last.clone(),), decision
 
     def __call__(self, number: int, sample: Tensor) -> Tensor:
-        return self.handle(Call(lambda: None, (sample,), {}, None))[0]
+        answer: Tensor = self.handle(Call(lambda: None, (sample,), {}, None))[0]
+        return answer
+
+
+def corrected(letters: str, predictions: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
+    """What is answered in place of one lane's predictions."""
+    correction, ledger = Correction(lambda: weights), Ledger()
+    calls = enumerate(zip(letters, predictions, strict=True))
+    return [correction.after(number, (letter == "C",), (own,), ledger)[0] for number, (letter, own) in calls]
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
@@ -188,20 +192,18 @@ def test_where_the_responses_are_not_known_nothing_is_corrected(kind: Callable[[
     scheduler = kind()
     if hasattr(scheduler, "set_timesteps"):
         scheduler.set_timesteps(CALLS)
-    report = CacheReport("test")
-    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
-
-    def handle(call: Call) -> tuple[Tensor]:
-        report.record("CRCR"[len(report.decisions)])
-        return call.args
-
-    handler = repaying.around(handle)
     answers = [torch.randn(1, 1, 2, 2) for _ in range(4)]
-    assert all(handler(Call(lambda: None, (answer,), {}, None))[0] is answer for answer in answers)
-    repaying.explain(asked=False)
-    assert (report.settings, report.warnings) == ({"correction": False}, [])
-    repaying.explain(asked=True)
-    assert len(report.warnings) == 1
+    assert responses(scheduler) is None
+    assert all(map(operator.is_, corrected("CRCR", answers, None), answers))
+
+
+@pytest.mark.parametrize("known", [None, [1.0] * 4])
+def test_the_report_says_whether_a_run_was_corrected(known: list[float] | None) -> None:
+    run = Scripted(["C", "R", "C", "C"], lambda number: torch.ones(1, 1, 2, 2), known)
+    assert run.report.settings == {"correction": False}
+    for number in range(4):
+        run(number, torch.zeros(1))
+    assert run.report.settings == {"correction": known is not None}
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
@@ -209,7 +211,7 @@ def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(
     scheduler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every gap begins with two computed calls before it and ends with one. However much they weigh."""
-    monkeypatch.setattr(correction, "LIGHTEST", math.inf)
+    monkeypatch.setattr(solver, "LIGHTEST", math.inf)
     torch.manual_seed(0)
     start, *terms = torch.randn(4, 2, 3, 2, 2, dtype=torch.float64)
 
@@ -218,12 +220,13 @@ def test_predictions_on_a_parabola_end_where_the_uncached_run_ends(
         return terms[0] + place * terms[1] / 3 + place**2 * terms[2] / 20
 
     exact = sampled(scheduler, lambda number, _: truth(number), start)
-    repeats = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, scheduler)
+    letters = [2 * letter for letter in "CCRRCRCRRCRC"]
+    repeats = Scripted(letters, truth, moved(scheduler))
     found = sampled(scheduler, repeats, start)
     assert repeats.report.settings["correction"]
     assert repeats.report.decisions == "CCRRCRCRRCRC"
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
-    plain = Strategy([2 * letter for letter in "CCRRCRCRRCRC"], truth, None)
+    plain = Scripted(letters, truth, None)
     assert (sampled(scheduler, plain, start) - exact).abs().max() > 0.01
 
 
@@ -232,33 +235,36 @@ def test_items_that_decide_apart_are_corrected_as_if_they_were_alone() -> None:
     scheduler = EulerDiscreteScheduler()
     start, *truths = torch.randn(CALLS + 1, 3, 2, 2, 2, dtype=torch.float64)
     letters = ["CCRCRRCRCRRC", "CRRCRCCRRCRC", "CCCRRRCRCRRR"]
-    together = Strategy(["".join(call) for call in zip(*letters, strict=True)], truths.__getitem__, scheduler)
+    weights = moved(scheduler)
+    together = Scripted(["".join(call) for call in zip(*letters, strict=True)], truths.__getitem__, weights)
     found = sampled(scheduler, together, start)
     for item, own in enumerate(letters):
         rows = slice(item, item + 1)
-        alone = Strategy(list(own), lambda number, rows=rows: truths[number][rows], scheduler)
+        alone = Scripted(list(own), lambda number, rows=rows: truths[number][rows], weights)
         torch.testing.assert_close(found[rows], sampled(scheduler, alone, start[rows]), rtol=1e-10, atol=1e-10)
 
 
 def test_what_a_stopped_call_leaves_is_forgotten() -> None:
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(4)
-    report = CacheReport("test")
-    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: responses(scheduler)), report)
+    """The run that follows in the same context starts from nothing, its numbers included."""
+    truths = torch.randn(4, 1, 1, 2, 2)
+    expected = corrected("CRCC", [truths[0], truths[0], truths[2], truths[3]], [1.0] * 4)
+    stops = [1, 2, 3]  # each once
 
-    def handle(call: Call) -> tuple[Tensor]:
-        if len(report.decisions) == 2 and call.args[0].isnan().any():
+    def truth(number: int) -> Tensor:
+        if number in stops:
+            stops.remove(number)
             raise KeyboardInterrupt
-        report.record("CRCC"[len(report.decisions)])
-        return call.args
+        return truths[number]
 
-    handler = repaying.around(handle)
-    answers = [torch.full((1, 1, 2, 2), float(value)) for value in (1, 2, 3)]
-    handler(Call(lambda: None, (answers[0],), {}, None))
-    handler(Call(lambda: None, (answers[1],), {}, None))
-    with pytest.raises(KeyboardInterrupt):
-        handler(Call(lambda: None, (answers[2] * torch.nan,), {}, None))
-    assert torch.equal(handler(Call(lambda: None, (answers[2],), {}, None))[0], answers[2])
+    run = Scripted(["C", "R", "C", "C"], truth, [1.0] * 4)
+
+    def answers() -> list[Tensor]:
+        return [run(number, torch.zeros(1)) for number in range(4)]
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            answers()
+    assert all(map(torch.equal, answers(), expected))
 
 
 def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
@@ -270,24 +276,23 @@ def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
             )
 
 
-def test_left_open_it_belongs_to_every_forecast_but_none() -> None:
-    assert [wanted(None, name) for name in ("none", "linear", "damped", "probe")] == [False, True, True, True]
-    assert [wanted(asked, name) for asked in (False, True) for name in ("none", "probe")] == [False, False, True, True]
+@pytest.mark.parametrize("forecast", [False, True])
+@torch.no_grad()
+def test_it_belongs_to_the_forecast(forecast: bool) -> None:
+    for network, denoise, kind in (
+        (small_unet(), denoise_unet, DeepCache),
+        (small_flux(), denoise_flux, FirstBlockCache),
+    ):
+        known = view_of(network).sampled(lambda: [1.0] * 6)
+        with attach(known, kind(forecast=forecast)) as report:
+            list(denoise(network))
+        assert report.settings["correction"] is forecast
 
 
 @pytest.mark.parametrize(("letters", "repaid"), [("CCRRC", True), ("CCRRRRRRRRRC", False)])
 def test_what_weighs_more_than_its_call_can_carry_is_not_repaid(letters: str, repaid: bool) -> None:
     """Each call weighs 1.3 times as much as the next: two reused ones 3 times the computed one, nine 42 times."""
-    report = CacheReport("test")
-    weights = [1.3 ** (20 - call) for call in range(len(letters))]
-    repaying = Correction(Denoiser(nn.Identity()).sampled(lambda: weights), report)
-
-    def handle(call: Call) -> tuple[Tensor]:
-        report.record(letters[len(report.decisions)])
-        return call.args
-
-    handler = repaying.around(handle)
     answers = [torch.randn(1, 1, 2, 2) for _ in letters]
-    found = [handler(Call(lambda: None, (answer,), {}, None))[0] for answer in answers]
-    assert all(one is answer for one, answer in zip(found[:-1], answers[:-1], strict=True))
+    found = corrected(letters, answers, [1.3 ** (20 - call) for call in range(len(letters))])
+    assert all(map(operator.is_, found[:-1], answers[:-1]))
     assert torch.equal(found[-1], answers[-1]) is not repaid

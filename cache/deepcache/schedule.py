@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 WHOLE_SCHEDULE = 1000  # progress units, whatever the number of training timesteps
 GROWTH = 1.2  # of `warped` where nothing is calibrated: docs/decisions/compute-call-placement.md
-EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
 Schedule = Literal["auto", "uniform"] | tuple[int, ...]
 
@@ -40,7 +39,7 @@ def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] 
     behind = [call / calls for call in range(calls)]
     if timesteps is not None and calls > 1 and timesteps[0] > timesteps[-1]:
         first, last = timesteps[0], timesteps[-1]
-        end = last - min(timesteps[-2] - last, first / (calls - 1))  # where one more call would lie
+        end = min(last, last - min(timesteps[-2] - last, first / (calls - 1)))  # where one more call would lie
         gone = accumulate(((first - timestep) / (first - end) for timestep in timesteps), max)
         behind = [(share + noise) / 2 for share, noise in zip(behind, gone, strict=True)]
     places = [0]
@@ -49,12 +48,6 @@ def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] 
         nearest = min(range(calls), key=lambda call: abs(behind[call] - wanted))
         places.append(min(max(places[-1] + 1, nearest), calls - count + k))
     return tuple(places)
-
-
-def is_even(timesteps: Sequence[float]) -> bool:
-    """Whether the steps between the timesteps of a run are about as long as each other."""
-    steps = [abs(later - earlier) for earlier, later in pairwise(timesteps)]
-    return not steps or max(steps) * len(steps) <= EVEN * sum(steps)
 
 
 def ruled(timesteps: Sequence[float], interval: int) -> Placement:

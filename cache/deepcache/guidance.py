@@ -8,21 +8,12 @@ them. FasterCache (Lv et al. 2024, arXiv:2410.19355) reuses it in video transfor
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from .patching import Call
-
-Guidance = Literal["full", "reuse"]
-GUIDANCE: tuple[Guidance, ...] = ("full", "reuse")
-
-
-def check(guidance: Any) -> None:
-    """Raises ValueError for what is no Guidance."""
-    if guidance not in GUIDANCE:
-        raise ValueError(f"guidance must be one of {', '.join(GUIDANCE)}, not {guidance!r}.")
+from cache.views.base import Call
 
 
 def conditional(call: Call, batch: int) -> Call:
@@ -38,14 +29,10 @@ def difference(prediction: Tensor) -> Tensor:
 
 def both(with_text: Tensor, difference: Tensor) -> Tensor:
     """The guided prediction (2 B, …) whose second half and difference these are (B, …)."""
-    from torch import cat
-
-    return cat([with_text - difference, with_text])
+    return torch.cat([with_text - difference, with_text])
 
 
 def _second_half(value: Any, batch: int) -> Any:
-    from torch import Tensor
-
     match value:
         case Tensor() if value.dim() > 0 and value.shape[0] == batch:
             return value[batch // 2 :]

@@ -1,52 +1,51 @@
 """What the first block's residual is held against, and so which items of a batch may reuse.
 
-The published rule: by how much the residual differs from the one of the last computed call. With the forecast `probe`:
-by how much it lies beside the line through the last two, summed over the calls since the last computed one. A residual
-that moves on along its line is no error, since the others are taken along theirs; what each reused call adds to the
-state's error is, and stays in it.
+The published rule: by how much the residual differs from the one of the last computed call. With a forecast: by how
+much it lies beside the line through the last two, summed over the calls since the last computed one. A residual that
+moves on along its line is no error, since the others are taken along theirs; what each reused call adds to the state's
+error is, and stays in it.
 
-Nothing here runs a network: the same rule decides in a run (`residual.py`) and for recorded residuals (`threshold.py`).
+Nothing here runs a network: the same rule decides in a run and for recorded residuals (`tuning/threshold.py`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forecast import History
-from .transfer import upload
+from cache.forecast import Line
+from cache.transfer import upload
 
-if TYPE_CHECKING:
-    from .first_block import FirstBlockCache
+from .settings import Settings
 
 
 class Verdict(NamedTuple):
     """rows: the items that compute. changes: what was held against the threshold, of each item; not finite where there
-    was nothing to compare with. ahead: for the forecast `probe`, how many calls each item has moved on.
+    was nothing to compare with. ahead: how many calls each item has moved on along its line, 0 without a forecast.
     """
 
     rows: list[int]
     changes: list[float]
-    ahead: list[float] | None
+    ahead: list[float]
 
 
 class Reference:
     """The residuals of each item's last computed calls (items, tokens, channels), and what was spent since."""
 
-    def __init__(self, settings: FirstBlockCache, probe: Tensor) -> None:
+    def __init__(self, settings: Settings, call: int, probe: Tensor) -> None:
         self._threshold = settings.threshold
         self._cap = math.inf if settings.max_consecutive is None else settings.max_consecutive
-        self._guided = settings.forecast == "probe"
+        self._forecast = settings.forecast
         items = probe.shape[0]
-        self._history = History("linear" if self._guided else "none", items, witness=self._guided)
-        self._history.add(0, probe)
+        self._history = Line(items, self._forecast, witness=True)
+        self._history.add(call, probe)
         self._scale = _means(probe.abs())  # mean |residual| of each item
         self._streak = [0] * items  # reused calls in a row
-        self._spent = [0.0] * items  # with `probe`: what the reused calls since the last computed one left of it
+        self._spent = [0.0] * items  # with a forecast: what the reused calls since the last computed one left of it
 
     @property
     def bytes(self) -> int:
@@ -55,18 +54,15 @@ class Reference:
     def judge(self, call: int, probe: Tensor) -> Verdict:
         """Decide for call number `call`, in which the first block added `probe`."""
         history = self._history
-        if self._guided:
-            moved, rest = history.ahead_of(probe, call)
-            numbers = _means(rest.abs_()).div_(self._scale)
-            ratios, ahead = torch.stack([numbers, moved.to(numbers.dtype)]).tolist()  # read at once: the host waits
-        else:
-            ratios, ahead = _means((probe - history.newest).abs_()).div_(self._scale).tolist(), None
+        moved, rest = history.ahead_of(probe, call)
+        numbers = _means(rest.abs_()).div_(self._scale)
+        ratios, ahead = torch.stack([numbers, moved.to(numbers.dtype)]).tolist()  # read at once: the host waits
         changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
         rows = []
         for row, change in enumerate(changes):
             reuse = change < self._threshold and self._streak[row] < self._cap  # false for NaN
             self._streak[row] = self._streak[row] + 1 if reuse else 0
-            self._spent[row] = change if reuse and self._guided else 0.0
+            self._spent[row] = change if reuse and self._forecast else 0.0
             if not reuse:
                 rows.append(row)
             if not math.isfinite(change):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, cost, view_of
-from cache.cost import deepest_branch, interval_speedup
+from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, flops, view_of
+from cache.flops import deepest_branch, interval_speedup
 from tests.cache.networks import (
     conditioning,
     flux_inputs,
@@ -145,8 +145,8 @@ def test_the_native_size_decides_the_costs() -> None:
 def test_a_network_of_a_known_configuration_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     known = UNetDenoiser(tiny_sd()).branch_costs
     counted: list[nn.Module] = []
-    count = cost.count
-    monkeypatch.setattr(cost, "count", lambda root, *inputs: counted.append(root) or count(root, *inputs))
+    count = flops.count
+    monkeypatch.setattr(flops, "count", lambda root, *inputs: counted.append(root) or count(root, *inputs))
     assert UNetDenoiser(tiny_sd()).branch_costs == known
     assert counted == []
     other = tiny_sd()

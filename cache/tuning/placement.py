@@ -12,67 +12,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, UNetDenoiser
-from .forecast import Forecast, History
-from .patching import Call
-from .strategy import CacheReport, IncompatibleDenoiser
-
-
-@dataclass(slots=True)
-class Recorder:
-    """A strategy under which every call computes, and what a branch would have kept of it is remembered.
-
-    branch: as in `UNetDenoiser`; None for the prediction itself.
-    """
-
-    name: ClassVar[str] = "recorder"
-
-    branch: int | None
-    runs: list[Tensor] = field(default_factory=list)  # of each run: (batch entries, calls, calls), see `embedded`
-    timesteps: list[float] = field(default_factory=list)  # of the last run's calls
-
-    @contextmanager
-    def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
-        """Raises IncompatibleDenoiser and AlreadyAttached."""
-        if not isinstance(denoiser, UNetDenoiser):
-            raise IncompatibleDenoiser(f"{type(denoiser.root).__name__} is no UNet: there are no branches to record.")
-        report = CacheReport(self.name, settings={"branch": self.branch})
-        states: list[Tensor] = []
-        self.timesteps = []
-
-        def keep(module: object, inputs: object, output: Any) -> None:
-            state = output if isinstance(output, Tensor) else output[0]  # of a tuple or of diffusers' output
-            states.append(state.detach().flatten(1).half().cpu())
-
-        def handle(call: Call) -> Any:
-            output = call.run()
-            self.timesteps.append(denoiser.timestep_of(call))
-            report.record("C")
-            return output
-
-        source = denoiser.root if self.branch is None else denoiser.source(self.branch)
-        hook = source.register_forward_hook(keep)
-        try:
-            with denoiser.intercepted(handle):
-                yield report
-        finally:
-            hook.remove()
-        self.runs.append(embedded(torch.stack(states, dim=1)))
-
-
-def embedded(states: Tensor) -> Tensor:
-    """(batch, calls, size) → (batch, calls, calls) in float64: vectors with the same inner products."""
-    products = torch.stack([entry.float() @ entry.float().T for entry in states]).double()
-    values, vectors = torch.linalg.eigh(products)
-    short: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
-    return short
+from cache.forecast import Damped
 
 
 class Search:
@@ -81,16 +24,16 @@ class Search:
     states: (entries, calls, size), of all runs together. longest: of the gaps between two computed calls.
     """
 
-    def __init__(self, states: Tensor, forecast: Forecast, longest: int) -> None:
+    def __init__(self, states: Tensor, forecast: bool, longest: int) -> None:
         self.calls = states.shape[1]
         self.longest = min(longest, self.calls)
         self._errors = {
             anchors: self._reused(states, anchors, forecast) for anchors in _anchors(self.calls, self.longest)
         }
 
-    def _reused(self, states: Tensor, anchors: tuple[int, ...], forecast: Forecast) -> list[float]:
+    def _reused(self, states: Tensor, anchors: tuple[int, ...], forecast: bool) -> list[float]:
         """Root mean square errors of the calls that follow the last of `anchors`, if none of them computes."""
-        history = History(forecast)
+        history = Damped(forecast)
         for call in anchors:
             history.make_room()
             history.add(call, states[:, call])

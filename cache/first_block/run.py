@@ -2,103 +2,85 @@
 
 For a call, each of the root's lists of blocks is shadowed by a single stand-in. The first one runs block 0 and decides;
 then each runs the rest of its list over the batch items that compute. The root's forward is untouched around them, so
-what it does between and after its lists stays its business.
+what it does between and after its lists stays its business. In a run's first call the lists keep their length: for each
+further block a stand-in sees whether the root calls it with the arguments of the first one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cost import Uncountable, first_block_cost, on_meta
-from .denoiser import TransformerDenoiser
-from .forecast import History
-from .patching import Call, Shadow, shadowed
-from .reference import Reference
-from .strategy import CacheReport, IncompatibleDenoiser
-from .transfer import upload
+from cache.errors import IncompatibleDenoiser
+from cache.flops import Uncountable, on_meta
+from cache.forecast import Line
+from cache.patching import Shadow, shadowed
+from cache.report import CacheReport
+from cache.run import Lane, Run
+from cache.transfer import upload
+from cache.views.base import Call, Decision
+from cache.views.transformer import IMAGE, TransformerDenoiser
 
-if TYPE_CHECKING:
-    from .first_block import FirstBlockCache
+from .rule import Reference
+from .settings import Settings
 
-IMAGE = "hidden_states"
 Streams = dict[str, Tensor]  # by name, each (batch, tokens, channels)
 
 
 @dataclass(slots=True)
-class _Pass:
-    """What is carried between the calls of one pass; every tensor's first dimension is the batch.
+class Kept:
+    """What a lane keeps. Every tensor's first dimension is the batch; an item's part is of its last computed call."""
 
-    An item's entries are those of its last computed call.
-    """
-
-    signature: tuple[Any, ...]
     reference: Reference  # for the first block's residual of the image stream
-    tails: dict[str, History]  # what all blocks but the first added to each stream
-    now: int = 0  # the last call, counted in this pass
+    tails: dict[str, Line]  # what all blocks but the first added to each stream
 
     @property
     def bytes(self) -> int:
         return self.reference.bytes + sum(history.bytes for history in self.tails.values())
 
 
-class ResidualRun:
-    """The state of one run, and what handles its calls."""
+class FirstBlockRun(Run):
+    """The state of one run."""
 
-    def __init__(self, denoiser: TransformerDenoiser, report: CacheReport, strategy: FirstBlockCache) -> None:
-        self.denoiser = denoiser
-        self.report = report
-        self.settings = strategy
+    denoiser: TransformerDenoiser
+
+    def __init__(self, settings: Settings, denoiser: TransformerDenoiser) -> None:
+        said = {**dataclasses.asdict(settings), "forecast": "probe" if settings.forecast else "none"}
+        corrects = settings.forecast and settings.threshold > 0
+        super().__init__(denoiser, CacheReport(settings.name, said), corrects=corrects)
+        self.settings = settings
         self.blocks = denoiser.blocks
-        self.passes: dict[str | None, _Pass] = {}
-        self.turn: _Turn | None = None  # the call in progress
-        self.stand_ins: list[Shadow] = [
-            (denoiser.root, name, [partial(self.through, index)]) for index, name in enumerate(denoiser.block_lists)
-        ]
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
         # Whether blocks write into their inputs, so that what is subtracted later must be copied; None until seen.
         self.in_place: bool | None = None
 
-    def handle(self, call: Call) -> Any:
+    def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         denoiser, report = self.denoiser, self.report
         argument = denoiser.injected(call)
         if argument is not None:
             report.warn(f"Calls with {argument} were computed fully: it changes what the blocks hand on.")
+        if not lane.follows or argument is not None:
+            lane.kept.clear()  # of other sizes
         if self.settings.threshold == 0 or argument is not None:
-            self.passes.pop(call.pass_name, None)
             output = call.run()
-            report.record("C" * denoiser.batch_of(call))
             report.residuals.append(None)
             report.item_residuals.append(())
-            return output
-        if self.arguments is None:
-            self.arguments = on_meta(call)
-        self.turn = turn = _Turn(self, call)
-        try:
-            with shadowed(self.stand_ins):
-                output = call.run()
-        except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
-            self.passes.clear()
-            raise
-        finally:
-            self.turn = None
-        report.record("".join(["C" if row in turn.rows else "R" for row in range(turn.batch)]))
+            return output, (True,) * denoiser.batch_of(call)
+        turn = Turn(self, lane)
+        stand_ins = turn.stand_ins(checking=self.arguments is None)
+        self.arguments = self.arguments or on_meta(call.args, call.kwargs)
+        with shadowed(stand_ins):
+            output = call.run()
         report.residuals.append(turn.change)
         report.item_residuals.append(tuple(turn.changes))
-        if turn.rows:
-            report.hold("features", sum(entry.bytes for entry in self.passes.values()))
-        return output
-
-    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What the root gets for running its list of blocks `index`."""
-        assert self.turn is not None, "a stand-in is in the root only while a call runs"
-        return self.turn.through(index, args, kwargs)
+        return output, tuple(row in turn.rows for row in range(turn.batch))
 
     def reuse_cost(self) -> float | None:
         """Share of a full call's operations that a reuse call needs; None where nothing was reused or counted."""
@@ -106,31 +88,44 @@ class ResidualRun:
         if not reused or self.arguments is None:
             return None
         try:
-            return first_block_cost(self.denoiser, *self.arguments)
+            return self.denoiser.first_block_cost(*self.arguments)
         except Uncountable as error:  # the pictures are made, only the prediction is missing
             self.report.warn(f"No speed-up is predicted. {error}")
             return None
 
+    def conclude(self) -> None:
+        """Complete the report."""
+        self.report.reuse_cost = self.reuse_cost()
+        self.report.conclude(partial(_explain, self.settings.threshold, sum(map(len, self.blocks))))
 
-class _Turn:
+
+class Turn:
     """One call in progress."""
 
-    def __init__(self, run: ResidualRun, call: Call) -> None:
-        self.run = run
-        self.call = call
+    def __init__(self, run: FirstBlockRun, lane: Lane) -> None:
+        self.run, self.denoiser, self.lane = run, run.denoiser, lane
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
-        self.index: Tensor | None = None  # those, on the device
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
         self.change: float | None = None  # the largest of them
         self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
         self.writes: list[int] | None = None  # how often each of them had been written to by then
+        self.passed: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Any]]  # a list's arguments, and its streams
 
-    def through(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The stand-in for the list of blocks `index`."""
-        run, denoiser = self.run, self.run.denoiser
+    def stand_ins(self, *, checking: bool) -> list[Shadow]:
+        """What the root gets for its lists of blocks."""
+        self.checking = checking
+        shadows: list[Shadow] = []
+        for index, (name, blocks) in enumerate(zip(self.denoiser.block_lists, self.run.blocks, strict=True)):
+            further = [partial(self.check, index)] * (len(blocks) - 1 if checking else 0)
+            shadows.append((self.denoiser.root, name, [partial(self.through, index), *further]))
+        return shadows
+
+    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What the root gets for running its list of blocks `index`."""
+        run, denoiser = self.run, self.denoiser
         blocks = run.blocks[index]
         if index == 0:
             streams = self.begin(args, kwargs)
@@ -146,7 +141,7 @@ class _Turn:
         if len(self.rows) == self.batch:
             streams = self.run_blocks(blocks, streams, args, kwargs)
         elif self.rows:
-            rows = self.index_of_rows()
+            rows = self.index
             some_args = tuple(_items(value, rows, self.batch) for value in args)
             some_kwargs = {name: _items(value, rows, self.batch) for name, value in kwargs.items()}
             some = {name: stream[rows] for name, stream in streams.items()}
@@ -154,11 +149,24 @@ class _Turn:
             streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
         if index == len(run.blocks) - 1 and self.rows:
             self.keep(streams)
+        if self.checking:
+            self.passed = (args, kwargs, {name: streams.get(name) for name in self.head})
+        return denoiser.output(streams, self.packed)
+
+    def check(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """What the root gets for each further block: all have run, and it is seen that they are called alike."""
+        denoiser = self.denoiser
+        first_args, first_kwargs, streams = self.passed
+        if not _same((args, kwargs), denoiser.arguments(streams, first_args, first_kwargs)):
+            raise IncompatibleDenoiser(
+                f"{type(denoiser.root).__name__} calls each of its {denoiser.block_lists[index]} with something of its "
+                "own, and the first-block cache calls them all alike. Run it uncached."
+            )
         return denoiser.output(streams, self.packed)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""
-        run, denoiser = self.run, self.run.denoiser
+        run, denoiser = self.run, self.denoiser
         taken = denoiser.inputs(args, kwargs)
         image = taken[IMAGE]
         before = image if run.in_place is False else image.clone()
@@ -166,11 +174,8 @@ class _Turn:
         result = run.blocks[0][0](*args, **kwargs)
         self.packed = isinstance(result, tuple)
         self.live = denoiser.results(result)
-        entry = run.passes.get(self.call.pass_name)
-        if entry is not None and entry.signature != self.call.signature:
-            del run.passes[self.call.pass_name]
-            entry = None
-        if entry is None:
+        kept: Kept | None = self.lane.kept.get(self.lane.size)
+        if kept is None:
             denoiser.check_order(taken, self.live)
         self.head = self.live
         if run.in_place is not False:
@@ -179,31 +184,26 @@ class _Turn:
             self.writes = _writes(self.live)
         self.probe = (self.head[IMAGE] - before).detach()
         self.batch = self.probe.shape[0]
-        if entry is None:
+        if kept is None:
             self.rows = list(range(self.batch))
             return self.live
-        entry.now += 1
-        ahead = self.decide(entry)
+        ahead = self.decide(kept)
         if len(self.rows) == self.batch:
             return self.live
-
-        streams = dict(self.head)
         # A stream that the last block no longer returns (SD3's text) is not read afterwards: it goes on as it is.
-        for name, tail in entry.tails.items():
-            stream = streams[name]
-            streams[name] = tail.at(entry.now, stream) if ahead is None else tail.along(ahead, stream)
+        streams = self.head | {name: tail.along(ahead, self.head[name]) for name, tail in kept.tails.items()}
         if self.rows:
-            rows = self.index_of_rows()
+            rows = self.index
             streams = {name: s.index_copy(0, rows, self.head[name][rows]) for name, s in streams.items()}
         return streams
 
-    def decide(self, entry: _Pass) -> list[float] | None:
-        """Set which items compute. Returns how far the others have moved on, where the forecast asks for it."""
-        verdict = entry.reference.judge(entry.now, self.probe)
+    def decide(self, kept: Kept) -> list[float]:
+        """Set which items compute. Returns how many calls each has moved on."""
+        verdict = kept.reference.judge(self.lane.calls, self.probe)
         self.rows, self.changes = verdict.rows, verdict.changes
         for row, change in enumerate(verdict.changes):
             if not math.isfinite(change):
-                for history in entry.tails.values():
+                for history in kept.tails.values():
                     history.forget(row)
         if all(map(math.isfinite, verdict.changes)):
             self.change = max(verdict.changes)
@@ -214,41 +214,36 @@ class _Turn:
     def run_blocks(
         self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Streams:
-        denoiser = self.run.denoiser
         for block in blocks:
-            block_args, block_kwargs = denoiser.arguments(streams, args, kwargs)
-            streams = denoiser.results(block(*block_args, **block_kwargs))
+            block_args, block_kwargs = self.denoiser.arguments(streams, args, kwargs)
+            streams = self.denoiser.results(block(*block_args, **block_kwargs))
         return streams
 
     def keep(self, streams: Streams) -> None:
         """Keep what the items that computed may reuse; `streams` are those after the last block."""
-        run = self.run
+        run, call = self.run, self.lane.calls
         if any(stream.shape != self.head[name].shape for name, stream in streams.items()):
             raise IncompatibleDenoiser(
-                f"{type(run.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
+                f"{type(self.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
                 "lists that hand the same streams on in block_lists."
             )
         if run.in_place is None:
             run.in_place = self.writes != _writes(self.live)
-        entry = run.passes.get(self.call.pass_name)
-        rows: list[int] | None = None
-        index: Tensor | None = None
-        if entry is None:
-            tails = {name: History(run.settings.forecast, self.batch) for name in streams}
-            entry = _Pass(self.call.signature, Reference(run.settings, self.probe), tails)
-            run.passes[self.call.pass_name] = entry
+        kept: Kept | None = self.lane.kept.get(self.lane.size)
+        rows, index = (self.rows, self.index) if len(self.rows) < self.batch else (None, None)
+        if kept is None:
+            tails = {name: Line(self.batch, run.settings.forecast) for name in streams}
+            kept = self.lane.kept[self.lane.size] = Kept(Reference(run.settings, call, self.probe), tails)
         else:
-            if len(self.rows) < self.batch:
-                rows, index = self.rows, self.index_of_rows()
-            entry.reference.keep(entry.now, self.probe, rows, index)
+            kept.reference.keep(call, self.probe, rows, index)
         for name, stream in streams.items():
             tail = (stream - self.head[name]).detach()
-            entry.tails[name].add(entry.now, tail if index is None else tail[index], rows, index)
+            kept.tails[name].add(call, tail if index is None else tail[index], rows, index)
 
-    def index_of_rows(self) -> Tensor:
-        if self.index is None:
-            self.index = upload(torch.tensor(self.rows), self.probe.device)
-        return self.index
+    @cached_property
+    def index(self) -> Tensor:
+        """`rows` on the device."""
+        return upload(torch.tensor(self.rows), self.probe.device)
 
 
 def _writes(streams: Streams) -> list[int] | None:
@@ -266,3 +261,36 @@ def _items(value: Any, rows: Tensor, batch: int) -> Any:
         case dict():
             return {name: _items(item, rows, batch) for name, item in value.items()}
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal; tensors are compared only if they are not the same one."""
+    match one, other:
+        case _ if one is other:
+            return True
+        case Tensor(), Tensor():
+            return one.shape == other.shape and torch.equal(one, other)
+        case (tuple() | list(), tuple() | list()):
+            return len(one) == len(other) and all(map(_same, one, other))
+        case dict(), dict():
+            return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _explain(threshold: float, blocks: int, report: CacheReport) -> None:
+    """Warn of whatever kept the cache from acting as asked."""
+    calls = len(report.decisions)
+    changes = [change for change in report.residuals if change is not None and math.isfinite(change)]
+    if threshold == 0:
+        report.warn("The first-block cache with threshold 0 computes every call: use a threshold above 0.")
+    elif blocks < 2:
+        report.warn("The transformer has a single block, so the first-block cache has nothing to skip.")
+    elif calls < 2:
+        report.warn(f"The first-block cache had nothing to reuse in a run of {calls} denoiser calls: use more steps.")
+    elif report.reused == 0 and changes:
+        report.warn(
+            f"The first-block cache reused nothing: the first block's residual changed by {min(changes):.3f} or "
+            f"more at every call, not below the threshold {threshold}. A higher threshold would reuse."
+        )
+    elif report.reused == 0 and not report.warnings:
+        report.warn("The first-block cache reused nothing: the inputs changed their shape at every call.")

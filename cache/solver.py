@@ -1,0 +1,277 @@
+"""What a diffusers sampler makes of each prediction, and how a computed call repays what the reused ones got wrong.
+
+A reused call's prediction is a forecast. Once the next call computes, the predictions in between could be interpolated
+instead, which is far nearer to the truth, but the sampler has gone on with what it was told. So the computed call's
+answer is changed by what the sampler, frozen from here on, would have made of the difference:
+
+    ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
+
+with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
+(two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls), and r[k]
+the response of the final latent to a unit of prediction at call k (`responses`). It is the corrector of a
+predictor-corrector solver (UniPC, Zhao et al. 2023, arXiv:2302.04867, section 3.2), as that one without another
+evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
+from .transfer import upload
+from .views.base import Decision, Responses, answer_of
+
+# Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
+SPREAD = 0.5
+SMALL = 1e-3  # a prediction that no scheduler clips
+EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
+
+LIGHTEST = 2.0  # a call repays others that weigh up to so many times as much, in the mean
+ANCHORS = 2  # computed predictions that are kept; with the new one, a parabola
+PACE = 0.7  # of the coordinate, by measurement: docs/decisions/correction.md
+
+# Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either. LMS
+# does too, but weighs four predictions with alternating signs, and gained nothing: docs/decisions/responses.md.
+FOLLOWING = {
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "UniPCMultistepScheduler",
+}
+
+
+def timesteps_of(scheduler: Any, first: float) -> list[float] | None:
+    """Those at which a diffusers pipeline calls its denoiser in a run that begins at `first`.
+
+    None if that is not where the scheduler's timesteps begin: img2img runs a part of them.
+    """
+    timesteps = _timesteps(scheduler)
+    return timesteps if timesteps and timesteps[0] == first else None
+
+
+def _timesteps(scheduler: Any) -> list[float]:
+    """Those of a diffusers scheduler, none for one of somebody's own that has other things in their place."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    known: list[float] = timesteps.tolist() if isinstance(timesteps, Tensor) and timesteps.dim() == 1 else []
+    return known if all(map(math.isfinite, known)) else []
+
+
+def is_even(timesteps: Sequence[float]) -> bool:
+    """Whether the steps between the timesteps of a run are about as long as each other."""
+    steps = [abs(later - earlier) for earlier, later in pairwise(timesteps)]
+    return not steps or max(steps) * len(steps) <= EVEN * sum(steps)
+
+
+def follows(scheduler: Any) -> bool:
+    """Whether the scheduler's type and settings say that its steps follow from the predictions alone.
+
+    What has a `step` of its own, as somebody's subclass may, is not known.
+    """
+    owner = next((kind for kind in type(scheduler).__mro__ if "step" in vars(kind)), object)
+    if owner.__name__ not in FOLLOWING or not owner.__module__.startswith("diffusers."):
+        return False
+    noisy = "sde" in str(setting(scheduler, "algorithm_type")) or setting(scheduler, "stochastic_sampling")
+    return not noisy and not setting(scheduler, "thresholding")  # which looks at all of a picture
+
+
+def responses(scheduler: Any) -> tuple[float, ...] | None:
+    """By how much a change of each remaining call's prediction moves the final latent.
+
+    What the later calls make of it counts: a network takes a part of the change for noise and removes it. How much is
+    here what the best network for Gaussian pictures of spread SPREAD does. In noise σ ≫ SPREAD a change shrinks as the
+    noise does (the estimate of the clean latents stays), below it stays.
+
+    scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
+    beforehand (`follows`); where two calls share a timestep, as a prediction is no function of the call's number then;
+    and where a diffusion's timesteps are not even, as to repay lost there about as often as it won
+    (docs/decisions/responses.md).
+    """
+    if not follows(scheduler) or not _timesteps(scheduler):
+        return None
+    remaining = scheduler.timesteps[begun(scheduler) :].cpu()
+    calls = len(remaining)
+    if calls > len(set(remaining.tolist())):
+        return None
+    prediction = prediction_of(scheduler)
+    if isinstance(prediction, Diffusion) and not is_even(remaining.tolist()):
+        return None
+    unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
+    stepper = stepping_copy(scheduler)
+    sample = torch.zeros(1, calls, 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
+    for call, timestep in enumerate(remaining):
+        x = stepper.scale_model_input(sample, timestep) if hasattr(stepper, "scale_model_input") else sample
+        level = prediction.at(float(timestep) / unit)
+        output = prediction.output(x, _likely(level) * x, level)
+        output[:, call] += SMALL
+        sample = stepper.step(output, timestep, sample, return_dict=False)[0]
+    found = sample.flatten() / SMALL
+    return tuple(found.tolist()) if found.isfinite().all() else None
+
+
+def _likely(level: Level) -> float:
+    """The share of a latent that is the estimate of the clean one, for clean latents of standard deviation SPREAD."""
+    return level.alpha * SPREAD**2 / ((level.alpha * SPREAD) ** 2 + level.sigma**2)
+
+
+def stepping_copy(scheduler: object) -> Any:
+    """The scheduler as it is now, on the CPU, to be stepped apart: what shadows its methods (previews) stays behind."""
+    kind = type(scheduler)
+    other = object.__new__(kind)
+    for name, value in vars(scheduler).items():
+        if not callable(getattr(kind, name, None)):
+            vars(other)[name] = value.to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+    return other
+
+
+def begun(scheduler: Any) -> int:
+    """The first timestep of the run: img2img begins midway."""
+    return getattr(scheduler, "step_index", None) or getattr(scheduler, "begin_index", None) or 0
+
+
+@dataclass(slots=True)
+class _Items:
+    """Batch items that have computed at the same calls. rows: which of the batch; None for all."""
+
+    rows: list[int] | None = None
+    index: Tensor | None = None  # `rows` on the device
+    computed: list[int] = field(default_factory=list)  # newest first
+    reused: list[int] = field(default_factory=list)  # since then
+    anchors: list[Tensor] = field(default_factory=list)  # the predictions of `computed`
+    owed: Tensor | None = None  # Σ r[k] ε̂[k]
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What is remembered of a lane's calls: three tensors of the prediction's shape and two lists of call numbers."""
+
+    shape: torch.Size | None = None
+    began: int = 0  # the first call of this shape
+    items: list[_Items] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        held = [tensor for items in self.items for tensor in (*items.anchors, items.owed) if tensor is not None]
+        return sum(tensor.nbytes for tensor in held)
+
+
+class Correction:
+    """Remembers what a run's reused calls answered, and changes what its computed ones do.
+
+    responses: asked after the run's first call, when the sampler knows its steps and has not made one.
+    """
+
+    def __init__(self, responses: Responses) -> None:
+        self._ask = responses
+
+    @cached_property
+    def responses(self) -> Sequence[float] | None:
+        """By how much each call's prediction moves the result; None where that is not known, and nothing corrected."""
+        return self._ask()
+
+    def after(self, number: int, decision: Decision, output: Any, ledger: Ledger) -> Any:
+        """What call `number` of a lane is to answer instead of `output`; noted in that lane's `ledger`."""
+        responses = self.responses
+        if responses is None:
+            return output
+        prediction = output[0].detach()  # of a tuple or of diffusers' output, which can be indexed as one
+        if ledger.shape != prediction.shape:
+            ledger.shape, ledger.began, ledger.items = prediction.shape, number, [_Items()]
+        if number >= len(responses):
+            return output
+        if len(decision) > 1:
+            ledger.items = [part for items in ledger.items for part in _parts(items, decision)]
+        answer = prediction
+        for items in ledger.items:
+            own = prediction if items.index is None else prediction[items.index]
+            if not decision[0 if items.rows is None else items.rows[0]]:
+                _note(items, number, own, responses)
+            elif (repaid := _repaid(items, number, ledger.began, own, responses)) is not None:
+                answer = repaid if items.index is None else answer.index_copy(0, items.index, repaid)
+        return output if answer is prediction else answer_of(type(output), answer)
+
+
+def _note(items: _Items, number: int, prediction: Tensor, responses: Sequence[float]) -> None:
+    """Remember what the reused call `number` answered."""
+    if items.owed is None:
+        items.owed = responses[number] * prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    else:
+        items.owed.add_(prediction, alpha=responses[number])
+    items.reused.append(number)
+
+
+def _can_repay(reused: Sequence[int], number: int, responses: Sequence[float]) -> bool:
+    """Whether call `number` acts as the reused ones did: between the calls of a second-order step signs change.
+
+    A call whose own weight is small would have to exaggerate: its prediction would be no picture's any more.
+    """
+    own = responses[number]
+    weights = [responses[call] * own for call in reused]
+    return min(weights) > 0 and sum(weights) <= LIGHTEST * len(weights) * own**2
+
+
+def _repaid(items: _Items, number: int, began: int, prediction: Tensor, responses: Sequence[float]) -> Tensor | None:
+    """Keep the computed call's `prediction`; return what is to be answered in its place, if anything is owed."""
+    known, anchors = [number, *items.computed], [prediction, *items.anchors]
+    answer: Tensor | None = None
+    if items.owed is not None and items.computed and _can_repay(items.reused, number, responses):
+        owed = items.owed.neg_()
+        places = [_place(call - began) for call in known]
+        shares = [lagrange(places, _place(call - began)) for call in items.reused]
+        for node, anchor in enumerate(anchors):
+            weight = sum(responses[call] * share[node] for call, share in zip(items.reused, shares, strict=True))
+            owed.add_(anchor, alpha=weight)
+        answer = owed.div_(responses[number]).add_(prediction).to(prediction.dtype)
+    items.owed = None
+    items.reused = []
+    # The caller may write into what it is given, so that what is kept is not that very tensor.
+    kept = prediction if answer is not None else prediction.clone()
+    items.computed = known[:ANCHORS]
+    items.anchors = [kept, *items.anchors][:ANCHORS]
+    return answer
+
+
+def _parts(items: _Items, decision: Decision) -> list[_Items]:
+    """The items, apart where some compute and others reuse. A batch of several is named row by row from then on."""
+    rows = list(range(len(decision))) if items.rows is None else items.rows
+    if len({decision[row] for row in rows}) == 1:
+        return [items]
+    parts = []
+    for computes in (True, False):
+        places = [place for place, row in enumerate(rows) if decision[row] == computes]
+        device = items.anchors[0].device
+        index, chosen = (upload(torch.tensor(which), device) for which in ([rows[at] for at in places], places))
+        parts.append(
+            _Items(
+                [rows[place] for place in places],
+                index,
+                list(items.computed),
+                list(items.reused),
+                [anchor[chosen] for anchor in items.anchors],
+                None if items.owed is None else items.owed[chosen],
+            )
+        )
+    return parts
+
+
+def _place(call: int) -> float:
+    """The polynomial's coordinate of a call, counted from the first of its lane at its size."""
+    return math.pow(1 + call, PACE)
+
+
+def lagrange(nodes: Sequence[float], at: float) -> list[float]:
+    """The weights of values at `nodes` in the polynomial through them, at `at`."""
+    return [math.prod((at - other) / (node - other) for other in nodes if other != node) for node in nodes]

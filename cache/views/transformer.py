@@ -1,0 +1,110 @@
+"""A transformer: lists of blocks that hand an image stream on, and perhaps a text stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from cache import flops
+from cache.errors import IncompatibleDenoiser
+
+from .base import Call, Denoiser
+
+# Shares that were counted, by network: the share hardly depends on the size, and the first run's decides.
+_FIRST_BLOCK_COSTS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+IMAGE = "hidden_states"
+_STREAM_ORDER = (IMAGE, "encoder_hidden_states")  # of a block's positional arguments in diffusers
+
+
+class TransformerDenoiser(Denoiser):
+    """A transformer whose root runs one or two lists of blocks in turn, over an image and perhaps a text stream.
+
+    block_lists: the root's attributes that hold the blocks, in the order of their running; None finds them by name.
+    streams: the block's results in their order, for blocks that return a tuple. One that returns a tensor returns the
+    image stream. Streams have the shape (batch, tokens, channels).
+    """
+
+    injections = (
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+        "skip_layers",
+    )
+
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        block_lists: Sequence[str] | None = None,
+        streams: Sequence[str] = ("encoder_hidden_states", "hidden_states"),
+    ) -> None:
+        super().__init__(root)
+        usual = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+        names = usual if block_lists is None else block_lists
+        self.block_lists = tuple(name for name in names if len(getattr(root, name, ())) > 0)
+        self.streams = tuple(streams)
+        if not self.block_lists or (block_lists is not None and self.block_lists != tuple(block_lists)):
+            raise IncompatibleDenoiser(
+                f"{type(root).__name__} has no blocks under {', '.join(names)}: name its lists in block_lists."
+            )
+
+    @property
+    def blocks(self) -> list[list[nn.Module]]:
+        """The blocks of each list."""
+        return [list(getattr(self.root, name)) for name in self.block_lists]
+
+    def batch_of(self, call: Call) -> int:
+        """How many items `call` denoises together."""
+        return len(self.argument(IMAGE, call))
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The streams that a block is called with."""
+        passed = {
+            name: args[position] if position < len(args) else kwargs.get(name)
+            for position, name in enumerate(_STREAM_ORDER)
+        }
+        return {name: value for name, value in passed.items() if isinstance(value, Tensor)}
+
+    def arguments(
+        self, streams: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with other streams in them."""
+        by_name = {name: streams.get(name, value) for name, value in kwargs.items()}
+        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(streams)
+        return (*(named[name] for name in _STREAM_ORDER[: len(args)]), *args[len(_STREAM_ORDER) :]), by_name
+
+    def results(self, output: Any) -> dict[str, Tensor]:
+        """The streams in what a block returned."""
+        if not isinstance(output, tuple):
+            return {IMAGE: output}
+        return {name: stream for name, stream in zip(self.streams, output, strict=True) if stream is not None}
+
+    def check_order(self, taken: Mapping[str, Tensor], returned: Mapping[str, Tensor]) -> None:
+        """Raises IncompatibleDenoiser where a stream came out of a block in another one's shape."""
+        for name, stream in returned.items():
+            if name in taken and taken[name].shape != stream.shape:
+                raise IncompatibleDenoiser(
+                    f"The blocks of this {type(self.root).__name__} return {name} in the shape {tuple(stream.shape)}, "
+                    f"having taken it in {tuple(taken[name].shape)}: give the view its streams in the order in which "
+                    f"the blocks return them, which is not {', '.join(self.streams)}."
+                )
+
+    def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
+        """What a block that put out `streams` would return; `packed` if the blocks return tuples."""
+        return tuple(map(streams.get, self.streams)) if packed else streams[IMAGE]
+
+    def first_block_cost(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        """Operations of a call that skips all blocks but the first, by those of a full one; Raises Uncountable.
+
+        args, kwargs: of a call, on the meta device (`flops.on_meta`).
+        """
+        if self.root not in _FIRST_BLOCK_COSTS:
+            operations = flops.count(self.root, args, kwargs)
+            paths = [f"{name}.{i}" for name in self.block_lists for i in range(len(getattr(self.root, name)))]
+            skipped = sum(operations.get(path, 0) for path in paths[1:])
+            _FIRST_BLOCK_COSTS[self.root] = 1 - skipped / operations[""]
+        return _FIRST_BLOCK_COSTS[self.root]
