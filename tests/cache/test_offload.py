@@ -12,8 +12,8 @@ from torch import nn
 from cache import CacheStrategy, DeepCache, FirstBlockCache, attach
 from tests.cache.networks import denoise_flux, denoise_unet, small_flux, small_unet
 
-ON_UNET = [DeepCache(3, 0), DeepCache(2, 2, 200, 800, "none"), DeepCache(2, 12)]
-ON_FLUX = [FirstBlockCache(1.0, 2), FirstBlockCache(1.0, 1, "damped")]
+ON_UNET = [DeepCache(3, 0), DeepCache(2, 2, 200, 800, False), DeepCache(2, 12)]
+ON_FLUX = [FirstBlockCache(1.0, 2), FirstBlockCache(1.0, 1, False)]
 CASES = [(small_unet, denoise_unet, strategy) for strategy in ON_UNET]
 CASES += [(small_flux, denoise_flux, strategy) for strategy in ON_FLUX]  # type: ignore[misc, list-item]
 
@@ -78,7 +78,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_transformer_blocks_are_cached_like_others(backend: str) -> None:
     network = small_flux()
-    strategy = FirstBlockCache(1.0, 1, "linear")
+    strategy = FirstBlockCache(1.0, 1)
     with attach(network, strategy) as plain:
         *_, expected = denoise_flux(network)
     for block in [*network.transformer_blocks, *network.single_transformer_blocks]:
