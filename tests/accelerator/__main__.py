@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
 from models import samplers
 from models.base import GenerationParams
 
 from .device import Accelerator
-from .geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from .loading import load
 from .memory import peaks, strategies
 from .waits import STRATEGIES, waits
 
@@ -35,7 +36,7 @@ def waits_table(geometry: Geometry, table: Any, kind: str) -> Iterator[str]:
     yield row(*["---"] * (1 + len(STRATEGIES[kind])))
     device = Accelerator()
     with device, torch.no_grad():
-        model = geometry.load()
+        model = load(geometry)
         size = {"width": geometry.width, "height": geometry.height, "guidance_scale": geometry.guidance_scale}
         for sampler in table:
             params = GenerationParams(prompt="a cat", steps=STEPS, sampler=sampler, **size)

@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 from torch import no_grad
 
+from benchmarks.geometries import Geometry
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import GenerationParams
 from models.passes.drawing import Clock
 
 from .device import Accelerator
-from .geometries import Geometry
+from .loading import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def peaks(geometry: Geometry, strategy: CacheStrategy, *, images: int = 1, **opt
         found[stage] = max(found.get(stage, 0), counts.peak)
 
     with device, no_grad(), patch.object(Clock, "__call__", counted):
-        model = geometry.load(**options)
+        model = load(geometry, **options)
         weights = device.live
         params = GenerationParams(
             prompt="a cat",

@@ -1,0 +1,31 @@
+"""A model of full size on the simulated device. Its weights wait on the CPU in the memory of one number each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from benchmarks.geometries import Geometry
+from cache import cost
+from models.base import LoadedModel
+
+from .device import NAME, hollow
+
+
+def load(geometry: Geometry, **options: Any) -> LoadedModel:
+    """Within an Accelerator's context. options: of the ModelSpec."""
+    model = geometry.load(NAME, lambda name, shape, dtype: hollow(shape, dtype), **options)
+    _counted_once(geometry.name, model.denoiser.root)
+    return model
+
+
+_FIRST: dict[str, nn.Module] = {}
+
+
+def _counted_once(name: str, root: nn.Module) -> None:
+    """Operations are counted for each network anew, and here all of a name are alike."""
+    first = _FIRST.setdefault(name, root)
+    cost._BRANCH_COSTS[root] = cost._BRANCH_COSTS.setdefault(first, {})
+    if first in cost._FIRST_BLOCK_COSTS:
+        cost._FIRST_BLOCK_COSTS[root] = cost._FIRST_BLOCK_COSTS[first]
