@@ -15,7 +15,7 @@ from .device import NAME, hollow
 
 def load(geometry: Geometry, **options: Any) -> LoadedModel:
     """Within an Accelerator's context. options: of the ModelSpec."""
-    model = geometry.load(NAME, lambda name, shape, dtype: hollow(shape, dtype), **options)
+    model = geometry.load(NAME, hollow, **options)
     _counted_once(geometry.name, model.denoiser.root)
     return model
 

@@ -1,4 +1,4 @@
-"""What these tests run on: the device that WAVESPEED_TEST_DEVICE names, else the CPU. `scripts/gpu-check` sets it."""
+"""What these tests run on: the device that TEST_DEVICE names, else the CPU. `scripts/gpu-check` sets it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.registry import FAMILIES
 from tests.models.conftest import family_folders, flux_folder, sd_folder, small_folders
 
 __all__ = ["family_folders", "flux_folder", "sd_folder", "small_folders"]
-DEVICE = os.environ.get("WAVESPEED_TEST_DEVICE", "cpu")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 PUBLISHED = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
 
 Load = Callable[..., LoadedModel]

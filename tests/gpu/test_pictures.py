@@ -17,7 +17,7 @@ from tests.models.test_generation import ignore, pixels
 SHORT = replace(PARAMS, steps=3, seeds=(7,), batch_size=1)
 NAMES = ("sd15", "flux-dev") if DEVICE == "cpu" else PUBLISHED  # tests/models draws with all of them on the CPU
 SAMPLERS = [(name, sampler) for name in NAMES for sampler in FAMILIES[name].samplers]
-NEAR = 40.0  # dB: sums are taken in another order in each of some hundred layers and three steps
+NEAR = 70.0  # dB: weights that are off by 1e-6, as float32 rounds, leave 86 and more; by 1e-4, 71
 
 
 def is_unet(name: str) -> bool:
