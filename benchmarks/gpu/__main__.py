@@ -49,7 +49,7 @@ def parts(device: str, small: bool, tests: Sequence[str]) -> list[Part]:
         measured = [measure(*one) for one in zip((0.1, 0.12, 0.2, 0.05, 0.1), names, strict=True)]
         measured += [measure(0.08, name, "--compiled") for name in names[:2]]
     tested = Part("tests", ("pytest", *quiet, *tests), 0.24, {"TEST_DEVICE": device})
-    simulated = Part("simulated", ("tests.accelerator", "counts", *names), 0.06, {"CUDA_VISIBLE_DEVICES": ""})
+    simulated = Part("simulated", ("tests.accelerator", "counts", *names), 0.1, {"CUDA_VISIBLE_DEVICES": ""})
     return [tested, *measured, simulated]
 
 
