@@ -53,6 +53,7 @@ def test_constraints_hold_nothing_but_pins() -> None:
         "scripts/ui",
         "scripts/test",
         "scripts/bench",
+        "scripts/gpu-check",
         "scripts/lint",
         "scripts/venv",
         "scripts/check-image",

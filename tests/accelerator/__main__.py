@@ -1,18 +1,26 @@
-"""python -m tests.accelerator waits|memory: what the simulated device tells, as tables in Markdown."""
+"""python -m tests.accelerator waits|memory: what the simulated device tells, as tables in Markdown.
+
+python -m tests.accelerator counts NAME...: the rows of benchmarks.gpu.measure that it can tell, a JSON line each.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore, request
+from cache import NoCache
 from models.base import GenerationParams
 from models.sampling import samplers
 
-from .device import Accelerator
-from .geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from .device import Accelerator, Counts
+from .loading import load
 from .memory import peaks, strategies
 from .waits import STRATEGIES, waits
 
@@ -35,7 +43,7 @@ def waits_table(geometry: Geometry, table: Any, kind: str) -> Iterator[str]:
     yield row(*["---"] * (1 + len(STRATEGIES[kind])))
     device = Accelerator()
     with device, torch.no_grad():
-        model = geometry.load()
+        model = load(geometry)
         size = {"width": geometry.width, "height": geometry.height, "guidance_scale": geometry.guidance_scale}
         for sampler in table:
             params = GenerationParams(prompt="a cat", steps=STEPS, sampler=sampler, **size)
@@ -79,6 +87,28 @@ def memory_table() -> Iterator[str]:
         )
 
 
+def counted(name: str) -> Iterator[str]:
+    """Waits and launches of the denoising; bytes: weights, the peak of the denoising, and that of the whole run."""
+    geometry, device = GEOMETRIES[name], Accelerator()
+    with device, torch.no_grad():
+        model = load(geometry)
+        weights = device.live
+        for setting, strategy in (("uncached", NoCache()), ("ours", cached(geometry))):
+            found: list[Counts] = []
+
+            @contextmanager
+            def span(found: list[Counts] = found) -> Iterator[None]:
+                with device.counting() as counts:
+                    found.append(counts)
+                    yield
+
+            with device.counting() as whole:
+                model.generate(request(geometry, COUNTED), Within(strategy, span), ignore)
+            row = {"waits": sum(found[0].waits.values()), "launches": found[0].launches, "weights_bytes": weights}
+            peaks = {"peak_bytes": found[0].peak, "most_bytes": whole.peak}
+            yield json.dumps({"model": name, "setting": setting, "simulated": True, **row, **peaks})
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["waits"]:
@@ -88,6 +118,8 @@ def main() -> None:
             ]
         case ["memory"]:
             tables = [memory_table()]
+        case ["counts", *names]:
+            tables = [counted(name) for name in names]
         case _:
             sys.exit(__doc__)
     for table in tables:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.geometries import Geometry
 from models.generation import LoadedModel
+from tests.accelerator import loading
 from tests.accelerator.device import Accelerator
-from tests.accelerator.geometries import Geometry
 
 Load = Callable[..., LoadedModel]
 
@@ -40,7 +41,7 @@ def load(device: Accelerator, loaded: dict[tuple[Any, ...], LoadedModel]) -> Loa
     def load(geometry: Geometry, **options: Any) -> LoadedModel:
         key = (geometry.name, *sorted(options.items()))
         if key not in loaded:
-            loaded[key] = geometry.load(**options)
+            loaded[key] = loading.load(geometry, **options)
         return loaded[key]
 
     return load

@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 from torch import no_grad
 
+from benchmarks.geometries import Geometry
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import GenerationParams
 from models.stages.drawing import Clock
 
 from .device import Accelerator
-from .geometries import Geometry
+from .loading import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def peaks(geometry: Geometry, strategy: CacheStrategy, *, images: int = 1, steps
         found[part] = max(found.get(part, 0), counts.peak)
 
     with device, no_grad(), patch.object(Clock, "__call__", counted):
-        model = geometry.load(**options)
+        model = load(geometry, **options)
         weights = device.live
         params = GenerationParams(
             prompt="a cat",

@@ -11,11 +11,11 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.geometries import ALL, Geometry
 from models.libraries import quiet
 from models.memory import peak_bytes
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, SMALL, Accelerator, DeviceTensor
-from tests.accelerator.geometries import ALL, Geometry
 
 PARAMETERS = {  # of the published weights
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.accelerator.geometries import FLUX_DEV, SD15, SDXL, Geometry
+from benchmarks.geometries import FLUX_DEV, SD15, SDXL, Geometry
 from tests.accelerator.memory import Peaks, peaks, strategies
 
 

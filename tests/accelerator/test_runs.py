@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SD21, SDXL, Geometry
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces
 from models.base import Generation, GenerationParams, Img2Img, Lora, Multiscale, Step
 from models.generation import LoadedModel
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
-from tests.accelerator.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SD21, SDXL, Geometry
 
 BIG = pytest.mark.parametrize("geometry", [SD15, SDXL, FLUX_DEV], ids=lambda one: one.name)
 

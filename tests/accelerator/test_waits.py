@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+from benchmarks.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from cache.solver import responses
 from models.base import GenerationParams, Multiscale
@@ -15,7 +16,6 @@ from models.libraries import quiet
 from models.sampling import samplers
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
-from tests.accelerator.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
 from tests.accelerator.waits import STRATEGIES, Waits, waits
 
 

@@ -1,12 +1,13 @@
-"""Stable Diffusion 1.5, 2.1, XL and Flux in the sizes that they were published in, on the simulated device.
+"""Stable Diffusion 1.5, 2.1, XL and Flux in the sizes that they were published in, with no weights of theirs.
 
-The configurations are those of the published repositories, written down here because nothing is fetched; numbers of
-parameters are held against the published ones by test_device.py. Weights wait on the CPU in the memory of one number
-each (`hollow`) and are put in place by the server's own loader, so that offloading is what it is there.
+The configurations are those of the published repositories, written down here because nothing is fetched; the simulated
+device's tests hold numbers of parameters against the published ones. Weights are put in place by the server's own
+loader, so that offloading is what it is there.
 """
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -38,7 +39,6 @@ from transformers import (
 )
 
 from cache import TransformerDenoiser, UNetDenoiser
-from cache.views import transformer
 from models.base import ModelSpec
 from models.families.flux import FluxModel
 from models.families.sd import StableDiffusionModel
@@ -48,8 +48,8 @@ from models.libraries import quiet
 from models.loading.folder import _settle
 from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
 
-from .device import NAME, hollow
-
+Fill = Callable[[torch.Size, torch.dtype], Tensor]
+"""Makes a weight."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAVED = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False}
 
@@ -66,17 +66,16 @@ class Geometry:
     guidance_scale: float
     build: Callable[[], Any]
 
-    def load(self, **options: Any) -> LoadedModel:
-        """On the simulated device, within an Accelerator's context. options: of the ModelSpec."""
+    def load(self, device: str, fill: Fill, **options: Any) -> LoadedModel:
+        """options: of the ModelSpec."""
         spec = ModelSpec(name=self.name, family=self.family, source=Path("nowhere"), **options)
         with quiet():
             with torch.device("meta"):
                 pipeline = self.build()
             for part in pipeline.components.values():
                 if isinstance(part, nn.Module):
-                    _materialise(part, self.dtype)
-            _settle(pipeline, spec, NAME)
-        _counted_once(self.name, pipeline.components.get("unet") or pipeline.transformer)
+                    _materialise(part, self.dtype, fill)
+            _settle(pipeline, spec, device)
         if self.family.startswith("flux"):
             return LoadedModel(FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING))
         if spec.offload is None:
@@ -85,24 +84,29 @@ class Geometry:
         return LoadedModel(model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION))
 
 
-_FIRST: dict[str, nn.Module] = {}
+def random(device: str) -> Fill:
+    """Weights on `device` under which activations keep their scale: normal ones by their inputs, biases of one.
+
+    Without biases a block's gates follow the timestep alone, and no first block would be near that of the call before.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def fill(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if len(shape) < 2:
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(math.prod(shape[1:]) ** -0.5)
+
+    return fill
 
 
-def _counted_once(name: str, root: nn.Module) -> None:
-    """Operations are counted for each transformer anew, and here all of a name are alike."""
-    first = _FIRST.setdefault(name, root)
-    if first in transformer._FIRST_BLOCK_COSTS:
-        transformer._FIRST_BLOCK_COSTS[root] = transformer._FIRST_BLOCK_COSTS[first]
-
-
-def _materialise(network: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters of the meta device on the CPU, in `dtype` but for what the class keeps from overflow in float16."""
+def _materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
+    """Weights for parameters of the meta device, in `dtype` but for what the class keeps from overflow in float16."""
     kept = (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, module in network.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = torch.float32 if any(part in f"{name}.{key}".split(".") for part in kept) else dtype
-                module._parameters[key] = nn.Parameter(hollow(parameter.shape, own), requires_grad=False)
+                module._parameters[key] = nn.Parameter(fill(parameter.shape, own), requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 if key != "position_ids":
@@ -132,25 +136,27 @@ def _clip(cls: Any, width: int, layers: int, heads: int, **changes: Any) -> Any:
     )
 
 
-def _autoencoder(channels: int, **changes: Any) -> AutoencoderKL:
+def _autoencoder(channels: int, width: int = 128, **changes: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
         layers_per_block=2,
         latent_channels=channels,
         **changes,
     )
 
 
-def _stable_diffusion(unet: dict[str, Any], text: Any, scheduler: Any, side: int) -> StableDiffusionPipeline:
+def _stable_diffusion(
+    unet: dict[str, Any], text: Any, scheduler: Any, side: int, width: int = 320
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=_autoencoder(4, sample_size=side),
+        vae=_autoencoder(4, min(width, 128), sample_size=side),
         text_encoder=text,
         tokenizer=_clip_tokenizer(),
         unet=UNet2DConditionModel(
             sample_size=side // 8,
-            block_out_channels=(320, 640, 1280, 1280),
+            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             layers_per_block=2,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
@@ -168,10 +174,10 @@ def _on_cpu(make: Callable[..., Any], **settings: Any) -> Any:
         return make(**settings)
 
 
-def _sd15() -> StableDiffusionPipeline:
+def _sd15(width: int = 320, layers: int = 12) -> StableDiffusionPipeline:
     pndm = _on_cpu(PNDMScheduler, **SAVED, skip_prk_steps=True)
     unet = {"attention_head_dim": 8, "cross_attention_dim": 768}
-    return _stable_diffusion(unet, _clip(CLIPTextModel, 768, 12, 12), pndm, 512)
+    return _stable_diffusion(unet, _clip(CLIPTextModel, 768, layers, 12), pndm, 512, width)
 
 
 def _sd21() -> StableDiffusionPipeline:
@@ -207,17 +213,18 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def _flux(distilled: bool) -> FluxPipeline:
+def _flux(distilled: bool, width: int = 4096, layers: int = 24, **transformer: Any) -> FluxPipeline:
+    """width, layers: of T5."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
     text = T5EncoderModel(
         T5Config(
             vocab_size=32128,
-            d_model=4096,
+            d_model=width,
             d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
+            d_ff=width * 5 // 2,
+            num_layers=layers,
+            num_heads=width // 64,
             feed_forward_proj="gated-gelu",
         )
     )
@@ -227,23 +234,30 @@ def _flux(distilled: bool) -> FluxPipeline:
         scheduler=_on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
         vae=_autoencoder(
             16,
+            min(width, 128),
             sample_size=1024,
             scaling_factor=0.3611,
             shift_factor=0.1159,
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=_clip(CLIPTextModel, 768, 12, 12),
+        text_encoder=_clip(CLIPTextModel, 768, layers // 2, 12),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=text,
         tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512 if distilled else 256),
-        transformer=FluxTransformer2DModel(guidance_embeds=distilled),
+        transformer=FluxTransformer2DModel(guidance_embeds=distilled, joint_attention_dim=width, **transformer),
     )
 
 
+_SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1}
 SD15 = Geometry("sd15", "sd15", 768, 512, torch.float16, 7.5, _sd15)
 SD21 = Geometry("sd21", "sd21", 768, 768, torch.float16, 7.5, _sd21)
 SDXL = Geometry("sdxl", "sdxl", 1024, 1024, torch.float16, 5.0, _sdxl)
 FLUX_DEV = Geometry("flux-dev", "flux-dev", 832, 1216, torch.bfloat16, 3.5, lambda: _flux(True))
 FLUX_SCHNELL = Geometry("flux-schnell", "flux-schnell", 832, 1216, torch.bfloat16, 0.0, lambda: _flux(False))
 ALL = (SD15, SD21, SDXL, FLUX_DEV, FLUX_SCHNELL)
+
+SMALL_SD = Geometry("small-sd", "sd15", 64, 64, torch.float32, 7.5, lambda: _sd15(32, 2))
+SMALL_FLUX = Geometry("small-flux", "flux-schnell", 64, 64, torch.float32, 0.0, lambda: _flux(False, 64, 2, **_SMALL))
+SMALL = (SMALL_SD, SMALL_FLUX)
+"""The same structures, for a CPU."""
