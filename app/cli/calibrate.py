@@ -17,6 +17,12 @@ from cache import FirstBlockCache
 from models.base import Step
 
 PROMPTS = ("a snowy island at noon", "misty mountains at sunset", "a clear desert at dawn", "a stormy forest at night")
+THRESHOLD_PROMPTS = (
+    "a misty forest at twilight",
+    "a clear sea at noon",
+    "a snowy island at dawn",
+    "a stormy desert at sunset",
+)
 FIRST_SEED = 100
 # What the search sets itself, and what it has no use for.
 _LEFT_OUT = "deepcache_.*|fbcache_(enabled|threshold)|prompt|model|num_images|batch_size|output_format|enable_preview"
@@ -90,20 +96,20 @@ def threshold(
     fields: dict[str, Any],
 ) -> None:
     """Find the fbcache_threshold for a wished speed-up from uncached pictures, drawn here; prints JSON."""
-    from models.tuning import calibration
-
-    prompts, settings = prompt or calibration.PROMPTS, read_settings()
+    prompts, settings = prompt or THRESHOLD_PROMPTS, read_settings()
     given = {"prompt": prompts[0], "model": model, "seed": 0, "fbcache_enabled": True, **fields}
     request = checked_early(given, settings)
     with runner_here(settings) as (progress, runner):
         job = resolve(request, runner.catalogue(), settings, HERE)
         if not isinstance(job.strategy, FirstBlockCache):
             raise ServiceError(f"{job.model} has no first-block cache, so that there is no threshold to find.")
+        from models.tuning.calibration import find_threshold
+
         loaded = runner.model(job.model)
         progress.show(job.model, total=job.params.steps * len(prompts), completed=0)
 
         def on_step(step: Step) -> None:
             progress.advance()
 
-        found = calibration.find_threshold(loaded, job.params, speedup, job.strategy, on_step, prompts)
+        found = find_threshold(loaded, job.params, speedup, job.strategy, on_step, prompts)
     print(json.dumps({name: round(value, 4) for name, value in asdict(found).items()}))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.report import markdown, named
+from benchmarks.report import conditions, table
 
 Row = Mapping[str, Any]
 COLUMNS = "setting | images | s a step | speed-up | first run, s | hit rate | GB, denoising | GB, whole run"
@@ -16,10 +16,10 @@ WORDS = 80  # characters of an error in a table
 def page(result: Row) -> str:
     """result: what __main__ has gathered so far; a part that is not in it was not reached."""
     machine, parts = result["machine"], result["parts"]
-    lines = ["# GPU check", "", f"{machine['device']}; {named(machine['versions'])}; commit {machine['commit']}.", ""]
+    lines = ["# GPU check", "", conditions(machine), ""]
     if result["small"]:
         lines += ["Small models: this tries the code, and no figure here means anything.", ""]
-    lines += markdown("part | | seconds", (f"{one['name']} | {one['state']} | {one['seconds']}" for one in parts))
+    lines += table("part | | seconds", (f"{one['name']} | {one['state']} | {one['seconds']}" for one in parts))
     lines += tested([row for part in parts for row in part["rows"] if "test" in row])
     measured = [row for part in parts for row in part["rows"] if "model" in row]
     for model in dict.fromkeys(row["model"] for row in measured):
@@ -43,9 +43,9 @@ def of_model(rows: list[Row]) -> Iterator[str]:
     simulated = {row["setting"]: row for row in rows if row.get("simulated")}
     planned = [tuple(one) for row in rows for one in row.get("planned", ())]
     found = {(row["setting"], row["images"]): row for row in rows if "images" in row}
-    yield from markdown(COLUMNS, (cells(key, found) for key in planned))
-    table = [line for name in simulated for line in beside(name, found.get((name, 1), {}), simulated[name])]
-    yield from markdown("waits and launches in four steps, bytes | measured | simulated", table)
+    yield from table(COLUMNS, (cells(key, found) for key in planned))
+    compared = [line for name in simulated for line in beside(name, found.get((name, 1), {}), simulated[name])]
+    yield from table("waits and launches in four steps, bytes | measured | simulated", compared)
 
 
 def cells(key: tuple[str, int], found: Mapping[tuple[str, int], Row]) -> str:

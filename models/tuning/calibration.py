@@ -146,16 +146,13 @@ def sensitivities(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
     return found
 
 
-PROMPTS = ("a misty forest at twilight", "a clear sea at noon", "a snowy island at dawn", "a stormy desert at sunset")
-
-
 def find_threshold(
     model: LoadedModel,
     params: GenerationParams,
     speedup: float,
     settings: FirstBlockCache,
     on_step: StepHook,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str],
 ) -> Found:
     """The lowest threshold that promises `speedup` for pictures like `params`, one of each prompt, at its own seed.
 

@@ -101,6 +101,13 @@ class GatedRegistry(FakeRegistry):
         return super().get(name)
 
 
+class ColdRunner(RegistryRunner):
+    """Draws nothing for nobody: its models would wait for the test's word."""
+
+    def warm(self, model: str) -> None:
+        pass
+
+
 class ThreadChild:
     """As a process is to the supervisor: started, killed at whatever it waits for, and its pipe closes with it."""
 
@@ -171,7 +178,7 @@ class ThreadChild:
     def _live(self) -> None:
         assert self._connection is not None
         try:
-            runner = RegistryRunner(GatedRegistry(self.gate), "a thread")
+            runner = ColdRunner(GatedRegistry(self.gate), "a thread")
             worker.serve(self._connection, lambda device: runner, self._device, self._plan)
         except Killed:
             pass

@@ -13,10 +13,11 @@ from models.base import GenerationParams, ModelError
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.generation import LoadedModel
 from models.registry import Registry
-from models.tuning.calibration import PROMPTS, find_threshold
+from models.tuning.calibration import find_threshold
 from models.tuning.nearness import psnr
 
 PICTURES = (("a snowy forest at night", 40), ("misty hills at dawn", 41), ("a stormy sea at sunset", 42))
+PROMPTS = ("a misty forest at twilight", "a clear sea at noon")
 PARAMS = GenerationParams(prompt="", width=192, height=128, steps=28, guidance_scale=3.0)
 
 
@@ -53,7 +54,7 @@ def test_a_threshold_that_was_found_gives_the_wished_speed_up_on_other_prompts_a
     model: LoadedModel, wish: float
 ) -> None:
     """Within a tenth: each of some 28 calls is worth a thirtieth of the time."""
-    found = find_threshold(model, PARAMS, wish, FirstBlockCache(), lambda step: None, PROMPTS[:2])
+    found = find_threshold(model, PARAMS, wish, FirstBlockCache(), lambda step: None, PROMPTS)
     assert wish <= found.speedup < wish * 1.1
     _, reports = drawn(model, FirstBlockCache(found.threshold))
     reached = np.mean([report.predicted_speedup for report in reports])
@@ -66,4 +67,4 @@ def test_what_cannot_be_had_is_an_error_with_a_remedy(model: LoadedModel) -> Non
         find_threshold(model, short, 5.0, FirstBlockCache(), lambda step: None, prompts=("a clear sea at noon",))
     unet = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
     with pytest.raises(ModelError, match="DeepCache"):
-        find_threshold(unet, short, 2.0, FirstBlockCache(), lambda step: None)
+        find_threshold(unet, short, 2.0, FirstBlockCache(), lambda step: None, PROMPTS)

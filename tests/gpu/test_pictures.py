@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.models.test_families import PARAMS, expected
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.registry import FAMILIES
 from models.tuning.nearness import psnr
 from tests.gpu.conftest import DEVICE, PUBLISHED, Load
+from tests.models.families.test_families import PARAMS, expected
 from tests.models.test_generation import ignore, pixels
 
 SHORT = replace(PARAMS, steps=3, seeds=(7,), batch_size=1)
