@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import measure
 from benchmarks.gpu.page import page
-from benchmarks.report import ROOT
+from benchmarks.report import ROOT, machine
 
 TESTS = "def test_good(): pass\ndef test_bad(): assert False, 'a reason'\n"
 
@@ -126,7 +126,7 @@ def test_what_was_written_before_the_end_of_the_time_is_kept(tmp_path: Path, mon
     late, never = command.run(part, 1000.0), command.run(part, 0.0)
     assert (late["state"], never["state"]) == ("out of time", "not reached")
     assert late["rows"][1] == row
-    text = page({"machine": {"device": "d", "versions": {}, "commit": "c"}, "small": False, "parts": [late, never]})
+    text = page({"machine": machine(), "small": False, "parts": [late, never]})
     assert "| a | 1 | no reason |" in text
     assert "| b | 1 | not reached |" in text
     assert "| endless | not reached | 0.0 |" in text

@@ -198,7 +198,7 @@ def test_log_telemetry_and_metrics_say_the_same(server: Server) -> None:
 
 def test_the_worker_killed_in_a_request_is_replaced_and_the_request_answered(server: Server) -> None:
     worker = server.worker()
-    request = {"prompt": "a stormy sea at dawn", "steps": 80, "seed": 1}
+    request = {"prompt": "a stormy sea at dawn", "steps": 30, "seed": 1}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.post, request)
         wait_for(lambda: server.client.get("/api/telemetry").json()["running_count"] == 1, server.process)
