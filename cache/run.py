@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Lane:
         return self.ledger.bytes + kept
 
 
-class Run:
+class Run(ABC):
     """One run of a denoiser under a strategy, whose own run says in `step` what becomes of a call.
 
     Raises IncompatibleDenoiser.
@@ -70,6 +71,6 @@ class Run:
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
 
+    @abstractmethod
     def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         """The denoiser's answer, computed or reused, and which it was."""
-        raise NotImplementedError

@@ -133,7 +133,7 @@ class PipelineModel(ABC):
         return self.denoiser
 
     def responses(self, scheduler: Any) -> tuple[float, ...] | None:
-        """Of the scheduler (`cache.sampling`), its timesteps set. Kept: they take a few milliseconds to find."""
+        """Of the scheduler (`cache/solver.py`), its timesteps set. Kept: they take a few milliseconds to find."""
         import torch
 
         from cache.solver import begun, follows, responses

@@ -43,14 +43,14 @@ def draw(
     models dropped, then in tiles; the last failure passes through, as all others do.
     """
     asked = min(params.batch_size, len(params.seeds))
-    tiled = replace(params, vae_tiling=True)
-    tiles_help = model.working_bytes(tiled, 1) < model.working_bytes(params, 1)
+    in_tiles = False
 
     def use_tiles() -> bool:
-        nonlocal params
-        if params is tiled or not tiles_help:
+        nonlocal params, in_tiles
+        tiled = replace(params, vae_tiling=True)
+        if in_tiles or model.working_bytes(tiled, 1) >= model.working_bytes(params, 1):
             return False
-        params = tiled
+        params, in_tiles = tiled, True
         return True
 
     while not (together := _fitting(model, params, asked, device)):
@@ -74,7 +74,7 @@ def draw(
         generation.warnings.append(
             f"{asked} images together do not fit into the device's memory: they were denoised {number} at a time."
         )
-    if params is tiled:
+    if in_tiles:
         generation.warnings.append(
             "The whole picture's decoding does not fit into the device's memory: it was decoded in tiles, which blend."
         )

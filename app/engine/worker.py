@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Draw a short picture for nobody: what is made at the first use (kernels, tables, imports) is made now."""
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
-        """Draw jobs of one kind (`grouping.kind_of`), together if they are several; leave nothing of them behind.
+        """Draw jobs of one kind (`queue.kind_of`), together if they are several; leave nothing of them behind.
 
         Each job's pictures, or its failure, come out of its `Finish`, in the jobs' order. What `on_steps` raises is
         the failure of the jobs that the step was told of. Raises what concerns all of them.

@@ -101,8 +101,8 @@ def test_waits_are_told_from_what_torch_says_of_the_mode() -> None:
         warnings.warn_explicit(mode, UserWarning, "torch/cuda/__init__.py", 1)
         for _ in range(2):
             text = "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:1.)"
-            warnings.warn_explicit(text, UserWarning, "a/cache/reference.py", 7)
-    assert measure.waits_in(said) == {"cache/reference.py:7": 2}
+            warnings.warn_explicit(text, UserWarning, "a/cache/first_block/rule.py", 7)
+    assert measure.waits_in(said) == {"first_block/rule.py:7": 2}
 
 
 def test_what_was_written_before_the_end_of_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
