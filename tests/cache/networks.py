@@ -87,6 +87,21 @@ def tiny_flux() -> nn.Module:
     return network.eval()
 
 
+def three_levels() -> nn.Module:
+    """One layer a level, text in two of the levels: quick to call, and depth chooses among its branches."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
 def small_unet() -> nn.Module:
     """Two levels of one layer, for tests that run many calls."""
     torch.manual_seed(0)
@@ -245,8 +260,9 @@ class Family:
 
 
 FAMILIES = [
-    Family("sd", tiny_sd, denoise_unet, is_unet=True, guided=True),
-    Family("sdxl", tiny_sdxl, denoise_unet, is_unet=True, guided=True),
+    Family("three levels", three_levels, denoise_unet, is_unet=True, guided=True),
+    Family("sd", tiny_sd, denoise_unet, is_unet=True, guided=True, sampled=True),
+    Family("sdxl", tiny_sdxl, denoise_unet, is_unet=True, guided=True, sampled=True),
     Family("unconditional", tiny_unconditional, denoise_unet, is_unet=True),
     Family("flux", tiny_flux, denoise_flux, is_unet=False),
     Family("sd3", sd3.build, sd3.steps, is_unet=False, sampled=True),
