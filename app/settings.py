@@ -52,7 +52,7 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("WAVESPEED_DEVICES", "WAVESPEED_DEVICE"),
         description="One worker process each, separated by commas: cpu, cuda:0, cuda:1. auto: a GPU, else the CPU.",
     )
-    threads: int = Field(0, ge=0, description="Threads that a worker computes with; 0 takes the cores available.")
+    threads: int = Field(0, ge=0, description="Threads that a worker computes with; 0 leaves one core to others.")
     model: str | None = Field(None, description="Model of a request that names none; unset takes the embedded one.")
     models_file: Path | None = Field(
         None, description="TOML file of further models, see docs/models.md; unset serves the embedded ones."
@@ -224,6 +224,15 @@ def available_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS or Windows
         return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads that a worker computes with unless told.
+
+    One core is left to the rest of the machine: threads that wait for one whose core another program has taken make a
+    picture several times slower (docs/decisions/spinning-threads.md).
+    """
+    return max(1, available_cores() - 1)
 
 
 def variables(field: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import pick_model, resolve
 from app.http.schemas import PRESETS, parse
 from app.images import encode, format_of
-from app.settings import Settings, available_cores, read_settings
+from app.settings import Settings, default_threads, read_settings
 from models.base import Step
 from models.tuning.nearness import psnr
 
@@ -195,7 +195,7 @@ def compared(given: dict[str, Any], settings: Settings, repeats: int = 1) -> Com
         condition = runner.condition()
         machine = {
             "device": processor() if condition.kind == "cpu" else condition.name,
-            "threads": settings.threads or available_cores(),
+            "threads": settings.threads or default_threads(),
             "versions": versions(("torch", "diffusers")),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         }

@@ -22,7 +22,7 @@ from app.engine.types import Branch, Catalogue, DeviceMemory, Job, JobResult, Mo
 from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks
-from app.settings import Settings, available_cores
+from app.settings import Settings, default_threads
 from cache import CacheReport, DeepCache, FirstBlockCache
 from models.base import Generation, GenerationParams, StageReport
 from models.models_file import BadModelsFile, Configuration, embedded, read
@@ -223,7 +223,7 @@ def configured_runner(
 ) -> RegistryRunner:
     """A runner of the configured models, None: those that come with the project.
 
-    `device` may be `auto`; 0 threads: the cores available. `memory`: GiB for all loaded weights together, None: nine
+    `device` may be `auto`; 0 threads: all cores but one. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has.
     """
     share_cores()
@@ -231,7 +231,7 @@ def configured_runner(
 
     from models.registry import Registry
 
-    torch.set_num_threads(threads or available_cores())
+    torch.set_num_threads(threads or default_threads())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():

@@ -12,7 +12,8 @@ from tests.compatibility.conftest import filled, made_for
 from tests.compatibility.rows import EMBEDDING, IMG2IMG, LORA, ON, STACK
 
 SIDE = 128
-FIRST = {"prompt": "a misty forest at twilight", "width": SIDE, "height": SIDE, "steps": 3, "seed": 7}
+MODEL = "small-sd"
+FIRST = {"model": MODEL, "prompt": "a misty forest at twilight", "width": SIDE, "height": SIDE, "steps": 3, "seed": 7}
 # What comes between, by name. Each is sent once, and the first request again after it.
 BETWEEN: dict[str, dict[str, Any]] = {
     "LoRA": LORA,
@@ -43,13 +44,13 @@ async def bytes_of(client: httpx.AsyncClient, fields: dict[str, Any]) -> bytes:
 
 
 async def test_the_first_answers_come_back(client: httpx.AsyncClient, registry: Registry, weights: Path) -> None:
-    for name in ("tiny-sd", "sdxl"):
+    for name in (MODEL, "sdxl"):
         made_for(registry.get(name), f"own-{name}", weights)
-    plain, *others = (filled(dict(fields), "tiny-sd", SIDE) for fields in ({}, ON["DeepCache"], {**LORA, **EMBEDDING}))
+    plain, *others = (filled(dict(fields), MODEL, SIDE) for fields in ({}, ON["DeepCache"], {**LORA, **EMBEDDING}))
     expected = await bytes_of(client, plain)
     others_expected = [await bytes_of(client, fields) for fields in others]
     for name, fields in BETWEEN.items():
-        body = {**FIRST, **filled(dict(fields), "tiny-sd", SIDE)}
+        body = {**FIRST, **filled(dict(fields), MODEL, SIDE)}
         response = await client.post("/api/generate", json=body)
         if name in REFUSED:
             assert (response.status_code, response.json()["error"]["field"]) == (422, REFUSED[name])
