@@ -29,7 +29,7 @@ BIG = pytest.mark.parametrize("geometry", [SD15, SDXL, FLUX_DEV], ids=lambda one
 
 
 def params(geometry: Geometry, **changes: Any) -> GenerationParams:
-    settings = {"steps": 3, "prompt": "a cat", "width": geometry.width, "height": geometry.height}
+    settings = {"steps": 2, "prompt": "a cat", "width": geometry.width, "height": geometry.height}
     return GenerationParams(**{**settings, "guidance_scale": geometry.guidance_scale, **changes})
 
 
