@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from models.base import (
     GenerationCancelled,
     GenerationParams,
     Img2Img,
+    ModelSpec,
     Multiscale,
     Step,
     TooFewSteps,
@@ -327,24 +329,31 @@ def few(steps: int, **changes: Any) -> GenerationParams:
     return replace(PARAMS, steps=steps, seeds=(7,), **changes)
 
 
+@pytest.fixture(scope="module")
+def small(small_folders: dict[str, Path]) -> LoadedModel:
+    spec = ModelSpec(name="small", family="sd", source=small_folders["v_prediction"])
+    return LoadedModel(SD_FAMILY.load(spec, "cpu"))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
-def test_every_pass_runs_with_few_steps(sd: LoadedModel, sampler: str, steps: int) -> None:
+def test_every_pass_runs_with_few_steps(small: LoadedModel, sampler: str, steps: int) -> None:
     """Or says, before anything is drawn, how many it takes."""
     start = Img2Img(picture=picture(64, 64), denoise=0.5)
+    larger = {"hires_fix": True, "width": 96, "height": 96}
     multiscale = Multiscale(fullres_start=0, fullres_end=0)
     wanted: list[tuple[dict[str, Any], int]] = [({}, steps), ({"multiscale": multiscale}, steps)]
     if steps > 1:
-        wanted += [({"img2img": start}, steps // 2), ({"hires_fix": True, "width": 192, "height": 192}, steps // 2)]
+        wanted += [({"img2img": start}, steps // 2), (larger, steps // 2)]
     for changes, last in wanted:
-        drawn = sd.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
+        drawn = small.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
         assert drawn.stages[-1].steps == last
         assert pixels(drawn.images).std() > 0
     if steps == 1:
-        refused = [{"img2img": start}, {"hires_fix": True, "width": 192, "height": 192}, {"adetailer": True}]
+        refused = [{"img2img": start}, larger, {"adetailer": True}]
         for changes in refused:
             with pytest.raises(TooFewSteps):
-                sd.generate(few(1, sampler=sampler, **changes), NoCache(), never)
+                small.generate(few(1, sampler=sampler, **changes), NoCache(), never)
 
 
 def never(step: Step) -> None:
