@@ -62,6 +62,12 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def small(small_folders: dict[str, Path]) -> LoadedModel:
+    spec = ModelSpec(name="small", family="sd", source=small_folders["v_prediction"])
+    return LoadedModel(SD_FAMILY.load(spec, "cpu"))
+
+
 def stable_diffusion_img2img(model: Any) -> StableDiffusionImg2ImgPipeline:
     parts = {**model.pipeline.components, "unet": None, "requires_safety_checker": False}
     pipeline = StableDiffusionImg2ImgPipeline(**parts)  # its check of the UNet's sample_size takes no oblong one
@@ -121,10 +127,10 @@ def test_an_upload_is_cut_to_the_drawings_aspect(sd: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
-def test_every_sampler_begins_from_a_picture(sd: LoadedModel, sampler: str) -> None:
+def test_every_sampler_begins_from_a_picture(small: LoadedModel, sampler: str) -> None:
     params = replace(PARAMS, sampler=sampler, seeds=(7,), img2img=Img2Img(picture=picture(64, 64), denoise=0.5))
     steps: list[Step] = []
-    drawn = sd.generate(params, NoCache(), steps.append)
+    drawn = small.generate(params, NoCache(), steps.append)
     assert [(step.index, step.total) for step in steps] == [(index, 3) for index in range(3)]
     assert np.isfinite(pixels(drawn.images)).all()
 
@@ -327,12 +333,6 @@ def test_passes_stack_with_a_cache_run_each(sd: LoadedModel) -> None:
 
 def few(steps: int, **changes: Any) -> GenerationParams:
     return replace(PARAMS, steps=steps, seeds=(7,), **changes)
-
-
-@pytest.fixture(scope="module")
-def small(small_folders: dict[str, Path]) -> LoadedModel:
-    spec = ModelSpec(name="small", family="sd", source=small_folders["v_prediction"])
-    return LoadedModel(SD_FAMILY.load(spec, "cpu"))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
