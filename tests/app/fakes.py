@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -253,6 +254,34 @@ def fake_runner(device: str, default: str = "fine") -> RegistryRunner:
 def broken_runner(device: str) -> RegistryRunner:
     """Its default model does not load."""
     return RegistryRunner(FakeRegistry("broken"), "fake device")
+
+
+def broken_flux_runner(device: str) -> RegistryRunner:
+    registry = FakeRegistry()
+    registry.default_flux = "broken"
+    return RegistryRunner(registry, "fake device")
+
+
+class FolderRegistry(FakeRegistry):
+    """A model can be loaded on a device while its file is in that device's folder."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
+        super().__init__(default=names[0])
+        self.default_flux = None
+        self._folder = folder
+        self._names = names
+
+    def get(self, name: str) -> FakeModel:
+        if name not in self._loaded and not (self._folder / name).exists():
+            raise LoadFailed(f"{self._folder / name} is missing")
+        return super().get(name)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [row for row in super().describe() if row["name"] in self._names]
+
+
+def folder_runner(device: str, folder: Path, names: tuple[str, ...]) -> RegistryRunner:
+    return RegistryRunner(FolderRegistry(folder / device, names), "fake device")
 
 
 def no_runner(device: str) -> RegistryRunner:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,7 @@ import app.engine.runner
 from app.errors import ServiceError
 from app.http.schemas import GenerateRequest
 from tests.app.fakes import fake_runner
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.app.forks import Ended, ended
 
 
 @pytest.fixture
@@ -84,41 +80,36 @@ def test_what_the_server_refuses_is_refused_in_one_line(
     assert not [line for line in progress if words in line or "Traceback" in line]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["generate", "a", "--model", "nope"], "There is no model 'nope'. There is: tiny-sd, tiny-flux."),
-        (["generate", "a", "--sampler", "nope"], "There is no sampler 'nope' for this model. It has: euler, "),
-        (
-            ["generate", "a", "--deepcache-interval", "11"],
-            "deepcache_interval: input should be less than or equal to 10.",
-        ),
-        (["generate", "a", "--width", "513"], "multiple of 8"),
-        (["generate", "a", "--img2img-enabled", "--img2img-image", "none.png"], "none.png: No such file or directory."),
-        (
-            ["compare", "a", "--flux", "--sampler", "lms"],
-            "There is no sampler 'lms' for this model. It has: euler, heun.",
-        ),
-        (["calibrate", "nope"], "There is no model 'nope'."),
-        (["calibrate", "tiny-sd", "--sampler", "nope"], "There is no sampler 'nope' for this model."),
-        (["threshold", "nope", "--speedup", "2"], "There is no model 'nope'."),
-    ],
-)
-def test_what_is_known_to_be_wrong_is_said_before_torch_is_imported(
-    tmp_path: Path, arguments: list[str], words: str
-) -> None:
-    code = (
-        f"import sys; sys.argv[1:] = {arguments}; from app.__main__ import main\n"
-        "try: main()\n"
-        "finally: print(*sorted({'torch', 'diffusers'} & set(sys.modules)))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert (ran.returncode, ran.stdout.strip()) == (1, ""), ran.stderr
-    assert words in ran.stderr
-    assert ran.stderr.count("\n") == 1
+WRONG: list[tuple[list[str], str]] = [
+    (["generate", "a", "--model", "nope"], "There is no model 'nope'. There is: tiny-sd, tiny-flux."),
+    (["generate", "a", "--sampler", "nope"], "There is no sampler 'nope' for this model. It has: euler, "),
+    (
+        ["generate", "a", "--deepcache-interval", "11"],
+        "deepcache_interval: input should be less than or equal to 10.",
+    ),
+    (["generate", "a", "--width", "513"], "multiple of 8"),
+    (["generate", "a", "--img2img-enabled", "--img2img-image", "none.png"], "none.png: No such file or directory."),
+    (
+        ["compare", "a", "--flux", "--sampler", "lms"],
+        "There is no sampler 'lms' for this model. It has: euler, heun.",
+    ),
+    (["calibrate", "nope"], "There is no model 'nope'."),
+    (["calibrate", "tiny-sd", "--sampler", "nope"], "There is no sampler 'nope' for this model."),
+    (["threshold", "nope", "--speedup", "2"], "There is no model 'nope'."),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
+    return ended(tmp_path_factory.mktemp("wrong"), [(arguments, {}) for arguments, _ in WRONG])
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[words for _, words in WRONG])
+def test_what_is_known_to_be_wrong_is_said_before_torch_is_imported(refusals: list[Ended], number: int) -> None:
+    refusal = refusals[number]
+    assert (refusal.status, refusal.out, refusal.heavy) == (1, "", ""), refusal.err
+    assert WRONG[number][1] in refusal.err
+    assert refusal.err.count("\n") == 1
 
 
 def test_every_simple_field_of_a_request_is_an_option_with_its_description() -> None:

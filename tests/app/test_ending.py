@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from app.log import ENDING
+from tests.app.forks import ROOT, Ended, ended
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60.0  # seconds; only keeps a broken server from hanging the suite
 SCRIPT = """
 import logging
@@ -174,49 +174,47 @@ def test_a_restart_goes_on_with_the_jobs_that_were_promised(tmp_path: Path) -> N
             assert server.client.get(f"/api/jobs/{identity}").json()["result"]["seeds"] == [3]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        (
-            "WAVESPEED_PORT",
-            "taken",
-            "WAVESPEED_PORT: another program listens on port {port} of 127.0.0.1; take another",
-        ),
-        ("WAVESPEED_HOST", "nonsense.invalid", "WAVESPEED_HOST: 'nonsense.invalid' is no address ("),
-        ("WAVESPEED_HOST", "192.0.2.1", "WAVESPEED_HOST: '192.0.2.1' is no address of this machine."),
-        ("WAVESPEED_DRAIN_SECONDS", "-1", "WAVESPEED_DRAIN_SECONDS: Input should be"),
-        ("WAVESPEED_JOBS_RESTART", "requeue", "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER"),
-        ("WAVESPEED_JOBS_FOLDER", __file__, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
-        ("WAVESPEED_LOG_FOLDER", f"{__file__}/x", f"WAVESPEED_LOG_FOLDER: '{__file__}/x' cannot be written to: Not a"),
-        ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
-        ("WAVESPEED_MODELS_FILE", "bad.toml", "there is no key 'path'. The nearest is 'folder'"),
-        ("WAVESPEED_MODEL", "sdxl", "WAVESPEED_MODEL: there is no model 'sdxl', but tiny-sd, tiny-flux."),
-        ("WAVESPEED_API_KEY", "secret", "the nearest one is WAVESPEED_API_KEYS."),
-        ("WAVESPEED_DEVICES", "cuda:77", "WAVESPEED_DEVICES: "),
-    ],
-)
-def test_a_setting_at_fault_ends_the_start_in_one_sentence(
-    tmp_path: Path, name: str, value: str, sentence: str
-) -> None:
-    (tmp_path / "bad.toml").write_text('[[models]]\nname = "mine"\nfamily = "sd15"\npath = "weights"\n')
+FAULTS = [
+    (
+        "WAVESPEED_PORT",
+        "taken",
+        "WAVESPEED_PORT: another program listens on port {port} of 127.0.0.1; take another",
+    ),
+    ("WAVESPEED_HOST", "nonsense.invalid", "WAVESPEED_HOST: 'nonsense.invalid' is no address ("),
+    ("WAVESPEED_HOST", "192.0.2.1", "WAVESPEED_HOST: '192.0.2.1' is no address of this machine."),
+    ("WAVESPEED_DRAIN_SECONDS", "-1", "WAVESPEED_DRAIN_SECONDS: Input should be"),
+    ("WAVESPEED_JOBS_RESTART", "requeue", "WAVESPEED_JOBS_RESTART=requeue needs WAVESPEED_JOBS_FOLDER"),
+    ("WAVESPEED_JOBS_FOLDER", __file__, f"WAVESPEED_JOBS_FOLDER: '{__file__}' cannot be used"),
+    ("WAVESPEED_LOG_FOLDER", f"{__file__}/x", f"WAVESPEED_LOG_FOLDER: '{__file__}/x' cannot be written to: Not a"),
+    ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
+    ("WAVESPEED_MODELS_FILE", "bad.toml", "there is no key 'path'. The nearest is 'folder'"),
+    ("WAVESPEED_MODEL", "sdxl", "WAVESPEED_MODEL: there is no model 'sdxl', but tiny-sd, tiny-flux."),
+    ("WAVESPEED_API_KEY", "secret", "the nearest one is WAVESPEED_API_KEYS."),
+    ("WAVESPEED_DEVICES", "cuda:77", "WAVESPEED_DEVICES: "),
+]
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Ended]]:
+    """A port that is taken, and what came of a start with each of FAULTS."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "bad.toml").write_text('[[models]]\nname = "mine"\nfamily = "sd15"\npath = "weights"\n')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), name: port if value == "taken" else value}
-        ran = subprocess.run(
-            [sys.executable, "-m", "app", "serve"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-    assert ran.returncode == 2, ran.stderr
-    assert sentence.format(port=port) in ran.stderr
-    assert name in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert "secret" not in ran.stderr
-    assert len([line for line in ran.stderr.splitlines() if " INFO " not in line and "startup failed" not in line]) == 1
+        commands = [(["serve"], {name: port if value == "taken" else value}) for name, value, _ in FAULTS]
+        return port, ended(folder, commands, ["app.engine.runner", "app.http.app", "app.http.server"])
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{name}-{value}" for name, value, _ in FAULTS])
+def test_a_setting_at_fault_ends_the_start_in_one_sentence(faulty: tuple[str, list[Ended]], number: int) -> None:
+    (name, _, sentence), (port, starts) = FAULTS[number], faulty
+    start = starts[number]
+    assert start.status == 2, start.err
+    assert sentence.format(port=port) in start.err
+    assert name in start.err
+    assert "Traceback" not in start.err
+    assert "secret" not in start.err
+    assert len([line for line in start.err.splitlines() if " INFO " not in line and "startup failed" not in line]) == 1
 
 
 def test_the_start_prints_addresses_that_work(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from app.engine.pipe import Alive, Done, Known, Plan, Ready, Run, Stop, WorkerProcess
 from app.engine.slot import Patience
+from app.engine.supervisor import LocalEngine
 from app.engine.types import Job, JobResult, JobState, WorkerState
 from app.engine.worker import RunnerFactory, _Line
 from app.errors import ServiceError, WorkerLost
@@ -186,12 +187,20 @@ async def test_nothing_that_was_carried_is_kept_for_the_next() -> None:
         assert await process.stop(60.0) == 0
 
 
+@pytest.fixture(scope="module")
+async def impatient(anyio_backend: str) -> AsyncIterator[LocalEngine]:
+    async with running(stop_seconds=0.0, patience=Patience(stall=STALL)) as engine:
+        yield engine
+
+
 @pytest.mark.parametrize(
     ("model", "deadline"), [("fine", None), ("fine", 60.0), ("raises", 60.0), ("hangs", 0.2), ("hangs", None)]
 )
-async def test_a_job_that_ended_leaves_no_picture_behind(model: str, deadline: float | None) -> None:
+async def test_a_job_that_ended_leaves_no_picture_behind(
+    impatient: LocalEngine, model: str, deadline: float | None
+) -> None:
     """However it ends, and without the garbage collector. `hangs` without a deadline is cancelled."""
-    heard: list[object] = []
+    engine, restarts, heard = impatient, device(impatient).restarts, list[object]()
 
     async def end_of(wanted: Job) -> JobState:
         handle = engine.submit(wanted, lambda step: heard.append((handle.job.id, step)))
@@ -204,18 +213,17 @@ async def test_a_job_that_ended_leaves_no_picture_behind(model: str, deadline: f
         assert error is None or isinstance(error, ServiceError)
         return handle.state
 
-    async with running(stop_seconds=0.0, patience=Patience(stall=3.0)) as engine:
-        wanted = replace(painted_over("a", 16, model), deadline_seconds=deadline)
-        seen = weakref.ref(wanted.params.img2img.picture)  # type: ignore[union-attr]
-        gc.collect()
-        gc.disable()
-        try:
-            state = await end_of(wanted)
-            del wanted
-            assert (state is JobState.DONE) == (model == "fine")
-            assert heard
-            if model == "hangs":  # until its worker is given up, it is that worker's job
-                await until(lambda: device(engine).restarts == 1)
-            await until(lambda: seen() is None)  # the writer's thread may not have had its turn since
-        finally:
-            gc.enable()
+    wanted = replace(painted_over("a", 16, model), deadline_seconds=deadline)
+    seen = weakref.ref(wanted.params.img2img.picture)  # type: ignore[union-attr]
+    gc.collect()
+    gc.disable()
+    try:
+        state = await end_of(wanted)
+        del wanted
+        assert (state is JobState.DONE) == (model == "fine")
+        assert heard
+        if model == "hangs":  # until its worker is given up, it is that worker's job
+            await until(lambda: device(engine).restarts == restarts + 1)
+        await until(lambda: seen() is None)  # the writer's thread may not have had its turn since
+    finally:
+        gc.enable()

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -20,33 +19,18 @@ from app.engine.types import JobState
 from app.errors import ModelUnavailable, NotReady
 from models.base import LoadFailed
 from tests.app.conftest import client_of
-from tests.app.fakes import FakeModel, FakeRegistry, OutOfMemoryError, broken_runner
+from tests.app.fakes import (
+    FakeModel,
+    FakeRegistry,
+    OutOfMemoryError,
+    broken_flux_runner,
+    broken_runner,
+    folder_runner,
+)
 from tests.app.test_engine import device, job, pid, until
 from tests.app.test_server import post
 
 WHY = "Its files do not load; the server's log says why."
-
-
-class FolderRegistry(FakeRegistry):
-    """A model can be loaded on a device while its file is in that device's folder."""
-
-    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
-        super().__init__(default=names[0])
-        self.default_flux = None
-        self._folder = folder
-        self._names = names
-
-    def get(self, name: str) -> FakeModel:
-        if name not in self._loaded and not (self._folder / name).exists():
-            raise LoadFailed(f"{self._folder / name} is missing")
-        return super().get(name)
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [row for row in super().describe() if row["name"] in self._names]
-
-
-def folder_runner(device: str, folder: Path, names: tuple[str, ...]) -> RegistryRunner:
-    return RegistryRunner(FolderRegistry(folder / device, names), "fake device")
 
 
 def put(folder: Path, device: str, *names: str) -> None:
@@ -122,12 +106,6 @@ async def test_the_model_for_flux_is_told_of_before_anybody_asks_for_it() -> Non
         answer = await post(client, model="broken")
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "model_unavailable")
         assert (await post(client)).status_code == 200
-
-
-def broken_flux_runner(device: str) -> RegistryRunner:
-    registry = FakeRegistry()
-    registry.default_flux = "broken"
-    return RegistryRunner(registry, "fake device")
 
 
 async def test_what_one_device_cannot_load_another_one_draws(tmp_path: Path) -> None:

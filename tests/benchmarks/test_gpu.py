@@ -28,14 +28,20 @@ TESTS = "def test_good(): pass\ndef test_bad(): assert False, 'a reason'\n"
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All of it but compiled layers, which take a minute; tests/gpu are run by themselves."""
+    """All of it but compiled layers, which take a minute; tests/gpu are run by themselves.
+
+    The process that runs pytest loads no plugin: one of them imports torch.
+    """
     folder = tmp_path_factory.mktemp("gpu")
+    (folder / "pytest.ini").write_text("[pytest]", encoding="utf-8")
     (folder / "test_two.py").write_text(TESTS, encoding="utf-8")
     parts = command.parts
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         patch.setattr(command, "parts", lambda *given: [one for one in parts(*given) if "compiled" not in one.name])
+        tests = [str(folder / "test_two.py"), "-c", str(folder / "pytest.ini")]
         with pytest.raises(typer.Exit) as ended:
-            command.main([str(folder / "test_two.py")], out=folder / "out", device=None, small=True, seconds=1000)
+            command.main(tests, out=folder / "out", device=None, small=True, seconds=1000)
     assert ended.value.exit_code == 1  # a test failed
     assert {file.name for file in (folder / "out").iterdir()} == {"gpu-check.json", "gpu-check.md"}
     result: dict[str, Any] = json.loads((folder / "out" / "gpu-check.json").read_text(encoding="utf-8"))

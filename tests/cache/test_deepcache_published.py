@@ -16,10 +16,14 @@ from cache import DeepCache
 from tests.cache.cut import Cut
 from tests.cache.networks import FAMILIES, Family, denoise_unet
 
-STEPS = 5
+STEPS = 4
 # The helper counts three skips a level, which is true of these.
 BY_NAME = {family.name: family for family in FAMILIES if family.name in ("sd", "sdxl", "embedded tiny-sd")}
-BRANCHES = [(name, branch) for name in BY_NAME for branch in range(9 if name == "sdxl" else 12)]
+BRANCHES = [
+    (name, branch)
+    for name in BY_NAME
+    for branch in range(0, 9 if name == "sdxl" else 12, 5 if name.startswith("embedded") else 1)
+]  # of the trained model, whose structure is sd's, a few
 
 
 @functools.cache
@@ -56,9 +60,9 @@ def ours(network: nn.Module, branch: int, strategy: DeepCache) -> tuple[list[Ten
 @torch.no_grad()
 def test_every_branch_equals_the_published_helper_bit_for_bit(name: str, branch: int) -> None:
     network = network_of(BY_NAME[name])
-    expected = published(network, branch, interval=3)
-    latents, report = ours(network, branch, DeepCache(interval=3, depth=0, forecast=False))
-    assert report.decisions == "CRRCR"
+    expected = published(network, branch, interval=2)
+    latents, report = ours(network, branch, DeepCache(interval=2, depth=0, forecast=False))
+    assert report.decisions == "CRCR"
     assert report.settings["branch"] == branch
     assert [torch.equal(a, b) for a, b in zip(latents, expected, strict=True)] == [True] * STEPS
     assert not torch.equal(latents[1], uncached(network)[1])  # the oracle acted as well

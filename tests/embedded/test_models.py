@@ -33,20 +33,20 @@ def test_weights_are_half_precision(path: Path) -> None:
 
 
 def test_the_judges_know_fresh_renderings() -> None:
-    fresh = [render(triple, 4_000_000 + i) for i, triple in enumerate(TRIPLES)]
-    score = judges.score(judges.load(), fresh, TRIPLES)
+    triples = TRIPLES[::2]
+    fresh = [render(triple, 4_000_000 + i) for i, triple in enumerate(triples)]
+    score = judges.score(judges.load(), fresh, triples)
     assert min(score.weather, score.place, score.time) >= 0.95
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_pictures_show_what_was_asked_for(spec: ModelSpec) -> None:
-    """Eight triples, two of them never trained on. The full count of 300 stands in docs/embedded-models."""
+    """Eight triples, two of them never trained on, in few steps. The count of 300 stands in docs/embedded-models."""
     triples = [Triple("misty", "forest", "twilight"), *TRAINED[::28][:5], *HELD_OUT[::8]]
     assert len(triples) == 8
     model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(spec.name)
-    assert spec.steps is not None
     assert spec.guidance_scale is not None
-    settings = {"width": 192, "height": 128, "steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    settings = {"width": 192, "height": 128, "steps": 8, "guidance_scale": spec.guidance_scale}
     requests = [GenerationParams(prompt=str(triple), seeds=(seed,), **settings) for seed, triple in enumerate(triples)]
     made = model.generate_together(requests, NoCache(), lambda steps: None)
     pictures = [np.asarray(one.images[0]) for one in made if isinstance(one, Generation)]

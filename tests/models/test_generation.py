@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,15 @@ def test_a_steps_decision_covers_the_calls_that_it_made(
     )
 
 
+@pytest.fixture(scope="module")
+def small(small_folders: dict[str, Path]) -> LoadedModel:
+    return LoadedModel(SD.load(ModelSpec(name="small", family="sd", source=small_folders["v_prediction"]), "cpu"))
+
+
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
-def test_every_sampler_runs_under_a_cache(sd: LoadedModel, sampler: str) -> None:
+def test_every_sampler_runs_under_a_cache(small: LoadedModel, sampler: str) -> None:
     params = replace(PARAMS, steps=8, sampler=sampler)
-    first, second = (sd.generate(params, DeepCache(interval=3, depth=2), ignore) for _ in range(2))
+    first, second = (small.generate(params, DeepCache(interval=3, depth=2), ignore) for _ in range(2))
     calls = len(first.reports[0].decisions)
     assert calls in (8, 9, 15)  # one a step; PNDM's extra one; two a step but the last
     assert first.reports[0].computed == -(-calls // 3)

@@ -107,8 +107,8 @@ def test_the_embedded_models_pictures_too(name: str) -> None:
     (spec,) = (one for one in SPECS if one.name == name)
     family = FLUX if name == "tiny-flux" else SD
     model = LoadedModel(family.load(replace(spec, source=FOLDER / name), "cpu"))
-    params = replace(PARAMS, width=128, height=128, steps=6)
-    requests = requests_of(params)
+    params = replace(PARAMS, width=128, height=128)
+    requests = requests_of(params, PROMPTS[:2])
     strategy: CacheStrategy = DeepCache(3, 2) if name == "tiny-sd" else FirstBlockCache(0.1)
     allowed = tolerance(model, params)
     for request, one in zip(requests, drawn(model, requests, strategy), strict=True):

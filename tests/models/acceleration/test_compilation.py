@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from cache import DeepCache, NoCache
 from models.acceleration import compilation
@@ -23,6 +24,7 @@ from models.base import GenerationCancelled, ModelSpec, Step
 from models.families.sd import SD
 from models.generation import LoadedModel
 from tests.models.adapters.test_lora import kohya, random_pairs, saved
+from tests.models.conftest import BETAS, TWO_LEVELS, save_sd
 from tests.models.test_generation import PARAMS, ignore, pixels
 
 COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
@@ -43,9 +45,19 @@ def model(small_folders: dict[str, Path]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def traced(small_folders: dict[str, Path]) -> Any:
+def one_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half the layers of the small models: for tests that compile most of what they run."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = {**TWO_LEVELS, **blocks, "block_out_channels": (8,)}
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    torch.manual_seed(3)
+    return save_sd(tmp_path_factory.mktemp("one") / "level", unet, {}, scheduler)
+
+
+@pytest.fixture(scope="module")
+def traced(one_level: Path) -> Any:
     """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations as they are, and the bits."""
-    return load(small_folders["epsilon"], "eager")
+    return load(one_level, "eager")
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +90,9 @@ def test_the_reuse_pass_runs_the_same_compiled_layers(traced: Any) -> None:
     """Nothing is compiled anew for a cache: its pass is a choice among the layers."""
     traced.generate(COMPILED, NoCache(), ignore)
     torch._dynamo.utils.counters.clear()
-    cached = traced.generate(COMPILED, DeepCache(interval=2, depth=2), ignore)
+    cached = traced.generate(COMPILED, DeepCache(interval=2, depth=1), ignore)
     assert cached.reports[0].decisions == "CRCR"
+    assert cached.reports[0].settings["branch"] == 0
     assert graphs() == 0
     assert cached.timings.compile_seconds == 0.0
 
@@ -95,9 +108,9 @@ def test_compiling_is_timed_apart_and_happens_once_a_shape(traced: Any) -> None:
     assert np.array_equal(pixels(again.images), pixels(first.images))
 
 
-def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, small_folders: dict[str, Path]) -> None:
+def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, one_level: Path) -> None:
     """torch would compile for any shape once it has seen two; then history would show in the last bits."""
-    fresh = load(small_folders["epsilon"], "eager")
+    fresh = load(one_level, "eager")
     wide = replace(COMPILED, width=128)
     after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (traced, fresh))
     assert np.array_equal(pixels(after_others.images), pixels(alone.images))
@@ -184,9 +197,11 @@ def test_the_default_compiler_runs_on_a_layer_of_a_unet(model: Any) -> None:
     whole._forwards = [(one, compiled) for one, compiled in whole._forwards if one is layer]
     inputs = (torch.randn(1, 16, 4, 4),)
     # What another run compiled is not asked for: it may have been told of another processor (ATEN_CPU_CAPABILITY).
+    # Neither are processes that compile ahead, nor what vectors this processor has: a torch is imported for each.
+    quick = {"compile_threads": 1, "cpp.vec_isa_ok": False}
     with (
         torch.no_grad(),
-        torch._inductor.config.patch(cpp_cache_precompile_headers=False, fx_graph_cache=False),
+        torch._inductor.config.patch(cpp_cache_precompile_headers=False, fx_graph_cache=False, **quick),
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         plain = layer(*inputs)

@@ -55,6 +55,7 @@ def expected(model: Any, **changes: Any) -> np.ndarray:
 def test_without_a_cache_the_plain_pipelines_pictures_come_out(
     loaded: dict[str, LoadedModel], name: str, changes: dict[str, Any]
 ) -> None:
+    changes = {"steps": 2, **changes}
     drawn = loaded[name].generate(replace(PARAMS, **changes), NoCache(), ignore)
     assert np.array_equal(pixels(drawn.images), expected(loaded[name], **changes))
     assert pixels(drawn.images).std() > 0
@@ -180,11 +181,11 @@ def test_offloading_is_refused_where_there_is_nothing_to_offload_from(family_fol
 def copies(folder: Path, tmp_path: Path, names: str) -> list[ModelSpec]:
     for name in names:
         shutil.copytree(folder, tmp_path / name)
-    return [ModelSpec(name=name, family="sd15", source=tmp_path / name) for name in names]
+    return [ModelSpec(name=name, family="sd", source=tmp_path / name) for name in names]
 
 
-def test_the_model_used_longest_ago_makes_room(family_folders: dict[str, Path], tmp_path: Path) -> None:
-    specs = copies(family_folders["sd15"], tmp_path, "abc")
+def test_the_model_used_longest_ago_makes_room(small_folders: dict[str, Path], tmp_path: Path) -> None:
+    specs = copies(small_folders["epsilon"], tmp_path, "abc")
     sizer = Registry(specs, "a", None, memory=2**40)
     sizer.get("a")
     one = sizer.held
@@ -207,9 +208,9 @@ def test_the_model_used_longest_ago_makes_room(family_folders: dict[str, Path], 
 
 
 def test_a_model_that_can_never_fit_is_refused_and_drops_nothing(
-    family_folders: dict[str, Path], tmp_path: Path
+    small_folders: dict[str, Path], family_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    specs = copies(family_folders["sd15"], tmp_path, "a")
+    specs = copies(small_folders["epsilon"], tmp_path, "a")
     big = ModelSpec(name="xl", family="sdxl", source=family_folders["sdxl"])
     sizer = Registry([*specs, big], "a", None, memory=2**40)
     sizer.get("a")

@@ -19,7 +19,7 @@ from models.sampling import samplers
 from tests.models.test_generation import PARAMS, ignore, pixels
 
 STEPS = 4
-SMALL = replace(PARAMS, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
+SMALL = replace(PARAMS, width=32, height=32, seeds=(7,), batch_size=1, steps=STEPS, guidance_scale=1.0)
 SECOND_ORDER = {"heun", "dpm2", "dpm2_ancestral", "dpmpp_sde"}  # two evaluations a step, but for the last
 
 
@@ -154,9 +154,7 @@ def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -
         assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
 
 
-@pytest.mark.parametrize(
-    ("steps", "scheduler"), [(8, "beta"), (10, "beta"), (15, "beta"), (20, "beta"), (30, "karras")]
-)
+@pytest.mark.parametrize(("steps", "scheduler"), [(8, "beta"), (30, "karras")])
 def test_a_sampler_that_draws_noise_is_known_by_its_type(
     small: dict[str, LoadedModel], steps: int, scheduler: str
 ) -> None:

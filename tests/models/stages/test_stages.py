@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from models.base import (
     GenerationCancelled,
     GenerationParams,
     Img2Img,
+    ModelSpec,
     Multiscale,
     Step,
     TooFewSteps,
@@ -58,6 +60,12 @@ def picture(width: int, height: int) -> Image.Image:
 def model(request: pytest.FixtureRequest) -> LoadedModel:
     loaded: LoadedModel = request.getfixturevalue(request.param)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def small(small_folders: dict[str, Path]) -> LoadedModel:
+    spec = ModelSpec(name="small", family="sd", source=small_folders["v_prediction"])
+    return LoadedModel(SD_FAMILY.load(spec, "cpu"))
 
 
 def stable_diffusion_img2img(model: Any) -> StableDiffusionImg2ImgPipeline:
@@ -119,10 +127,10 @@ def test_an_upload_is_cut_to_the_drawings_aspect(sd: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
-def test_every_sampler_begins_from_a_picture(sd: LoadedModel, sampler: str) -> None:
+def test_every_sampler_begins_from_a_picture(small: LoadedModel, sampler: str) -> None:
     params = replace(PARAMS, sampler=sampler, seeds=(7,), img2img=Img2Img(picture=picture(64, 64), denoise=0.5))
     steps: list[Step] = []
-    drawn = sd.generate(params, NoCache(), steps.append)
+    drawn = small.generate(params, NoCache(), steps.append)
     assert [(step.index, step.total) for step in steps] == [(index, 3) for index in range(3)]
     assert np.isfinite(pixels(drawn.images)).all()
 
@@ -329,22 +337,23 @@ def few(steps: int, **changes: Any) -> GenerationParams:
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
-def test_every_pass_runs_with_few_steps(sd: LoadedModel, sampler: str, steps: int) -> None:
+def test_every_pass_runs_with_few_steps(small: LoadedModel, sampler: str, steps: int) -> None:
     """Or says, before anything is drawn, how many it takes."""
     start = Img2Img(picture=picture(64, 64), denoise=0.5)
+    larger = {"hires_fix": True, "width": 96, "height": 96}
     multiscale = Multiscale(fullres_start=0, fullres_end=0)
     wanted: list[tuple[dict[str, Any], int]] = [({}, steps), ({"multiscale": multiscale}, steps)]
     if steps > 1:
-        wanted += [({"img2img": start}, steps // 2), ({"hires_fix": True, "width": 192, "height": 192}, steps // 2)]
+        wanted += [({"img2img": start}, steps // 2), (larger, steps // 2)]
     for changes, last in wanted:
-        drawn = sd.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
+        drawn = small.generate(few(steps, sampler=sampler, **changes), NoCache(), ignore)
         assert drawn.stages[-1].steps == last
         assert pixels(drawn.images).std() > 0
     if steps == 1:
-        refused = [{"img2img": start}, {"hires_fix": True, "width": 192, "height": 192}, {"adetailer": True}]
+        refused = [{"img2img": start}, larger, {"adetailer": True}]
         for changes in refused:
             with pytest.raises(TooFewSteps):
-                sd.generate(few(1, sampler=sampler, **changes), NoCache(), never)
+                small.generate(few(1, sampler=sampler, **changes), NoCache(), never)
 
 
 def never(step: Step) -> None:
