@@ -29,6 +29,7 @@ from tests.models.test_generation import PARAMS, ignore, pixels
 
 COMPILED = replace(PARAMS, compiled=True, seeds=(7,), steps=4)
 PLAIN = replace(COMPILED, compiled=False)
+WIDE = replace(COMPILED, width=128)
 
 
 def load(folder: Path, backend: Any = "aot_eager") -> Any:
@@ -57,6 +58,12 @@ def one_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def traced(one_level: Path) -> Any:
     """For what dynamo decides, whatever compiles behind it: "eager" leaves the operations as they are, and the bits."""
+    return load(one_level, "eager")
+
+
+@pytest.fixture(scope="module")
+def wide(one_level: Path) -> Any:
+    """Another one, which draws WIDE and nothing else."""
     return load(one_level, "eager")
 
 
@@ -97,22 +104,20 @@ def test_the_reuse_pass_runs_the_same_compiled_layers(traced: Any) -> None:
     assert cached.timings.compile_seconds == 0.0
 
 
-def test_compiling_is_timed_apart_and_happens_once_a_shape(traced: Any) -> None:
-    wide = replace(COMPILED, width=128)
-    first = traced.generate(wide, NoCache(), ignore)
+def test_compiling_is_timed_apart_and_happens_once_a_shape(wide: Any) -> None:
+    first = wide.generate(WIDE, NoCache(), ignore)
     assert first.timings.compile_seconds > 0
     assert first.timings.denoise_seconds > 0
-    assert graphs() >= len(CompiledLayers(traced.denoiser)) // 2
-    again = traced.generate(wide, NoCache(), ignore)
+    assert graphs() >= len(CompiledLayers(wide.denoiser)) // 2
+    again = wide.generate(WIDE, NoCache(), ignore)
     assert again.timings.compile_seconds == 0.0
     assert np.array_equal(pixels(again.images), pixels(first.images))
 
 
-def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, one_level: Path) -> None:
+def test_a_picture_does_not_depend_on_the_shapes_before_it(traced: Any, wide: Any) -> None:
     """torch would compile for any shape once it has seen two; then history would show in the last bits."""
-    fresh = load(one_level, "eager")
-    wide = replace(COMPILED, width=128)
-    after_others, alone = (one.generate(wide, NoCache(), ignore) for one in (traced, fresh))
+    traced.generate(COMPILED, NoCache(), ignore)
+    after_others, alone = (one.generate(WIDE, NoCache(), ignore) for one in (traced, wide))
     assert np.array_equal(pixels(after_others.images), pixels(alone.images))
 
 
