@@ -247,7 +247,7 @@ def test_every_call_is_refused_or_done_and_every_accepted_job_ends_once() -> Non
     run_state_machine_as_test(
         Service,
         settings=settings(
-            max_examples=25,
+            max_examples=40,
             stateful_step_count=30,
             suppress_health_check=list(HealthCheck),
         ),

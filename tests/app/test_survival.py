@@ -27,7 +27,7 @@ from tests.app.test_jobs import ended
 from tests.app.test_server import samples
 
 REQUESTS = "wavespeed_requests_total"
-KILLS = 10
+KILLS = 20
 CLIENTS = 4
 BODY = {"prompt": "a", "width": 64, "height": 64, "model": "slow", "steps": 5}
 
@@ -78,7 +78,7 @@ async def test_an_answer_that_is_no_result_is_a_failure_and_the_worker_stays() -
         assert pid(engine) == worker
 
 
-async def test_ten_kills_under_four_clients_cost_no_answer_and_no_picture() -> None:
+async def test_twenty_kills_under_four_clients_cost_no_answer_and_no_picture() -> None:
     """Half of the clients ask and wait, the others make jobs; the worker is killed whatever it is doing."""
     engine = LocalEngine(fake_runner, ["cpu"], backoff=(0.0, 0.01), quarantine_seconds=0.1)
     chance = random.Random(20)

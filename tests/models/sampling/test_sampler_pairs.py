@@ -154,7 +154,9 @@ def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -
         assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
 
 
-@pytest.mark.parametrize(("steps", "scheduler"), [(8, "beta"), (30, "karras")])
+@pytest.mark.parametrize(
+    ("steps", "scheduler"), [(8, "beta"), (10, "beta"), (15, "beta"), (20, "beta"), (30, "karras")]
+)
 def test_a_sampler_that_draws_noise_is_known_by_its_type(
     small: dict[str, LoadedModel], steps: int, scheduler: str
 ) -> None:
