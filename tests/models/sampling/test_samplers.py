@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from itertools import pairwise
 from typing import Any
@@ -21,7 +22,7 @@ from diffusers.schedulers import AysSchedules
 
 from models.base import UnsupportedSampler
 from models.libraries import quiet
-from models.sampling import samplers
+from models.sampling import samplers, schedulers
 from tests.models.conftest import terminal_snr_betas, terminal_snr_scheduler
 
 SECOND_ORDER = ("heun", "dpm2", "dpmpp_sde", "lms")  # or higher: half the steps do
@@ -233,3 +234,28 @@ def test_flow_heun_takes_the_shift_of_the_euler_scheduler() -> None:
     assert heun.timesteps.tolist() == euler.timesteps.tolist()[:1] + [
         t for t in euler.timesteps.tolist()[1:] for _ in "12"
     ]
+
+
+@pytest.mark.parametrize("sampler", samplers.DIFFUSION)
+def test_a_scheduler_is_made_without_a_schedule_that_nobody_runs(
+    saved: DDIMScheduler, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """diffusers' KDPM2 sets a thousand timesteps in its constructor, one interpolation each."""
+    kind = samplers.scheduler_class(samplers.DIFFUSION[sampler].scheduler_class)
+    asked: list[int] = []
+    own = kind.set_timesteps
+
+    @functools.wraps(own)
+    def set_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
+        asked.append(num_inference_steps)
+        own(self, num_inference_steps, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "set_timesteps", set_timesteps)
+    schedulers.on_host.cache_clear()
+    with quiet():
+        made = samplers.build(saved, samplers.DIFFUSION, sampler, None, steps=8, seeds=[0])
+        at_first = list(asked)
+        made.set_timesteps(8)
+    schedulers.on_host.cache_clear()
+    assert all(steps <= 2 for steps in at_first)
+    assert asked[-1] == 8
