@@ -67,8 +67,11 @@ def _plain(parts: Parts, alpha: float | None, weight: Tensor) -> Tensor:
         return torch.kron(one, other) * (_scale(alpha, ranks[-1]) if ranks else 1.0)
     if "oft_blocks" in parts:
         return _rotated(parts["oft_blocks"], alpha or 0.0, weight) * parts.get("rescale", 1.0) - weight
-    if any(part in parts for part in ("diff", "w_norm", "diff_b", "b_norm")):
-        return next((parts[part] for part in ("diff", "w_norm") if part in parts), torch.zeros_like(weight))
+    for part in ("diff", "w_norm"):
+        if part in parts:
+            return parts[part]
+    if _DOWN not in parts and (alone := bias(parts)) is not None:
+        return alone.new_zeros(weight.shape)
     down, up = parts[_DOWN], parts[_UP]
     if (middle := parts.get("lora_mid.weight")) is not None:  # (rank, rank, height, width)
         product = torch.einsum("oi,ij...,jn->on...", up.flatten(1), middle, down.flatten(1))
@@ -83,7 +86,7 @@ def _product(parts: Parts, name: str, tucker: str = "") -> Tensor:
 
     first, second = parts[f"{name}_a"], parts[f"{name}_b"]
     if tucker in parts:
-        return torch.einsum("ij...,jr,ip->pr...", parts[tucker], second, first)
+        return torch.einsum("ij...,jr,ip->pr...", parts[tucker], second, first).contiguous()
     return first @ second
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _BUNDLED = "bundle_emb."
 _NAMED = 3  # layers in a warning
+_LETTERS = 160  # of a key in a message
 _RUNS = {"Linear", "Conv2d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding"}  # see `_run`
 Change = Callable[["Tensor"], "Tensor"]
 """What a layer's input adds to its output."""
@@ -77,19 +78,19 @@ class _Layer:
         rows, *columns = zip(*map(shape, self.modules), strict=True)
         return sum(rows), *(column[0] for column in columns)
 
-    def weight(self) -> Tensor:
+    def weight(self, device: torch.device) -> Tensor:
         """That weight, put together again; without numbers where no part asks for them."""
         import torch
 
-        whole = torch.empty(self.shape, device="meta")
-        if algebra.reads_weight(self.parts):
-            weights: list[Any] = [module.weight for module in self.modules]
-            whole = torch.empty_like(whole, device=weights[0].device)
-            for place, weight in zip(self.places, weights, strict=True):
-                at = 0
-                for rows in place.rows or (slice(0, len(whole)),):
-                    whole[rows] = weight[at : at + rows.stop - rows.start]
-                    at += rows.stop - rows.start
+        if not algebra.reads_weight(self.parts):
+            return torch.empty(self.shape, device="meta")
+        whole = torch.empty(self.shape, device=device)
+        for place, module in zip(self.places, self.modules, strict=True):
+            weight: Any = module.weight
+            at = 0
+            for rows in place.rows or (slice(0, len(whole)),):
+                whole[rows] = weight[at : at + rows.stop - rows.start]
+                at += rows.stop - rows.start
         return whole
 
 
@@ -109,14 +110,14 @@ def read(lora: Lora) -> LoraFile:
     for key, tensor in tensors.items():
         numbers = tensor.float()
         if not is_finite([numbers]):
-            raise _failed(lora, f"its {key[:80]!r} holds numbers that are not finite.")
+            raise _failed(lora, f"its {key[:_LETTERS]!r} holds numbers that are not finite.")
         if key.startswith(_BUNDLED):
             word, _, encoder = key.removeprefix(_BUNDLED).partition(".")
             embeddings.setdefault(word, {})[encoder] = numbers
         elif (named := split(key)) is not None:
             layers.setdefault(named[0], {})[named[1]] = numbers
         else:
-            raise _failed(lora, f"it holds {key[:80]!r}, which is no change of a layer that is known here.")
+            raise _failed(lora, f"it holds {key[:_LETTERS]!r}, which is no change of a layer that is known here.")
     layers = {name: parts for name, parts in layers.items() if parts.keys() != {"alpha"}}
     return LoraFile(lora, layers, embeddings, origin.trainer(tensors, header), settings)
 
@@ -155,7 +156,7 @@ def _place(pipeline: Any, places: Places, file: LoraFile, changes: dict[nn.Modul
     if not file.layers:
         raise _failed(file.lora, "it holds no change of a layer.")
     if 2 * len(missing) > len(found):
-        raise _foreign(pipeline, file, f"it changes {missing[0][:80]!r}, which this model has not got.")
+        raise _foreign(pipeline, file, f"it changes {missing[0][:_LETTERS]!r}, which this model has not got.")
     for name, ours in found.items():
         if not ours:
             continue
@@ -186,12 +187,12 @@ def _check(pipeline: Any, file: LoraFile, name: str, layer: _Layer) -> None:
         bias = algebra.bias(layer.parts)
         fits = made.shape == whole.shape and (bias is None or len(bias) == len(whole))
     except KeyError as error:
-        raise _failed(file.lora, f"its {name[:80]!r} lacks the part {error.args[0]}.") from error
+        raise _failed(file.lora, f"its {name[:_LETTERS]!r} lacks the part {error.args[0]}.") from error
     except (RuntimeError, IndexError, ValueError):
         fits = False
     if not fits:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in layer.parts.items() if part != "alpha")
-        reason = f"its {name[:80]!r} ({shapes}) does not fit a layer of {tuple(layer.shape)}."
+        reason = f"its {name[:_LETTERS]!r} ({shapes}) does not fit a layer of {tuple(layer.shape)}."
         raise _foreign(pipeline, file, reason)
     for place, module in zip(layer.places, layer.modules, strict=True):
         if not _RUNS & {cls.__name__ for cls in type(module).__mro__}:
@@ -234,7 +235,7 @@ def _change(
     parts = {part: tensor.to(device) for part, tensor in layer.parts.items()}
 
     def made(x: Tensor) -> Tensor:
-        delta = algebra.delta(parts, layer.alpha, layer.weight().to(device))
+        delta = algebra.delta(parts, layer.alpha, layer.weight(device))
         return _run(module, x, mine(delta) * weight, bias)
 
     return made
