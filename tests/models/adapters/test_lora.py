@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
+from models.adapters.lora import applied, read
 from models.adapters.names import COMPONENTS, Place, Places
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, Lora, ModelSpec, Step
+from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel
 from models.text.encoded import TextCache
@@ -245,6 +247,28 @@ def test_weight_zero_is_the_model_itself(model: LoadedModel, tmp_path: Path) -> 
     lora = replace(saved(tmp_path, "own", peft_layout(random_pairs(model))), weight=0.0)
     off = model.generate(replace(PARAMS, loras=(lora,)), NoCache(), ignore)
     assert np.array_equal(pixels(off), pixels(model.generate(PARAMS, NoCache(), ignore)))
+
+
+def test_layers_whose_weights_are_kept_in_float8(flux_spec: ModelSpec, tmp_path: Path) -> None:
+    """diffusers' layerwise casting: what a LoRA or a DoRA adds is what it adds to the weights as they are kept."""
+    pipeline: Any = FLUX.load(flux_spec, "cpu").pipeline
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    path = "transformer_blocks.0.attn.to_q"
+    module = pipeline.transformer.get_submodule(path)
+    assert module.weight.dtype == torch.float8_e4m3fn
+    weight = module.weight.double()
+    down, up, x = torch.randn(2, 16), torch.randn(16, 2), torch.randn(3, 16)
+    magnitude = torch.rand(16) + 1
+    changed = weight + up.double() @ down.double()
+    turned = changed * (magnitude.double() / changed.norm(dim=1))[:, None]
+    pair = {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+    dora = pair | {f"transformer.{path}.lora_magnitude_vector": magnitude}
+    with torch.no_grad():
+        bias = module(torch.zeros(1, 16))
+        for name, tensors, expected in (("lora", pair, changed), ("dora", dora, turned)):
+            with applied(pipeline, [read(saved(tmp_path, name, tensors))]):
+                ours = module(x)
+            assert torch.allclose(ours.double(), x.double() @ expected.T + bias.double(), rtol=1e-4, atol=1e-5)
 
 
 def widened(pairs: Pairs, component: str) -> Pairs:
