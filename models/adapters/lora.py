@@ -1,7 +1,7 @@
 """LoRA and its kin: changes of the denoiser's and the text encoders' layers, beside them, for one request.
 
 Every layer that a file changes is changed, or named in a warning, or the file is refused. The model's own weights are
-never written to: see docs/decisions/lora-layers.md.
+never written to: see docs/decisions/lora-changes.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from models.base import AdapterFailed, Lora
 from models.finite import is_finite
@@ -126,12 +126,12 @@ def read(lora: Lora) -> LoraFile:
 
 def _settings(text: str) -> dict[str, Any]:
     """PEFT's configuration by component, as diffusers writes it into the header. Raises ValueError."""
-    settings = json.loads(text)
+    settings: dict[str, Any] = json.loads(text)
     numbers = [value for name, value in settings.items() if name.endswith(".lora_alpha")]
     patterns = [value for name, value in settings.items() if name.endswith(".alpha_pattern")]
     if any(not isinstance(one, int | float) for one in (*numbers, *(n for each in patterns for n in each.values()))):
         raise ValueError("its alphas are no numbers")
-    return cast("dict[str, Any]", settings)
+    return settings
 
 
 @contextmanager
