@@ -262,6 +262,7 @@ class LoraField(TypedDict, total=False):
 
     name: str
     weight: float
+    text_weight: float | None
 
 
 class Fields(TypedDict, total=False):

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tests.compatibility.rows import ON, ROWS, Row
+from tests.compatibility.files import FILES
+from tests.compatibility.rows import ON, ROWS, FileRow, Row
 
 HEAD = """# Compatibility
 
@@ -15,6 +16,15 @@ through the HTTP API. A ✅ line draws on each of the models and its report show
 `incompatible`) with the remedy. `tiny-sd` and `tiny-flux` are the embedded models; the others are pipelines of the true
 class and topology, at small width and with random weights (`small-sd`: two levels, quick to compile). This page is
 printed by `python -m tests.compatibility.page`; a test fails when it is not current.
+"""
+
+FILE_HEAD = """
+## Kinds of file
+
+Each line is a file with its writer's key names and shapes, at small width and with random numbers. ✅: its picture is
+that of weights merged by hand, within one level of 255; beside it stands what `warnings` says. ❌: it is refused with
+this sentence. The key is one of its tensors. Every file is called `ink` here. A refusal tells Stable Diffusion 1.5 and
+2.1 apart by their true widths, which these small models have not got.
 """
 
 
@@ -26,7 +36,15 @@ def page() -> str:
             f"\n## {cache}\n\nSwitched on by {on}.\n\n| | {cache} with | models | requests |\n|---|---|---|---|\n"
         )
         parts += [_line(row) for row in ROWS if row.cache == cache]
+    parts.append(FILE_HEAD)
+    for group in dict.fromkeys(row.group for row in FILES):
+        parts.append(f"\n### {group}\n\n| | kind | model | key | |\n|---|---|---|---|---|\n")
+        parts += [_file(row) for row in FILES if row.group == group]
     return "".join(parts)
+
+
+def _file(row: FileRow) -> str:
+    return f"| {'❌' if row.refused else '✅'} | {row.kind} | `{row.model}` | `{row.key}` | {row.said} |\n"
 
 
 def _line(row: Row) -> str:
