@@ -57,7 +57,7 @@ def loaded_bytes(files: Iterable[Path], itemsize: int, quantization: Quantizatio
     for file in files:
         try:
             total += sum(
-                tensor_bytes(tensor["shape"], itemsize, quantization)
+                tensor_bytes(name, tensor["shape"], itemsize, quantization)
                 for name, tensor in _header(file).items()
                 if name != "__metadata__" and not name.startswith(DROPPED)
             )
