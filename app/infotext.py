@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import GenerationParams
+from models.base import GenerationParams, Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Cache": strategy,
         "Version": f"WaveSpeed {__version__}",
     }
-    tags = "".join(f" <lora:{lora.name}:{lora.weight:g}>" for lora in params.loras)
+    tags = "".join(f" {_tag(lora)}" for lora in params.loras)
     # One line each, so that a prompt cannot pose as settings to those who read this text line by line.
     lines = [f"{_one_line(params.prompt)}{tags}"]
     if params.negative_prompt:
@@ -164,12 +164,22 @@ def text_chunks(
         **{name: getattr(params, name) for name in (*asked, "clip_skip", "guidance_rescale")},
         "model": model,
         "seed": seed,
-        "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
+        "loras": [
+            {"name": lora.name, "weight": lora.weight}
+            | ({} if lora.text_weight is None else {"text_weight": lora.text_weight})
+            for lora in params.loras
+        ],
         "embeddings": [embedding.name for embedding in params.embeddings],
         "cache": dict(cache),
         "version": __version__,
     }
     return {"parameters": infotext(params, seed, model, strategy), "wavespeed": json.dumps(report)}
+
+
+def _tag(lora: Lora) -> str:
+    """As AUTOMATIC1111 writes it, where the text encoders' strength stands first."""
+    text = "" if lora.text_weight is None else f"{lora.text_weight:g}:"
+    return f"<lora:{lora.name}:{text}{lora.weight:g}>"
 
 
 def _one_line(text: str) -> str:

@@ -64,11 +64,19 @@ class GenerationCancelled(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """A LoRA's file, found under the operator's folder, and its strength: 1 as trained, 0 off."""
+    """A LoRA's file, found under the operator's folder, and its strength: 1 as trained, 0 off.
+
+    `text_weight`: its strength in the text encoders, where that is another.
+    """
 
     name: str
     path: Path
     weight: float = 1.0
+    text_weight: float | None = None
+
+    def weight_of(self, component: str) -> float:
+        """Its strength in one of a pipeline's networks."""
+        return self.weight if self.text_weight is None or not component.startswith("text") else self.text_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ Each but decode is a run of the denoiser with a scheduler and a cache run of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +40,6 @@ from .text.encoded import TextCache, key_of
 
 Conditioning = Mapping[str, torch.Tensor]
 """A pipeline's arguments for the text, by name; the first dimension is the batch."""
-Written = Callable[[GenerationParams], GenerationParams]  # see `adapters.applied`
 
 
 class Stage(Protocol):
@@ -84,8 +83,8 @@ class LoadedModel:
         where it shows; what `on_step` raises passes through, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
-        with self._ready(params) as (written, stages, steps):
-            share = self._share(params, written)
+        with self._ready(params) as (applied, stages, steps):
+            share = self._share(params, applied)
             progress = Progress(lambda each: on_step(*each), steps * len(batches))
             for seeds in batches:
                 self._batch(params, [share], [seeds], strategy, stages, progress)
@@ -100,8 +99,8 @@ class LoadedModel:
         picture is what it would be without the others, but for the rounding that a batch's size brings.
         """
         results: list[Generation | Exception | None] = [None] * len(requests)
-        with self._ready(requests[0]) as (written, stages, steps):
-            shares = [self._share(request, written) for request in requests]
+        with self._ready(requests[0]) as (applied, stages, steps):
+            shares = [self._share(request, applied) for request in requests]
             for members in alike(shares):
                 hook = partial(_by_index, on_steps, members)
                 progress = Progress(hook, steps)
@@ -118,7 +117,7 @@ class LoadedModel:
         return [result for result in results if result is not None]
 
     @contextmanager
-    def _ready(self, params: GenerationParams) -> Iterator[tuple[Written, tuple[Stage, ...], int]]:
+    def _ready(self, params: GenerationParams) -> Iterator[tuple[adapters.Applied, tuple[Stage, ...], int]]:
         """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
         samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
         stages = stages_of(params)
@@ -127,19 +126,19 @@ class LoadedModel:
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
-            adapters.applied(self.pipeline, params) as written,
+            adapters.applied(self.pipeline, params) as applied,
         ):
-            yield written, stages, steps
+            yield applied, stages, steps
 
-    def _share(self, params: GenerationParams, written: Written) -> Share:
+    def _share(self, params: GenerationParams, applied: adapters.Applied) -> Share:
         """A request's text, encoded, and what is to be said to it."""
         clock = Clock(self.model.device)
         with clock("text"):
-            text = written(params)
+            text = applied.written(params)
             conditioning = self._texts.get(key_of(params), partial(self.model.encode, text))
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
-            warnings += self.model.warnings(text)
+            warnings += self.model.warnings(text) + applied.warnings
         return Share(conditioning, warnings, clock.seconds)
 
     def _batch(

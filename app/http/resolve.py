@@ -45,10 +45,10 @@ class Adapters:
         found = []
         for index, lora in enumerate(request.loras):
             try:
-                path = self.loras.find(lora.name)
+                name, path = self.loras.find(lora.name)
             except UnknownFile as error:
                 raise Invalid(str(error), field=f"loras.{index}.name") from None
-            found.append(Lora(name=path.stem, path=path, weight=lora.weight))
+            found.append(Lora(name=name, path=path, weight=lora.weight, text_weight=lora.text_weight))
         return tuple(found)
 
     def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:

@@ -46,8 +46,11 @@ class Lora(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    name: Name = Field(description="Its name under the configured folder, without a path.")
+    name: Name = Field(description="Its name under the configured folder; folder/name for one in a subfolder.")
     weight: float = Field(1.0, ge=-4, le=4, description="Its strength; 1 as trained, 0 off.")
+    text_weight: float | None = Field(
+        None, ge=-4, le=4, description="Its strength in the text encoders, where that is another."
+    )
 
 
 class GenerateRequest(BaseModel):

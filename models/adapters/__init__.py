@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.base import GenerationParams
@@ -12,16 +12,28 @@ from models.base import GenerationParams
 from . import embedding, lora
 
 
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Adapters in place. `warnings`: sentences on what of them was left out."""
+
+    read: Callable[[str], str]
+    warnings: list[str]
+
+    def written(self, request: GenerationParams) -> GenerationParams:
+        """A request with these adapters: in its prompts each embedding's name is the tokens that stand for it."""
+        return replace(request, prompt=self.read(request.prompt), negative_prompt=self.read(request.negative_prompt))
+
+
 @contextmanager
-def applied(pipeline: Any, params: GenerationParams) -> Iterator[Callable[[GenerationParams], GenerationParams]]:
+def applied(pipeline: Any, params: GenerationParams) -> Iterator[Applied]:
     """`pipeline` with the adapters of `params`; afterwards, on success, error and cancel, exactly as it was.
 
-    Yields a function for each request with these adapters: its prompts, each embedding's name written as the tokens
-    that stand for it. Raises AdapterFailed.
+    Raises AdapterFailed.
     """
-    with lora.applied(pipeline, params.loras), embedding.inserted(pipeline, params.embeddings) as read:
-
-        def written(request: GenerationParams) -> GenerationParams:
-            return replace(request, prompt=read(request.prompt), negative_prompt=read(request.negative_prompt))
-
-        yield written
+    files = [lora.read(one) for one in params.loras if one.weight or one.text_weight]
+    bundled, said = embedding.bundled(pipeline, files)
+    with (
+        lora.applied(pipeline, files) as left_out,
+        embedding.inserted(pipeline, params.embeddings, bundled) as read,
+    ):
+        yield Applied(read, [*left_out, *said])

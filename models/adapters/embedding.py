@@ -16,21 +16,29 @@ from models.libraries import first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Keys of the files in the wild: one encoder (AUTOMATIC1111), the two of SDXL. diffusers writes one key, the token.
+    from .lora import LoraFile
+
+# Keys of the files in the wild. One encoder: AUTOMATIC1111's, or a single key (diffusers: the token; ComfyUI: clip_l).
+# Two: kohya's and OneTrainer's, or Replicate's.
 _ONE = "emb_params"
-_TWO = ("clip_l", "clip_g")
+_TWO = (("clip_l", "text_encoders_0"), ("clip_g", "text_encoders_1"))
 
 
 class EmbeddingFailed(AdapterFailed):
     field = "prompt"
 
 
-def mentioned(files: Mapping[str, Path], texts: Iterable[str]) -> tuple[Embedding, ...]:
-    """The embeddings whose file name stands in one of `texts` as a word of its own, in any case."""
+def mentioned(files: dict[str, Path], texts: Iterable[str]) -> tuple[Embedding, ...]:
+    """The embeddings whose file name stands in one of `texts` as a word of its own, in any case.
+
+    The name of a file in a subfolder may stand there with its folders or, where no other file has it, without.
+    """
     lowered = [text.lower() for text in texts]
-    likely = [name for name in files if any(name.lower() in text for text in lowered)]
+    short = [name.rpartition("/")[2] for name in files]
+    words = {word: path for word, path in zip(short, files.values(), strict=True) if short.count(word) == 1} | files
+    likely = [word for word in words if any(word.lower() in text for text in lowered)]
     return tuple(
-        Embedding(name=name, path=files[name]) for name in likely if any(_word(name).search(text) for text in lowered)
+        Embedding(name=word, path=words[word]) for word in likely if any(_word(word).search(text) for text in lowered)
     )
 
 
@@ -39,20 +47,37 @@ def without(text: str, embeddings: Iterable[Embedding]) -> str:
     return _substitute(text, {embedding.name: " " for embedding in embeddings})
 
 
-@contextmanager
-def inserted(pipeline: Any, embeddings: Sequence[Embedding]) -> Iterator[Callable[[str], str]]:
-    """The pipeline's tokenizers and text encoders with the vectors of `embeddings` added; as they were afterwards.
+def bundled(pipeline: Any, files: Iterable[LoraFile]) -> tuple[dict[str, Mapping[str, Tensor]], list[str]]:
+    """The vectors that LoRAs bring, by the word that they stand for; and sentences on those that are left out."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    said = []
+    for file in files:
+        if hasattr(pipeline, "unet"):
+            found |= file.embeddings
+        elif file.embeddings:
+            words = ", ".join(file.embeddings)
+            said.append(f"This model takes no embeddings; those that {file.lora.name!r} brings were left out: {words}.")
+    return found, said
 
-    Yields a function that writes a prompt for the tokenizers: each name as tokens of its own, one a vector of its
-    file. Raises AdapterFailed.
+
+@contextmanager
+def inserted(
+    pipeline: Any, embeddings: Sequence[Embedding], bundles: Mapping[str, Mapping[str, Tensor]]
+) -> Iterator[Callable[[str], str]]:
+    """The pipeline's tokenizers and text encoders with vectors added, of `embeddings` and of `bundles` by their words.
+
+    As they were afterwards. Yields a function that writes a prompt for the tokenizers: each name as tokens of its own,
+    one a vector. Raises AdapterFailed.
     """
     encoders = _encoders(pipeline)
+    widths = [model.get_input_embeddings().weight.shape[1] for _, model in encoders] if embeddings or bundles else []
     tokens: dict[str, list[str]] = {}
     added: list[dict[str, Tensor]] = [{} for _ in encoders]  # by encoder: token → vector (D,)
-    for index, embedding in enumerate(embeddings):
-        matrices = _read(embedding, [model.get_input_embeddings().weight.shape[1] for _, model in encoders])
+    sources = {**bundles, **{embedding.name: _read(embedding) for embedding in embeddings}}
+    for index, (name, tensors) in enumerate(sources.items()):
+        matrices = _matrices(name, tensors, widths)
         names = [f"<|embedding-{index}-{row}|>" for row in range(len(matrices[0]))]
-        tokens[embedding.name] = names
+        tokens[name] = names
         for vectors, matrix in zip(added, matrices, strict=True):
             vectors.update(zip(names, matrix, strict=True))
     with ExitStack() as stack:
@@ -116,39 +141,42 @@ def _encoders(pipeline: Any) -> list[tuple[str, Any]]:
     return [(name, getattr(pipeline, model)) for name, model in pairs if getattr(pipeline, model, None) is not None]
 
 
-def _read(embedding: Embedding, widths: Sequence[int]) -> list[Tensor]:
-    """One matrix (vectors, D) for each of the text encoders, whose widths D are `widths`."""
+def _read(embedding: Embedding) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(embedding.path)
+        return load_file(embedding.path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _failed(embedding, f"its file cannot be read: {first_line(error)}") from error
+        raise _failed(embedding.name, f"its file cannot be read: {first_line(error)}") from error
+
+
+def _matrices(name: str, tensors: Mapping[str, Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """One matrix (vectors, D) for each of the text encoders, whose widths D are `widths`."""
     if len(widths) == len(_TWO):
-        found = [tensors.get(key) for key in _TWO]
-    elif any(key in tensors for key in _TWO):
-        raise _failed(embedding, "it holds vectors for two text encoders, and this model has one.")
+        found = [next((tensors[key] for key in keys if key in tensors), None) for keys in _TWO]
+    elif sum(any(key in tensors for key in keys) for keys in _TWO) > 1:
+        raise _failed(name, "it holds vectors for two text encoders, and this model has one.")
     else:
         found = [tensors.get(_ONE, next(iter(tensors.values())) if len(tensors) == 1 else None)]
     matrices = [tensor.reshape(1, -1) if tensor.dim() == 1 else tensor for tensor in found if tensor is not None]
     if len(matrices) != len(widths):
-        raise _failed(embedding, f"it does not hold vectors for this model's {len(widths)} text encoder(s).")
+        raise _failed(name, f"it does not hold vectors for this model's {len(widths)} text encoder(s).")
     for matrix, width in zip(matrices, widths, strict=True):
         if matrix.dim() != 2 or len(matrix) == 0 or not matrix.is_floating_point():
-            raise _failed(embedding, f"its tensor has the shape {tuple(matrix.shape)}, not (vectors, width).")
+            raise _failed(name, f"its tensor has the shape {tuple(matrix.shape)}, not (vectors, width).")
         if not is_finite([matrix]):
-            raise _failed(embedding, "its vectors hold numbers that are not finite.")
+            raise _failed(name, "its vectors hold numbers that are not finite.")
         if matrix.shape[1] != width:
-            raise _failed(embedding, f"its vectors have {matrix.shape[1]} numbers, this model's words {width}.")
+            raise _failed(name, f"its vectors have {matrix.shape[1]} numbers, this model's words {width}.")
     if len({len(matrix) for matrix in matrices}) != 1:
-        raise _failed(embedding, "its two encoders have different numbers of vectors.")
+        raise _failed(name, "its two encoders have different numbers of vectors.")
     return matrices
 
 
-def _failed(embedding: Embedding, reason: str) -> EmbeddingFailed:
+def _failed(name: str, reason: str) -> EmbeddingFailed:
     return EmbeddingFailed(
-        f"The embedding {embedding.name!r} cannot be used with this model: {reason} "
+        f"The embedding {name!r} cannot be used with this model: {reason} "
         "Take one that was trained for it, or leave its name out of the prompts."
     )
 

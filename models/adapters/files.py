@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +22,10 @@ class UnknownFile(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class WeightsFolder:
-    """The safetensors files that lie directly in `path`, by name without suffix; none if there is no such folder.
+    """The safetensors files in `path` and its subfolders, by name without suffix; none if there is no such folder.
 
-    A file that is a link out of the folder is not one of them. `kind` is what a message calls them, in the singular.
+    A name is a path from the folder, with slashes. A link out of the folder and what lies behind a dot are none of
+    them. `kind` is what a message calls them, in the singular.
     """
 
     path: Path | None
@@ -30,31 +33,44 @@ class WeightsFolder:
 
     def files(self) -> dict[str, Path]:
         """Name → real path, sorted by name."""
-        return {file.stem: real for file, real in self._contents() if file.suffix == SUFFIX}
+        return {name: real for name, suffix, real in self._contents() if suffix == SUFFIX}
 
-    def find(self, name: str) -> Path:
-        """The real path of the file called `name`, given with or without its suffix. Raises UnknownFile."""
+    def find(self, name: str) -> tuple[str, Path]:
+        """The file called `name`, with or without its suffix, without its folders where no other is called so.
+
+        Returns its whole name and its real path. Raises UnknownFile.
+        """
         files = self.files()
         stem = name.removesuffix(SUFFIX)
         if stem in files:
-            return files[stem]
+            return stem, files[stem]
+        same = [one for one in files if one.endswith(f"/{stem}")] if "/" not in stem and stem else []
+        if len(same) == 1:
+            return same[0], files[same[0]]
+        if same:
+            raise UnknownFile(f"More than one {self.kind} is called {_shown(name)!r}: give one of {', '.join(same)}.")
         raise UnknownFile(f"There is no {self.kind} {_shown(name)!r}. {self._remedy(name, files)}")
 
     def _remedy(self, name: str, files: dict[str, Path]) -> str:
-        if name.endswith(PICKLES) or any(file.stem == name and file.suffix in PICKLES for file, _ in self._contents()):
+        if name.endswith(PICKLES) or any(other == name and suffix in PICKLES for other, suffix, _ in self._contents()):
             return f"Pickled files can run code when they are read and are never loaded; convert it to {SUFFIX}."
         near = difflib.get_close_matches(name[:_LETTERS], files, n=_NAMED, cutoff=0.4) or list(files)[:_NAMED]
         if not near:
             return f"The server has none; its operator can put {SUFFIX} files into the configured folder."
         return f"Nearest: {', '.join(near)}."
 
-    def _contents(self) -> list[tuple[Path, Path]]:
-        """Each file of the folder and what it really is, links out of the folder left out."""
+    def _contents(self) -> Iterator[tuple[str, str, Path]]:
+        """Each file's name, its suffix and what it really is, sorted; links out of the folder left out."""
         if self.path is None or not self.path.is_dir():
-            return []
+            return
         root = self.path.resolve()
-        pairs = [(file, file.resolve()) for file in sorted(root.iterdir()) if file.is_file()]
-        return [(file, real) for file, real in pairs if real.is_relative_to(root)]
+        found = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        for file in sorted(found):
+            if file.is_file() and (real := file.resolve()).is_relative_to(root):
+                yield file.relative_to(root).with_suffix("").as_posix(), file.suffix, real
 
 
 def _shown(name: str) -> str:

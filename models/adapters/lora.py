@@ -1,171 +1,280 @@
-"""LoRA (Hu et al. 2021): low-rank changes of the denoiser and the text encoders, in place for one request.
+"""LoRA and its kin: changes of the denoiser's and the text encoders' layers, beside them, for one request.
 
-diffusers reads the files' layouts (kohya, diffusers, PEFT) and PEFT adds the layers; what they silently leave out is an
-error here. The model's own weights are never written to: see docs/decisions/lora-layers.md.
+Every layer that a file changes is changed, or named in a warning, or the file is refused. The model's own weights are
+never written to: see docs/decisions/lora-layers.md.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from models.base import AdapterFailed, Lora
 from models.finite import is_finite
 from models.libraries import first_line
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from . import algebra, origin
+from .names import Place, Places, shape, split
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-_DOWN = ("lora_down.weight", "lora.down.weight", "lora_A.weight", "lora_linear_layer.down.weight")
-_SPELLING = re.compile(r"\.(?:(to_[qkv]|to_out)_lora|lora_linear_layer)\.(down|up)\b")
-_NAMES = {"to_q": ".q_proj", "to_k": ".k_proj", "to_v": ".v_proj", "to_out": ".out_proj", None: ""}
-_SIDES = {"down": ".lora_A", "up": ".lora_B"}
-_OTHER_KINDS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "lokr_": "a LoKr", "hada_": "a LoHa"}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .algebra import Parts
+
+_BUNDLED = "bundle_emb."
+_NAMED = 3  # layers in a warning
+_LETTERS = 160  # of a key in a message
+_RUNS = {"Linear", "Conv2d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding"}  # see `_run`
+Change = Callable[["Tensor"], "Tensor"]
+"""What a layer's input adds to its output."""
 
 
 class LoraFailed(AdapterFailed):
     field = "loras"
 
 
-@contextmanager
-def applied(pipeline: Any, loras: Sequence[Lora]) -> Iterator[None]:
-    """`pipeline` with the layers of `loras` beside its own, each by its weight; as it was afterwards.
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA as its file has it: the parts of each layer by the trainer's name for it, and what else it brings.
 
-    A weight of 0 adds nothing. Raises AdapterFailed for a file that is broken or was made for another model.
+    `embeddings`: word → encoder → vectors, as AUTOMATIC1111 and OneTrainer bundle them. `settings`: PEFT's.
     """
-    chosen = {f"lora{index}": lora for index, lora in enumerate(loras) if lora.weight != 0}
-    if not chosen:
-        yield
-        return
-    try:
-        for adapter, lora in chosen.items():
-            _load(pipeline, adapter, lora)
-        _weigh(pipeline, {adapter: lora.weight for adapter, lora in chosen.items()})
-        yield
-    finally:
-        pipeline.unload_lora_weights()
-        for name in COMPONENTS:
-            for attribute in ("peft_config", "_hf_peft_config_loaded"):
-                getattr(getattr(pipeline, name, None), "__dict__", {}).pop(attribute, None)
+
+    lora: Lora
+    layers: Mapping[str, dict[str, Tensor]]
+    embeddings: Mapping[str, Mapping[str, Tensor]]
+    trainer: str
+    settings: Mapping[str, Any]
+
+    def alpha(self, name: str, component: str) -> float | None:
+        """The layer's own, else by PEFT's settings; None: its matrices are scaled already."""
+        parts = self.layers[name]
+        if (own := parts.get("alpha")) is not None:
+            return float(own)
+        patterns = self.settings.get(f"{component}.alpha_pattern") or {}
+        default = self.settings.get(f"{component}.lora_alpha")
+        alpha: float | None = next((value for path, value in patterns.items() if name.endswith(path)), default)
+        if alpha is not None and self.settings.get(f"{component}.use_rslora"):
+            alpha *= len(parts["lora_down.weight"]) ** 0.5
+        return alpha
 
 
-def _load(pipeline: Any, adapter: str, lora: Lora) -> None:
-    tensors, described = _read(lora)
-    pairs = sum(key.endswith(_DOWN) for key in tensors)
-    if pairs == 0:
-        raise _failed(lora, "it holds no low-rank matrices.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say of modules not found is counted below
-            if described:  # by PEFT, in the file's header, which diffusers reads from the file itself
-                options: dict[str, Any] = {"weight_name": lora.path.name, "local_files_only": True}
-                _check_widths(pipeline, lora, tensors)
-                pipeline.load_lora_weights(str(lora.path.parent), adapter_name=adapter, use_safetensors=True, **options)
-            else:
-                shape = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
-                converted = pipeline.lora_state_dict(_scaled(_prefixed(pipeline, tensors)), **shape)
-                named = _named(converted[0] if isinstance(converted, tuple) else converted)
-                _check_widths(pipeline, lora, named)
-                pipeline.load_lora_weights(named, adapter_name=adapter)
-    except (MemoryError, AdapterFailed):
-        raise
-    except Exception as error:  # diffusers and PEFT raise whatever a shape or a name that is not theirs leads to
-        raise _failed(lora, first_line(error)) from error
-    placed = sum(1 for _ in _layers(pipeline, adapter))
-    if placed < pairs:
-        raise _failed(lora, f"{pairs - placed} of its {pairs} matrices belong to no layer of this model.")
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer of a file with the model's layers that its rows belong to, one after the other."""
+
+    parts: Parts
+    alpha: float | None
+    places: tuple[Place, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that the trainer had."""
+        rows, *columns = zip(*map(shape, self.modules), strict=True)
+        return sum(rows), *(column[0] for column in columns)
+
+    def weight(self, device: torch.device) -> Tensor:
+        """That weight, put together again; without numbers where no part asks for them."""
+        import torch
+
+        if not algebra.reads_weight(self.parts):
+            return torch.empty(self.shape, device="meta")
+        whole = torch.empty(self.shape, device=device)
+        for place, module in zip(self.places, self.modules, strict=True):
+            weight: Any = module.weight
+            at = 0
+            for rows in place.rows or (slice(0, len(whole)),):
+                whole[rows] = weight[at : at + rows.stop - rows.start]
+                at += rows.stop - rows.start
+        return whole
 
 
-def _check_widths(pipeline: Any, lora: Lora, converted: Mapping[str, Tensor]) -> None:
-    """Refuse matrices that do not fit: to some, diffusers would fit Flux's transformer instead, and leave it so."""
-    for key, tensor in converted.items():
-        component, _, rest = key.partition(".")
-        path, mark, _ = rest.partition(".lora_A.")
-        model = getattr(pipeline, component, None)
-        if not mark or model is None:
-            continue
-        try:
-            width = model.get_submodule(path).weight.shape[1]
-        except AttributeError:
-            continue  # counted once it is loaded
-        if tensor.shape[1] != width:
-            raise _failed(
-                lora, f"its matrix for {key.removesuffix('.weight')} has {tensor.shape[1]} columns, not {width}."
-            )
-
-
-def _read(lora: Lora) -> tuple[dict[str, Tensor], bool]:
-    """The file's tensors, and whether its header describes them."""
+def read(lora: Lora) -> LoraFile:
+    """Raises AdapterFailed for a file that is broken, or holds what is no change of a layer."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(lora.path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
-            described = "lora_adapter_metadata" in (file.metadata() or {})
+            header = file.metadata() or {}
+        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise _failed(lora, f"its file cannot be read: {first_line(error)}") from error
-    for mark, kind in _OTHER_KINDS.items():
-        if any(mark in key for key in tensors):
-            raise _failed(lora, f"it is {kind}, which is not supported.")
-    for key in tensors:
-        if "lora" not in key and not key.endswith(".alpha"):
-            raise _failed(lora, f"it holds {key[:80]!r}, which is no low-rank matrix.")
-    if (broken := next((key for key, tensor in tensors.items() if not is_finite([tensor])), None)) is not None:
-        raise _failed(lora, f"its {broken[:80]!r} holds numbers that are not finite.")
-    return tensors, described
+    layers: dict[str, dict[str, Tensor]] = {}
+    embeddings: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        numbers = tensor.float()
+        if not is_finite([numbers]):
+            raise _failed(lora, f"its {key[:_LETTERS]!r} holds numbers that are not finite.")
+        if key.startswith(_BUNDLED):
+            word, _, encoder = key.removeprefix(_BUNDLED).partition(".")
+            embeddings.setdefault(word, {})[encoder] = numbers
+        elif (named := split(key)) is not None:
+            layers.setdefault(named[0], {})[named[1]] = numbers
+        else:
+            raise _failed(lora, f"it holds {key[:_LETTERS]!r}, which is no change of a layer that is known here.")
+    layers = {name: parts for name, parts in layers.items() if parts.keys() != {"alpha"}}
+    return LoraFile(lora, layers, embeddings, origin.trainer(tensors, header), settings)
 
 
-def _prefixed(pipeline: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT saved of a bare denoiser, under the denoiser's name in the pipeline."""
-    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
-    bare = "base_model.model."
-    return {f"{denoiser}.{k.removeprefix(bare)}" if k.startswith(bare) else k: v for k, v in tensors.items()}
+@contextmanager
+def applied(pipeline: Any, files: Sequence[LoraFile]) -> Iterator[list[str]]:
+    """`pipeline` with the changes of `files` beside its layers, each by its weight; as it was afterwards.
+
+    Yields sentences on what was left out. Raises AdapterFailed for a file that was made for another model.
+    """
+    from cache.patching import shadowed
+
+    changes: dict[nn.Module, list[Change]] = {}
+    said = []
+    if files:
+        places = Places(pipeline)
+        said = [sentence for file in files for sentence in _place(pipeline, places, file, changes)]
+    with shadowed([(module, "forward", _changed(module.forward, these)) for module, these in changes.items()]):
+        yield said
 
 
-def _scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """kohya's alphas multiplied into the up matrices, as alpha / rank: diffusers loses some where they differ."""
-    scaled = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
-    for key in tensors.keys() - scaled.keys():
-        name = key.removesuffix(".alpha")
-        for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up")):
-            up = f"{name}.{up}.weight"
-            if up in scaled:
-                rank = len(scaled[f"{name}.{down}.weight"])
-                scaled[up] = scaled[up].float() * (float(tensors[key]) / rank)
-    return scaled
+def _changed(forward: Callable[..., Tensor], changes: Sequence[Change]) -> Callable[..., Tensor]:
+    def changed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = forward(x, *args, **kwargs)
+        for change in changes:
+            out = out + change(x).to(out)
+        return out
+
+    return changed
 
 
-def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's matrices by PEFT's names: where a file mixes diffusers' own two spellings, it drops one."""
-    return {
-        _SPELLING.sub(lambda match: _NAMES[match[1]] + _SIDES[match[2]], key) if key.startswith("text") else key: tensor
-        for key, tensor in tensors.items()
-    }
+def _place(pipeline: Any, places: Places, file: LoraFile, changes: dict[nn.Module, list[Change]]) -> list[str]:
+    """Adds what `file` changes to `changes`. Returns a sentence on layers that this model has not got."""
+    found = {name: places.find(name) for name in file.layers}
+    missing = [name for name, ours in found.items() if not ours]
+    if not file.layers:
+        raise _failed(file.lora, "it holds no change of a layer.")
+    if 2 * len(missing) > len(found):
+        raise _foreign(pipeline, file, f"it changes {missing[0][:_LETTERS]!r}, which this model has not got.")
+    for name, ours in found.items():
+        if not ours:
+            continue
+        modules = tuple(places.module(place) for place in ours)
+        layer = _Layer(file.layers[name], file.alpha(name, ours[0].component), ours, modules)
+        _check(pipeline, file, name, layer)
+        for place, module in zip(ours, modules, strict=True):
+            if weight := file.lora.weight_of(place.component):
+                dtype = places.networks[place.component].dtype
+                change = _change(file, layer, place, module, weight, pipeline._execution_device, dtype)
+                changes.setdefault(module, []).append(change)
+    if not missing:
+        return []
+    some = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+    return [
+        f"{len(missing)} of the {len(found)} layers that the LoRA {file.lora.name!r} changes are none of this model's "
+        f"and were left out: {some}."
+    ]
 
 
-def _weigh(pipeline: Any, weights: dict[str, float]) -> None:
-    """Make the adapters act together, each layer those that it has, in the precision of its own weights."""
-    for adapter, weight in weights.items():
-        for layer in _layers(pipeline, adapter):
-            own = layer.get_base_layer().weight
-            device = None if own.is_meta else own.device  # a layer that is offloaded brings its own device
-            layer.lora_A[adapter].to(device, own.dtype)
-            layer.lora_B[adapter].to(device, own.dtype)
-            layer.set_adapter([name for name in weights if name in layer.lora_A], inference_mode=True)
-            layer.set_scale(adapter, weight)
+def _check(pipeline: Any, file: LoraFile, name: str, layer: _Layer) -> None:
+    """Raise AdapterFailed unless the file's matrices have the shape of the layers' weights, and can act there."""
+    import torch
+
+    whole = torch.empty(layer.shape, device="meta")
+    try:
+        made = algebra.delta({part: tensor.to("meta") for part, tensor in layer.parts.items()}, layer.alpha, whole)
+        bias = algebra.bias(layer.parts)
+        fits = made.shape == whole.shape and (bias is None or len(bias) == len(whole))
+    except KeyError as error:
+        raise _failed(file.lora, f"its {name[:_LETTERS]!r} lacks the part {error.args[0]}.") from error
+    except (RuntimeError, IndexError, ValueError):
+        fits = False
+    if not fits:
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in layer.parts.items() if part != "alpha")
+        reason = f"its {name[:_LETTERS]!r} ({shapes}) does not fit a layer of {tuple(layer.shape)}."
+        raise _foreign(pipeline, file, reason)
+    for place, module in zip(layer.places, layer.modules, strict=True):
+        if not _RUNS & {cls.__name__ for cls in type(module).__mro__}:
+            raise _failed(file.lora, f"it changes {place.path}, and no {type(module).__name__} can be changed.")
+        weight: Any = module.weight
+        numbers = weight.is_floating_point() and not weight.is_meta and weight.shape == shape(module)
+        if algebra.reads_weight(layer.parts) and not numbers:
+            reason = f"DoRA and OFT read the model's own weights, and {place.path}'s are quantised or offloaded."
+            raise _failed(file.lora, reason)
 
 
-def _layers(pipeline: Any, adapter: str) -> Iterator[Any]:
-    from peft.tuners.lora import LoraLayer
+def _change(
+    file: LoraFile,
+    layer: _Layer,
+    place: Place,
+    module: nn.Module,
+    weight: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Change:
+    """What `layer` adds in `place`, times `weight`: by two thin matrices, or by ΔW made anew in each call."""
+    import torch
 
-    for name in COMPONENTS:
-        model = getattr(pipeline, name, None)
-        if model is not None:
-            yield from (part for part in model.modules() if isinstance(part, LoraLayer) and adapter in part.lora_A)
+    def mine(rows: Tensor) -> Tensor:
+        return torch.cat([rows[part] for part in place.rows]) if place.rows else rows
+
+    def ready(tensor: Tensor) -> Tensor:
+        if not is_finite([cast := tensor.to(dtype)]):
+            raise _failed(file.lora, f"its numbers for {place.path} are too large for {dtype}, times {weight:g}.")
+        return cast.to(device)
+
+    bias = algebra.bias(layer.parts)
+    bias = None if bias is None else ready(mine(bias) * weight)
+    columns = shape(module)[1:]
+    if columns and (pair := algebra.factors(layer.parts, layer.alpha)) is not None:
+        down, up = pair
+        down = ready(down.reshape(len(down), *columns))
+        up = ready(mine(up.reshape(len(up), -1)).reshape(-1, len(down), *[1] * (len(columns) - 1)) * weight)
+        return lambda x: _run(module, _run(module, x, down, None), up, bias, thin=True)
+    parts = {part: tensor.to(device) for part, tensor in layer.parts.items()}
+
+    def made(x: Tensor) -> Tensor:
+        delta = algebra.delta(parts, layer.alpha, layer.weight(device))
+        return _run(module, x, mine(delta) * weight, bias)
+
+    return made
+
+
+def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *, thin: bool = False) -> Tensor:
+    """The layer's own operation with other numbers, in which all of these are linear. thin: without its window."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    weight = weight.to(x if x.is_floating_point() else weight)
+    bias = None if bias is None else bias.to(weight)
+    match module:
+        case nn.Linear():
+            return F.linear(x, weight, bias)
+        case nn.Conv2d():
+            return F.conv2d(x, weight, bias) if thin else module._conv_forward(x, weight, bias)
+        case nn.GroupNorm():
+            return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+        case nn.LayerNorm():
+            return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        case nn.RMSNorm():
+            return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+        case nn.Embedding():
+            return F.embedding(x, weight)
+    raise TypeError(type(module).__name__)
+
+
+def _foreign(pipeline: Any, file: LoraFile, reason: str) -> LoraFailed:
+    """What to raise for a file that does not fit: for which family it was made, if that shows, else the reason."""
+    downs = {name: parts.get("lora_down.weight") for name, parts in file.layers.items()}
+    theirs = origin.family({name: () if down is None else tuple(down.shape) for name, down in downs.items()})
+    ours = origin.family_of(pipeline)
+    if theirs is None or theirs == ours:
+        return _failed(file.lora, reason)
+    return LoraFailed(
+        f"The LoRA {file.lora.name!r} was made for {theirs} (by {file.trainer}) and cannot be used with this model, "
+        f"which is {ours}: take one that was made for {ours}, or leave it out of loras."
+    )
 
 
 def _failed(lora: Lora, reason: str) -> LoraFailed:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.registry import Registry
 from tests.compatibility.conftest import filled, made_for
+from tests.compatibility.files import FILES
 from tests.compatibility.page import page
 from tests.compatibility.rows import ON, ROWS, Row
 
@@ -105,4 +106,4 @@ def test_the_page_is_printed_from_these_rows() -> None:
 
 def test_the_page_names_no_pair_twice() -> None:
     lines = [line for line in page().splitlines() if re.match(r"\| [✅❌] ", line)]
-    assert len(lines) == len(set(lines)) == len(ROWS)
+    assert len(lines) == len(set(lines)) == len(ROWS) + len(FILES)

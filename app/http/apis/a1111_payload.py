@@ -233,18 +233,24 @@ def _number(values: _Values, options: Options) -> None:
 
 
 def _networks(values: _Values) -> None:
-    """LoRAs are named in the prompt there: <lora:name:0.8>."""
+    """LoRAs are named in the prompt there: <lora:name:0.8>, or <lora:name:te:unet>, each of the two by name too."""
     loras = []
     for kind, words in _TAG.findall(values["prompt"]):
-        name, *weights = words.split(":")
+        name, *given = words.split(":")
+        named = dict(word.partition("=")[::2] for word in given if "=" in word)
+        plain = [word for word in given if "=" not in word]
         try:
-            if kind != "lora" or len(weights) > 1:
+            if kind == "hypernet" or len(plain) > 2 or named.keys() - {"te", "unet"}:
                 raise ValueError
-            loras.append({"name": name, "weight": float(weights[0]) if weights else 1.0})
+            text = float(named.get("te", plain[0] if plain else 1.0))
+            unet = float(named.get("unet", plain[1] if len(plain) > 1 else text))
         except ValueError:
             raise Invalid(
-                f"The prompt's {shown(f'<{kind}:{words}>')} is not <lora:name> or <lora:name:0.8>.", field="prompt"
+                f"The prompt's {shown(f'<{kind}:{words}>')} is not <lora:name>, <lora:name:0.8> or "
+                "<lora:name:te=0.5:unet=0.8>.",
+                field="prompt",
             ) from None
+        loras.append({"name": name, "weight": unet} | ({} if text == unet else {"text_weight": text}))
     if loras:
         values.put("loras", loras, "prompt")
         values["prompt"] = _TAG.sub("", values["prompt"])

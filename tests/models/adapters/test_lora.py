@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.adapters.lora import COMPONENTS
+from models.adapters.names import COMPONENTS
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, Lora, ModelSpec, Step
 from models.families.sd import SD
 from models.generation import LoadedModel
