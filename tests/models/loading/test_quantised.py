@@ -380,3 +380,19 @@ def test_a_lora_on_small_weights_is_the_one_merged_by_hand(
     cached = model.generate(params, FirstBlockCache(threshold=0.5), ignore)
     assert cached.reports[0].reused > 0
     assert np.array_equal(pixels(model.generate(PARAMS, NoCache(), ignore).images), before)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "scaled"])
+def test_small_weights_are_compiled_once(kind: str, published: Tensors, whole: Path, tmp_path: Path) -> None:
+    model, _ = weights_of(kind, published, whole, tmp_path)
+    model.model.compile_backend = "eager"
+    torch._dynamo.reset()
+    counts = []
+    for threshold in (0.1, 0.5, 0.9):
+        torch._dynamo.utils.counters.clear()
+        strategy = FirstBlockCache(threshold=threshold)
+        compiled = model.generate(replace(PARAMS, compiled=True), strategy, ignore)
+        counts.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+        assert np.array_equal(pixels(compiled.images), pixels(model.generate(PARAMS, strategy, ignore).images))
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0]
