@@ -13,7 +13,7 @@ from typing import Any
 from models.base import LoadFailed, ModelSpec
 
 from . import gguf
-from .quantised import PREFIX, loading, names_of, read
+from .quantised import PREFIX, loading, read, readable
 
 UNSAFE = (".ckpt", ".pt", ".pth", ".bin", ".pickle", ".pkl")
 
@@ -33,7 +33,7 @@ def keys_of(spec: ModelSpec, file: Path) -> frozenset[str]:
 
     refuse_pickle(spec.name, file)
     if is_gguf(file):
-        return names_of(spec.name, file)
+        return frozenset(readable(spec.name, file))
     try:
         with safe_open(file, "pt") as opened:
             return frozenset(opened.keys())

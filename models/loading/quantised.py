@@ -28,6 +28,9 @@ _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's names, the older and the
 _INPUT_SCALES = ("scale_input", "input_scale")  # for products in fp8, which are not computed here
 _MARK = "scaled_fp8"
 _KIND = "comfy_quant"  # JSON about one matrix, as bytes
+COMPANIONS = frozenset((*_SCALES, *_INPUT_SCALES, _MARK, _KIND))
+"""Last parts of the names that scaled fp8 adds to those of a network's tensors."""
+_OTHERS = re.compile(r"scale|quant|absmax|codebook|zero|nested|g_idx")  # what quantisers add beside a matrix
 _WHOLE = re.compile(r"norm(?!.*\.linear)|embed|shared|relative_attention_bias|\bwo\b|^conv_(in|out)|^proj_out")
 _T5_WIDE = ("norm", "shared", "embed", "relative_attention_bias", r"\bwo\b")  # what T5 computes by the dtype of
 
@@ -57,8 +60,8 @@ def kept_small(text_encoders: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(("unet", "transformer", *(name for name, cls in text_encoders.items() if "T5" in cls.__name__)))
 
 
-def names_of(name: str, file: Path) -> frozenset[str]:
-    """Names of a GGUF file's tensors, once all are known to be readable. Raises LoadFailed."""
+def readable(name: str, file: Path) -> dict[str, gguf.Tensor]:
+    """The tensors of a model's GGUF file by name, all of types that are read. Raises LoadFailed."""
     try:
         tensors = gguf.read_header(file)
     except (OSError, ValueError) as error:
@@ -69,7 +72,7 @@ def names_of(name: str, file: Path) -> frozenset[str]:
                 f"The model {name!r} cannot be read: {file} holds {key} as {tensor.dtype}, which is not supported. "
                 f"Take a file of one of these: {', '.join(sorted(gguf.READABLE))}."
             )
-    return frozenset(tensors)
+    return tensors
 
 
 def read(name: str, file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -89,8 +92,7 @@ def _read_gguf(name: str, file: Path) -> dict[str, Tensor]:
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
-    names_of(name, file)
-    header = gguf.read_header(file)
+    header = readable(name, file)
     tensors: dict[str, Tensor] = load_gguf_checkpoint(str(file))
     if any(key.startswith(PREFIX) for key in tensors):
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
@@ -114,17 +116,11 @@ def descaled(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> di
         layer, _, last = key.rpartition(".")
         weight = tensors.get(f"{layer}.weight")
         scaled = weight is not None and weight.dtype in floats
-        if last == _MARK or (scaled and (last in (*_SCALES, *_INPUT_SCALES) or _says_fp8(last, tensor))):
+        explained = last != _KIND or b'"float8_e' in tensor.numpy().tobytes()
+        if last == _MARK or (scaled and last in COMPANIONS and explained):
             continue
-        if (
-            (weight is not None and last not in ("weight", "bias"))
-            or layer in tensors
-            or tensor.dtype
-            in (
-                torch.uint8,
-                torch.int8,
-            )
-        ):
+        beside = (weight is not None or layer in tensors) and _OTHERS.search(last) is not None
+        if beside or tensor.dtype in (torch.uint8, torch.int8):
             raise LoadFailed(
                 f"The model {name!r} cannot be read: its file holds {key}, a part of a quantisation that is not "
                 "supported. Take a file in fp8, scaled fp8, 16 bit, or GGUF."
@@ -136,16 +132,12 @@ def descaled(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> di
     return result
 
 
-def _says_fp8(last: str, tensor: Tensor) -> bool:
-    return last == _KIND and b'"float8_e' in bytes(tensor.tolist()).replace(b" ", b"")
-
-
 def _multiplied(name: str, key: str, tensor: Tensor, scales: Iterable[Tensor | None]) -> Tensor:
-    numbers = tensor.float()
+    numbers, rows = tensor.float(), tensor.shape[:1]
     for scale in scales:
         if scale is None:
             continue
-        if not scale.is_floating_point() or scale.numel() not in (1, len(tensor)):
+        if not scale.is_floating_point() or (scale.numel() > 1 and scale.shape not in (rows, (*rows, 1))):
             raise LoadFailed(
                 f"The model {name!r} cannot be read: the scale of {key} is {scale.dtype} of shape "
                 f"{tuple(scale.shape)}, where one number, or one a row, is read. Take another file of the model."

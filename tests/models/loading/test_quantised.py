@@ -250,6 +250,7 @@ FC = "double_blocks.0.img_mlp.0"
         ({"txt_in.weight": torch.zeros(4, 4, dtype=torch.int8)}, r"txt_in.weight"),
         ({f"{FC}.comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)}, rf"{FC}.comfy_quant"),
         ({f"{FC}.scale_weight": torch.ones(2, 3)}, r"the scale of .* shape \(2, 3\)"),
+        ({f"{FC}.scale_weight": torch.ones(1, 4 * WIDTH)}, r"the scale of .* shape \(1, 128\)"),
         ({f"{FC}.scale_weight": torch.ones(1, dtype=torch.uint8)}, r"the scale of .* torch.uint8"),
     ],
 )
