@@ -295,6 +295,7 @@ class Fields(TypedDict, total=False):
     fbcache_max_consecutive: int | None
     cache_forecast: bool
     attention: Literal["auto", "sdpa", "sage", "sparge"]
+    compile: bool
     stable_fast: bool
     img2img_enabled: bool
     img2img_image: str | None

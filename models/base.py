@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 Offload = Literal["model", "sequential"]
+Quantization = Literal["fp8", "int8", "nf4"]
 
 
 class ModelError(Exception):
@@ -240,9 +241,11 @@ class Hub:
 class ModelSpec:
     """A configured model: where it lies and what it defaults to.
 
-    `source`: a folder in diffusers format, a single `.safetensors` file in the original layout, or a hub repository.
+    `source`: a folder in diffusers format, a single `.safetensors` or `.gguf` file in the original layout, or a hub
+    repository.
     `config`: for a single file, the folder that holds what the file lacks: configurations, tokenizers, other networks.
     `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
+    `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
     `prediction_type`: overrides what the scheduler's configuration says the network predicts.
     `offload`: keep networks in main memory while they do not run, whole (`model`) or layer by layer (`sequential`).
     `vae_tiling`, `vae_slicing`: decode pictures in tiles, and batches one by one, to need less memory.
@@ -256,6 +259,7 @@ class ModelSpec:
     source: Path | Hub
     config: Path | None = None
     dtype: DtypeName | None = None
+    quantization: Quantization | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     offload: Offload | None = None
     vae_tiling: bool = False

@@ -17,7 +17,8 @@ class NotFinite(ModelError):
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Waits for the device, once a tensor."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    wide = (tensor.float() if tensor.element_size() == 1 else tensor for tensor in tensors)  # fp8 cannot be asked
+    return all(bool(tensor.isfinite().all()) for tensor in wide)
 
 
 def check(tensors: Iterable[Tensor], result: str, pipeline: Any, parts: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from .base import DtypeName, Hub, ModelError, ModelSpec, Offload
+from .base import DtypeName, Hub, ModelError, ModelSpec, Offload, Quantization
 from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from .families import FAMILIES
 from .loading.file import refuse_pickle
@@ -56,6 +56,7 @@ class Entry(BaseModel):
     variant: Word | None = None
     config: str | None = None
     dtype: DtypeName | None = None
+    quantization: Quantization | None = None
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
@@ -150,8 +151,8 @@ def _source(entry: Entry, base: Path, where: str) -> Path | Hub:
         return folder
     file = base / Path(entry.file or "").expanduser()
     refuse_pickle(entry.name, file)
-    if file.suffix.lower() != ".safetensors":
-        raise ValueError(f"{where}: {file.name} is no .safetensors file; no other format is read")
+    if file.suffix.lower() not in (".safetensors", ".gguf"):
+        raise ValueError(f"{where}: {file.name} is neither a .safetensors nor a .gguf file; no other format is read")
     if not file.is_file():
         raise ValueError(f"{where}: there is no file {file}")
     if not os.access(file, os.R_OK):

@@ -167,7 +167,7 @@ class Registry:
             "branches": [{"branch": branch, "reuse_cost": cost} for branch, cost in enumerate(costs)],
             "samplers": {sampler: list(schedulers) for sampler, schedulers in family.samplers.items()},
             "attention": self._attention(spec),
-            "compilation": self._compilation(spec, family),
+            "compilation": compilation.unavailable(self.device, spec.offload, spec.quantization),
             "error": error,
         }
 
@@ -178,8 +178,3 @@ class Registry:
             attention.SDPA: None,
             **{name: attention.unavailable(name, self.device, dtype) for name in attention.KERNELS},
         }
-
-    def _compilation(self, spec: ModelSpec, family: ModelFamily) -> str | None:
-        if family.cache == "first_block":
-            return "stable_fast cannot compile Flux models. Leave it out."
-        return compilation.unavailable(self.device, spec.offload)

@@ -19,7 +19,7 @@ class Timing(BaseModel):
     text_seconds: float = Field(description="Encoding the prompt.")
     denoise_seconds: float = Field(description="All denoising steps.")
     decode_seconds: float = Field(description="From latents to pixels.")
-    compile_seconds: float = Field(description="Compiling, with stable_fast: 0 where it was done before.")
+    compile_seconds: float = Field(description="Compiling, with compile or stable_fast: 0 where it was done before.")
     total_seconds: float = Field(description="From the job's arrival to its end.")
 
 

@@ -99,7 +99,7 @@ def resolve(
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
         attention=request.attention,
-        compiled=request.stable_fast,
+        compiled=request.compile or request.stable_fast,
         img2img=img2img,
         hires_fix=request.hires_fix,
         adetailer=request.adetailer,
@@ -186,14 +186,18 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
         )
     if request.stable_fast and is_flux:
-        raise Incompatible("stable_fast cannot compile Flux models. Leave it out.", field="stable_fast")
+        raise Incompatible(
+            f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
+            field="stable_fast",
+        )
     for name in ("clip_skip", "guidance_rescale"):
         if getattr(request, name) and is_flux:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
             )
-    if request.stable_fast and model.compilation is not None:
-        raise Unsupported(model.compilation, field="stable_fast")
+    for name in ("compile", "stable_fast"):
+        if getattr(request, name) and model.compilation is not None:
+            raise Unsupported(model.compilation, field=name)
     if (reason := model.attention.get(request.attention)) is not None:
         raise Unsupported(reason, field="attention")
 

@@ -21,7 +21,11 @@ EXAMPLE: dict[str, JsonValue] = {
     "deepcache_interval": 3,
     "deepcache_depth": 2,
 }
-ALIASES = {"cfg_scale": "guidance_scale", "residual_diff_threshold": "fbcache_threshold"}
+ALIASES = {
+    "cfg_scale": "guidance_scale",
+    "residual_diff_threshold": "fbcache_threshold",
+    "torch_compile": "compile",
+}
 PRESETS: dict[str, dict[str, int]] = {
     "balanced": {"deepcache_interval": 3, "deepcache_depth": 2, "deepcache_start_step": 0, "deepcache_end_step": 1000},
     "max_speed": {"deepcache_interval": 5, "deepcache_depth": 3, "deepcache_start_step": 0, "deepcache_end_step": 1000},
@@ -152,7 +156,12 @@ class GenerateRequest(BaseModel):
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
         "auto", description="Attention kernel; auto takes the best that the model and device can run."
     )
-    stable_fast: bool = Field(False, description="Compile the denoiser. Not for Flux.")
+    compile: bool = Field(
+        False,
+        description="Run the denoiser's layers compiled; the first picture of a size waits for it. Also called "
+        "torch_compile.",
+    )
+    stable_fast: bool = Field(False, description="The same, for UNet models alone.")
     img2img_enabled: bool = Field(False, description="Start from a picture instead of noise: img2img_image.")
     img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
     img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")

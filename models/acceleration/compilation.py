@@ -1,4 +1,4 @@
-"""Compiled layers: `torch.compile` on each layer of a UNet apart, so that caches still find the layers.
+"""Compiled layers: `torch.compile` on each layer of a UNet or block of a transformer, so that caches still find them.
 
 Why layers and not the whole network, and why no CUDA graphs: docs/decisions/compilation.md.
 """
@@ -11,17 +11,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from models.base import ModelError, Offload
+from models.base import ModelError, Offload, Quantization
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from cache import Denoiser
 
-SHAPES = 64  # input shapes that one layer may be compiled for, before further ones run uncompiled
+SHAPES = 64  # input shapes that one region may be compiled for, before further ones run uncompiled
 _COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -29,19 +28,21 @@ class CompilationFailed(ModelError):
     """The compiler gave up on a layer."""
 
 
-def unavailable(device: str, offload: Offload | None) -> str | None:
+def unavailable(device: str, offload: Offload | None, quantization: Quantization | None = None) -> str | None:
     """Why a model cannot be compiled for `device`, with the remedy; None if it can."""
+    if quantization == "fp8":
+        return "A model that is kept in fp8 is cast layer by layer as it runs, and cannot be compiled. Leave it out."
     if offload == "sequential":
-        return "stable_fast cannot compile a model that is offloaded layer by layer. Leave it out."
+        return "A model that is offloaded layer by layer cannot be compiled. Leave it out."
     if device.startswith("cuda") and find_spec("triton") is None:
-        return "stable_fast compiles to Triton kernels, and triton is not installed: pip install triton."
+        return "Compiling makes Triton kernels, and triton is not installed: pip install triton."
     if shutil.which(os.environ.get("CXX", "")) is None and not any(map(shutil.which, _COMPILERS)):
-        return "stable_fast needs a C++ compiler on the server, and there is none: install g++ or name one in CXX."
+        return "Compiling needs a C++ compiler on the server, and there is none: install g++ or name one in CXX."
     return None
 
 
-def _compiled(layer: nn.Module, backend: str) -> Callable[..., Any]:
-    """The layer's forward, a region of its own with static shapes.
+def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """The forward, a region of its own with static shapes.
 
     Layers of one class share their code, and torch bounds what it keeps for one code. After a second shape torch would
     compile for any, and a picture would depend on the requests before it.
@@ -49,27 +50,32 @@ def _compiled(layer: nn.Module, backend: str) -> Callable[..., Any]:
     import torch
 
     options: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": SHAPES}  # which the overloads lack
-    return torch.compile(layer.forward, backend=backend, dynamic=False, **options)
+    return torch.compile(forward, backend=backend, dynamic=False, **options)
 
 
 class CompiledLayers:
-    """A UNet's layers compiled, each on its first call; kept with the model, in force inside `attached` alone.
+    """A denoiser's layers compiled, each on its first call; kept with the model, in force inside `attached` alone.
 
-    backend: of `torch.compile`. Raises CompilationFailed for a denoiser that is no UNet.
+    A transformer's blocks of one class are alike and share a region: their weights are its arguments. A UNet's layers
+    differ, and each is a region. backend: of `torch.compile`.
     """
 
     def __init__(self, denoiser: Denoiser, backend: str = "inductor") -> None:
-        from cache import UNetDenoiser
+        from cache import TransformerDenoiser, UNetDenoiser
 
-        if not isinstance(denoiser, UNetDenoiser):
-            raise CompilationFailed(f"stable_fast compiles UNets, and {type(denoiser.root).__name__} is none.")
-        paths = [path for entry in (*denoiser.down_entries, *denoiser.up_layers) for path in entry]
-        layers = [denoiser.root.get_submodule(path) for path in paths if path != "conv_in"]
-        if denoiser.root.mid_block is not None:
-            layers.append(denoiser.root.mid_block)  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch, about its own modules
-            self._forwards = [(layer, _compiled(layer, backend)) for layer in layers]
+            match denoiser:
+                case UNetDenoiser():
+                    paths = [path for entry in (*denoiser.down_entries, *denoiser.up_layers) for path in entry]
+                    layers = [denoiser.root.get_submodule(path) for path in paths if path != "conv_in"]
+                    if denoiser.root.mid_block is not None:
+                        layers.append(denoiser.root.mid_block)  # type: ignore[arg-type]
+                    self._forwards = [(layer, _compiled(layer.forward, backend)) for layer in layers]
+                case TransformerDenoiser():
+                    blocks = [block for blocks in denoiser.blocks for block in blocks]
+                    shared = {cls: _compiled(cls.forward, backend) for cls in {type(block) for block in blocks}}
+                    self._forwards = [(block, partial(shared[type(block)], block)) for block in blocks]
 
     def __len__(self) -> int:
         return len(self._forwards)
@@ -92,7 +98,7 @@ class CompiledLayers:
             ):
                 yield compilation
         except BackendCompilerFailed as error:
-            raise CompilationFailed("stable_fast could not compile this model here. Leave it out.") from error
+            raise CompilationFailed("This model could not be compiled here. Leave it out.") from error
 
 
 class Compilation:

@@ -9,7 +9,7 @@ from typing import Any
 
 from models.base import UNWATCHED, CacheName, DtypeName, LoadHooks, ModelSpec
 from models.libraries import quiet
-from models.loading.file import check_layout
+from models.loading.file import check_layout, is_gguf
 from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, single_file
 from models.pipeline import PipelineModel
 from models.sampling.samplers import Sampler, choices
@@ -69,6 +69,7 @@ class ModelFamily(ABC):
     def load(self, spec: ModelSpec, device: str, hooks: LoadHooks = UNWATCHED) -> PipelineModel:
         """The model in the spec's dtype, else in the one that suits the device. Raises LoadFailed."""
         self.check(spec)
+        file = single_file(spec)
         with quiet():
             import diffusers
             import transformers
@@ -80,7 +81,7 @@ class ModelFamily(ABC):
                 device,
                 dtype_for(spec, device, self.half),
                 hooks,
-                single=self.single,
+                single=self.network if file is not None and is_gguf(file) else self.single,
                 **self.extras,
             )
         return self.model(spec, pipeline)

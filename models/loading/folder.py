@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from models.base import DtypeName, Hub, LoadFailed, LoadHooks, ModelSpec
 from models.libraries import first_line
 
-from .file import load_network, load_whole
+from .file import is_gguf, load_network, load_whole
 from .footprint import NETWORKS, loaded_bytes, network_bytes, resident, variant_of, weight_files
 from .hub import fetch_file, fetch_pipeline
+from .quantised import kept_small, loading, store_fp8, unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -40,28 +41,32 @@ def load_pipeline(
     the libraries would draw random numbers for it.
     """
     check_class(spec, pipeline_class.__name__)
+    if (reason := unavailable(spec.quantization, device)) is not None:
+        raise LoadFailed(f"The model {spec.name!r} is not loaded: {reason}")
     if isinstance(spec.source, Hub):
         folder = fetch_pipeline(spec, spec.source, pipeline_class, hooks.stage)
     else:
         folder = folder_of(spec)
     _check_tokenizers(spec)
     file = single_file(spec)
-    networks = network_bytes(folder, dtype.itemsize)
+    small = kept_small(text_encoders)
+    networks = network_bytes(folder, dtype.itemsize, dict.fromkeys(small, spec.quantization))
     if file is not None:
-        in_file = {"file": loaded_bytes([file], dtype.itemsize)}
+        in_file = {"file": loaded_bytes([file], dtype.itemsize, spec.quantization)}
         networks = in_file if single is None else {**networks, single: in_file["file"]}
     hooks.room(resident(spec, networks))
     lacking: list[str] = []
     try:
         if file is not None and single is not None:
             hooks.stage(single)
-            components[single] = load_network(_network_class(spec, single), file, folder, single, dtype)
+            components[single] = load_network(spec, _network_class(spec, single), file, folder, single, dtype)
         if file is not None and single is None:
             hooks.stage("all networks")
-            pipeline = load_whole(pipeline_class, file, folder, dtype, components)
-        else:
-            loaded, lacking = _load_networks(spec, folder, text_encoders, dtype, hooks, components)
-            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components, **loaded)
+            index = read_json(spec, "model_index.json")
+            index = {name: index[name] for name in NETWORKS if name in index}
+            components |= load_whole(spec, file, folder, dtype, index)
+        loaded, lacking = _load_networks(spec, folder, text_encoders, dtype, hooks, components)
+        pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components, **loaded)
     except (MemoryError, LoadFailed):
         raise
     except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do
@@ -72,6 +77,9 @@ def load_pipeline(
         module.eval().requires_grad_(False)
     if lacking := list(dict.fromkeys(lacking)):
         raise damaged(spec, f"{len(lacking)} tensors are missing, {lacking[0]} first.")
+    if spec.quantization == "fp8":
+        for name in modules.keys() & small - ({single} if file is not None and is_gguf(file) else set()):
+            store_fp8(modules[name], dtype)
     hooks.stage(f"moving to {device}")
     _settle(pipeline, spec, device)
     return pipeline
@@ -98,6 +106,8 @@ def _load_networks(
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
         if variant is not None and variant in files.get(name, {}):
             options["variant"] = variant
+        if spec.quantization is not None and name in kept_small(text_encoders):
+            options |= loading(spec.quantization, dtype, network_class.__module__.partition(".")[0])
         loaded[name], info = network_class.from_pretrained(folder / name, output_loading_info=True, **options)
         lacking += [f"{name}.{key}" for key in info["missing_keys"]]
     return loaded, lacking

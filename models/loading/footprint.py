@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from models.base import ModelSpec
+from models.base import ModelSpec, Quantization
+
+from .quantised import tensor_bytes
 
 NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _WEIGHTS = re.compile(
@@ -37,23 +39,25 @@ def variant_of(files: Mapping[str, Mapping[str, list[Path]]], half: bool) -> str
     return None
 
 
-def network_bytes(folder: Path, itemsize: int) -> dict[str, int]:
-    """Bytes of each component's weights once loaded at `itemsize` bytes a number."""
+def network_bytes(
+    folder: Path, itemsize: int, quantised: Mapping[str, Quantization | None] = MappingProxyType({})
+) -> dict[str, int]:
+    """Bytes of each component's weights once loaded at `itemsize` bytes a number, or `quantised`."""
     files = weight_files(folder)
     variant = variant_of(files, itemsize == 2) or ""
     return {
-        component: loaded_bytes(variants.get(variant) or next(iter(variants.values())), itemsize)
-        for component, variants in files.items()
+        name: loaded_bytes(variants.get(variant) or next(iter(variants.values())), itemsize, quantised.get(name))
+        for name, variants in files.items()
     }
 
 
-def loaded_bytes(files: Iterable[Path], itemsize: int) -> int:
-    """Bytes of the files' tensors that are kept, at `itemsize` a number; of a file without a header, its size."""
+def loaded_bytes(files: Iterable[Path], itemsize: int, quantization: Quantization | None = None) -> int:
+    """Bytes of the files' tensors that are kept, at `itemsize` a number; of a file without such a header, its size."""
     total = 0
     for file in files:
         try:
             total += sum(
-                math.prod(tensor["shape"]) * itemsize
+                tensor_bytes(name, tensor["shape"], itemsize, quantization)
                 for name, tensor in _header(file).items()
                 if name != "__metadata__" and not name.startswith(DROPPED)
             )

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
         (path / "model_index.json").write_text("{}")
     (tmp_path / "checkpoints" / "sdxl.safetensors").write_bytes(b"")
     (tmp_path / "old.ckpt").write_bytes(b"")
-    (tmp_path / "weights.gguf").write_bytes(b"")
+    (tmp_path / "weights.onnx").write_bytes(b"")
     (tmp_path / "bare").mkdir()
     return tmp_path
 
@@ -84,7 +84,10 @@ MISTAKES = {
     "a missing folder": (GOOD.replace('folder = "sd15"', 'folder = "sd16"'), r"there is no folder .*sd16"),
     "a pickle": (GOOD.replace('folder = "sd15"', 'file = "old.ckpt"\nconfig = "sd15"'), r"is a pickle.*safetensors"),
     "a pickle that is not there": (GOOD.replace('folder = "sd15"', 'file = "no.pt"'), r"a .pt file is a pickle"),
-    "another format": (GOOD.replace('folder = "sd15"', 'file = "weights.gguf"'), r"no .safetensors file"),
+    "another format": (
+        GOOD.replace('folder = "sd15"', 'file = "weights.onnx"'),
+        r"neither a .safetensors nor a .gguf file",
+    ),
     "a file as folder": (GOOD.replace('folder = "sd15"', 'folder = "old.ckpt"'), r"is a file"),
     "a file without config": (
         GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"'),

@@ -17,13 +17,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from cache import DeepCache, NoCache
+from cache import DeepCache, FirstBlockCache, NoCache
 from models.acceleration import compilation
 from models.acceleration.compilation import CompilationFailed, CompiledLayers
 from models.base import GenerationCancelled, ModelSpec, Step
+from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel
-from tests.models.adapters.test_lora import kohya, random_pairs, saved
+from tests.models.adapters.test_lora import kohya, peft_layout, random_pairs, saved
 from tests.models.conftest import BETAS, TWO_LEVELS, save_sd
 from tests.models.test_generation import PARAMS, ignore, pixels
 
@@ -168,9 +169,44 @@ def test_a_lora_composes_and_is_gone_afterwards(traced: Any, tmp_path: Path) -> 
     assert np.array_equal(pixels(after.images), pixels(before.images))
 
 
-def test_a_transformer_is_refused(flux: Any) -> None:
-    with pytest.raises(CompilationFailed, match="Flux"):
-        flux.generate(replace(COMPILED, guidance_scale=1.0), NoCache(), ignore)
+@pytest.fixture(scope="module")
+def transformer(flux_folder: Path) -> Any:
+    loaded: Any = LoadedModel(FLUX.load(ModelSpec(name="random-flux", family="flux", source=flux_folder), "cpu"))
+    loaded.model.compile_backend = "eager"
+    return loaded
+
+
+def test_blocks_are_compiled_once_over_requests_of_differing_thresholds(transformer: Any) -> None:
+    counts, decisions = [], []
+    for threshold in (0.02, 0.3, 0.9):
+        torch._dynamo.utils.counters.clear()
+        strategy = FirstBlockCache(threshold=threshold)
+        compiled = transformer.generate(COMPILED, strategy, ignore)
+        counts.append(graphs())
+        plain = transformer.generate(PLAIN, strategy, ignore)
+        assert np.array_equal(pixels(compiled.images), pixels(plain.images))
+        assert compiled.reports[0].decisions == plain.reports[0].decisions
+        decisions.append(plain.reports[0].decisions)
+    assert 0 < counts[0] < sum(map(len, transformer.denoiser.blocks)), "blocks of one class share what is compiled"
+    assert counts[1:] == [0, 0]
+    assert len(set(decisions)) > 1, "the thresholds are told apart"
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_blocks_see_a_lora_and_its_end(transformer: Any, tmp_path: Path) -> None:
+    strategy = FirstBlockCache(threshold=0.3)
+    before = transformer.generate(COMPILED, strategy, ignore)
+    added = (saved(tmp_path, "style", peft_layout(random_pairs(transformer))),)
+    plain = transformer.generate(replace(PLAIN, loras=added), strategy, ignore)
+    both = transformer.generate(replace(COMPILED, loras=added), strategy, ignore)
+    assert np.array_equal(pixels(both.images), pixels(plain.images))
+    assert not np.array_equal(pixels(both.images), pixels(before.images))
+    torch._dynamo.utils.counters.clear()
+    again = transformer.generate(replace(COMPILED, loras=(replace(added[0], weight=0.5),)), strategy, ignore)
+    assert graphs() == 0
+    assert not np.array_equal(pixels(again.images), pixels(both.images))
+    after = transformer.generate(COMPILED, strategy, ignore)
+    assert np.array_equal(pixels(after.images), pixels(before.images))
 
 
 def test_a_compiler_that_fails_is_a_sentence_and_leaves_no_trace(small_folders: dict[str, Path]) -> None:
@@ -191,6 +227,7 @@ def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert "offloaded layer by layer" in str(compilation.unavailable("cpu", "sequential"))
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     assert "install g++" in str(compilation.unavailable("cpu", None))
+    assert "kept in fp8" in str(compilation.unavailable("cpu", None, "fp8"))
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
     assert "triton" in str(compilation.unavailable("cuda:0", None))
 
