@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from models.base import ModelSpec
-
 NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<variant>\.fp16)?(-\d+-of-\d+)?(?P<late>\.fp16)?\.safetensors"
@@ -60,17 +58,6 @@ def loaded_bytes(files: Iterable[Path], itemsize: int) -> int:
         except (OSError, ValueError, TypeError, KeyError):
             total += file.stat().st_size if file.is_file() else 0  # the loader will say what is wrong with it
     return total
-
-
-def resident(spec: ModelSpec, networks: Mapping[str, int]) -> int:
-    """Bytes of them that are on the device at once: with offloading, one network's or next to none."""
-    match spec.offload:
-        case None:
-            return sum(networks.values())
-        case "model":
-            return max(networks.values(), default=0)
-        case "sequential":
-            return 0
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:
