@@ -202,6 +202,8 @@ class PipelineModel(ABC):
         """The denoiser with its layers compiled, if `params` ask for it."""
         if not params.compiled:
             return nullcontext(compilation.Compilation())
+        if self.residence is not None and self.residence.plan.kept and (why := compilation.unavailable("cpu", "group")):
+            raise compilation.CompilationFailed(why)
         if self._compiled is None:
             self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
         return self._compiled.attached()

@@ -31,8 +31,8 @@ class CompilationFailed(ModelError):
 
 def unavailable(device: str, offload: Offload | None) -> str | None:
     """Why a model cannot be compiled for `device`, with the remedy; None if it can."""
-    if offload == "sequential":
-        return "stable_fast cannot compile a model that is offloaded layer by layer. Leave it out."
+    if offload in ("sequential", "group"):
+        return "stable_fast cannot compile a model that is offloaded layer by layer or block by block. Leave it out."
     if device.startswith("cuda") and find_spec("triton") is None:
         return "stable_fast compiles to Triton kernels, and triton is not installed: pip install triton."
     if shutil.which(os.environ.get("CXX", "")) is None and not any(map(shutil.which, _COMPILERS)):

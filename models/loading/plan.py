@@ -106,7 +106,10 @@ class Plan:
         return said + (" Pictures are decoded in tiles, which blend." if self.tiled else "")
 
     def row(self, sizes: Sizes, work: Work, memory: int | None) -> dict[str, Any]:
-        """Ready for JSON. `networks`: bytes of the weights, and where they lie. memory: bytes that it was made for."""
+        """Ready for JSON. memory: bytes that it was made for.
+
+        `networks`: bytes of the weights, and where they lie. `streamed_bytes`: copied while the denoiser computes all.
+        """
 
         def where(name: str) -> str:
             return "streamed" if name in self.kept else "moved" if name in self.moved else "device"
@@ -114,6 +117,7 @@ class Plan:
         return {
             "offload": self.offload,
             "tiles": self.tiled,
+            "streamed_bytes": self.copied_each_step(sizes),
             "networks": {name: {"bytes": size, "where": where(name)} for name, size in sizes.weights.items()},
             "peak_bytes": self.peaks(sizes, work),
             "memory_bytes": memory,

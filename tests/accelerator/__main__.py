@@ -1,4 +1,4 @@
-"""python -m tests.accelerator waits|memory: what the simulated device tells, as tables in Markdown.
+"""python -m tests.accelerator waits|memory|cards: what the simulated device tells, as tables in Markdown.
 
 python -m tests.accelerator counts NAME...: the rows of benchmarks.gpu.measure that it can tell, a JSON line each.
 """
@@ -87,6 +87,30 @@ def memory_table() -> Iterator[str]:
         )
 
 
+CARDS = (8, 12, 16, 24)  # GiB
+TAKEN = 0.7  # of them by the CUDA context and the screen
+
+
+def cards_table() -> Iterator[str]:
+    """Gigabytes (10⁹ bytes), with the family's cache by default."""
+    yield row("card", "model", "plan", "copied for a prompt", "copied each computed step", "peak", "counted")
+    yield row(*["---"] * 7)
+    for gibibytes in CARDS:
+        for geometry in (SD15, SDXL, FLUX_DEV):
+            room = int((gibibytes - TAKEN) * 2**30)
+            found = peaks(geometry, strategies(geometry)["default"], steps=3, memory=room)
+            plan = found.plan or {}
+            networks = plan["networks"].values()
+            moved = sum(one["bytes"] for one in networks if one["where"] != "device") - plan["streamed_bytes"]
+            figures = (moved, plan["streamed_bytes"], found.most, max(plan["peak_bytes"].values()))
+            yield row(
+                f"{gibibytes} GB",
+                f"{geometry.name} {geometry.width}×{geometry.height}",
+                f"`{plan['offload']}`" + (", tiles" if plan["tiles"] else ""),
+                *(f"{figure / 1e9:.1f}" for figure in figures),
+            )
+
+
 def counted(name: str) -> Iterator[str]:
     """Waits and launches of the denoising; bytes: weights, the peak of the denoising, and that of the whole run."""
     geometry, device = GEOMETRIES[name], Accelerator()
@@ -118,6 +142,8 @@ def main() -> None:
             ]
         case ["memory"]:
             tables = [memory_table()]
+        case ["cards"]:
+            tables = [cards_table()]
         case ["counts", *names]:
             tables = [counted(name) for name in names]
         case _:

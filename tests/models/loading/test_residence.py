@@ -79,7 +79,11 @@ def by_blocks(kept: int) -> Callable[[Residence], Plan]:
     return plan
 
 
-PLANS = {"model": in_turns, "group": by_blocks(0), "group, some kept": by_blocks(3)}
+def without_texts(residence: Residence) -> Plan:
+    return Plan(offload="text", moved=residence.sizes.texts)
+
+
+PLANS = {"text": without_texts, "model": in_turns, "group": by_blocks(0), "group, some kept": by_blocks(3)}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -95,7 +99,14 @@ def test_a_picture_does_not_depend_on_where_the_networks_lie(
         assert np.array_equal(pixels, expected)
         assert previews == expected_previews
         assert made.reports[0].decisions == plain.reports[0].decisions
+        copied = [sentence for sentence in made.warnings if sentence not in plain.warnings]
+        assert bool(copied) == plan.startswith("group")  # on the CPU nothing else has to be copied
     assert made.reports[0].reused > 0
+    residence = model.model.residence
+    assert residence is not None
+    sizes = residence.sizes
+    left = {"text": sizes.weights.keys() - sizes.texts}.get(plan, {"vae"})  # and no text encoder, which nobody needs
+    assert residence.held == sum(sizes.weights[part] for part in left)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,3 +164,27 @@ def test_blocks_stand_in_the_order_of_their_running(models: dict[str, LoadedMode
     for handle in handles:
         handle.remove()
     assert [id(one) for one in ran[: len(blocks)]] == [id(one) for one in blocks]
+
+
+def test_a_request_that_needs_more_is_planned_anew_and_leaves_the_plan_as_it_was(
+    models: dict[str, LoadedModel], housed: Callable[..., LoadedModel]
+) -> None:
+    model = housed("flux-dev", lambda residence: Plan(offload="none"))
+    residence = model.model.residence
+    assert residence is not None
+    expected = drawn(model, NoCache())[0]
+    weights = residence.held
+    assert weights == sum(residence.sizes.weights.values())
+    assert model.tighter(PARAMS, 10**12) is None  # it is the cheapest already
+    work = model.model.work(64, 64, 1)
+    least = Plan(offload="model", moved=frozenset(residence.networks)).need(residence.sizes, work)
+    free = round(least / 0.95) + 1 - weights
+    plan = model.tighter(PARAMS, free)
+    assert plan is not None
+    assert plan.moved
+    with model.settled(plan):
+        assert residence.held < weights
+        assert model.working_bytes(PARAMS, 1) + residence.held == plan.need(residence.sizes, work) <= free + weights
+        assert np.array_equal(drawn(model, NoCache())[0], expected)
+    assert (residence.plan, residence.held) == (Plan(offload="none"), weights)
+    assert model.tighter(PARAMS, -weights) is None  # there is nothing to put it in
