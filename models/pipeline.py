@@ -124,13 +124,13 @@ class PipelineModel(ABC):
         self.memory = memory
         plan = Plan(offload="none")
         if memory is not None or spec.offload is not None:
-            plan = choose(self.residence.sizes, self._usual_work, memory or 0, spec.offload)
+            plan = choose(self.residence.sizes, self.usual_work, memory or 0, spec.offload)
         hooks.room(plan.need(self.residence.sizes, Work(text=0, denoise=0, decode=0, tiled=0)))
         hooks.stage(f"moving to {device}. {plan.words(self.residence.sizes)}")
         self.residence.settle(plan)
 
     @property
-    def _usual_work(self) -> Work:
+    def usual_work(self) -> Work:
         """For one picture at the model's own size."""
         side = round(self.native_pixels**0.5)
         width, height = self.spec.render_sizes[0] if self.spec.render_sizes else (side, side)
@@ -140,7 +140,7 @@ class PipelineModel(ABC):
         """Where the networks lie, ready for JSON; None where nothing was planned."""
         if self.residence is None or self.memory is None:
             return None
-        return self.residence.plan.row(self.residence.sizes, self._usual_work, self.memory)
+        return self.residence.plan.row(self.residence.sizes, self.usual_work, self.memory)
 
     @contextmanager
     def decoding(self, *, tiled: bool) -> Iterator[None]:
@@ -202,8 +202,11 @@ class PipelineModel(ABC):
         """The denoiser with its layers compiled, if `params` ask for it."""
         if not params.compiled:
             return nullcontext(compilation.Compilation())
-        if self.residence is not None and self.residence.plan.kept and (why := compilation.unavailable("cpu", "group")):
-            raise compilation.CompilationFailed(why)
+        if self.residence is not None and self.residence.plan.kept:
+            raise compilation.CompilationFailed(
+                "stable_fast cannot compile a model whose blocks are streamed, as this device's memory asks for. "
+                "Leave it out."
+            )
         if self._compiled is None:
             self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
         return self._compiled.attached()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 SPINS = "30000"
+PINNED = "pinned_max_round_threshold_mb:1"  # else each tensor's page-locked memory is a power of two
 
 
 def share_cores() -> None:
@@ -233,6 +234,7 @@ def configured_runner(
     tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
     """
     share_cores()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", PINNED)
     import torch
 
     from models.registry import Registry

@@ -19,11 +19,13 @@ VAE = "vae"
 class Sizes:
     """Bytes of the weights, by network; and of each network's blocks in the order of their running.
 
-    What of a network is in no block stays with it. One without blocks cannot be streamed.
+    What of a network is in no block stays with it. One without blocks cannot be streamed; those that are `fixed` cannot
+    be moved: their weights are no plain tensors.
     """
 
     weights: Mapping[str, int]
     blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
     @property
     def texts(self) -> frozenset[str]:
@@ -137,7 +139,7 @@ def choose(sizes: Sizes, work: Work, memory: int, offload: Offload | None = None
     for tiled in (False, True) if work.tiled < work.decode else (False,):
         for kind, moved in _levels(sizes):
             if offload in (None, kind):
-                plan = Plan(offload=kind, moved=moved, tiled=tiled)
+                plan = Plan(offload=kind, moved=moved - sizes.fixed, tiled=tiled)
                 plan = _streaming(plan, sizes, work, room) if kind == "group" else plan
                 if plan.need(sizes, work) <= room:
                     return plan

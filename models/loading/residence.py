@@ -37,6 +37,7 @@ class Residence:
         self.sizes = Sizes(
             {name: bytes_of(network) for name, network in networks.items()},
             {name: [bytes_of(block) for block in blocks] for name, blocks in self._blocks.items()},
+            frozenset(name for name, network in networks.items() if not _is_plain(network)),
         )
 
     @property
@@ -156,6 +157,7 @@ class Stream:
         self._device, self._count = device, count
         self._rows = [[(table, key, _pinned(table, key, device)) for table, key in _places(one)] for one in blocks]
         self.places = frozenset((id(table), key) for row in self._rows for table, key, _ in row)
+        self._casts = any(hasattr(part, "_diffusers_hook") for block in blocks for part in block.modules())
         self._bytes = [sum(_room(tensor) for *_, tensor in row) for row in self._rows]
         self._views: list[list[Tensor]] = []
         self._holds: list[int | None] = []
@@ -176,9 +178,8 @@ class Stream:
         count = min(2, len(self._rows))
         slots = [torch.empty(max(self._bytes), dtype=torch.uint8, device=self._device) for _ in range(count)]
         self._views = [list(_views(slots[index % count], row)) for index, row in enumerate(self._rows)]
-        for row, views in zip(self._rows, self._views, strict=True):
-            for (table, key, _), view in zip(row, views, strict=True):
-                table[key] = _like(table[key], view)
+        for index in range(len(self._rows)):
+            self._bind(index)
         self._holds = [None] * count
         if self._aside is not None:
             self._ready, self._used = ([torch.cuda.Event() for _ in slots] for _ in range(2))  # type: ignore[no-untyped-call]
@@ -208,8 +209,15 @@ class Stream:
         slot, following = index % len(self._holds), (index + 1) % len(self._rows)
         if self._used:
             self._used[slot].record(torch.cuda.current_stream(self._device))
+        if self._casts:  # layer by layer, from what the weights are stored in: each is a tensor of its own by now
+            self._bind(index)
         if following % len(self._holds) == slot:  # the first one after the last of an odd number
             self._copy(following)
+
+    def _bind(self, index: int) -> None:
+        """Let the block's weights be its slot's."""
+        for (table, key, _), view in zip(self._rows[index], self._views[index], strict=True):
+            table[key] = _like(table[key], view)
 
     def _copy(self, index: int) -> None:
         """Have the block's weights in its slot, in time for whatever the host asks of the device next."""
@@ -265,6 +273,11 @@ def _listed(module: nn.Module) -> list[nn.Module]:
 def bytes_of(module: nn.Module) -> int:
     """Of its parameters and buffers, one that is shared counted once."""
     return sum({id(tensor): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}.values())
+
+
+def _is_plain(network: nn.Module) -> bool:
+    """Whether all weights are tensors that a copy is as good as, GGUF's blocks included."""
+    return {type(parameter).__name__ for parameter in network.parameters()} <= {"Parameter", "GGUFParameter"}
 
 
 def _places(network: nn.Module) -> Iterator[Place]:

@@ -17,7 +17,7 @@ from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.base import Generation, GenerationParams, Lora, ModelSpec, Step
 from models.families import FAMILIES
 from models.generation import LoadedModel
-from models.loading.plan import Plan
+from models.loading.plan import Plan, Work, choose
 from models.loading.residence import Residence, blocks_of
 
 PARAMS = GenerationParams(
@@ -188,3 +188,30 @@ def test_a_request_that_needs_more_is_planned_anew_and_leaves_the_plan_as_it_was
         assert np.array_equal(drawn(model, NoCache())[0], expected)
     assert (residence.plan, residence.held) == (Plan(offload="none"), weights)
     assert model.tighter(PARAMS, -weights) is None  # there is nothing to put it in
+
+
+def test_weights_that_are_stored_in_eight_bits_are_streamed_in_eight_bits(family_folders: dict[str, Path]) -> None:
+    spec = ModelSpec(name="small", family="flux-dev", source=family_folders["flux-dev"])
+    model = LoadedModel(FAMILIES["flux-dev"].load(spec, "cpu"))
+    network = model.denoiser.root
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)  # type: ignore[operator]
+    expected = drawn(model, NoCache())[0]
+    residence = model.model.residence = Residence({"transformer": network}, torch.device("cpu"))
+    residence.settle(Plan(offload="group", moved=frozenset({"transformer"}), kept={"transformer": 0}))
+    assert np.array_equal(drawn(model, NoCache())[0], expected)
+    slots = {tensor.untyped_storage().data_ptr() for block in blocks_of(network) for tensor in block.parameters()}
+    assert len(slots) == 2
+    assert residence.copied < 4 * 1.1 * residence.sizes.weights["transformer"]
+
+
+def test_weights_that_are_no_plain_tensors_stay() -> None:
+    class Packed(nn.Parameter):
+        pass
+
+    network = nn.Module()
+    network.weight = Packed(torch.zeros(10), requires_grad=False)
+    networks = {"text_encoder": nn.Linear(10, 10), "unet": network, "vae": nn.Linear(10, 10)}
+    sizes = Residence(networks, torch.device("cpu")).sizes
+    assert sizes.fixed == {"unet"}
+    plan = choose(sizes, Work(text=0, denoise=10**4, decode=0, tiled=0), 0)
+    assert plan.moved == {"text_encoder", "vae"}
