@@ -64,6 +64,7 @@ def memory_table() -> Iterator[str]:
     offloaded = [
         (one, {"offload": how}) for one in (SD15, SDXL, FLUX_DEV, FLUX_SCHNELL) for how in ("model", "sequential")
     ]
+    offloaded.append((FLUX_DEV, {"offload": "group"}))
     document = [f"document, {name}" for name in ("none", "cache")]
     yield row(
         "model",
