@@ -105,7 +105,12 @@ class Guest(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not self.here:
             self._make_room()
-            self._come()
+            self.here = True
+            try:
+                self._come()
+            except BaseException:  # no memory is left: what has come so far would take it from whoever is next
+                self.leave()
+                raise
         return args, kwargs
 
     def leave(self) -> None:
@@ -143,7 +148,6 @@ class Guest(ModelHook):
             table[key] = known[id(tensor)]
         if self._stream is not None:
             self._stream.begin()
-        self.here = True
 
 
 class Stream:

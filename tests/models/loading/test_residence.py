@@ -215,3 +215,25 @@ def test_weights_that_are_no_plain_tensors_stay() -> None:
     assert sizes.fixed == {"unet"}
     plan = choose(sizes, Work(text=0, denoise=10**4, decode=0, tiled=0), 0)
     assert plan.moved == {"text_encoder", "vae"}
+
+
+def test_what_could_not_come_as_a_whole_has_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose memory ends with the second tensor."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    residence = Residence({"unet": network, "vae": nn.Linear(1, 1)}, torch.device("meta"))
+    residence.settle(Plan(offload="model", moved=frozenset({"unet", "vae"})))
+    came: list[int] = []
+
+    def count(size: int) -> None:
+        came.append(size)
+        if len(came) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(residence._guests["unet"], "_count", count)
+    with pytest.raises(MemoryError):
+        network(torch.zeros(1, 4, device="meta"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert residence.held == 0
+    assert network(torch.zeros(1, 4, device="meta")).is_meta  # the next call brings it
+    assert residence.held == residence.sizes.weights["unet"]
