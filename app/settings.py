@@ -63,6 +63,12 @@ class Settings(BaseSettings):
         description="GiB that the weights of all loaded models may take on a device; the ones used longest ago make "
         "room. Unset: nine tenths of the device's memory, of the machine's on the CPU.",
     )
+    device_memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB of a GPU that a model and a request may take: a smaller card to try. Unset: what is free when "
+        "the worker starts. By it is found what of a model waits in main memory, see docs/memory.md.",
+    )
     queue_size: int = Field(64, ge=1, description="Jobs that may wait; one more is answered 429.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Longest request body; a longer one is answered 413.")
     body_seconds: float = Field(30.0, gt=0, description="Time for a client to finish sending its body.")

@@ -45,7 +45,8 @@ from models.families.sd import StableDiffusionModel
 from models.families.sdxl import SDXLModel
 from models.generation import LoadedModel
 from models.libraries import quiet
-from models.loading.folder import _settle
+from models.loading.folder import prepare
+from models.pipeline import PipelineModel
 from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
 
 Fill = Callable[[torch.Size, torch.dtype], Tensor]
@@ -66,8 +67,8 @@ class Geometry:
     guidance_scale: float
     build: Callable[[], Any]
 
-    def load(self, device: str, fill: Fill, **options: Any) -> LoadedModel:
-        """options: of the ModelSpec."""
+    def load(self, device: str, fill: Fill, memory: int | None = None, **options: Any) -> LoadedModel:
+        """memory: bytes that a plan may count on. options: of the ModelSpec."""
         spec = ModelSpec(name=self.name, family=self.family, source=Path("nowhere"), **options)
         with quiet():
             with torch.device("meta"):
@@ -75,13 +76,17 @@ class Geometry:
             for part in pipeline.components.values():
                 if isinstance(part, nn.Module):
                     _materialise(part, self.dtype, fill)
-            _settle(pipeline, spec, device)
+            prepare(pipeline, spec)
+        model: PipelineModel
         if self.family.startswith("flux"):
-            return LoadedModel(FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING))
-        if spec.offload is None:
-            pipeline.unet.to(memory_format=torch.channels_last)
-        model = SDXLModel if self.family == "sdxl" else StableDiffusionModel
-        return LoadedModel(model(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION))
+            model = FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+        else:
+            kind = SDXLModel if self.family == "sdxl" else StableDiffusionModel
+            model = kind(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION)
+        model.settle(device, memory)
+        if (unet := getattr(pipeline, "unet", None)) is not None and unet.device.type == torch.device(device).type:
+            unet.to(memory_format=torch.channels_last)
+        return LoadedModel(model)
 
 
 def random(device: str) -> Fill:

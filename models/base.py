@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
-Offload = Literal["model", "sequential"]
+Offload = Literal["none", "text", "model", "group", "sequential"]
 Quantization = Literal["fp8", "int8", "nf4"]
 
 
@@ -247,7 +247,9 @@ class ModelSpec:
     `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
     `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
     `prediction_type`: overrides what the scheduler's configuration says the network predicts.
-    `offload`: keep networks in main memory while they do not run, whole (`model`) or layer by layer (`sequential`).
+    `offload`: which networks lie in main memory while they do not run: `none`, those that read a `text`, all in turns
+    (`model`), too large ones block by block (`group`), or layer by layer (`sequential`). None: as a plan finds for the
+    device's memory (`loading/plan.py`).
     `vae_tiling`, `vae_slicing`: decode pictures in tiles, and batches one by one, to need less memory.
     `render_sizes`: the (width, height) pairs, pixels, that the model draws well. Empty: any size that the request
     names. Otherwise a request is drawn at the pair of the nearest aspect and resampled.

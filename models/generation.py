@@ -26,6 +26,7 @@ from .acceleration import attention
 from .adapters import embedding
 from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
 from .libraries import quiet
+from .loading.plan import Plan, Work, choose
 from .pipeline import PipelineModel
 from .sampling import samplers
 from .stages import hires
@@ -72,9 +73,57 @@ class LoadedModel:
         self._texts = TextCache()
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
-        """Bytes of the device's memory, beside the weights, that a batch of so many images needs: a lower bound."""
+        """Bytes of the device's memory, beside what lies there now, that a batch of so many images needs.
+
+        A lower bound, the decode's, where all networks lie on the device: a denoising step hardly ever takes more.
+        """
+        model, residence = self.model, self.model.residence
+        size = limits.render_size(model.spec, params.width, params.height)
+        if residence is None or not residence.plan.moved:
+            tiled = params.vae_tiling or (residence is not None and residence.plan.tiled)
+            return model.decode_bytes(*size, images, tiled=tiled)
+        plan = replace(residence.plan, tiled=residence.plan.tiled or params.vae_tiling)
+        return max(0, plan.need(residence.sizes, self._work(params, images)) - residence.held)
+
+    def tighter(self, params: GenerationParams, free: int) -> Plan | None:
+        """A plan under which one image fits, where `free` bytes are free now.
+
+        None if there is no other, or the operator has chosen.
+        """
+        residence = self.model.residence
+        if residence is None or self.spec.offload is not None:
+            return None
+        work, memory = self._work(params, 1), free + residence.held
+        plan = choose(residence.sizes, work, memory)
+        return plan if plan != residence.plan and plan.need(residence.sizes, work) <= memory else None
+
+    @contextmanager
+    def settled(self, plan: Plan) -> Iterator[None]:
+        """Within the context the networks lie as `plan` says; afterwards as before."""
+        residence = self.model.residence
+        if residence is None:
+            raise ValueError("there is nothing to settle")
+        before = residence.plan
+        try:
+            residence.settle(plan)
+            yield
+        finally:
+            residence.settle(before)
+
+    def _work(self, params: GenerationParams, images: int) -> Work:
         size = limits.render_size(self.model.spec, params.width, params.height)
-        return self.model.decode_bytes(*size, images, tiled=params.vae_tiling)
+        return self.model.work(*size, images, guided=params.guidance_scale > 1)
+
+    def _copied(self) -> int:
+        """Bytes of weights that were brought to the device so far."""
+        return 0 if self.model.residence is None else self.model.residence.copied
+
+    def _told(self, before: int) -> list[str]:
+        """What to say of the copying since there had been so much."""
+        residence = self.model.residence
+        if residence is None or (copied := residence.copied - before) == 0:
+            return []
+        return [f"{residence.plan.words(residence.sizes)} {copied / 1e9:.1f} GB were copied, which takes time."]
 
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
@@ -83,11 +132,13 @@ class LoadedModel:
         where it shows; what `on_step` raises passes through, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
+        before = self._copied()
         with self._ready(params) as (applied, stages, steps):
             share = self._share(params, applied)
             progress = Progress(lambda each: on_step(*each), steps * len(batches))
             for seeds in batches:
                 self._batch(params, [share], [seeds], strategy, stages, progress)
+        share.warnings += self._told(before)
         return share.generation()
 
     def generate_together(
@@ -99,6 +150,7 @@ class LoadedModel:
         picture is what it would be without the others, but for the rounding that a batch's size brings.
         """
         results: list[Generation | Exception | None] = [None] * len(requests)
+        before = self._copied()
         with self._ready(requests[0]) as (applied, stages, steps):
             shares = [self._share(request, applied) for request in requests]
             for members in alike(shares):
@@ -113,6 +165,7 @@ class LoadedModel:
                         results[index] = error
                 else:
                     for index in members:
+                        shares[index].warnings += self._told(before)
                         results[index] = shares[index].generation()
         return [result for result in results if result is not None]
 

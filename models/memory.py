@@ -1,9 +1,10 @@
-"""How much a decode must hold at once: the peak of a network's live tensors, counted without computing any."""
+"""How much a decode, or a denoising step, holds at once: the peak of live tensors, counted without computing any."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,12 @@ from torch.utils._pytree import tree_leaves
 from .libraries import quiet
 
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
+_STEP_SIDES = (64, 128)
 _DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()
+_STEP_BYTES: WeakKeyDictionary[nn.Module, tuple[float, float]] = WeakKeyDictionary()
+
+Inputs = Callable[[int, int], Mapping[str, Any]]
+"""Height and width of a grid of latents → a denoiser's arguments for one picture, on the meta device."""
 
 
 def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int:
@@ -44,6 +50,22 @@ def _count(vae: Any, dtype: torch.dtype) -> float:
     drawn: list[Tensor] = []
     peak = peak_bytes(lambda: drawn.append(skeleton.decode(latents, return_dict=False)[0]))
     return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])
+
+
+def step_bytes(network: Any, dtype: torch.dtype, inputs: Inputs, cells: int) -> int:
+    """Bytes, beside the weights, of a call of a denoiser for one picture, or one half of guidance, of so many `cells`.
+
+    cells: height times width of the latents. The count is a line through those of two sizes: attention keeps no scores,
+    and what is left grows with the cells but for the text.
+    """
+    if network not in _STEP_BYTES:
+        with torch.device("meta"), quiet():
+            skeleton = type(network).from_config(network.config).eval().to(dtype=dtype)
+            small, large = (peak_bytes(lambda side=side: skeleton(**inputs(side, side))) for side in _STEP_SIDES)
+        slope = (large - small) / (_STEP_SIDES[1] ** 2 - _STEP_SIDES[0] ** 2)
+        _STEP_BYTES[network] = small - slope * _STEP_SIDES[0] ** 2, slope
+    fixed, slope = _STEP_BYTES[network]
+    return round(fixed + slope * cells)
 
 
 def peak_bytes(call: Any) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import finite
 from .acceleration import attention, compilation
-from .base import GenerationParams, ModelSpec
+from .base import UNWATCHED, GenerationParams, LoadFailed, LoadHooks, ModelSpec
+from .loading.plan import VAE, Plan, Work, choose
 from .run import Run
 from .sampling import samplers
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
     from .decoders import Decoder
     from .layout import Layout
+    from .loading.residence import Residence
 
+SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
+_STEP_SLACK = 1.05  # beside what the network itself holds a step has latents, predictions and the sampler's own
+_STEP_FIXED = 2**26  # and the texts that are remembered
+_LONGEST_TEXT = 512  # tokens
 REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
@@ -38,6 +44,8 @@ class PipelineModel(ABC):
         self.denoiser = denoiser
         self.choices = choices
         self.compile_backend = "inductor"
+        self.memory: int | None = None
+        self.residence: Residence | None = None
         self._compiled: compilation.CompiledLayers | None = None
         self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
 
@@ -59,15 +67,85 @@ class PipelineModel(ABC):
         """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
         from .memory import decode_bytes
 
-        vae = self.pipeline.vae
         if self.spec.vae_tiling or tiled:
-            width, height = (min(side, vae.tile_sample_min_size) for side in (width, height))
-        return decode_bytes(vae, width * height * (1 if self.spec.vae_slicing else images), self.decode_dtype)
+            width, height = (min(side, self.tile(width, height)) for side in (width, height))
+        images = 1 if self.spec.vae_slicing else images
+        return decode_bytes(self.pipeline.vae, width * height * images, self.decode_dtype)
+
+    def tile(self, width: int, height: int) -> int:
+        """Pixels of a side of the tiles that such a picture is decoded in."""
+        own = int(self.pipeline.vae.tile_sample_min_size)
+        return own if max(width, height) > own else min(own, SMALL_TILE)
+
+    def work(self, width: int, height: int, images: int, *, guided: bool = True) -> Work:
+        """What a request needs beside the weights, for a plan. Never less than it takes, but for kernels' workspaces.
+
+        guided: at a guidance scale above 1.
+        """
+        from .memory import step_bytes
+
+        root, factor = self.denoiser.root, self.pipeline.vae_scale_factor
+        cells, rows = height * width // factor**2, images * self.rows(guided=guided)
+        dtype = self.pipeline.vae.dtype
+        step = step_bytes(root, dtype, self.inputs, cells) + self.kept_cells * cells * dtype.itemsize
+        unpacked = max((2 * tensor.numel() for tensor in root.parameters() if tensor.element_size() == 1), default=0)
+        return Work(
+            text=_STEP_FIXED + max(map(_reading_bytes, self._texts)),
+            denoise=round(_STEP_SLACK * rows * step) + _STEP_FIXED + unpacked,
+            decode=_STEP_FIXED + self.decode_bytes(width, height, images),
+            tiled=_STEP_FIXED + self.decode_bytes(width, height, images, tiled=True),
+        )
+
+    def settle(self, device: str, memory: int | None = None, hooks: LoadHooks = UNWATCHED) -> None:
+        """Put the networks where they compute, or where they wait. Raises LoadFailed.
+
+        memory: bytes of the device that a plan may count on. None: all are put there, or the least of each, if the
+        spec's `offload` says so.
+        """
+        pipeline, spec = self.pipeline, self.spec
+        if device == "cpu" or spec.offload == "sequential":
+            hooks.stage(f"moving to {device}")
+            if device == "cpu" and spec.offload not in (None, "none"):
+                raise LoadFailed(
+                    f"The model {spec.name!r} is to be offloaded to main memory, and on the CPU it lies there already. "
+                    "Remove `offload` from the models file."
+                )
+            if device == "cpu":
+                pipeline.to(device)
+            else:
+                pipeline.enable_sequential_cpu_offload(device=device)
+            return
+        import torch
+
+        from .loading.residence import Residence
+
+        networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        self.residence = Residence(networks, torch.device(device))
+        self.memory = memory
+        plan = Plan(offload="none")
+        if memory is not None or spec.offload is not None:
+            plan = choose(self.residence.sizes, self.usual_work, memory or 0, spec.offload)
+        hooks.room(plan.need(self.residence.sizes, Work(text=0, denoise=0, decode=0, tiled=0)))
+        hooks.stage(f"moving to {device}. {plan.words(self.residence.sizes)}")
+        self.residence.settle(plan)
+
+    @property
+    def usual_work(self) -> Work:
+        """For one picture at the model's own size."""
+        side = round(self.native_pixels**0.5)
+        width, height = self.spec.render_sizes[0] if self.spec.render_sizes else (side, side)
+        return self.work(width, height, 1)
+
+    def plan_row(self) -> dict[str, Any] | None:
+        """Where the networks lie, ready for JSON; None where nothing was planned."""
+        if self.residence is None or self.memory is None:
+            return None
+        return self.residence.plan.row(self.residence.sizes, self.usual_work, self.memory)
 
     @contextmanager
     def decoding(self, *, tiled: bool) -> Iterator[None]:
         """Within the context pictures are decoded in tiles, if `tiled` or the model's own setting says so."""
-        if tiled:
+        if tiled or (self.residence is not None and self.residence.plan.tiled):
             self.pipeline.vae.enable_tiling()
         try:
             yield
@@ -124,6 +202,11 @@ class PipelineModel(ABC):
         """The denoiser with its layers compiled, if `params` ask for it."""
         if not params.compiled:
             return nullcontext(compilation.Compilation())
+        if self.residence is not None and self.residence.plan.kept:
+            raise compilation.CompilationFailed(
+                "stable_fast cannot compile a model whose blocks are streamed, as this device's memory asks for. "
+                "Leave it out."
+            )
         if self._compiled is None:
             self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
         return self._compiled.attached()
@@ -211,13 +294,37 @@ class PipelineModel(ABC):
             pipeline.scheduler = saved
 
     @property
+    def _texts(self) -> list[tuple[Any, Any]]:
+        """Each text encoder with its tokenizer."""
+        pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+        found = [tuple(getattr(self.pipeline, name, None) for name in pair) for pair in pairs]
+        return [(model, tokenizer) for model, tokenizer in found if model is not None]
+
+    @abstractmethod
+    def inputs(self, height: int, width: int) -> Mapping[str, Any]:
+        """A denoiser's arguments for one row at that grid of latents, on the meta device."""
+
+    @abstractmethod
+    def rows(self, *, guided: bool) -> int:
+        """Rows of a denoiser's batch that an image takes."""
+
+    @property
+    @abstractmethod
+    def kept_cells(self) -> int:
+        """Numbers that a cache holds at most, for each row and each of the latents' cells."""
+
+    @property
     @abstractmethod
     def layout(self) -> Layout:
         """How the denoiser's latents lie."""
 
     def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         """The pipeline's arguments for the text, each with one row (1, …). Raises NotFinite."""
-        encoded = {name: rows for name, rows in self._encode(params).items() if rows is not None}
+        try:
+            encoded = {name: rows for name, rows in self._encode(params).items() if rows is not None}
+        finally:
+            if self.residence is not None:
+                self.residence.send_away(self.residence.sizes.texts)
         finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
         return encoded
 
@@ -241,17 +348,31 @@ class PipelineModel(ABC):
             return pixels
 
         vae = self.pipeline.vae
+        if self.residence is not None:
+            self.residence.bring(VAE)  # before it is cast, so that it is cast there
         dtype = vae.dtype
-        pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
-        if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
-            vae.to(dtype=torch.float32)
-            try:
-                pixels = decoded(latents.float())
-            finally:
-                vae.to(dtype=dtype)
+        with self._tiles(width, height):
+            pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
+            if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
+                vae.to(dtype=torch.float32)
+                try:
+                    pixels = decoded(latents.float())
+                finally:
+                    vae.to(dtype=dtype)
         finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
         images: list[Image.Image] = self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
+
+    def _tiles(self, width: int, height: int) -> AbstractContextManager[None]:
+        """The autoencoder with tiles for such a picture, should it decode in tiles."""
+        from cache.patching import shadowed
+
+        vae = self.pipeline.vae
+        own, side = vae.tile_sample_min_size, self.tile(width, height)
+        if side == own:
+            return nullcontext()
+        latents = vae.tile_latent_min_size * side // own
+        return shadowed([(vae, "tile_sample_min_size", side), (vae, "tile_latent_min_size", latents)])
 
     @property
     def upcasts(self) -> bool:
@@ -281,3 +402,13 @@ def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..
         return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
 
     return uploaded
+
+
+def _reading_bytes(encoder: tuple[Any, Any]) -> int:
+    """Of a text encoder with its tokenizer: its scores, and what else it makes of one text."""
+    model, tokenizer = encoder
+    config = model.config
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    width = getattr(config, "intermediate_size", None) or config.d_ff
+    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
+    return int(tokens * (tokens * heads * 6 + width * 8))

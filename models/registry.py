@@ -25,7 +25,8 @@ class Registry:
     """Names → specs → loaded models on one `device`. `default` and `default_flux` are names of `specs`.
 
     `memory`: bytes that all loaded weights together may take; None sets no bound. A load that needs room drops the
-    models that were used longest ago. `on_stage` hears the name of a model that is being loaded and which part of it.
+    models that were used longest ago. `device_memory`: bytes that one model and a request of it may take on a GPU; None
+    puts each model there as a whole. `on_stage` hears the name of a model that is being loaded and which part of it.
     Raises UnknownModel for a name that is not configured; ValueError for specs that contradict one another.
     """
 
@@ -37,6 +38,7 @@ class Registry:
         device: str = "cpu",
         *,
         memory: int | None = None,
+        device_memory: int | None = None,
     ) -> None:
         specs = tuple(specs)
         self._specs = {spec.name: spec for spec in specs}
@@ -49,6 +51,7 @@ class Registry:
         self.default_flux = None if default_flux is None else self.spec(default_flux).name
         self.device = device
         self.memory = memory
+        self.device_memory = device_memory
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
         self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
@@ -62,6 +65,12 @@ class Registry:
     def loaded(self) -> tuple[str, ...]:
         """Names of the models in memory."""
         return tuple(self._loaded)
+
+    @property
+    def plans(self) -> dict[str, dict[str, Any]]:
+        """Where the networks of the models in memory lie, by name, JSON-ready; nothing of those that had no plan."""
+        rows = {name: loaded.model.plan_row() for name, loaded in self._loaded.items()}
+        return {name: row for name, row in rows.items() if row is not None}
 
     @property
     def held(self) -> int:
@@ -91,7 +100,8 @@ class Registry:
                 sizes.append(size)
 
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
-            model = LoadedModel(self.family(name).load(self.spec(name), self.device, hooks=hooks))
+            pipeline = self.family(name).load(self.spec(name), self.device, hooks, self.device_memory)
+            model = LoadedModel(pipeline)
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model

@@ -109,7 +109,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
         "cors_origins": "none",
         "proxies": "none",
     }
-    in_words |= {"models_file": "none", "model_memory": "nine tenths"}
+    in_words |= {"models_file": "none", "model_memory": "nine tenths", "device_memory": "what is free"}
     for name, field in Settings.model_fields.items():
         default = in_words.get(name, field.default)
         expected = f"{default:g}" if isinstance(default, float) else str(default)

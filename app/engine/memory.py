@@ -9,6 +9,7 @@ import gc
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -37,13 +38,15 @@ def draw(
 ) -> Generation:
     """The generation, in batches of at most as many images as asked for and as fit.
 
-    Where not even one image fits, three things are tried in this order: `give_up_idle`, which drops a model that is not
-    used if all of them take the bytes that are missing; decoding in tiles; MemoryError, before anything is drawn. A
-    device that runs out of memory all the same is freed, and the images are drawn one at a time, then with the idle
-    models dropped, then in tiles; the last failure passes through, as all others do.
+    Where not even one image fits, four things are tried in this order: `give_up_idle`, which drops a model that is not
+    used if all of them take the bytes that are missing; decoding in tiles; another plan of where the model's networks
+    lie, for this request alone; MemoryError, before anything is drawn. A device that runs out of memory all the same is
+    freed, and the images are drawn one at a time, then with the idle models dropped, then in tiles; the last failure
+    passes through, as all others do.
     """
     asked = min(params.batch_size, len(params.seeds))
-    in_tiles = False
+    together, in_tiles = 0, False
+    settled = ExitStack()
 
     def use_tiles() -> bool:
         nonlocal params, in_tiles
@@ -53,10 +56,13 @@ def draw(
         params, in_tiles = tiled, True
         return True
 
-    while not (together := _fitting(model, params, asked, device)):
-        need, free = model.working_bytes(params, 1), free_bytes(device)
-        if not give_up_idle(need - free) and not use_tiles():
-            raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
+    def use_another_plan(free: int) -> bool:
+        plan = model.tighter(params, free)
+        if plan is None:
+            return False
+        _log.warning("settled otherwise for one request: %s", plan)
+        settled.enter_context(model.settled(plan))
+        return True
 
     def attempt() -> Generation:
         return model.generate(replace(params, batch_size=together), strategy, on_step)
@@ -68,7 +74,12 @@ def draw(
         together = 1
         return True
 
-    generation = while_exhausted(attempt, use_less, device)
+    with settled:
+        while not (together := _fitting(model, params, asked, device)):
+            need, free = model.working_bytes(params, 1), free_bytes(device)
+            if not give_up_idle(need - free) and not use_tiles() and not use_another_plan(free):
+                raise MemoryError(f"an image needs {need} bytes at least, and {free} are free on {device}")
+        generation = while_exhausted(attempt, use_less, device)
     if together < asked:
         number = "one" if together == 1 else str(together)
         generation.warnings.append(
@@ -172,13 +183,17 @@ def is_exhaustion(error: BaseException) -> bool:
 
 
 def free_bytes(device: str) -> int:
-    """What a job could still take: on a GPU also what torch has reserved and does not use."""
+    """What a job could still take: on a GPU also what torch has reserved and does not use.
+
+    No more than this process may take of it, where it has been told so (`WAVESPEED_DEVICE_MEMORY`).
+    """
     if not device.startswith("cuda"):
         return int(min(psutil.virtual_memory().available, _container_bytes()))
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    (free, total), allocated = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+    most = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), most) - allocated
 
 
 def release(device: str) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -59,12 +59,13 @@ Order = Run | Cancel | Stop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """The state of a worker's device between two jobs."""
+    """The state of a worker's device between two jobs. `plans`: where the networks of loaded models lie, by model."""
 
     kind: str
     name: str
     memory: DeviceMemory
     loaded: tuple[str, ...]
+    plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 SPINS = "30000"
+PINNED = "pinned_max_round_threshold_mb:1"  # else each tensor's page-locked memory is a power of two
 
 
 def share_cores() -> None:
@@ -119,6 +120,7 @@ class RegistryRunner:
             name=self._device_name,
             memory=_memory(device),
             loaded=tuple(self._registry.loaded),
+            plans=self._registry.plans,
         )
 
 
@@ -219,14 +221,20 @@ def _finite(value: object) -> object:
 
 
 def configured_runner(
-    device: str, *, configuration: Configuration | None = None, threads: int = 0, memory: float | None = None
+    device: str,
+    *,
+    configuration: Configuration | None = None,
+    threads: int = 0,
+    memory: float | None = None,
+    device_memory: float | None = None,
 ) -> RegistryRunner:
     """A runner of the configured models, None: those that come with the project.
 
     `device` may be `auto`; 0 threads: all cores but one. `memory`: GiB for all loaded weights together, None: nine
-    tenths of what the device has.
+    tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
     """
     share_cores()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", PINNED)
     import torch
 
     from models.registry import Registry
@@ -239,7 +247,22 @@ def configured_runner(
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     models = configuration or embedded()
     room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
-    return RegistryRunner(Registry(models.specs, models.default, models.default_flux, device, memory=room), name)
+    most = _card_bytes(device, device_memory)
+    registry = Registry(models.specs, models.default, models.default_flux, device, memory=room, device_memory=most)
+    return RegistryRunner(registry, name)
+
+
+def _card_bytes(device: str, gigabytes: float | None) -> int | None:
+    """What a model and a request may take of a GPU, from now on no more than `gigabytes` GiB; None on the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if gigabytes is not None and (asked := int(gigabytes * 2**30)) < free:
+        torch.cuda.set_per_process_memory_fraction(asked / total, device)
+        return asked
+    return int(free)
 
 
 def _total_bytes(device: str) -> int:
@@ -289,7 +312,12 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
         if settings.model not in names:
             raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)
-    return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
+    return {
+        "configuration": configuration,
+        "threads": settings.threads,
+        "memory": settings.model_memory,
+        "device_memory": settings.device_memory,
+    }
 
 
 def runner_factory(settings: Settings) -> RunnerFactory:

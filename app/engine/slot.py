@@ -206,6 +206,7 @@ class Slot:
             restarts=self.restarts,
             memory=condition.memory if condition and self.up else DeviceMemory(),
             loaded=condition.loaded if condition and self.up else (),
+            plans=condition.plans if condition and self.up else {},
             loading=self._loads,
             up=self.up,
             reason=self.reason,

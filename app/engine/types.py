@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from app.errors import NotReady, QueueFull, ServiceError, WorkerLost
 from app.images import OutputFormat
@@ -172,6 +172,7 @@ class DeviceMemory:
 class DeviceStatus:
     """A worker and its device at this moment. `kind` is `cpu` or `cuda`; `pid` is that of the worker process.
 
+    `plans` say where the networks of loaded models lie, by model; none for those that lie there as a whole anyway.
     `loading` is the model that is being loaded and the part of it, `up` says that the worker has come up and is not
     lost since, `reason` why the last one was lost: a sentence that names nothing of this machine.
     """
@@ -184,6 +185,7 @@ class DeviceStatus:
     restarts: int
     memory: DeviceMemory
     loaded: tuple[str, ...]
+    plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loading: str | None = None
     up: bool = True
     reason: str | None = None
@@ -218,6 +220,11 @@ class EngineStatus:
     @property
     def loaded(self) -> frozenset[str]:
         return frozenset(name for device in self.devices for name in device.loaded)
+
+    @property
+    def plans(self) -> dict[str, Mapping[str, Any]]:
+        """By model, of the first device that has it."""
+        return {name: plan for device in reversed(self.devices) for name, plan in device.plans.items()}
 
 
 def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:

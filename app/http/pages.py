@@ -140,11 +140,17 @@ async def models(request: Request) -> dict[str, object]:
 
 
 def _row(model: ModelInfo, status: EngineStatus) -> dict[str, object]:
-    """`reason` says why a model is not available."""
+    """`reason` says why a model is not available; `plan` where a loaded one's networks lie on a GPU."""
     row = asdict(model)
     del row["error"]
     reason = status.quarantined.get(model.name) or _not_loaded(model, status)
-    return {**row, "available": reason is None, "reason": reason, "loaded": model.name in status.loaded}
+    return {
+        **row,
+        "available": reason is None,
+        "reason": reason,
+        "loaded": model.name in status.loaded,
+        "plan": status.plans.get(model.name),
+    }
 
 
 _MB, _GB = 2**20, 2**30

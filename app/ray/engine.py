@@ -235,7 +235,8 @@ class Fleet:
         if presence.replica not in self.lost and time.monotonic() - heard < SILENCE:
             return status
         reason = "its replica ended" if presence.replica in self.lost else "it gave no sign of life"
-        return replace(status, state=WorkerState.FAILED, up=False, pid=None, loaded=(), loading=None, reason=reason)
+        lost = replace(status, state=WorkerState.FAILED, up=False, pid=None, reason=reason)
+        return replace(lost, loaded=(), plans={}, loading=None)
 
     def _heard_of(self, rows: list[tuple[Presence, float]]) -> None:
         """`rows`: as Roster.read gives them, so of two with one rank the one heard last stays."""

@@ -135,7 +135,7 @@ class UNetDenoiser(Denoiser):
     def branch_costs(self) -> tuple[float, ...]:
         """Share of a full call's floating-point operations that each branch's pass needs, at the native size."""
         size = self.native_size or _sample_size(self.root)
-        operations = flops.count_once(self.root, size, lambda: _inputs(self.root.config, size))
+        operations = flops.count_once(self.root, size, lambda: inputs_of(self.root.config, size))
 
         def skipped(branch: int) -> int:
             layers = [*self.down_entries[branch + 1 :], *self.up_layers[: -1 - branch], ("mid_block",)]
@@ -229,10 +229,10 @@ def _sample_size(root: nn.Module) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _inputs(config: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """One call's arguments on the meta device, as a UNet's config describes them."""
+def inputs_of(config: Any, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """One call's arguments on the meta device, as a UNet's config describes them: one row, latents of that size."""
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     inputs: dict[str, Any] = {"sample": tensor(1, config.in_channels, *size), "timestep": tensor(1)}

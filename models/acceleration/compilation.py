@@ -32,8 +32,8 @@ def unavailable(device: str, offload: Offload | None, quantization: Quantization
     """Why a model cannot be compiled for `device`, with the remedy; None if it can."""
     if quantization == "fp8":
         return "A model that is kept in fp8 is cast layer by layer as it runs, and cannot be compiled. Leave it out."
-    if offload == "sequential":
-        return "A model that is offloaded layer by layer cannot be compiled. Leave it out."
+    if offload in ("sequential", "group"):
+        return "A model that is offloaded layer by layer or block by block cannot be compiled. Leave it out."
     if device.startswith("cuda") and find_spec("triton") is None:
         return "Compiling makes Triton kernels, and triton is not installed: pip install triton."
     if shutil.which(os.environ.get("CXX", "")) is None and not any(map(shutil.which, _COMPILERS)):

@@ -66,8 +66,13 @@ class ModelFamily(ABC):
         self.check(spec)
         return ()
 
-    def load(self, spec: ModelSpec, device: str, hooks: LoadHooks = UNWATCHED) -> PipelineModel:
-        """The model in the spec's dtype, else in the one that suits the device. Raises LoadFailed."""
+    def load(
+        self, spec: ModelSpec, device: str, hooks: LoadHooks = UNWATCHED, memory: int | None = None
+    ) -> PipelineModel:
+        """The model in the spec's dtype, else in the one that suits the device. Raises LoadFailed.
+
+        memory: bytes of the device that it may count on, see `PipelineModel.settle`.
+        """
         self.check(spec)
         file = single_file(spec)
         with quiet():
@@ -84,7 +89,9 @@ class ModelFamily(ABC):
                 single=self.network if file is not None and is_gguf(file) else self.single,
                 **self.extras,
             )
-        return self.model(spec, pipeline)
+            model = self.model(spec, pipeline)
+            model.settle(device, memory, hooks)
+        return model
 
     @abstractmethod
     def model(self, spec: ModelSpec, pipeline: Any) -> PipelineModel:

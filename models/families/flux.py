@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from models.layout import Layout
 
+_KEPT_STREAMS = 10  # the first-block cache's residuals and references, in two calls, and what is made of them
 LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
 
 
@@ -79,6 +80,33 @@ class FluxModel(PipelineModel):
         from models.layout import Packed
 
         return Packed()
+
+    def inputs(self, height: int, width: int) -> Mapping[str, Any]:
+        import torch
+
+        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
+        tokens, text = height * width // 4, self._text_length
+
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        given = {
+            "hidden_states": tensor(1, tokens, config.in_channels),
+            "encoder_hidden_states": tensor(1, text, config.joint_attention_dim),
+            "pooled_projections": tensor(1, config.pooled_projection_dim),
+            "timestep": tensor(1),
+            "img_ids": tensor(tokens, 3),
+            "txt_ids": tensor(text, 3),
+        }
+        return given | ({"guidance": tensor(1)} if config.guidance_embeds else {})
+
+    def rows(self, *, guided: bool) -> int:
+        return 1  # with guidance in two calls
+
+    @property
+    def kept_cells(self) -> int:
+        config = self.pipeline.transformer.config
+        return _KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // 4  # four cells a token
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         scale = params.guidance_scale

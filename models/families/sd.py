@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cache.deepcache.schedule import Placement
     from models.layout import Layout
 
+_KEPT_MAPS = 4  # of the first level's channels: two states of DeepCache, and what is made of them
 _NO_CHECKER: Mapping[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -76,6 +77,18 @@ class StableDiffusionModel(PipelineModel):
         from models.layout import Spatial
 
         return Spatial()
+
+    def inputs(self, height: int, width: int) -> Mapping[str, Any]:
+        from cache.views.unet import inputs_of
+
+        return inputs_of(self.pipeline.unet.config, (height, width), self.pipeline.vae.dtype)
+
+    def rows(self, *, guided: bool) -> int:
+        return 2 if guided else 1
+
+    @property
+    def kept_cells(self) -> int:
+        return _KEPT_MAPS * int(self.pipeline.unet.config.block_out_channels[0])
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}

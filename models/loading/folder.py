@@ -11,7 +11,7 @@ from models.base import DtypeName, Hub, LoadFailed, LoadHooks, ModelSpec
 from models.libraries import first_line
 
 from .file import is_gguf, load_network, load_whole
-from .footprint import NETWORKS, loaded_bytes, network_bytes, resident, variant_of, weight_files
+from .footprint import NETWORKS, loaded_bytes, network_bytes, variant_of, weight_files
 from .hub import fetch_file, fetch_pipeline
 from .quantised import kept_small, loading, store_fp8, unavailable
 
@@ -33,7 +33,7 @@ def load_pipeline(
     single: str | None = None,
     **components: Any,
 ) -> Any:
-    """The pipeline of `spec`, on `device`, its weights converted to `dtype`: safetensors only, no code of the model's.
+    """The pipeline of `spec` in main memory, its weights in `dtype`: safetensors only, no code of the model's.
 
     `text_encoders`: the classes of its transformers models by component. `single`: the one network that a single file
     of this family holds; None: a file holds them all. `components` replace what would be loaded. Raises LoadFailed
@@ -54,7 +54,8 @@ def load_pipeline(
     if file is not None:
         in_file = {"file": loaded_bytes([file], dtype.itemsize, spec.quantization)}
         networks = in_file if single is None else {**networks, single: in_file["file"]}
-    hooks.room(resident(spec, networks))
+    if device == "cpu":
+        hooks.room(sum(networks.values()))
     lacking: list[str] = []
     try:
         if file is not None and single is not None:
@@ -80,8 +81,7 @@ def load_pipeline(
     if spec.quantization == "fp8":
         for name in modules.keys() & small - ({single} if file is not None and is_gguf(file) else set()):
             store_fp8(modules[name], dtype)
-    hooks.stage(f"moving to {device}")
-    _settle(pipeline, spec, device)
+    prepare(pipeline, spec)
     return pipeline
 
 
@@ -125,20 +125,8 @@ def _network_class(spec: ModelSpec, component: str) -> Any:
     return network_class
 
 
-def _settle(pipeline: Any, spec: ModelSpec, device: str) -> None:
-    """Put the pipeline where it runs, as the spec says."""
-    match spec.offload:
-        case None:
-            pipeline.to(device)
-        case _ if device == "cpu":
-            raise LoadFailed(
-                f"The model {spec.name!r} is to be offloaded to main memory, and on the CPU it lies there already. "
-                "Remove `offload` from the models file."
-            )
-        case "model":
-            pipeline.enable_model_cpu_offload(device=device)
-        case "sequential":
-            pipeline.enable_sequential_cpu_offload(device=device)
+def prepare(pipeline: Any, spec: ModelSpec) -> None:
+    """The pipeline's own settings, as the spec says."""
     if spec.vae_tiling:
         pipeline.vae.enable_tiling()
     if spec.vae_slicing:

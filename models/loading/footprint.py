@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from models.base import ModelSpec, Quantization
+from models.base import Quantization
 
 from .quantised import tensor_bytes
 
@@ -64,17 +64,6 @@ def loaded_bytes(files: Iterable[Path], itemsize: int, quantization: Quantizatio
         except (OSError, ValueError, TypeError, KeyError):
             total += file.stat().st_size if file.is_file() else 0  # the loader will say what is wrong with it
     return total
-
-
-def resident(spec: ModelSpec, networks: Mapping[str, int]) -> int:
-    """Bytes of them that are on the device at once: with offloading, one network's or next to none."""
-    match spec.offload:
-        case None:
-            return sum(networks.values())
-        case "model":
-            return max(networks.values(), default=0)
-        case "sequential":
-            return 0
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:

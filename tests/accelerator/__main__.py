@@ -1,4 +1,4 @@
-"""python -m tests.accelerator waits|memory: what the simulated device tells, as tables in Markdown.
+"""python -m tests.accelerator waits|memory|cards: what the simulated device tells, as tables in Markdown.
 
 python -m tests.accelerator counts NAME...: the rows of benchmarks.gpu.measure that it can tell, a JSON line each.
 """
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
-from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore, request
+from benchmarks.gpu import measure
+from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
 from cache import NoCache
 from models.base import GenerationParams
+from models.loading.plan import Plan, Sizes, Work, choose
 from models.sampling import samplers
 
 from .device import Accelerator, Counts
 from .loading import load
-from .memory import peaks, strategies
+from .memory import peaks, request, strategies
 from .waits import STRATEGIES, waits
 
 STEPS = 4
@@ -62,6 +64,7 @@ def memory_table() -> Iterator[str]:
     offloaded = [
         (one, {"offload": how}) for one in (SD15, SDXL, FLUX_DEV, FLUX_SCHNELL) for how in ("model", "sequential")
     ]
+    offloaded.append((FLUX_DEV, {"offload": "group"}))
     document = [f"document, {name}" for name in ("none", "cache")]
     yield row(
         "model",
@@ -87,6 +90,51 @@ def memory_table() -> Iterator[str]:
         )
 
 
+CARDS = (8, 12, 16, 24)  # GiB
+TAKEN = 0.7  # of them by the CUDA context and the screen
+SMALL = {"fp8": 8, "Q8_0": 8.5, "Q4_0": 4.5}  # bits a weight
+
+
+def cards_table() -> Iterator[str]:
+    """Gigabytes (10⁹ bytes), with the family's cache by default; of small weights by the plan's arithmetic alone."""
+    yield row("model", "card", "plan", "moved for a prompt", "streamed a step", "counted", "peak")
+    yield row(*["---"] * 7)
+    for geometry in (SD15, SDXL, FLUX_DEV):
+        device = Accelerator()
+        with device, torch.no_grad():
+            loaded = load(geometry, memory=0)
+            model, residence = loaded.model, loaded.model.residence
+            if residence is None:
+                raise RuntimeError("nothing was planned")
+            sizes, usual, work = residence.sizes, model.usual_work, model.work(geometry.width, geometry.height, 1)
+            rooms = {card: int((card - TAKEN) * 2**30) for card in CARDS}
+            name = f"{geometry.name} {geometry.width}×{geometry.height}"
+            for card, room in rooms.items():
+                plan = choose(sizes, usual, room)
+                residence.settle(plan)
+                with device.counting() as counts:
+                    loaded.generate(request(geometry, 3), strategies(geometry)["default"], lambda step: None)
+                yield _card(name, card, plan, sizes, work, f"{counts.peak / 1e9:.1f}")
+            for kind, bits in SMALL.items() if geometry is FLUX_DEV else ():
+                small = _in_bits(sizes, bits)
+                for card, room in rooms.items():
+                    yield _card(f"{name}, {kind}", card, choose(small, usual, room), small, work, "–")
+
+
+def _in_bits(sizes: Sizes, bits: float) -> Sizes:
+    """With so many bits for each weight of the denoiser, of 16."""
+    name, part = sizes.denoiser, bits / 16
+    blocks = {**sizes.blocks, name: [int(part * size) for size in sizes.blocks[name]]}
+    return Sizes({**sizes.weights, name: int(part * sizes.weights[name])}, blocks)
+
+
+def _card(name: str, card: int, plan: Plan, sizes: Sizes, work: Work, peak: str) -> str:
+    streamed = plan.copied_each_step(sizes)
+    moved = sum(sizes.weights[one] for one in plan.moved) - streamed
+    figures = (f"{figure / 1e9:.1f}" for figure in (moved, streamed, plan.need(sizes, work)))
+    return row(name, f"{card} GB", f"`{plan.offload}`" + (", tiles" if plan.tiled else ""), *figures, peak)
+
+
 def counted(name: str) -> Iterator[str]:
     """Waits and launches of the denoising; bytes: weights, the peak of the denoising, and that of the whole run."""
     geometry, device = GEOMETRIES[name], Accelerator()
@@ -103,7 +151,7 @@ def counted(name: str) -> Iterator[str]:
                     yield
 
             with device.counting() as whole:
-                model.generate(request(geometry, COUNTED), Within(strategy, span), ignore)
+                model.generate(measure.request(geometry, COUNTED), Within(strategy, span), ignore)
             row = {"waits": sum(found[0].waits.values()), "launches": found[0].launches, "weights_bytes": weights}
             peaks = {"peak_bytes": found[0].peak, "most_bytes": whole.peak}
             yield json.dumps({"model": name, "setting": setting, "simulated": True, **row, **peaks})
@@ -118,6 +166,8 @@ def main() -> None:
             ]
         case ["memory"]:
             tables = [memory_table()]
+        case ["cards"]:
+            tables = [cards_table()]
         case ["counts", *names]:
             tables = [counted(name) for name in names]
         case _:

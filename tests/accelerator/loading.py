@@ -13,9 +13,9 @@ from models.generation import LoadedModel
 from .device import NAME, hollow
 
 
-def load(geometry: Geometry, **options: Any) -> LoadedModel:
-    """Within an Accelerator's context. options: of the ModelSpec."""
-    model = geometry.load(NAME, hollow, **options)
+def load(geometry: Geometry, memory: int | None = None, **options: Any) -> LoadedModel:
+    """Within an Accelerator's context. memory: bytes that a plan may count on. options: of the ModelSpec."""
+    model = geometry.load(NAME, hollow, memory, **options)
     _counted_once(geometry.name, model.denoiser.root)
     return model
 

@@ -58,4 +58,3 @@ def test_offloaded_weights_leave_room() -> None:
     )
     assert (model.weights, sequential.weights) == (0, pytest.approx(0, abs=2000))  # what lies in no layer of its own
     assert sequential.denoise < model.denoise < whole.denoise
-    assert found_peaks(SDXL, "default", steps=1, offload="model").denoise < 7.0e9  # the document's figure

@@ -72,6 +72,9 @@ class FakeModel:
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         return params.width * params.height * images
 
+    def tighter(self, params: GenerationParams, free: int) -> None:
+        """There is but one plan."""
+
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         stages, images = [], []
@@ -212,6 +215,10 @@ class FakeRegistry:
     @property
     def loaded(self) -> tuple[str, ...]:
         return tuple(self._loaded)
+
+    @property
+    def plans(self) -> dict[str, Any]:
+        return {}
 
     def get(self, name: str) -> FakeModel:
         if name == "broken":

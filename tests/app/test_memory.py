@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,43 @@ def test_a_runner_counts_the_batches_that_were_drawn() -> None:
     runner = RegistryRunner(FakeRegistry(), "fake device")
     result = runner.run(Job(id="x", model="greedy", params=PARAMS, strategy=NoCache()), lambda step: None)
     assert (result.batches, len(result.images)) == ((1,) * 5, 5)
+
+
+class Movable(FakeModel):
+    """Another plan takes half of the memory; notes what it was drawn under."""
+
+    def __init__(self) -> None:
+        self.plan = "none"
+        self.drawn: list[str] = []
+
+    def working_bytes(self, params: GenerationParams, images: int) -> int:
+        return super().working_bytes(params, images) // (2 if self.plan == "model" else 1)
+
+    def tighter(self, params: GenerationParams, free: int) -> Any:
+        return "model" if self.plan == "none" and super().working_bytes(params, 1) // 2 <= free else None
+
+    @contextmanager
+    def settled(self, plan: str) -> Iterator[None]:
+        before, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = before
+
+    def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
+        self.drawn.append(self.plan)
+        return super().generate(params, strategy, on_step)
+
+
+@pytest.mark.parametrize(("free", "plans"), [(NEED, ["none"]), (NEED - 1, ["model"]), (NEED // 2 - 1, [])])
+def test_a_job_is_drawn_under_another_plan_before_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, free: int, plans: list[str]
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    model = Movable()
+    if plans:
+        assert len(drawn(model).images) == 5
+    else:
+        with pytest.raises(MemoryError):
+            drawn(model)
+    assert (model.drawn, model.plan) == (plans, "none")

@@ -60,7 +60,7 @@ def test_a_sampler_draws_what_it_draws_on_the_cpu(load: Load, name: str, sampler
     assert psnr(pixels(reference.images), pixels(drawn.images)) > NEAR
 
 
-@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize("how", ["text", "model", "group", "sequential"])
 @pytest.mark.parametrize("name", NAMES)
 def test_offloaded_weights_change_no_bit(load: Load, device: str, name: str, how: str) -> None:
     if device == "cpu":
