@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 Offload = Literal["model", "sequential"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 class ModelError(Exception):
@@ -233,9 +234,13 @@ class ModelSpec:
     """A configured model: where it lies and what it defaults to.
 
     `source`: a folder in diffusers format, a single `.safetensors` file in the original layout, or a hub repository.
-    `config`: for a single file, the folder that holds what the file lacks: configurations, tokenizers, other networks.
+    `config`: for a single file, a folder of configurations, tokenizers and perhaps networks that the file lacks. None:
+    the published ones of its family (`models/loading/shapes.py`).
+    `parts`: component (`vae`, `text_encoder`, `text_encoder_2`) → the file that it comes from in place of the source's;
+    `tokenizer_2` → the folder of T5's tokenizer.
     `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
-    `prediction_type`: overrides what the scheduler's configuration says the network predicts.
+    `prediction_type`, `rescale_betas_zero_snr`: override what the model's files say the network predicts, and whether
+    its noise schedule is stretched to end in pure noise (Lin et al. 2024).
     `offload`: keep networks in main memory while they do not run, whole (`model`) or layer by layer (`sequential`).
     `vae_tiling`, `vae_slicing`: decode pictures in tiles, and batches one by one, to need less memory.
     `render_sizes`: the (width, height) pairs, pixels, that the model draws well. Empty: any size that the request
@@ -247,8 +252,10 @@ class ModelSpec:
     family: str
     source: Path | Hub
     config: Path | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)
     dtype: DtypeName | None = None
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    prediction_type: Prediction | None = None
+    rescale_betas_zero_snr: bool | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False

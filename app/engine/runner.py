@@ -25,6 +25,7 @@ from app.infotext import text_chunks
 from app.settings import Settings, available_cores
 from cache import CacheReport, DeepCache, FirstBlockCache
 from models.base import Generation, GenerationParams, StageReport
+from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
@@ -58,7 +59,11 @@ class RegistryRunner:
             models={row["name"]: _info(row) for row in self._registry.describe()},
             default=self._registry.default,
             default_flux=self._registry.default_flux,
+            unserved=self._registry.unserved,
         )
+
+    def refresh(self) -> bool:
+        return self._registry.refresh()
 
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         self._registry.on_stage = on_stage
@@ -219,9 +224,14 @@ def _finite(value: object) -> object:
 
 
 def configured_runner(
-    device: str, *, configuration: Configuration | None = None, threads: int = 0, memory: float | None = None
+    device: str,
+    *,
+    configuration: Configuration | None = None,
+    checkpoints: CheckpointFolder | None = None,
+    threads: int = 0,
+    memory: float | None = None,
 ) -> RegistryRunner:
-    """A runner of the configured models, None: those that come with the project.
+    """A runner of the configured models, None: those that come with the project; and of those in `checkpoints`.
 
     `device` may be `auto`; 0 threads: the cores available. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has.
@@ -239,7 +249,8 @@ def configured_runner(
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     models = configuration or embedded()
     room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
-    return RegistryRunner(Registry(models.specs, models.default, models.default_flux, device, memory=room), name)
+    registry = Registry(models.specs, models.default, models.default_flux, device, memory=room, checkpoints=checkpoints)
+    return RegistryRunner(registry, name)
 
 
 def _total_bytes(device: str) -> int:
@@ -280,16 +291,23 @@ def _memory(device: str) -> DeviceMemory:
 
 def runner_arguments(settings: Settings) -> dict[str, Any]:
     """Of `configured_runner`. Raises CannotStart."""
+    checkpoints = CheckpointFolder(settings.checkpoint_folder)
+    checkpoints.scan()
     try:
-        configuration = read(settings.models_file)
+        configuration = read(settings.models_file, checkpoints)
     except BadModelsFile as error:
         raise CannotStart(f"WAVESPEED_MODELS_FILE: {error}.") from None
     if settings.model is not None:
-        names = [spec.name for spec in configuration.specs]
+        names = [spec.name for spec in checkpoints.models(configuration.specs)[0]]
         if settings.model not in names:
             raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)
-    return {"configuration": configuration, "threads": settings.threads, "memory": settings.model_memory}
+    return {
+        "configuration": configuration,
+        "checkpoints": checkpoints,
+        "threads": settings.threads,
+        "memory": settings.model_memory,
+    }
 
 
 def runner_factory(settings: Settings) -> RunnerFactory:

@@ -198,8 +198,12 @@ class FakeRegistry:
     def __init__(self, default: str = "fine") -> None:
         self.default = default
         self.default_flux = "flux"
+        self.unserved: dict[str, str] = {}
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, FakeModel] = {}
+
+    def refresh(self) -> bool:
+        return False
 
     def give_up_idle(self, used: str, missing: int = 0) -> str | None:
         idle = [name for name in self._loaded if name != used]

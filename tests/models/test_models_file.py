@@ -78,18 +78,27 @@ MISTAKES = {
     "a misspelt key at the top": ("embeded = true\n" + GOOD, r"no key 'embeded'. The nearest is 'embedded'"),
     "another program's key": (GOOD.replace("folder =", "path ="), r"no key 'path'. The nearest is 'folder'"),
     "a misspelt family": (GOOD.replace('"sd15"', '"sd-15"', 1), r"no family 'sd-15'. The nearest is 'sd15'"),
-    "no family": ('[[models]]\nname = "a"\nfolder = "sd15"\n', r"number 1: family is required"),
+    "no family": ('[[models]]\nname = "a"\nfolder = "sd15"\n', r"model 'a': family is required with folder"),
     "no source": ('[[models]]\nname = "a"\nfamily = "sd15"\n', r"give one of folder, file and hub"),
     "two sources": (GOOD + 'hub = "a/b"\n', r"not folder and hub"),
     "a missing folder": (GOOD.replace('folder = "sd15"', 'folder = "sd16"'), r"there is no folder .*sd16"),
     "a pickle": (GOOD.replace('folder = "sd15"', 'file = "old.ckpt"\nconfig = "sd15"'), r"is a pickle.*safetensors"),
     "a pickle that is not there": (GOOD.replace('folder = "sd15"', 'file = "no.pt"'), r"a .pt file is a pickle"),
-    "another format": (GOOD.replace('folder = "sd15"', 'file = "weights.gguf"'), r"no .safetensors file"),
+    "another format": (GOOD.replace('folder = "sd15"', 'file = "weights.onnx"'), r"none of .safetensors, .gguf"),
     "a file as folder": (GOOD.replace('folder = "sd15"', 'folder = "old.ckpt"'), r"is a file"),
-    "a file without config": (
-        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"'),
-        r"Name under config a folder",
+    "a family of one's own without config": (
+        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"').replace('"sd15"', '"sd"'),
+        r"sd is for models that you trained.* Name under config a folder",
     ),
+    "a file that says no family": (
+        '[[models]]\nname = "a"\nfile = "checkpoints/sdxl.safetensors"\n',
+        r"sdxl.safetensors is empty",
+    ),
+    "a part that is not there": (
+        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"') + 'vae = "no.safetensors"\n',
+        r"there is no file .*no.safetensors",
+    ),
+    "a part with a folder": (GOOD + 'vae = "old.safetensors"\n', r"vae goes with file"),
     "a config without index": (
         GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"\nconfig = "bare"'),
         r"holds no model_index.json",
