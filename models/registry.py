@@ -53,6 +53,7 @@ class Registry:
             if spec.family not in FAMILIES:
                 raise ValueError(f"the model {spec.name!r} is of family {spec.family!r}; there are: {list(FAMILIES)}")
         self._defaults: list[ModelSpec] = []
+        self._news = False  # models have come, changed or gone since `refresh` was asked last
         if checkpoints is not None:
             checkpoints.scan()
             self._take(checkpoints)
@@ -68,14 +69,19 @@ class Registry:
         self._costs: dict[tuple[str, Stamp], tuple[float, ...]] = {}
 
     def refresh(self) -> bool:
-        """Look for new, changed and removed files of the folder; whether there are any. Any thread may call it.
+        """Look for new, changed and removed files of the folder; whether there were any since the last call.
 
-        A default model whose file is gone keeps its name, and its row says why it is not available.
+        Any thread may call it. A default model whose file is gone keeps its name, and its row says why it is not
+        available.
         """
-        if self._checkpoints is None or not self._checkpoints.scan():
-            return False
-        self._take(self._checkpoints)
-        return True
+        self._look()
+        news, self._news = self._news, False
+        return news
+
+    def _look(self) -> None:
+        if self._checkpoints is not None and self._checkpoints.scan():
+            self._take(self._checkpoints)
+            self._news = True
 
     def _take(self, checkpoints: CheckpointFolder) -> None:
         specs, self.unserved = checkpoints.models(self._configured)
@@ -97,7 +103,7 @@ class Registry:
 
     def spec(self, name: str) -> ModelSpec:
         if name not in self._specs:
-            self.refresh()
+            self._look()
         try:
             return self._specs[name]
         except KeyError:
@@ -129,8 +135,11 @@ class Registry:
         return model
 
     def _current(self, name: str) -> bool:
+        """Whether the model in memory is the one that is configured; one whose file has vanished is not given up."""
         spec = self._specs.get(name)
-        return spec is not None and self._stamps[name] == _stamp(spec)
+        if spec is None:
+            return False
+        return self._stamps[name] == _stamp(spec) or (isinstance(spec.source, Path) and not spec.source.exists())
 
     def _make_room(self, name: str, size: int) -> None:
         """Drop models, the one used longest ago first, until `size` more bytes fit."""

@@ -73,16 +73,12 @@ class CheckpointFolder:
     def scan(self) -> bool:
         """Look again; whether something is new, gone or changed. Headers are read of what is."""
         with self._lock:
-            found = {name: (path, stamp_of(path), reason) for name, path, reason in self._walk()}
-            if {name: stamp for name, (_, stamp, _) in found.items()} == {
-                name: entry.stamp for name, entry in self._entries.items()
-            }:
-                return False
-            before, self._entries = self._entries, {}
-            for name, (path, stamp, reason) in found.items():
-                old = before.get(name)
-                self._entries[name] = old if old is not None and old.stamp == stamp else _read(path, stamp, reason)
-            return True
+            before, found = self._entries, {}
+            for name, path, reason in self._walk():
+                stamp, old = stamp_of(path), before.get(name)
+                found[name] = old if old is not None and old.stamp == stamp else _read(path, stamp, reason)
+            self._entries = found
+            return found != before
 
     def models(self, configured: Sequence[ModelSpec]) -> tuple[list[ModelSpec], dict[str, str]]:
         """The configured models and those of the folder; and name → why what else lies there is not served.
@@ -127,21 +123,27 @@ class CheckpointFolder:
         """The spec with the files that hold what its own lacks, and what none holds: the end of a sentence."""
         parts = dict(spec.parts)
         largest = sorted(entries, key=lambda entry: -sum(size for _, size in entry.stamp))  # the most precise first
+        lacking: dict[str, str] = {}
         for component, role in PARTS.get(spec.family, {}).items():
             if role in networks or component in parts:
                 continue
             lone = [entry for entry in largest if entry.lone and role in entry.networks]
             alike = [entry for entry in largest if entry.family == spec.family and role in entry.networks]
-            named = f"name the file as `{component}` in the models file"
-            if role.startswith("vae") and (len(lone) > 1 or (lone and role == "vae4" and not alike)):
-                names = ", ".join(entry.path.name for entry in lone)
-                return (
-                    spec,
-                    f"lacks {WORDS[role]}, and tensors do not tell which of those here is its own ({names}): {named}",
-                )
-            if not (found := alike if role == "vae4" else lone or alike):
-                return spec, f"lacks {WORDS[role]}: put it into the folder of checkpoints, or {named}"
-            parts[component] = found[0].path
+            if role == "vae4":  # SD's and SDXL's have the same tensors: only a whole file says whose it is
+                lone, others = [], lone
+            else:
+                others = lone if role == "vae16" and len(lone) > 1 else []  # Flux's and SD3's, too
+            if others and not alike:
+                names = ", ".join(entry.path.name for entry in others)
+                lacking[component] = f"{WORDS[role]} (tensors do not tell whether its own is here: {names})"
+            elif found := lone or alike:
+                parts[component] = found[0].path
+            else:
+                lacking[component] = WORDS[role]
+        if lacking:
+            words, keys = " and ".join(lacking.values()), " and ".join(f"`{name}`" for name in lacking)
+            remedy = f"put what is missing into the folder of checkpoints, or name it as {keys} in the models file"
+            return spec, f"lacks {words}: {remedy}"
         if PARTS.get(spec.family, {}).get("text_encoder_2") == "t5":
             parts.setdefault("tokenizer_2", self.path / T5_FOLDER)
         return replace(spec, parts=parts), ""
@@ -150,31 +152,31 @@ class CheckpointFolder:
         """Path from the folder, path, and why it is not even opened, if so."""
         root = self.path.resolve()
         unreadable: list[OSError] = []
+
+        def leads_out(path: Path) -> bool:
+            return path.is_symlink() and not path.resolve().is_relative_to(root)
+
         for at, folders, files in os.walk(root, onerror=unreadable.append):
             here = Path(at)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for path in [here / name for name in [*folders, *sorted(files)]]:
-                if path.is_symlink() and not path.resolve().is_relative_to(root):
-                    yield (
-                        _below(path, root),
-                        path,
-                        _LINK,
-                    )
-                    files = [name for name in files if name != path.name]
             if "model_index.json" in files:
                 folders.clear()
-                yield _below(here, root), here, ""
-            elif any((here / name / "config.json").is_file() for name in ("unet", "transformer")):
+                yield _below(here, root), here, _LINK if any(map(leads_out, here.rglob("*"))) else ""
+                continue
+            if here != root and any((here / name / "config.json").is_file() for name in ("unet", "transformer")):
                 folders.clear()
                 yield (
                     _below(here, root),
                     here,
                     "is a diffusers folder without its model_index.json: fetch the whole folder",
                 )
-            else:
-                for name in sorted(files):
-                    if Path(name).suffix.lower() in (*SUFFIXES, *UNSAFE):
-                        yield _below(here / name, root), here / name, ""
+                continue
+            for path in (here / name for name in folders):
+                if leads_out(path):
+                    yield _below(path, root), path, _LINK
+            for path in (here / name for name in sorted(files)):
+                if path.suffix.lower() in (*SUFFIXES, *UNSAFE):
+                    yield _below(path, root), path, _LINK if leads_out(path) else ""
         for error in unreadable:
             path = Path(error.filename)
             if path.exists():
@@ -182,7 +184,9 @@ class CheckpointFolder:
 
 
 def _below(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path != root else root.name
+    """Fit for a message, whatever bytes the name is made of."""
+    text = path.relative_to(root).as_posix() if path != root else root.name
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read(path: Path, stamp: Stamp, reason: str) -> _Entry:

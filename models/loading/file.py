@@ -58,8 +58,10 @@ def contents(spec: ModelSpec, file: Path) -> Recognised:
         return recognise(read_header(file))
     except FileNotFoundError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} is missing.") from error
-    except (BadFile, OSError) as error:
+    except BadFile as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} {error}") from error
+    except OSError as error:
+        raise LoadFailed(f"The model {spec.name!r} cannot be read: {file}: {error.strerror}.") from error
 
 
 def check_family(spec: ModelSpec, file: Path) -> None:

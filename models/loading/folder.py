@@ -226,8 +226,7 @@ def saved_schedule(scheduler: Any, prediction: str | None, terminal: bool | None
     terminal: betas that end in pure noise (Lin et al. 2024, algorithm 1), written out, because few of diffusers'
     schedulers have a flag for it; timesteps then begin at the last one.
     """
-    if prediction is not None:
-        scheduler.register_to_config(prediction_type=prediction)
+    changes: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
     if terminal:
         import torch
         from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
@@ -235,7 +234,10 @@ def saved_schedule(scheduler: Any, prediction: str | None, terminal: bool | None
         kept = (1 - rescale_zero_terminal_snr(scheduler.betas.double())).cumprod(0)
         kept[-1] = TERMINAL
         betas = 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
-        scheduler.register_to_config(trained_betas=betas.tolist(), timestep_spacing="trailing")
+        changes |= {"trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
+    if changes:  # what was a default is not handed on to a run's scheduler
+        defaults = set(scheduler.config.get("_use_default_values", ())) - changes.keys()
+        scheduler.register_to_config(**changes, _use_default_values=sorted(defaults))
 
 
 def damaged(spec: ModelSpec, reason: str) -> LoadFailed:

@@ -63,6 +63,7 @@ _TRAINING = re.compile(  # of what a training run left behind, or a writer's not
     r"|global_step|epoch|pytorch-lightning_version|v_pred|ztsnr|spiece_model"
     r"|.*(?:position_ids|logit_scale)|first_stage_model\.loss\..*|text_encoders\.\w+\.text_projection"
 )
+_EDM = {"edm_mean", "edm_vpred.sigma_max"}
 _LEAVES = {"weight", "bias", "scale", "in_proj_weight", "in_proj_bias", "positional_embedding", "text_projection"}
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
 _HEADS = (  # other kinds, by a part of a tensor's name
@@ -129,17 +130,17 @@ def recognise(header: Header) -> Recognised:
             return Recognised(None, f"is {words}: a part that models here take, and no model by itself", networks)
         kinds = (what for mark, what in _HEADS if any(re.search(mark, key) for key in header))
         return Recognised(None, f"is {next(kinds, 'none of the kinds of files that are known here')}")
+    prediction, terminal = _predicts(header) if denoiser.role == "unet" else (None, None)
     try:
         family = _unet_family(denoiser) if denoiser.role == "unet" else _flux_family(denoiser)
-        _check_rest(rest)
+        if _EDM & header.keys():
+            raise BadFile("was trained in EDM's parametrisation (its keys say so), which no sampler here has")
+        if rest:
+            raise BadFile(f"holds {len(rest)} tensors that belong to no network known here, {rest[0][:80]!r} first")
     except BadFile as error:
         return Recognised(None, str(error), networks)
     except LookupError as error:
         return Recognised(None, f"lacks a tensor that every model of its kind has: {error}", networks)
-    prediction, terminal = _predicts(header) if denoiser.role == "unet" else (None, None)
-    if prediction == "edm":
-        reason = "was trained in EDM's parametrisation (its keys say so), which no sampler here has"
-        return Recognised(None, reason, networks)
     return Recognised(family, "", networks, prediction, terminal)
 
 
@@ -164,19 +165,30 @@ def _networks(header: Header) -> tuple[dict[Role, Network], list[str]]:
 
 
 def _role(tensors: Mapping[str, TensorInfo], said: Role | None) -> Role | None:
-    """What these tensors are; said: what their prefix says of text encoders."""
+    """What these tensors are; said: what their prefix says of text encoders. None for a part of a network, too."""
+
+    def has(*names: str) -> bool:
+        return all(name in tensors for name in names)
+
     latents = tensors.get("decoder.conv_in.weight")
-    if "input_blocks.0.0.weight" in tensors:
+    if has("input_blocks.0.0.weight"):
         return "unet"
-    if "distilled_guidance_layer.in_proj.weight" in tensors:
+    if has("distilled_guidance_layer.in_proj.weight"):
         return None
-    if "double_blocks.0.img_attn.qkv.weight" in tensors or "transformer_blocks.0.attn.add_k_proj.weight" in tensors:
-        return "flux" if "img_in.weight" in tensors or "x_embedder.weight" in tensors else None
+    if has("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "final_layer.linear.weight"):
+        return "flux"
+    if has("transformer_blocks.0.attn.add_k_proj.weight", "x_embedder.weight", "proj_out.weight"):
+        return "flux"
     if latents is not None and len(latents.shape) == 4:
         return {4: "vae4", 16: "vae16"}.get(latents.shape[1])  # type: ignore[return-value]
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
+    if has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"):
         return "t5"
-    if any(name.endswith("token_embedding.weight") for name in tensors):
+    ends = tuple(
+        name
+        for name in tensors
+        if name.endswith(("token_embedding.weight", "final_layer_norm.weight", "ln_final.weight"))
+    )
+    if len(ends) == 2:
         return said or _LAYERS.get(layers(tensors, r"(?:encoder\.layers|resblocks)\.(\d+)\."))
     return None
 
@@ -191,7 +203,7 @@ def _unet_family(unet: Network) -> str:
     labelled = "label_emb.0.0.weight" in unet.tensors
     deepest = layers(unet.tensors, r"^input_blocks\.(\d+)\.")
     linear = len(unet.ending("proj_in.weight").shape) == 2
-    family = "sdxl" if labelled and deepest == 9 else "refiner" if labelled else "sd21" if linear else "sd15"
+    family = ("refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
     if channels == 9:
         raise BadFile("is an inpainting model (its UNet takes 9 channels): masks are not served here")
     if channels == 8:
@@ -213,15 +225,8 @@ def _flux_family(flux: Network) -> str:
     return "flux-dev" if distilled else "flux-schnell"
 
 
-def _check_rest(rest: list[str]) -> None:
-    if rest:
-        raise BadFile(f"holds {len(rest)} tensors that belong to no network known here, {rest[0][:80]!r} first")
-
-
-def _predicts(header: Header) -> tuple[Prediction | Literal["edm"] | None, bool | None]:
+def _predicts(header: Header) -> tuple[Prediction | None, bool | None]:
     """By the keys that trainers and mergers put in, else by the metadata of Stability AI's model specification."""
-    if "edm_mean" in header or "edm_vpred.sigma_max" in header:
-        return "edm", None
     if "v_pred" in header:
         return "v_prediction", "ztsnr" in header
     said = header.metadata.get("modelspec.prediction_type", "").lower()

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from models.base import ModelSpec
+from models.loading.checkpoints import CheckpointFolder
 from models.loading.header import Header, TensorInfo
 from models.loading.shapes import configurations
 
@@ -308,6 +311,36 @@ def write_hollow(file: Path, tensors: Tensors, metadata: dict[str, str] | None =
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         opened.truncate(8 + len(text) + end)
+
+
+@cache
+def narrow_networks(family: str) -> SimpleNamespace:
+    """Its networks, with random weights that half precision holds exactly."""
+    torch.manual_seed(7)
+    made = networks(narrow(family), "cpu")
+    for network in vars(made).values():
+        network.half().float()
+    return made
+
+
+@cache
+def checkpoint(family: str) -> Tensors:
+    made = narrow_networks(family)
+    tensors = flux(made.transformer) if family.startswith("flux") else stable_diffusion(made)
+    return {name: tensor.half() for name, tensor in tensors.items()}
+
+
+def listed(folder: Path, *configured: ModelSpec) -> tuple[dict[str, ModelSpec], dict[str, str]]:
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.scan()
+    served, unserved = checkpoints.models(configured)
+    return {spec.name: spec for spec in served}, unserved
+
+
+def hollow(file: Path, family: str = "sd15", leave: str = "nothing") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_hollow(file, {key: tensor for key, tensor in checkpoint(family).items() if not key.startswith(leave)})
+    return file
 
 
 if __name__ == "__main__":  # python -m tests.models.original FILE: a Stable Diffusion 1.5 in its published size

@@ -21,13 +21,14 @@ GOOD = '[[models]]\nname = "mine"\nfamily = "sd15"\nfolder = "sd15"\n'
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A place with what the example and GOOD name, without content."""
-    for name in ("sd15", "checkpoints/sdxl-config", "/srv/models/flux-dev"):
+    for name in ("sd15", "/srv/models/flux-dev"):
         path = tmp_path / name.lstrip("/")
         path.mkdir(parents=True)
         (path / "model_index.json").write_text("{}")
-    (tmp_path / "checkpoints" / "sdxl.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints" / "vae").mkdir(parents=True)
+    for name in ("sdxl.safetensors", "vae/sdxl-fp16-fix.safetensors"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"")
     (tmp_path / "old.ckpt").write_bytes(b"")
-    (tmp_path / "weights.gguf").write_bytes(b"")
     (tmp_path / "bare").mkdir()
     return tmp_path
 
@@ -51,7 +52,8 @@ def test_the_documented_example_is_read(folder: Path) -> None:
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "fp16"
     )
     assert specs["xl"].source == folder / "checkpoints" / "sdxl.safetensors"
-    assert specs["xl"].config == folder / "checkpoints" / "sdxl-config"
+    assert specs["xl"].config is None
+    assert specs["xl"].parts == {"vae": folder / "checkpoints" / "vae" / "sdxl-fp16-fix.safetensors"}
     assert (specs["xl"].vae_tiling, specs["xl"].vae_slicing, specs["xl"].steps) == (True, True, 30)
     assert (specs["dev"].offload, specs["dev"].dtype) == ("model", "bfloat16")
     assert {"tiny-sd", "tiny-flux"} <= set(specs)

@@ -91,7 +91,7 @@ def test_costs_are_read_from_the_configuration(files: dict[str, Path], bare: Pat
 def test_a_file_cut_short_is_refused(files: dict[str, Path], bare: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(files["sd15"].read_bytes()[:-1000])
-    with pytest.raises(LoadFailed, match=r"no whole safetensors file .* Fetch the file again"):
+    with pytest.raises(LoadFailed, match=r"no whole safetensors file .* Fetch it again"):
         FAMILIES["sd15"].load(ModelSpec(name="cut", family="sd15", source=cut, config=bare), "cpu")
 
 

@@ -152,6 +152,10 @@ OTHERS: dict[str, tuple[Callable[[], Tensors], str]] = {
     "CLIP-L": (lambda: original.clip(networks("sd15").text_encoder), "is a text encoder CLIP-L"),
     "CLIP-G": (lambda: original.clip(networks("sdxl").text_encoder_2), "is a text encoder OpenCLIP-G"),
     "T5": (lambda: networks("flux-dev").text_encoder_2.state_dict(), "is a text encoder T5-XXL"),
+    "a T5 in pieces, the first": (
+        lambda: without("encoder.final_layer_norm", networks("flux-dev").text_encoder_2.state_dict()),
+        "is none of the kinds of files that are known here",
+    ),
     "kohya's LoRA": (
         lambda: {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": tensor(4, 320)},
         "is a LoRA: put it into the folder of LoRAs",
@@ -196,7 +200,7 @@ def test_what_is_no_model_here_is_told_why(kind: str) -> None:
 def test_a_pruned_structure_is_told() -> None:
     fewer = {name: value for name, value in published("sdxl").items() if ".transformer_blocks.9." not in name}
     found = recognise(header_of(fewer))
-    assert "has a UNet of 1580 tensors, and the published one of sdxl has 1680" in str(unusual("sdxl", found.networks))
+    assert "has a UNet of 1560 tensors, and the published one of sdxl has 1680" in str(unusual("sdxl", found.networks))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
