@@ -116,6 +116,11 @@ class Settings(BaseSettings):
         description="Addresses or networks, separated by commas, of reverse proxies whose X-Forwarded-For and "
         "X-Forwarded-Proto are believed, such as 10.0.0.0/8. None: a caller is whoever connects.",
     )
+    checkpoint_folder: Path = Field(
+        Path("checkpoints"),
+        description="Checkpoints, in subfolders too: each .safetensors file and diffusers folder is a model by its "
+        "name, see docs/models.md.",
+    )
     lora_folder: Path = Field(Path("loras"), description="LoRAs (.safetensors) that requests may name in `loras`.")
     embedding_folder: Path = Field(
         Path("embeddings"), description="Textual inversions (.safetensors); a prompt uses one by its file's name."
@@ -171,7 +176,7 @@ class Settings(BaseSettings):
             raise ValueError(f"there is no file {str(value)!r}")
         return _readable(value)
 
-    @field_validator("lora_folder", "embedding_folder")
+    @field_validator("checkpoint_folder", "lora_folder", "embedding_folder")
     @classmethod
     def _a_folder(cls, value: Path) -> Path | None:
         if value.exists() and not value.is_dir():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +21,16 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type != "cpu" or device.type in ("cpu", "meta", "mps"):  # Apple's GPUs share the memory
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`forward` for arguments of which some lie on the CPU."""
+
+    def placed(value: Any) -> Any:
+        return upload(value, device) if isinstance(value, Tensor) else value
+
+    @wraps(forward)  # pipelines read the signature
+    def uploaded(*args: Any, **kwargs: Any) -> Any:
+        return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+
+    return uploaded

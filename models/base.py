@@ -19,6 +19,7 @@ CacheName = Literal["deepcache", "first_block"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 Offload = Literal["none", "text", "model", "group", "sequential"]
 Quantization = Literal["fp8", "int8", "nf4"]
+Prediction = Literal["epsilon", "v_prediction"]
 
 
 class ModelError(Exception):
@@ -243,10 +244,14 @@ class ModelSpec:
 
     `source`: a folder in diffusers format, a single `.safetensors` or `.gguf` file in the original layout, or a hub
     repository.
-    `config`: for a single file, the folder that holds what the file lacks: configurations, tokenizers, other networks.
+    `config`: for a single file, a folder of configurations, tokenizers and perhaps networks that the file lacks. None:
+    the published ones of its family (`models/loading/shapes.py`).
+    `parts`: component (`vae`, `text_encoder`, `text_encoder_2`) → the file that it comes from in place of the source's;
+    `tokenizer_2` → the folder of T5's tokenizer.
     `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
     `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
-    `prediction_type`: overrides what the scheduler's configuration says the network predicts.
+    `prediction_type`, `rescale_betas_zero_snr`: override what the model's files say the network predicts, and whether
+    its noise schedule is stretched to end in pure noise (Lin et al. 2024).
     `offload`: which networks lie in main memory while they do not run: `none`, those that read a `text`, all in turns
     (`model`), too large ones block by block (`group`), or layer by layer (`sequential`). None: as a plan finds for the
     device's memory (`loading/plan.py`).
@@ -260,9 +265,11 @@ class ModelSpec:
     family: str
     source: Path | Hub
     config: Path | None = None
+    parts: Mapping[str, Path] = field(default_factory=dict)
     dtype: DtypeName | None = None
     quantization: Quantization | None = None
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    prediction_type: Prediction | None = None
+    rescale_betas_zero_snr: bool | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False

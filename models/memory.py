@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .libraries import quiet
 
+_LONGEST_TEXT = 512  # tokens
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
 _STEP_SIDES = (64, 128)
 _DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()
@@ -113,3 +114,13 @@ class _FusedAttention(TorchFunctionMode):
             query, _, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **kwargs)
+
+
+def reading_bytes(encoder: tuple[Any, Any]) -> int:
+    """Of a text encoder with its tokenizer: its scores, and what else it makes of one text."""
+    model, tokenizer = encoder
+    config = model.config
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    width = getattr(config, "intermediate_size", None) or config.d_ff
+    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
+    return int(tokens * (tokens * heads * 6 + width * 8))

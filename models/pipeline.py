@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial, wraps
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from . import finite
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
 _STEP_SLACK = 1.05  # beside what the network itself holds a step has latents, predictions and the sampler's own
 _STEP_FIXED = 2**26  # and the texts that are remembered
-_LONGEST_TEXT = 512  # tokens
 REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
@@ -82,7 +81,7 @@ class PipelineModel(ABC):
 
         guided: at a guidance scale above 1.
         """
-        from .memory import step_bytes
+        from .memory import reading_bytes, step_bytes
 
         root, factor = self.denoiser.root, self.pipeline.vae_scale_factor
         cells, rows = height * width // factor**2, images * self.rows(guided=guided)
@@ -90,7 +89,7 @@ class PipelineModel(ABC):
         step = step_bytes(root, dtype, self.inputs, cells) + self.kept_cells * cells * dtype.itemsize
         unpacked = max((2 * tensor.numel() for tensor in root.parameters() if tensor.element_size() == 1), default=0)
         return Work(
-            text=_STEP_FIXED + max(map(_reading_bytes, self._texts)),
+            text=_STEP_FIXED + max(map(reading_bytes, self._texts)),
             denoise=round(_STEP_SLACK * rows * step) + _STEP_FIXED + unpacked,
             decode=_STEP_FIXED + self.decode_bytes(width, height, images),
             tiled=_STEP_FIXED + self.decode_bytes(width, height, images, tiled=True),
@@ -282,13 +281,14 @@ class PipelineModel(ABC):
         The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
         """
         from cache.patching import shadowed
+        from cache.transfer import uploading
 
         saved, root = pipeline.scheduler, self.denoiser.root
         pipeline.scheduler = samplers.build(
             saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
-            with shadowed([(root, "forward", _uploading(root.forward, self.device))]):
+            with shadowed([(root, "forward", uploading(root.forward, self.device))]):
                 yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
@@ -386,29 +386,3 @@ class PipelineModel(ABC):
     @abstractmethod
     def warnings(self, params: GenerationParams) -> list[str]:
         """What of the request this family cannot honour."""
-
-
-def _uploading(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`forward` for arguments of which some lie on the CPU."""
-    from torch import Tensor
-
-    from cache.transfer import upload
-
-    def placed(value: Any) -> Any:
-        return upload(value, device) if isinstance(value, Tensor) else value
-
-    @wraps(forward)  # pipelines read the signature
-    def uploaded(*args: Any, **kwargs: Any) -> Any:
-        return forward(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
-
-    return uploaded
-
-
-def _reading_bytes(encoder: tuple[Any, Any]) -> int:
-    """Of a text encoder with its tokenizer: its scores, and what else it makes of one text."""
-    model, tokenizer = encoder
-    config = model.config
-    heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    width = getattr(config, "intermediate_size", None) or config.d_ff
-    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
-    return int(tokens * (tokens * heads * 6 + width * 8))

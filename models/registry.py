@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import gc
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .acceleration import attention, compilation
 from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
 from .families import FAMILIES
 from .families.family import ModelFamily
+from .loading.checkpoints import CheckpointFolder, Stamp, stamp_of
 
 if TYPE_CHECKING:
     from .generation import LoadedModel
@@ -22,8 +24,10 @@ _GIB = 2**30
 
 
 class Registry:
-    """Names → specs → loaded models on one `device`. `default` and `default_flux` are names of `specs`.
+    """Names → specs → loaded models on one `device`. `default` and `default_flux` are names of models.
 
+    `checkpoints`: a folder whose models are served beside `specs`; `refresh` looks at it again, and so does a request
+    for an unknown name. A model whose files have changed since it was loaded is loaded anew.
     `memory`: bytes that all loaded weights together may take; None sets no bound. A load that needs room drops the
     models that were used longest ago. `device_memory`: bytes that one model and a request of it may take on a GPU; None
     puts each model there as a whole. `on_stage` hears the name of a model that is being loaded and which part of it.
@@ -39,23 +43,52 @@ class Registry:
         *,
         memory: int | None = None,
         device_memory: int | None = None,
+        checkpoints: CheckpointFolder | None = None,
     ) -> None:
-        specs = tuple(specs)
-        self._specs = {spec.name: spec for spec in specs}
-        if len(self._specs) != len(specs):
+        self._configured = tuple(specs)
+        self._checkpoints = checkpoints
+        self._specs = {spec.name: spec for spec in self._configured}
+        self.unserved: dict[str, str] = {}
+        if len(self._specs) != len(self._configured):
             raise ValueError("two models are configured under one name")
-        for spec in specs:
+        for spec in self._configured:
             if spec.family not in FAMILIES:
                 raise ValueError(f"the model {spec.name!r} is of family {spec.family!r}; there are: {list(FAMILIES)}")
+        self._defaults: list[ModelSpec] = []
+        self._news = False  # models have come, changed or gone since `refresh` was asked last
+        if checkpoints is not None:
+            checkpoints.scan()
+            self._take(checkpoints)
         self.default = self.spec(default).name
         self.default_flux = None if default_flux is None else self.spec(default_flux).name
+        self._defaults = [self._specs[name] for name in (self.default, self.default_flux) if name is not None]
         self.device = device
         self.memory = memory
         self.device_memory = device_memory
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
         self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
-        self._costs: dict[str, tuple[float, ...]] = {}
+        self._stamps: dict[str, Stamp] = {}  # of their files, when they were loaded
+        self._costs: dict[tuple[str, Stamp], tuple[float, ...]] = {}
+
+    def refresh(self) -> bool:
+        """Look for new, changed and removed files of the folder; whether there were any since the last call.
+
+        Any thread may call it. A default model whose file is gone keeps its name, and its row says why it is not
+        available.
+        """
+        self._look()
+        news, self._news = self._news, False
+        return news
+
+    def _look(self) -> None:
+        if self._checkpoints is not None and self._checkpoints.scan():
+            self._take(self._checkpoints)
+            self._news = True
+
+    def _take(self, checkpoints: CheckpointFolder) -> None:
+        specs, self.unserved = checkpoints.models(self._configured)
+        self._specs = {spec.name: spec for spec in [*self._defaults, *specs]}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,8 +96,8 @@ class Registry:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Names of the models in memory."""
-        return tuple(self._loaded)
+        """Names of the models in memory, as their files are now."""
+        return tuple(name for name in self._loaded if self._current(name))
 
     @property
     def plans(self) -> dict[str, dict[str, Any]]:
@@ -78,6 +111,8 @@ class Registry:
         return sum(self._sizes[name] for name in self._loaded)
 
     def spec(self, name: str) -> ModelSpec:
+        if name not in self._specs:
+            self._look()
         try:
             return self._specs[name]
         except KeyError:
@@ -91,6 +126,8 @@ class Registry:
         """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
         from .generation import LoadedModel
 
+        for other in [other for other in self._loaded if not self._current(other)]:
+            self._drop(other)
         model = self._loaded.pop(name, None)
         if model is None:
             sizes: list[int] = []
@@ -99,12 +136,20 @@ class Registry:
                 self._make_room(name, size)
                 sizes.append(size)
 
+            self._stamps[name] = _stamp(self.spec(name))
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
             pipeline = self.family(name).load(self.spec(name), self.device, hooks, self.device_memory)
             model = LoadedModel(pipeline)
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model
+
+    def _current(self, name: str) -> bool:
+        """Whether the model in memory is the one that is configured; one whose file has vanished is not given up."""
+        spec = self._specs.get(name)
+        if spec is None:
+            return False
+        return self._stamps[name] == _stamp(spec) or (isinstance(spec.source, Path) and not spec.source.exists())
 
     def _make_room(self, name: str, size: int) -> None:
         """Drop models, the one used longest ago first, until `size` more bytes fit."""
@@ -142,9 +187,11 @@ class Registry:
 
     def reuse_costs(self, name: str) -> tuple[float, ...]:
         """Cost of a reuse step at each branch as a share of a full step; empty without branches. Raises LoadFailed."""
-        if name not in self._costs:
-            self._costs[name] = self.family(name).reuse_costs(self.spec(name))
-        return self._costs[name]
+        spec = self.spec(name)
+        key = (name, _stamp(spec))
+        if key not in self._costs:
+            self._costs[key] = self.family(name).reuse_costs(spec)
+        return self._costs[key]
 
     def describe(self) -> list[dict[str, Any]]:
         """One JSON-ready row a model. Imports torch to count operations, but loads no weights.
@@ -188,3 +235,8 @@ class Registry:
             attention.SDPA: None,
             **{name: attention.unavailable(name, self.device, dtype) for name in attention.KERNELS},
         }
+
+
+def _stamp(spec: ModelSpec) -> Stamp:
+    """Of the model's files on this machine; those that the hub keeps do not change."""
+    return stamp_of(*(path for path in (spec.source, spec.config, *spec.parts.values()) if isinstance(path, Path)))

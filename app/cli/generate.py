@@ -123,8 +123,9 @@ def _lora(text: str) -> dict[str, Any]:
 def checked_early(values: dict[str, Any], settings: Settings) -> GenerateRequest:
     """What is wrong with a request, as far as it shows before torch is imported. Raises ServiceError, CannotStart."""
     request = parse(values)
-    configuration = runner.runner_arguments(settings)["configuration"]
-    models = {spec.name: _info(spec) for spec in configuration.specs}
+    arguments = runner.runner_arguments(settings)
+    configuration = arguments["configuration"]
+    models = {spec.name: _info(spec) for spec in arguments["checkpoints"].models(configuration.specs)[0]}
     catalogue = Catalogue(models=models, default=configuration.default, default_flux=configuration.default_flux)
     resolve(request, catalogue, settings, HERE)
     return request

@@ -78,7 +78,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The models are known, though none is loaded yet."""
+    """The models are known, though none is loaded yet; or they are others than those that were known."""
 
     catalogue: Catalogue
 

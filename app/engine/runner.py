@@ -25,6 +25,7 @@ from app.infotext import text_chunks
 from app.settings import Settings, default_threads
 from cache import CacheReport, DeepCache, FirstBlockCache
 from models.base import Generation, GenerationParams, StageReport
+from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ class RegistryRunner:
             models={row["name"]: _info(row) for row in self._registry.describe()},
             default=self._registry.default,
             default_flux=self._registry.default_flux,
+            unserved=self._registry.unserved,
         )
+
+    def refresh(self) -> bool:
+        return self._registry.refresh()
 
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         self._registry.on_stage = on_stage
@@ -224,11 +229,12 @@ def configured_runner(
     device: str,
     *,
     configuration: Configuration | None = None,
+    checkpoints: CheckpointFolder | None = None,
     threads: int = 0,
     memory: float | None = None,
     device_memory: float | None = None,
 ) -> RegistryRunner:
-    """A runner of the configured models, None: those that come with the project.
+    """A runner of the configured models, None: those that come with the project; and of those in `checkpoints`.
 
     `device` may be `auto`; 0 threads: all cores but one. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
@@ -248,7 +254,15 @@ def configured_runner(
     models = configuration or embedded()
     room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
     most = _card_bytes(device, device_memory)
-    registry = Registry(models.specs, models.default, models.default_flux, device, memory=room, device_memory=most)
+    registry = Registry(
+        models.specs,
+        models.default,
+        models.default_flux,
+        device,
+        memory=room,
+        device_memory=most,
+        checkpoints=checkpoints,
+    )
     return RegistryRunner(registry, name)
 
 
@@ -303,17 +317,20 @@ def _memory(device: str) -> DeviceMemory:
 
 def runner_arguments(settings: Settings) -> dict[str, Any]:
     """Of `configured_runner`. Raises CannotStart."""
+    checkpoints = CheckpointFolder(settings.checkpoint_folder)
+    checkpoints.scan()
     try:
-        configuration = read(settings.models_file)
+        configuration = read(settings.models_file, checkpoints)
     except BadModelsFile as error:
         raise CannotStart(f"WAVESPEED_MODELS_FILE: {error}.") from None
     if settings.model is not None:
-        names = [spec.name for spec in configuration.specs]
+        names = [spec.name for spec in checkpoints.models(configuration.specs)[0]]
         if settings.model not in names:
             raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)
     return {
         "configuration": configuration,
+        "checkpoints": checkpoints,
         "threads": settings.threads,
         "memory": settings.model_memory,
         "device_memory": settings.device_memory,

@@ -150,11 +150,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalogue:
-    """The models that can be asked for, by name. `default` and `default_flux` are among them."""
+    """The models that can be asked for, by name. `default` and `default_flux` are among them.
+
+    `unserved`: what else lies in the folder of checkpoints, each with a sentence on why it is no model here.
+    """
 
     models: Mapping[str, ModelInfo]
     default: str
     default_flux: str | None = None
+    unserved: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

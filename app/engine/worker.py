@@ -24,6 +24,7 @@ from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResul
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
+LOOK_SECONDS = 2.0  # between two looks at the folder of checkpoints
 WARMING = "a first picture, for nobody"
 Finish = Callable[[], JobResult]
 """Encodes a job's pictures; raises what the job failed of. Called once, in a thread of its own."""
@@ -33,6 +34,9 @@ class Runner(Protocol):
     """The models of one device."""
 
     def catalogue(self) -> Catalogue: ...
+
+    def refresh(self) -> bool:
+        """Whether models have come, changed or gone since the last call. Called in a thread of its own."""
 
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         """`on_stage` hears a model's name and the part of it that is loaded next."""
@@ -92,6 +96,7 @@ def serve(connection: Connection, factory: RunnerFactory, device: str, plan: Pla
     try:
         runner = _start(line, factory, device, plan)
         if runner is not None:
+            threading.Thread(target=_look, args=(line, ended, runner), name="models-watch", daemon=True).start()
             _Shift(line, runner, plan.heartbeat_seconds).work()
     except _ParentGone:
         return
@@ -144,6 +149,16 @@ def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
     try:
         while not ended.wait(seconds):
             line.say(pipe.Alive())
+    except _ParentGone:
+        return
+
+
+def _look(line: _Line, ended: threading.Event, runner: Runner) -> None:
+    """Tell of models that come and go while the worker runs."""
+    try:
+        while not ended.wait(LOOK_SECONDS):
+            if runner.refresh():
+                line.say(pipe.Known(runner.catalogue()))
     except _ParentGone:
         return
 

@@ -129,13 +129,22 @@ def adapters(request: Request) -> dict[str, list[str]]:
     "/api/models", summary="The models, their caches and their samplers", tags=["models"], responses=errors(401, 503)
 )
 async def models(request: Request) -> dict[str, object]:
-    """`branches` are the places where DeepCache can cut, with a reuse step's share of a full one at each."""
+    """`branches` are the places where DeepCache can cut, with a reuse step's share of a full one at each.
+
+    What lies in the folder of checkpoints and is no model here has a row of `name`, `available`, `reason` and `loaded`.
+    """
     engine = service_of(request).engine
     catalogue, status = engine.catalogue(), engine.status()
     return {
         "default": catalogue.default,
         "default_flux": catalogue.default_flux,
-        "models": [_row(model, status) for model in catalogue.models.values()],
+        "models": [
+            *(_row(model, status) for model in catalogue.models.values()),
+            *(
+                {"name": name, "available": False, "reason": reason, "loaded": False}
+                for name, reason in catalogue.unserved.items()
+            ),
+        ],
     }
 
 

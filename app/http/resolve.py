@@ -157,6 +157,8 @@ def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
         if name is None:
             raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
     model = catalogue.models.get(name)
+    if model is None and name in catalogue.unserved:
+        raise ModelNotFound(f"{shown(name)!r} is not served. {catalogue.unserved[name]}", field="model")
     if model is None:
         known = ", ".join(catalogue.models)
         raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field="model")

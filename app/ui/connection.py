@@ -35,7 +35,7 @@ class Connection:
             return
         try:
             catalogue = self.server.catalogue()
-            self.models = {row["name"]: row for row in catalogue["models"]}
+            self.models = {row["name"]: row for row in catalogue["models"] if "family" in row}
             self.default = catalogue["default"]
         except ClientError as error:
             self.error = error

@@ -9,8 +9,8 @@ from typing import Any
 
 from models.base import UNWATCHED, CacheName, DtypeName, LoadHooks, ModelSpec
 from models.libraries import quiet
-from models.loading.file import check_layout, is_gguf
-from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, single_file
+from models.loading.file import check_family, single_file
+from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline
 from models.pipeline import PipelineModel
 from models.sampling.samplers import Sampler, choices
 
@@ -24,8 +24,6 @@ class ModelFamily(ABC):
     text_encoders: the transformers class of each. extras: arguments of the pipeline's constructor.
     half: what the weights are in on an accelerator, unless the spec says otherwise.
     traits: what the network's configuration says in this family and not in its neighbours.
-    file_has, file_lacks: parts of tensor names that tell a single file of it. single: the one component that such a
-        file holds; None: it holds all.
     cache: the one that acts on this family's denoiser.
     """
 
@@ -37,9 +35,6 @@ class ModelFamily(ABC):
     extras: Mapping[str, Any] = field(default_factory=dict)
     half: DtypeName
     traits: Mapping[str, object] = field(default_factory=dict)
-    file_has: tuple[str, ...]
-    file_lacks: tuple[str, ...] = ()
-    single: str | None = None
     cache: CacheName
     table: Mapping[str, Sampler]
     size_multiple: int
@@ -53,10 +48,10 @@ class ModelFamily(ABC):
 
     def check(self, spec: ModelSpec) -> None:
         """Raise LoadFailed if the files say that they are another family's; reads configurations and headers only."""
+        if (file := single_file(spec)) is not None:
+            check_family(spec, file)
         check_class(spec, self.pipeline)
         check_traits(spec, f"{self.network}/config.json", self.traits)
-        if (file := single_file(spec)) is not None:
-            check_layout(spec, file, self.file_has, self.file_lacks)
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
         """Floating-point operations of a reuse step at each branch, as shares of a full step, without the weights.
@@ -74,7 +69,6 @@ class ModelFamily(ABC):
         memory: bytes of the device that it may count on, see `PipelineModel.settle`.
         """
         self.check(spec)
-        file = single_file(spec)
         with quiet():
             import diffusers
             import transformers
@@ -86,7 +80,6 @@ class ModelFamily(ABC):
                 device,
                 dtype_for(spec, device, self.half),
                 hooks,
-                single=self.network if file is not None and is_gguf(file) else self.single,
                 **self.extras,
             )
             model = self.model(spec, pipeline)

@@ -33,8 +33,6 @@ class FluxFamily(ModelFamily):
         default_factory=lambda: {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
     )
     half: DtypeName = "bfloat16"
-    file_has: tuple[str, ...] = ("double_blocks.0.", "single_blocks.0.")
-    single: str | None = "transformer"
     cache: CacheName = "first_block"
     table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
     size_multiple: int = 16
@@ -51,15 +49,10 @@ FLUX = FluxFamily(name="flux")
 FLUX_SCHNELL = FluxFamily(
     name="flux-schnell",
     traits={"guidance_embeds": False},
-    file_lacks=("guidance_in.",),
     steps=4,
     guidance_scale=0.0,  # distilled to few steps; a scale above 1 would run it twice a step
 )
-FLUX_DEV = FluxFamily(
-    name="flux-dev",
-    traits={"guidance_embeds": True},
-    file_has=("double_blocks.0.", "single_blocks.0.", "guidance_in."),
-)
+FLUX_DEV = FluxFamily(name="flux-dev", traits={"guidance_embeds": True})
 
 
 class FluxModel(PipelineModel):

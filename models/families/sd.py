@@ -123,7 +123,6 @@ class UNetFamily(ModelFamily):
     text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "CLIPTextModel"})
     extras: Mapping[str, Any] = field(default_factory=lambda: _NO_CHECKER)
     half: DtypeName = "float16"
-    file_has: tuple[str, ...] = ("model.diffusion_model.input_blocks.", "first_stage_model.")
     cache: CacheName = "deepcache"
     table: Mapping[str, Sampler] = field(default_factory=lambda: DIFFUSION)
     size_multiple: int = 8
@@ -159,15 +158,5 @@ class UNetFamily(ModelFamily):
 
 
 SD = UNetFamily(name="sd", native_size=512)
-SD15 = UNetFamily(
-    name="sd15",
-    native_size=512,
-    traits={"use_linear_projection": False},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.transformer."),
-)
-SD21 = UNetFamily(
-    name="sd21",
-    native_size=768,
-    traits={"use_linear_projection": True},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.model."),
-)
+SD15 = UNetFamily(name="sd15", native_size=512, traits={"use_linear_projection": False})
+SD21 = UNetFamily(name="sd21", native_size=768, traits={"use_linear_projection": True})

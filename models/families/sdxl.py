@@ -61,6 +61,5 @@ SDXL = UNetFamily(
     text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
     extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
     traits={"addition_embed_type": "text_time"},
-    file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "conditioner.embedders.1.model."),
     guidance_scale=5.0,
 )

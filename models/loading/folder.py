@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from models.base import DtypeName, Hub, LoadFailed, LoadHooks, ModelSpec
 from models.libraries import first_line
 
-from .file import is_gguf, load_network, load_whole
-from .footprint import NETWORKS, loaded_bytes, network_bytes, variant_of, weight_files
+from .file import Part, contents, load_part, missing_part, parts_of, predicts, single_file
+from .footprint import NETWORKS, network_bytes, variant_of, weight_files
 from .hub import fetch_file, fetch_pipeline
 from .quantised import kept_small, loading, store_fp8, unavailable
+from .shapes import configurations
+from .tokenizers import tokenizers
 
 if TYPE_CHECKING:
     import torch
 
 
+TERMINAL = 2.0**-24  # of the signal's power at the last timestep: none in float16, and no sigma is infinite
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -29,49 +34,39 @@ def load_pipeline(
     device: str,
     dtype: torch.dtype,
     hooks: LoadHooks,
-    *,
-    single: str | None = None,
     **components: Any,
 ) -> Any:
     """The pipeline of `spec` in main memory, its weights in `dtype`: safetensors only, no code of the model's.
 
-    `text_encoders`: the classes of its transformers models by component. `single`: the one network that a single file
-    of this family holds; None: a file holds them all. `components` replace what would be loaded. Raises LoadFailed
-    when a file is missing or broken, or holds another pipeline; a tensor that the files lack is such a failure, though
-    the libraries would draw random numbers for it.
+    `text_encoders`: the classes of its transformers models by component. `components` replace what would be loaded.
+    Raises LoadFailed when a file is missing or broken, or holds another pipeline; a tensor that the files lack is such
+    a failure, though the libraries would draw random numbers for it.
     """
     check_class(spec, pipeline_class.__name__)
     if (reason := unavailable(spec.quantization, device)) is not None:
         raise LoadFailed(f"The model {spec.name!r} is not loaded: {reason}")
-    if isinstance(spec.source, Hub):
-        folder = fetch_pipeline(spec, spec.source, pipeline_class, hooks.stage)
-    else:
-        folder = folder_of(spec)
-    _check_tokenizers(spec)
     file = single_file(spec)
+    parts = {} if file is None else parts_of(spec, file)
     small = kept_small(text_encoders)
-    networks = network_bytes(folder, dtype.itemsize, dict.fromkeys(small, spec.quantization))
-    if file is not None:
-        in_file = {"file": loaded_bytes([file], dtype.itemsize, spec.quantization)}
-        networks = in_file if single is None else {**networks, single: in_file["file"]}
-    if device == "cpu":
-        hooks.room(sum(networks.values()))
-    lacking: list[str] = []
-    try:
-        if file is not None and single is not None:
-            hooks.stage(single)
-            components[single] = load_network(spec, _network_class(spec, single), file, folder, single, dtype)
-        if file is not None and single is None:
-            hooks.stage("all networks")
-            index = read_json(spec, "model_index.json")
-            index = {name: index[name] for name in NETWORKS if name in index}
-            components |= load_whole(spec, file, folder, dtype, index)
-        loaded, lacking = _load_networks(spec, folder, text_encoders, dtype, hooks, components)
-        pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components, **loaded)
-    except (MemoryError, LoadFailed):
-        raise
-    except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do
-        raise damaged(spec, first_line(error)) from error
+    with _materialised(spec, pipeline_class, hooks) as folder:
+        if device == "cpu":
+            networks = network_bytes(folder, dtype.itemsize, dict.fromkeys(small, spec.quantization))
+            networks |= {
+                name: part.bytes(dtype.itemsize, spec.quantization if name in small else None)
+                for name, part in parts.items()
+            }
+            hooks.room(sum(networks.values()))
+        try:
+            if file is None or spec.config is not None:
+                _check_tokenizers(spec, folder)
+            else:
+                components |= tokenizers(spec, configurations_of(spec, file))
+            loaded, lacking = _load_networks(spec, folder, text_encoders, dtype, hooks, components, parts)
+            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components, **loaded)
+        except (MemoryError, LoadFailed):
+            raise
+        except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do
+            raise damaged(spec, first_line(error)) from error
     modules = {name: part for name, part in pipeline.components.items() if hasattr(part, "requires_grad_")}
     for name, module in modules.items():
         lacking += [f"{name}.{key}" for key, tensor in module.named_parameters() if tensor.is_meta]
@@ -79,8 +74,11 @@ def load_pipeline(
     if lacking := list(dict.fromkeys(lacking)):
         raise damaged(spec, f"{len(lacking)} tensors are missing, {lacking[0]} first.")
     if spec.quantization == "fp8":
-        for name in modules.keys() & small - ({single} if file is not None and is_gguf(file) else set()):
+        for name in modules.keys() & small - {name for name, part in parts.items() if part.quantised}:
             store_fp8(modules[name], dtype)
+    saved_schedule(
+        pipeline.scheduler, *(predicts(spec, file) if file else (spec.prediction_type, spec.rescale_betas_zero_snr))
+    )
     prepare(pipeline, spec)
     return pipeline
 
@@ -92,8 +90,12 @@ def _load_networks(
     dtype: torch.dtype,
     hooks: LoadHooks,
     given: Mapping[str, Any],
+    parts: Mapping[str, Part],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The folder's networks that are not `given`, one after the other, and the names of tensors that they lack."""
+    """The networks that are not `given`, one after the other, and the names of tensors that they lack.
+
+    Those of `parts` come from there, the others from the folder.
+    """
     files = weight_files(folder)
     variant = variant_of(files, dtype.itemsize == 2)
     loaded: dict[str, Any] = {}
@@ -103,6 +105,11 @@ def _load_networks(
             continue
         hooks.stage(name)
         network_class = text_encoders.get(name) or _network_class(spec, name)
+        if name in parts:
+            loaded[name] = load_part(spec, parts[name], name, network_class, folder, dtype)
+            continue
+        if name not in files and single_file(spec) is not None:
+            raise missing_part(spec, name)
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
         if variant is not None and variant in files.get(name, {}):
             options["variant"] = variant
@@ -131,21 +138,29 @@ def prepare(pipeline: Any, spec: ModelSpec) -> None:
         pipeline.vae.enable_tiling()
     if spec.vae_slicing:
         pipeline.vae.enable_slicing()
-    if spec.prediction_type is not None:
-        pipeline.scheduler.register_to_config(prediction_type=spec.prediction_type)
     pipeline.set_progress_bar_config(disable=True)
 
 
-def single_file(spec: ModelSpec) -> Path | None:
-    """The checkpoint, if the model is a single file."""
-    return spec.source if isinstance(spec.source, Path) and spec.config is not None else None
-
-
-def folder_of(spec: ModelSpec) -> Path:
-    """The folder of the model's configurations on this machine."""
+@contextmanager
+def _materialised(spec: ModelSpec, pipeline_class: Any, hooks: LoadHooks) -> Iterator[Path]:
+    """The model's folder on this machine: fetched, as it lies there, or written for as long as the context lasts."""
+    file = single_file(spec)
     if isinstance(spec.source, Hub):
-        return fetch_file(spec, spec.source, "model_index.json").parent
-    return spec.config or spec.source
+        yield fetch_pipeline(spec, spec.source, pipeline_class, hooks.stage)
+    elif file is None or spec.config is not None:
+        yield spec.config or spec.source
+    else:
+        with TemporaryDirectory(prefix="wavespeed-") as name:
+            for path, config in configurations_of(spec, file).items():
+                (Path(name) / path).parent.mkdir(exist_ok=True)
+                (Path(name) / path).write_text(json.dumps(config), encoding="utf-8")
+            yield Path(name)
+
+
+def configurations_of(spec: ModelSpec, file: Path) -> dict[str, dict[str, Any]]:
+    """The published configurations of the file's family, in the file's widths. Raises LoadFailed."""
+    family = contents(spec, file).family or spec.family
+    return configurations(family, {name: part.network for name, part in parts_of(spec, file).items()})
 
 
 def check_traits(spec: ModelSpec, path: str, traits: Mapping[str, object]) -> None:
@@ -170,17 +185,19 @@ def check_class(spec: ModelSpec, expected: str) -> None:
         )
 
 
-def _check_tokenizers(spec: ModelSpec) -> None:
+def _check_tokenizers(spec: ModelSpec, folder: Path) -> None:
     """Without its files a tokenizer loads all the same, with an empty vocabulary."""
-    folder = folder_of(spec)
     for name in read_json(spec, "model_index.json"):
         if name.startswith("tokenizer") and not any((folder / name / file).is_file() for file in TOKENIZER_FILES):
             raise damaged(spec, f"{name}/ holds none of {', '.join(TOKENIZER_FILES)}.")
 
 
 def read_json(spec: ModelSpec, path: str) -> dict[str, Any]:
-    """A configuration file of the model's folder. Raises LoadFailed."""
-    file = fetch_file(spec, spec.source, path) if isinstance(spec.source, Hub) else folder_of(spec) / path
+    """A configuration file of the model. Raises LoadFailed."""
+    if (checkpoint := single_file(spec)) is not None and spec.config is None:
+        return configurations_of(spec, checkpoint)[path]
+    source = spec.source
+    file = fetch_file(spec, source, path) if isinstance(source, Hub) else (spec.config or source) / path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -200,6 +217,26 @@ def dtype_for(spec: ModelSpec, device: str, half: DtypeName) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, spec.dtype or ("float32" if torch.device(device).type == "cpu" else half))
     return dtype
+
+
+def saved_schedule(scheduler: Any, prediction: str | None, terminal: bool | None) -> None:
+    """Change what the scheduler's configuration says, where it is known better.
+
+    terminal: betas that end in pure noise (Lin et al. 2024, algorithm 1), written out, because few of diffusers'
+    schedulers have a flag for it; timesteps then begin at the last one.
+    """
+    changes: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
+    if terminal:
+        import torch
+        from diffusers.schedulers.scheduling_euler_discrete import rescale_zero_terminal_snr
+
+        kept = (1 - rescale_zero_terminal_snr(scheduler.betas.double())).cumprod(0)
+        kept[-1] = TERMINAL
+        betas = 1 - torch.cat([kept[:1], kept[1:] / kept[:-1]])
+        changes |= {"trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
+    if changes:  # what was a default is not handed on to a run's scheduler
+        defaults = set(scheduler.config.get("_use_default_values", ())) - changes.keys()
+        scheduler.register_to_config(**changes, _use_default_values=sorted(defaults))
 
 
 def damaged(spec: ModelSpec, reason: str) -> LoadFailed:

@@ -31,6 +31,10 @@ class Tensor(NamedTuple):
     dtype: str
     rows: tuple[int, ...]
 
+    def stays_packed(self, name: str) -> bool:
+        """A layer that is no Linear cannot hold blocks: what is no matrix becomes numbers."""
+        return len(self.shape) == 2 and self.shape == self.rows and name.endswith(".weight")
+
     @property
     def bytes(self) -> int:
         """That it takes, quantised as it is."""

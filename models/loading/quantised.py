@@ -30,7 +30,7 @@ _MARK = "scaled_fp8"
 _KIND = "comfy_quant"  # JSON about one matrix, as bytes
 COMPANIONS = frozenset((*_SCALES, *_INPUT_SCALES, _MARK, _KIND))
 """Last parts of the names that scaled fp8 adds to those of a network's tensors."""
-_OTHERS = re.compile(r"scale|quant|absmax|codebook|zero|nested|g_idx")  # what quantisers add beside a matrix
+LEFT_BEHIND = re.compile(r"scale|quant|absmax|codebook|zero|nested|g_idx")  # what quantisers add beside a matrix
 _WHOLE = re.compile(r"norm(?!.*\.linear)|embed|shared|relative_attention_bias|\bwo\b|^conv_(in|out)|^proj_out")
 _T5_WIDE = ("norm", "shared", "embed", "relative_attention_bias", r"\bwo\b")  # what T5 computes by the dtype of
 
@@ -60,47 +60,20 @@ def kept_small(text_encoders: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(("unet", "transformer", *(name for name, cls in text_encoders.items() if "T5" in cls.__name__)))
 
 
-def readable(name: str, file: Path) -> dict[str, gguf.Tensor]:
-    """The tensors of a model's GGUF file by name, all of types that are read. Raises LoadFailed."""
-    try:
-        tensors = gguf.read_header(file)
-    except (OSError, ValueError) as error:
-        raise LoadFailed(f"The model {name!r} cannot be read: {file}: {error} Fetch the file again.") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in gguf.READABLE:
-            raise LoadFailed(
-                f"The model {name!r} cannot be read: {file} holds {key} as {tensor.dtype}, which is not supported. "
-                f"Take a file of one of these: {', '.join(sorted(gguf.READABLE))}."
-            )
-    return tensors
-
-
-def read(name: str, file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as diffusers converts them: fp8 in `dtype`, GGUF's matrices as they are.
-
-    Raises LoadFailed for what this cannot make numbers of.
-    """
-    if file.suffix.lower() == gguf.SUFFIX:
-        return _read_gguf(name, file)
-    from safetensors.torch import load_file
-
-    return descaled(name, load_file(file), dtype)
-
-
-def _read_gguf(name: str, file: Path) -> dict[str, Tensor]:
-    """Matrices stay quantised, all else becomes numbers: a layer that is no Linear cannot hold blocks."""
+def read_gguf(file: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a GGUF file, by names of ours → names in it. Matrices stay quantised, all else becomes numbers."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
-    header = readable(name, file)
+    header = gguf.read_header(file)
     tensors: dict[str, Tensor] = load_gguf_checkpoint(str(file))
-    if any(key.startswith(PREFIX) for key in tensors):
-        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
-    for key, tensor in tensors.items():
-        shape, _, rows = header[key]
-        if len(shape) != 2 or shape != rows or not key.endswith(".weight"):
-            tensors[key] = dequantize_gguf_tensor(tensor).reshape(shape)
-    return {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    found = {}
+    for name, key in names.items():
+        tensor = tensors[key]
+        found[name] = (
+            tensor if header[key].stays_packed(key) else dequantize_gguf_tensor(tensor).reshape(header[key].shape)
+        )
+    return found
 
 
 def descaled(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -119,7 +92,7 @@ def descaled(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> di
         explained = last != _KIND or b'"float8_e' in tensor.numpy().tobytes()
         if last == _MARK or (scaled and last in COMPANIONS and explained):
             continue
-        beside = (weight is not None or layer in tensors) and _OTHERS.search(last) is not None
+        beside = (weight is not None or layer in tensors) and LEFT_BEHIND.search(last) is not None
         if beside or tensor.dtype in (torch.uint8, torch.int8):
             raise LoadFailed(
                 f"The model {name!r} cannot be read: its file holds {key}, a part of a quantisation that is not "

@@ -202,8 +202,12 @@ class FakeRegistry:
     def __init__(self, default: str = "fine") -> None:
         self.default = default
         self.default_flux = "flux"
+        self.unserved: dict[str, str] = {}
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, FakeModel] = {}
+
+    def refresh(self) -> bool:
+        return False
 
     def give_up_idle(self, used: str, missing: int = 0) -> str | None:
         idle = [name for name in self._loaded if name != used]
@@ -282,6 +286,11 @@ class FolderRegistry(FakeRegistry):
         if name not in self._loaded and not (self._folder / name).exists():
             raise LoadFailed(f"{self._folder / name} is missing")
         return super().get(name)
+
+    def refresh(self) -> bool:
+        before = self.unserved
+        self.unserved = {file.stem: f"{file.name} is empty." for file in self._folder.glob("*.safetensors")}
+        return self.unserved != before
 
     def describe(self) -> list[dict[str, Any]]:
         return [row for row in super().describe() if row["name"] in self._names]

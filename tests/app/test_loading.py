@@ -9,8 +9,12 @@ import pytest
 
 import app.__main__ as command_line
 from app import cli as progress
+from app.engine.runner import runner_arguments
 from app.engine.worker import WARMING
+from app.errors import CannotStart
+from app.settings import Settings
 from tests.app.test_engine import job, running
+from tests.models import original
 
 
 async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCaptureFixture) -> None:
@@ -23,6 +27,16 @@ async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCap
         f"model={model} device=cpu: {stage}" for model, its in stages.items() for stage in its
     ]
     assert engine.status().devices[0].loading is None
+
+
+def test_a_model_of_the_folder_can_be_the_default_one(tmp_path: Path) -> None:
+    made = original.stable_diffusion(original.networks(original.narrow("sd15")))
+    original.write_hollow(tmp_path / "mine.safetensors", made)
+    given = {"_env_file": None, "checkpoint_folder": tmp_path}
+    arguments = runner_arguments(Settings(**given, model="mine"))
+    assert arguments["configuration"].default == "mine"
+    with pytest.raises(CannotStart, match=r"there is no model 'mien', but tiny-sd, tiny-flux, mine\."):
+        runner_arguments(Settings(**given, model="mien"))
 
 
 @pytest.mark.parametrize("command", [["serve"], ["models"], ["generate", "a"]], ids=lambda command: command[0])

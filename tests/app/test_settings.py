@@ -147,6 +147,7 @@ def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
         ("WAVESPEED_MODELS_FILE", "none.toml", "WAVESPEED_MODELS_FILE: there is no file 'none.toml'."),
         ("WAVESPEED_MODELS_FILE", "/etc", "WAVESPEED_MODELS_FILE: there is no file '/etc'."),
         ("WAVESPEED_FACE_DETECTOR", "x.onnx", "WAVESPEED_FACE_DETECTOR: there is no file 'x.onnx'."),
+        ("WAVESPEED_CHECKPOINT_FOLDER", "file", "WAVESPEED_CHECKPOINT_FOLDER: 'file' is no folder."),
         ("WAVESPEED_LORA_FOLDER", "file", "WAVESPEED_LORA_FOLDER: 'file' is no folder."),
         ("WAVESPEED_EMBEDDING_FOLDER", "file", "WAVESPEED_EMBEDDING_FOLDER: 'file' is no folder."),
         (

@@ -86,6 +86,23 @@ async def test_without_the_default_model_the_others_are_served_and_it_is_said(
         assert all(row["available"] for row in (await client.get("/api/models")).json()["models"])
 
 
+async def test_what_comes_into_the_folder_is_told_while_the_server_runs(tmp_path: Path) -> None:
+    put(tmp_path, "cpu", "fine")
+    engine = engine_of(tmp_path, "fine")
+    async with serving(engine) as client:
+        put(tmp_path, "cpu", "odd.safetensors")
+        await until(lambda: bool(engine.catalogue().unserved))
+        row = (await client.get("/api/models")).json()["models"][-1]
+        assert row == {"name": "odd", "available": False, "reason": "odd.safetensors is empty.", "loaded": False}
+        answer = await post(client, model="odd")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (
+            404,
+            "'odd' is not served. odd.safetensors is empty.",
+        )
+        assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == ["fine"]
+        assert [model["title"] for model in (await client.get("/sdapi/v1/sd-models")).json()] == ["fine"]
+
+
 async def test_files_that_vanish_take_nothing_that_is_loaded(tmp_path: Path) -> None:
     put(tmp_path, "cpu", "fine", "slow")
     engine = engine_of(tmp_path, "fine", "slow")

@@ -24,6 +24,8 @@ import webuiapi
 from PIL import Image, ImageChops, ImageStat
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.models import original
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180.0  # seconds; only keeps a broken server from hanging the suite
 DOCUMENT = """{
@@ -194,6 +196,43 @@ def test_log_telemetry_and_metrics_say_the_same(server: Server) -> None:
     assert counted == logged
     assert telemetry["devices"][0]["kind"] == "cpu"
     assert telemetry["memory_info"]["total_vram"] == 0
+
+
+def test_a_checkpoint_dropped_into_the_folder_is_listed_drawn_replaced_and_gone(server: Server) -> None:
+    folder = server.log.parents[1] / "checkpoints"
+    (folder / "people").mkdir(parents=True)
+    (folder / "broken.safetensors").write_bytes(b"")
+
+    def rows() -> dict[str, dict[str, Any]]:
+        return {row["name"]: row for row in server.client.get("/api/models").json()["models"]}
+
+    request = {"prompt": "a cat", "model": "mine", "width": 64, "height": 64, "steps": 4, "seed": 1}
+    file = folder / "people" / "mine.safetensors"
+    original.write_stable_diffusion(file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
+    row = wait_for(lambda: rows().get("mine"), server.process)
+    assert (row["family"], row["available"], row["loaded"], len(row["branches"])) == ("sd15", True, False, 12)
+    assert rows()["broken"] == {
+        "name": "broken",
+        "available": False,
+        "reason": "broken.safetensors is empty. Fetch it again.",
+        "loaded": False,
+    }
+    refused = server.client.post("/api/generate", json={**request, "model": "broken"})
+    assert (refused.status_code, "is empty. Fetch it again." in refused.text) == (404, True)
+
+    plain, cached = server.post(request), server.post({**request, "deepcache_enabled": True, "deepcache_interval": 2})
+    assert ImageStat.Stat(picture(plain)).stddev[0] > 1
+    assert (cached["model"], cached["cache"]["decisions"]) == ("mine", "CCRCR")  # PNDM calls once more than it steps
+    assert rows()["mine"]["loaded"]
+
+    original.write_stable_diffusion(file.with_suffix(".part"), seed=1)
+    file.with_suffix(".part").rename(file)
+    assert server.post(request)["image"] != plain["image"]
+    file.unlink()
+    wait_for(lambda: "mine" not in rows(), server.process)
+    assert server.client.post("/api/generate", json=request).status_code == 404
+    assert server.post(DOCUMENT)["model"] == "tiny-sd"
 
 
 def test_the_worker_killed_in_a_request_is_replaced_and_the_request_answered(server: Server) -> None:

@@ -5,12 +5,22 @@ Written from the layout of the published files, as an oracle for diffusers' conv
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from models.base import ModelSpec
+from models.loading.checkpoints import CheckpointFolder
+from models.loading.header import Header, TensorInfo
+from models.loading.shapes import configurations
 
 Tensors = dict[str, torch.Tensor]
 RESNET = {
@@ -67,6 +77,23 @@ def vae_name(key: str, levels: int) -> str:
     return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", key)
 
 
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def autoencoder(vae: Any) -> Tensors:
+    """As in a file of its own; the projections of its attention are 1×1 convolutions there."""
+    tensors: Tensors = {}
+    levels = len(vae.config.block_out_channels)
+    for key, value in vae.state_dict().items():
+        part = re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(\w+(?:\.0)?)\.(weight|bias)", key)
+        if part is None:
+            tensors[vae_name(key, levels)] = value
+        else:
+            name = f"{part[1]}.mid.attn_1.{ATTENTION[part[2]]}.{part[3]}"
+            tensors[name] = value[..., None, None] if value.dim() == 2 else value
+    return tensors
+
+
 OPEN_CLIP = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -104,15 +131,13 @@ def open_clip(encoder: Any) -> Tensors:
     return tensors
 
 
-def save_stable_diffusion(pipeline: Any, file: Path) -> None:
+def stable_diffusion(pipeline: Any) -> Tensors:
     """As the published checkpoints: one file with UNet, autoencoder and text encoders."""
     attends = ["Cross" in block for block in pipeline.unet.config.up_block_types]
     tensors: Tensors = {}
     for key, value in pipeline.unet.state_dict().items():
         tensors["model.diffusion_model." + unet_name(key, pipeline.unet.config.layers_per_block, attends)] = value
-    levels = len(pipeline.vae.config.block_out_channels)
-    for key, value in pipeline.vae.state_dict().items():
-        tensors["first_stage_model." + vae_name(key, levels)] = value
+    tensors |= {f"first_stage_model.{key}": value for key, value in autoencoder(pipeline.vae).items()}
     if hasattr(pipeline, "text_encoder_2"):
         encoders = {
             "conditioner.embedders.0.transformer.": clip(pipeline.text_encoder),
@@ -124,7 +149,15 @@ def save_stable_diffusion(pipeline: Any, file: Path) -> None:
         encoders = {"cond_stage_model.transformer.": clip(pipeline.text_encoder)}
     for prefix, encoder in encoders.items():
         tensors |= {prefix + key: value for key, value in encoder.items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    return tensors
+
+
+def save_stable_diffusion(pipeline: Any, file: Path) -> None:
+    save(stable_diffusion(pipeline), file)
+
+
+def save(tensors: Tensors, file: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata)
 
 
 FLUX_ROOT = {
@@ -160,7 +193,7 @@ FLUX_SINGLE = {
 }
 
 
-def save_flux(transformer: Any, file: Path) -> None:
+def flux(transformer: Any) -> Tensors:
     """As flux1-dev.safetensors: the transformer alone, queries, keys and values in one matrix."""
     state: Tensors = dict(transformer.state_dict())
     tensors: Tensors = {}
@@ -191,4 +224,124 @@ def save_flux(transformer: Any, file: Path) -> None:
         for mine, published in FLUX_SINGLE.items():
             move(ours + mine, theirs + published)
         join([*(f"{ours}attn.to_{name}" for name in "qkv"), f"{ours}proj_mlp"], f"{theirs}linear1")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    return tensors
+
+
+def save_flux(transformer: Any, file: Path) -> None:
+    save(flux(transformer), file)
+
+
+NARROW: Mapping[str, Mapping[str, Any]] = {
+    "unet": {"block_out_channels": [32, 64, 96, 96]},
+    "transformer": {"num_attention_heads": 1, "num_layers": 2, "num_single_layers": 2},
+    "vae": {"block_out_channels": [32, 64, 96, 96]},
+    "text_encoder": {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "projection_dim": 64},
+    "t5": {"d_model": 64, "num_heads": 1, "d_ff": 64, "vocab_size": 400},
+}
+
+
+def narrow(family: str) -> dict[str, dict[str, Any]]:
+    """The published configurations of a family, as they stand but for widths (and Flux's depth)."""
+    files = configurations(family, {})
+    for path, config in files.items():
+        component = path.partition("/")[0].removesuffix("_2")
+        config |= NARROW["t5"] if config.get("model_type") == "t5" else NARROW.get(component, {})
+    if "unet/config.json" in files:
+        unet = files["unet/config.json"]
+        unet["block_out_channels"] = unet["block_out_channels"][: len(unet["down_block_types"])]
+        unet["cross_attention_dim"] = 128 if family == "sdxl" else 64
+        if family != "sd15":
+            unet["attention_head_dim"] = [max(1, width // 64) for width in unet["block_out_channels"]]
+        if family == "sdxl":
+            unet["projection_class_embeddings_input_dim"] = 64 + 6 * unet["addition_time_embed_dim"]
+    else:
+        files["transformer/config.json"] |= {"joint_attention_dim": 64, "pooled_projection_dim": 64}
+    return files
+
+
+def networks(files: Mapping[str, Mapping[str, Any]], device: str = "meta") -> SimpleNamespace:
+    """A family's networks by component: without weights, or on another device with random ones."""
+    import diffusers
+    import transformers
+
+    made = {}
+    with torch.device(device):
+        for path, config in files.items():
+            component, _, file = path.partition("/")
+            if file == "config.json" and "architectures" in config:
+                network_class = getattr(transformers, config["architectures"][0])
+                made[component] = network_class(network_class.config_class(**config))
+            elif file == "config.json":
+                made[component] = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    return SimpleNamespace(**made)
+
+
+def filled(tensors: Tensors, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensors:
+    """Random weights in their places, under which activations keep their scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(name: str, shape: torch.Size) -> torch.Tensor:
+        if len(shape) < 2:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype)
+        scale = 0.5 / max(1, shape[1:].numel()) ** 0.5
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).to(dtype)
+
+    return {name: fill(name, tensor.shape) for name, tensor in tensors.items()}
+
+
+def write_stable_diffusion(file: Path, family: str = "sd15", *, full: bool = False, seed: int = 0) -> None:
+    """A checkpoint of random half-precision weights under the true names, narrow or in the published size."""
+    made = networks(configurations(family, {}) if full else narrow(family))
+    save(filled(stable_diffusion(made), seed=seed), file)
+
+
+def header_of(tensors: Tensors, metadata: dict[str, str] | None = None) -> Header:
+    """What `read_header` finds of them in a file in half precision."""
+    return Header({name: TensorInfo(tuple(tensor.shape), "F16") for name, tensor in tensors.items()}, metadata)
+
+
+def write_hollow(file: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Their file in half precision with a true header, and a hole where the numbers would be: it takes no disk."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+
+
+@cache
+def narrow_networks(family: str) -> SimpleNamespace:
+    """Its networks, with random weights that half precision holds exactly."""
+    torch.manual_seed(7)
+    made = networks(narrow(family), "cpu")
+    for network in vars(made).values():
+        network.half().float()
+    return made
+
+
+@cache
+def checkpoint(family: str) -> Tensors:
+    made = narrow_networks(family)
+    tensors = flux(made.transformer) if family.startswith("flux") else stable_diffusion(made)
+    return {name: tensor.half() for name, tensor in tensors.items()}
+
+
+def listed(folder: Path, *configured: ModelSpec) -> tuple[dict[str, ModelSpec], dict[str, str]]:
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.scan()
+    served, unserved = checkpoints.models(configured)
+    return {spec.name: spec for spec in served}, unserved
+
+
+def hollow(file: Path, family: str = "sd15", leave: str = "nothing") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_hollow(file, {key: tensor for key, tensor in checkpoint(family).items() if not key.startswith(leave)})
+    return file
+
+
+if __name__ == "__main__":  # python -m tests.models.original FILE: a Stable Diffusion 1.5 in its published size
+    write_stable_diffusion(Path(sys.argv[1]), full=True)

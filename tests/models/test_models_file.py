@@ -21,11 +21,13 @@ GOOD = '[[models]]\nname = "mine"\nfamily = "sd15"\nfolder = "sd15"\n'
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A place with what the example and GOOD name, without content."""
-    for name in ("sd15", "checkpoints/sdxl-config", "/srv/models/flux-dev"):
+    for name in ("sd15", "/srv/models/flux-dev"):
         path = tmp_path / name.lstrip("/")
         path.mkdir(parents=True)
         (path / "model_index.json").write_text("{}")
-    (tmp_path / "checkpoints" / "sdxl.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints" / "vae").mkdir(parents=True)
+    for name in ("sdxl.safetensors", "vae/sdxl-fp16-fix.safetensors"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"")
     (tmp_path / "old.ckpt").write_bytes(b"")
     (tmp_path / "weights.onnx").write_bytes(b"")
     (tmp_path / "bare").mkdir()
@@ -51,7 +53,8 @@ def test_the_documented_example_is_read(folder: Path) -> None:
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "fp16"
     )
     assert specs["xl"].source == folder / "checkpoints" / "sdxl.safetensors"
-    assert specs["xl"].config == folder / "checkpoints" / "sdxl-config"
+    assert specs["xl"].config is None
+    assert specs["xl"].parts == {"vae": folder / "checkpoints" / "vae" / "sdxl-fp16-fix.safetensors"}
     assert (specs["xl"].vae_tiling, specs["xl"].vae_slicing, specs["xl"].steps) == (True, True, 30)
     assert (specs["dev"].offload, specs["dev"].dtype) == ("model", "bfloat16")
     assert {"tiny-sd", "tiny-flux"} <= set(specs)
@@ -78,21 +81,27 @@ MISTAKES = {
     "a misspelt key at the top": ("embeded = true\n" + GOOD, r"no key 'embeded'. The nearest is 'embedded'"),
     "another program's key": (GOOD.replace("folder =", "path ="), r"no key 'path'. The nearest is 'folder'"),
     "a misspelt family": (GOOD.replace('"sd15"', '"sd-15"', 1), r"no family 'sd-15'. The nearest is 'sd15'"),
-    "no family": ('[[models]]\nname = "a"\nfolder = "sd15"\n', r"number 1: family is required"),
+    "no family": ('[[models]]\nname = "a"\nfolder = "sd15"\n', r"model 'a': family is required with folder"),
     "no source": ('[[models]]\nname = "a"\nfamily = "sd15"\n', r"give one of folder, file and hub"),
     "two sources": (GOOD + 'hub = "a/b"\n', r"not folder and hub"),
     "a missing folder": (GOOD.replace('folder = "sd15"', 'folder = "sd16"'), r"there is no folder .*sd16"),
     "a pickle": (GOOD.replace('folder = "sd15"', 'file = "old.ckpt"\nconfig = "sd15"'), r"is a pickle.*safetensors"),
     "a pickle that is not there": (GOOD.replace('folder = "sd15"', 'file = "no.pt"'), r"a .pt file is a pickle"),
-    "another format": (
-        GOOD.replace('folder = "sd15"', 'file = "weights.onnx"'),
-        r"neither a .safetensors nor a .gguf file",
-    ),
+    "another format": (GOOD.replace('folder = "sd15"', 'file = "weights.onnx"'), r"none of .safetensors, .gguf"),
     "a file as folder": (GOOD.replace('folder = "sd15"', 'folder = "old.ckpt"'), r"is a file"),
-    "a file without config": (
-        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"'),
-        r"Name under config a folder",
+    "a family of one's own without config": (
+        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"').replace('"sd15"', '"sd"'),
+        r"sd is for models that you trained.* Name under config a folder",
     ),
+    "a file that says no family": (
+        '[[models]]\nname = "a"\nfile = "checkpoints/sdxl.safetensors"\n',
+        r"sdxl.safetensors is empty",
+    ),
+    "a part that is not there": (
+        GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"') + 'vae = "no.safetensors"\n',
+        r"there is no file .*no.safetensors",
+    ),
+    "a part with a folder": (GOOD + 'vae = "old.safetensors"\n', r"vae goes with file"),
     "a config without index": (
         GOOD.replace('folder = "sd15"', 'file = "checkpoints/sdxl.safetensors"\nconfig = "bare"'),
         r"holds no model_index.json",

@@ -121,7 +121,7 @@ async def models(request: Request) -> ModelCards:
     return ModelCards(data=[ModelCard(id=name, created=created) for name in service.engine.catalogue().models])
 
 
-@router.get("/models/{model}", summary="One model", responses=errors(401, 404, 422, 503))
+@router.get("/models/{model:path}", summary="One model", responses=errors(401, 404, 422, 503))
 async def model(request: Request, model: str) -> ModelCard:
     """`created` is when the server started."""
     service = service_of(request)

@@ -91,7 +91,7 @@ def test_costs_are_read_from_the_configuration(files: dict[str, Path], bare: Pat
 def test_a_file_cut_short_is_refused(files: dict[str, Path], bare: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(files["sd15"].read_bytes()[:-1000])
-    with pytest.raises(LoadFailed, match=r"no whole safetensors file .* Fetch the file again"):
+    with pytest.raises(LoadFailed, match=r"no whole safetensors file .* Fetch it again"):
         FAMILIES["sd15"].load(ModelSpec(name="cut", family="sd15", source=cut, config=bare), "cpu")
 
 
@@ -113,28 +113,29 @@ def test_a_file_that_lacks_a_tensor_is_refused(files: dict[str, Path], bare: Pat
         ("sdxl", "sd15", "is a StableDiffusionPipeline"),
     ],
 )
-def test_a_file_of_another_family_is_told_by_its_configuration(
+def test_a_config_of_another_family_is_told(
     family: str, given: str, reason: str, files: dict[str, Path], family_folders: dict[str, Path]
 ) -> None:
-    spec = ModelSpec(name="wrong", family=family, source=files[given], config=family_folders[given])
+    spec = ModelSpec(name="wrong", family=family, source=files[family], config=family_folders[given])
     with pytest.raises(LoadFailed, match=reason):
         FAMILIES[family].load(spec, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("family", "given", "reason"),
+    ("family", "given"),
     [
-        ("sd21", "sd15", "no tensors named cond_stage_model.model."),
-        ("sd15", "flux-dev", "no tensors named model.diffusion_model"),
-        ("flux-dev", "flux-schnell", "no tensors named guidance_in"),
-        ("flux-schnell", "flux-dev", "tensors named guidance_in"),
+        ("sd21", "sd15"),
+        ("sd15", "sdxl"),
+        ("sd15", "flux-dev"),
+        ("flux-dev", "flux-schnell"),
+        ("flux-schnell", "flux-dev"),
     ],
 )
 def test_a_file_of_another_family_is_told_by_its_tensors(
-    family: str, given: str, reason: str, files: dict[str, Path], family_folders: dict[str, Path]
+    family: str, given: str, files: dict[str, Path], family_folders: dict[str, Path]
 ) -> None:
     spec = ModelSpec(name="wrong", family=family, source=files[given], config=family_folders[family])
-    with pytest.raises(LoadFailed, match=reason):
+    with pytest.raises(LoadFailed, match=f"not of family '{family}': by its tensors it is '{given}'"):
         FAMILIES[family].reuse_costs(spec)
 
 

@@ -198,7 +198,7 @@ def test_no_damage_of_a_header_is_more_than_a_sentence(
 )
 def test_a_damaged_gguf_is_refused(damage: Any, reason: str, small_gguf: bytes, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(damage(small_gguf))
-    with pytest.raises(LoadFailed, match=f"{reason}.*Fetch the file again"):
+    with pytest.raises(LoadFailed, match=f"{reason}.*Fetch it again"):
         load(flux(tmp_path / "bad.gguf", whole))
 
 
