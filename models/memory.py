@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,10 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .libraries import quiet
+from .loading.plan import Work
 
-_LONGEST_TEXT = 512  # tokens
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
 _STEP_SIDES = (64, 128)
+_SLACK = 1.05  # beside what the network itself holds, a step has latents, predictions and the sampler's own
+_FIXED = 2**26  # bytes: the texts that are remembered, and small change
+_LONGEST_TEXT = 512  # tokens
 _DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()
 _STEP_BYTES: WeakKeyDictionary[nn.Module, tuple[float, float]] = WeakKeyDictionary()
 
@@ -69,6 +72,47 @@ def step_bytes(network: Any, dtype: torch.dtype, inputs: Inputs, cells: int) -> 
     return round(fixed + slope * cells)
 
 
+class Countable(Protocol):
+    """What the count needs of a model (`PipelineModel`)."""
+
+    pipeline: Any
+    denoiser: Any
+
+    @property
+    def kept_cells(self) -> int: ...
+
+    def inputs(self, height: int, width: int) -> Mapping[str, Any]: ...
+
+    def rows(self, *, guided: bool) -> int: ...
+
+    def decode_bytes(self, width: int, height: int, images: int, *, tiled: bool = False) -> int: ...
+
+
+def work(model: Countable, width: int, height: int, images: int, *, guided: bool) -> Work:
+    """What a request needs beside the weights, for a plan: never less than it takes, but for kernels' workspaces."""
+    pipeline, root = model.pipeline, model.denoiser.root
+    cells, dtype = height * width // pipeline.vae_scale_factor**2, pipeline.vae.dtype
+    step = step_bytes(root, dtype, model.inputs, cells) + model.kept_cells * cells * dtype.itemsize
+    unpacked = max((2 * tensor.numel() for tensor in root.parameters() if tensor.element_size() == 1), default=0)
+    texts = [(name, f"tokenizer{name.removeprefix('text_encoder')}") for name in ("text_encoder", "text_encoder_2")]
+    pairs = ((getattr(pipeline, name, None), getattr(pipeline, tokenizer, None)) for name, tokenizer in texts)
+    return Work(
+        text=_FIXED + max(_reading_bytes(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None),
+        denoise=round(_SLACK * images * model.rows(guided=guided) * step) + _FIXED + unpacked,
+        decode=_FIXED + model.decode_bytes(width, height, images),
+        tiled=_FIXED + model.decode_bytes(width, height, images, tiled=True),
+    )
+
+
+def _reading_bytes(encoder: Any, tokenizer: Any) -> int:
+    """Of one text: its scores, and what else an encoder makes of it."""
+    config = encoder.config
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    width = getattr(config, "intermediate_size", None) or config.d_ff
+    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
+    return int(tokens * (tokens * heads * 6 + width * 8))
+
+
 def peak_bytes(call: Any) -> int:
     """Most bytes that the tensors made by `call()`, on the meta device, hold at one time.
 
@@ -114,13 +158,3 @@ class _FusedAttention(TorchFunctionMode):
             query, _, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return func(*args, **kwargs)
-
-
-def reading_bytes(encoder: tuple[Any, Any]) -> int:
-    """Of a text encoder with its tokenizer: its scores, and what else it makes of one text."""
-    model, tokenizer = encoder
-    config = model.config
-    heads = getattr(config, "num_attention_heads", None) or config.num_heads
-    width = getattr(config, "intermediate_size", None) or config.d_ff
-    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
-    return int(tokens * (tokens * heads * 6 + width * 8))

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .loading.residence import Residence
 
 SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
-_STEP_SLACK = 1.05  # beside what the network itself holds a step has latents, predictions and the sampler's own
-_STEP_FIXED = 2**26  # and the texts that are remembered
 REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
@@ -77,23 +75,10 @@ class PipelineModel(ABC):
         return own if max(width, height) > own else min(own, SMALL_TILE)
 
     def work(self, width: int, height: int, images: int, *, guided: bool = True) -> Work:
-        """What a request needs beside the weights, for a plan. Never less than it takes, but for kernels' workspaces.
+        """What so many images need beside the weights, for a plan. guided: at a guidance scale above 1."""
+        from .memory import work
 
-        guided: at a guidance scale above 1.
-        """
-        from .memory import reading_bytes, step_bytes
-
-        root, factor = self.denoiser.root, self.pipeline.vae_scale_factor
-        cells, rows = height * width // factor**2, images * self.rows(guided=guided)
-        dtype = self.pipeline.vae.dtype
-        step = step_bytes(root, dtype, self.inputs, cells) + self.kept_cells * cells * dtype.itemsize
-        unpacked = max((2 * tensor.numel() for tensor in root.parameters() if tensor.element_size() == 1), default=0)
-        return Work(
-            text=_STEP_FIXED + max(map(reading_bytes, self._texts)),
-            denoise=round(_STEP_SLACK * rows * step) + _STEP_FIXED + unpacked,
-            decode=_STEP_FIXED + self.decode_bytes(width, height, images),
-            tiled=_STEP_FIXED + self.decode_bytes(width, height, images, tiled=True),
-        )
+        return work(self, width, height, images, guided=guided)
 
     def settle(self, device: str, memory: int | None = None, hooks: LoadHooks = UNWATCHED) -> None:
         """Put the networks where they compute, or where they wait. Raises LoadFailed.
@@ -292,13 +277,6 @@ class PipelineModel(ABC):
                 yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
-
-    @property
-    def _texts(self) -> list[tuple[Any, Any]]:
-        """Each text encoder with its tokenizer."""
-        pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-        found = [tuple(getattr(self.pipeline, name, None) for name in pair) for pair in pairs]
-        return [(model, tokenizer) for model, tokenizer in found if model is not None]
 
     @abstractmethod
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:

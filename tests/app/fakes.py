@@ -48,6 +48,7 @@ from models.text.clip import TooFewLayers
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
 WEIGHTS = 10_000  # bytes of each model
+PLAN = {"offload": "none", "words": "All networks lie on the device."}
 
 
 def decision(strategy: CacheStrategy, index: int) -> str:
@@ -222,7 +223,7 @@ class FakeRegistry:
 
     @property
     def plans(self) -> dict[str, Any]:
-        return {}
+        return dict.fromkeys(self._loaded, PLAN)
 
     def get(self, name: str) -> FakeModel:
         if name == "broken":
@@ -357,5 +358,6 @@ class FakeEngine:
             restarts=0,
             memory=DeviceMemory(),
             loaded=("fine",),
+            plans={"fine": PLAN},
         )
         return EngineStatus(pending=0, running=0, devices=(device,))

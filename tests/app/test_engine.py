@@ -31,7 +31,7 @@ from app.errors import (
 )
 from cache import DeepCache
 from models.base import GenerationParams, Step
-from tests.app.fakes import STEP_SECONDS, fake_runner, no_runner
+from tests.app.fakes import PLAN, STEP_SECONDS, fake_runner, no_runner
 
 LONG = 10_000  # steps that nobody waits for
 
@@ -94,6 +94,7 @@ async def test_a_job_runs_in_another_process_and_tells_of_its_steps(engine: Loca
     assert device(engine).state is WorkerState.READY
     assert pid(engine) != os.getpid()
     assert "fine" in device(engine).loaded
+    assert engine.status().plans["fine"] == PLAN
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from app.http.render import accepted_image
 from app.http.schemas import EXAMPLE
 from cache import DeepCache, FirstBlockCache, NoCache
 from tests.app.conftest import client_of
-from tests.app.fakes import FakeEngine
+from tests.app.fakes import PLAN, FakeEngine
 
 
 async def answer(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
@@ -327,8 +327,8 @@ async def test_models_are_listed_with_their_caches(client: httpx.AsyncClient) ->
     body = (await client.get("/api/models")).json()
     assert (body["default"], body["default_flux"]) == ("fine", "flux")
     by_name = {model["name"]: model for model in body["models"]}
-    assert by_name["fine"]["loaded"] is True
-    assert by_name["frozen"]["loaded"] is False
+    assert (by_name["fine"]["loaded"], by_name["fine"]["plan"]) == (True, PLAN)
+    assert (by_name["frozen"]["loaded"], by_name["frozen"]["plan"]) == (False, None)
     assert by_name["flux"]["cache"] == "first_block"
     assert by_name["fine"]["branches"] == [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}]
     assert by_name["fine"]["native_size"] == [512, 512]
