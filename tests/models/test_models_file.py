@@ -147,3 +147,10 @@ def test_paths_start_at_the_files_own_folder(folder: Path, monkeypatch: pytest.M
     monkeypatch.chdir(elsewhere)
     shutil.move(folder / "sd15", folder / "bare" / "sd15")
     assert read(written(folder / "bare", GOOD)).specs[0].source == folder / "bare" / "sd15"
+
+
+def test_a_gguf_file_and_what_the_rest_is_kept_in_are_read(folder: Path) -> None:
+    (folder / "flux.gguf").write_bytes(b"")
+    text = GOOD.replace('folder = "sd15"', 'file = "flux.gguf"\nconfig = "sd15"\nquantization = "fp8"')
+    spec = read(written(folder, text)).specs[0]
+    assert (spec.source, spec.quantization) == (folder / "flux.gguf", "fp8")

@@ -16,9 +16,8 @@ from tests.models.loading.quantising import embedded_flux, narrow_flux, psnr
 PARAMS = GenerationParams(
     prompt="a misty forest at twilight", width=192, height=128, steps=8, guidance_scale=3.0, seeds=(0,)
 )
-# dB of this picture to the unquantised one, uncached: measured 55, 39, 49 and 46; a rounding of another processor's
-# is a thousandth of these losses.
-LEAST = {"GGUF Q8_0": 50.0, "GGUF Q4_0": 33.0, "scaled fp8": 43.0, "kept in fp8": 41.0}
+# dB of this picture to the unquantised one, uncached. Measured: 59.3, 41.7, 51.1 and 50.1; the cache's own loss, 40.1.
+LEAST = {"GGUF Q8_0": 53.0, "GGUF Q4_0": 36.0, "scaled fp8": 45.0, "kept in fp8": 44.0}
 
 
 def drawn(model: LoadedModel, threshold: float | None) -> tuple[np.ndarray, float]:

@@ -298,8 +298,8 @@ def test_the_file_of_a_small_network_is_counted_as_it_is_kept(whole: Path) -> No
 @pytest.mark.parametrize(
     ("quantization", "device", "reason"),
     [
-        ("int8", "cpu", r"needs the package torchao: pip install .\[int8\]"),
-        ("nf4", "cuda", r"needs the package bitsandbytes: pip install .\[nf4\]"),
+        ("int8", "cpu", "needs the package torchao: pip install .[int8]."),
+        ("nf4", "cuda", "needs the package bitsandbytes: pip install .[nf4]."),
     ],
 )
 def test_a_package_that_is_missing_is_said(
@@ -307,8 +307,7 @@ def test_a_package_that_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     assert quantised.unavailable("fp8", device) is None
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(quantised.unavailable(quantization, device))
+    assert reason in str(quantised.unavailable(quantization, device))
 
 
 def test_nf4_needs_a_gpu(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
