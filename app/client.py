@@ -278,6 +278,8 @@ class Fields(TypedDict, total=False):
     steps: int | None
     guidance_scale: float | None
     guidance_rescale: float
+    guidance_start: float
+    guidance_end: float
     clip_skip: int | None
     seed: int | None
     sampler: str | None

@@ -141,6 +141,8 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Model": model,
         "Denoising strength": f"{img2img.denoise:g}" if img2img is not None else "0.5" if hires else None,
         "Clip skip": params.clip_skip,
+        "Skip Early CFG": f"{params.guidance_start:g}" if params.guidance_start else None,
+        "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
         "Hires upscale": 2 if hires else None,
         "Hires upscaler": "Lanczos" if hires else None,
         "Cache": strategy,
@@ -160,8 +162,9 @@ def text_chunks(
 ) -> dict[str, str]:
     """A PNG's text chunks: `parameters`, which is `infotext`, and `wavespeed`, JSON with the cache's report."""
     asked = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "scheduler")
+    finer = ("clip_skip", "guidance_rescale", "guidance_start", "guidance_end")
     report = {
-        **{name: getattr(params, name) for name in (*asked, "clip_skip", "guidance_rescale")},
+        **{name: getattr(params, name) for name in (*asked, *finer)},
         "model": model,
         "seed": seed,
         "loras": [

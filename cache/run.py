@@ -56,7 +56,10 @@ class Run(ABC):
             self.lanes.clear()
 
     def handle(self, call: Call) -> Any:
-        lane, size = self.lanes.setdefault(call.lane, Lane()), call.signature
+        if call.lane not in self.lanes:
+            # Guidance may begin within a run: a lane then counts on from the step that the others were called for.
+            self.lanes[call.lane] = Lane(max((other.calls for other in self.lanes.values()), default=1) - 1)
+        lane, size = self.lanes[call.lane], call.signature
         lane.follows, lane.size = lane.size == size, size
         try:
             output, decision = self.step(call, lane)

@@ -118,7 +118,8 @@ class GenerationParams:
 
     `width` and `height` are the pixels of the answer; `seeds` has one entry an image; `batch_size` images are
     denoised together. `clip_skip` n reads the text encoder n - 1 layers before the one that the model was trained on.
-    `guidance_rescale` is φ of Lin et al. 2024, section 3.4.
+    `guidance_rescale` is φ of Lin et al. 2024, section 3.4. `guidance_start`, `guidance_end`: the shares of each run
+    between which it is guided (`models/guidance.py`).
     `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled. `vae_tiling` decodes in tiles, as the model's own setting does.
     Stages beyond the first (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
@@ -138,6 +139,8 @@ class GenerationParams:
     embeddings: tuple[Embedding, ...] = ()
     clip_skip: int | None = None
     guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     attention: str = "auto"
     compiled: bool = False
     vae_tiling: bool = False
@@ -190,6 +193,7 @@ class StageReport:
     """One run of the denoiser under a cache: the stage that made it, its steps, its size in pixels.
 
     `sizes`: with multi-scale, a letter for each denoiser call, F at full size, S small, which is `small_share` of it.
+    `halves`: with guidance in a part of the run, B, T or N for each call (`models/guidance.py`).
     """
 
     name: str
@@ -198,6 +202,7 @@ class StageReport:
     width: int
     height: int
     sizes: str = ""
+    halves: str = ""
     small_share: float = 1.0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import finite
 from .acceleration import attention, compilation
 from .base import UNWATCHED, GenerationParams, LoadFailed, LoadHooks, ModelSpec
+from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
 from .run import Run
 from .sampling import samplers
@@ -167,20 +168,24 @@ class PipelineModel(ABC):
             attention.attending(params.attention, str(self.device), dtype) as kernel,
         ):
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
-            view = self.view(params, scheduler, sampling).sampled(partial(self.responses, scheduler))
+            guidance = Guidance.of(params, twice=self.runs_twice(params))
+            view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
             with strategy.attach(view) as report:
-                yield Run(
+                run = Run(
                     pipeline=pipeline,
                     scheduler=scheduler,
                     sampling=sampling,
                     report=report,
                     attention=kernel,
                     compilation=compiling,
+                    guidance=guidance,
                     steps=self.partial_steps(params.steps, strength) if pictures else params.steps,
                     grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
                     settings={name: value for name, value in wanted.items() if name in takes},
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
                 )
+                with guidance.attached(run, self.denoiser.root, self.layout):
+                    yield run
 
     def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:
         """The denoiser with its layers compiled, if `params` ask for it."""
@@ -195,7 +200,7 @@ class PipelineModel(ABC):
             self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
         return self._compiled.attached()
 
-    def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> Denoiser:
+    def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> Denoiser:
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
 
@@ -308,6 +313,10 @@ class PipelineModel(ABC):
 
     @abstractmethod
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]: ...
+
+    @abstractmethod
+    def runs_twice(self, params: GenerationParams) -> bool:
+        """Whether the pipeline runs the denoiser with text and without."""
 
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:

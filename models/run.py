@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .acceleration.attention import Attention
     from .acceleration.compilation import Compilation
+    from .guidance import Guidance
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Run:
     report: CacheReport
     attention: Attention
     compilation: Compilation
+    guidance: Guidance
     steps: int
     grid: tuple[int, int]
     settings: Mapping[str, Any]

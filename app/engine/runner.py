@@ -179,7 +179,7 @@ def summarise_stages(stages: Sequence[StageReport]) -> dict[str, object]:
     Raises ValueError for no run at all.
     """
     summary = summarise([one.cache for one in stages])
-    if all(one.name == "base" and not one.sizes for one in stages):
+    if all(one.name == "base" and not one.sizes and not one.halves for one in stages):
         return summary
     summary["predicted_speedup"] = _speedup(stages)
     rows = []
@@ -198,23 +198,31 @@ def summarise_stages(stages: Sequence[StageReport]) -> dict[str, object]:
         }
         if any(one.sizes for one in runs):
             row |= {"sizes": " ".join(one.sizes for one in runs), "small_share": round(runs[0].small_share, 4)}
+        if any(one.halves for one in runs):
+            row["halves"] = " ".join(one.halves for one in runs)
         rows.append(row)
     summary["passes"] = rows
     return summary
 
 
 def _speedup(stages: Sequence[StageReport]) -> float | None:
-    """Operations of these runs without a cache by those with it, a call's taken as proportional to its latents."""
+    """Operations of these runs without a cache by those with it, a call's taken as proportional to its latents.
+
+    Those of a call are twice as many where both halves of guidance are in it.
+    """
     without = spent = 0.0
     for one in stages:
         report = one.cache
         if report.reused and report.reuse_cost is None:
             return None
         sizes = one.sizes if len(one.sizes) == len(report.decisions) else "F" * len(report.decisions)
-        for decision, size in zip(report.decisions, sizes, strict=True):
-            call = one.width * one.height * (one.small_share if size == "S" else 1.0)
+        halves = one.halves or "B" * len(report.decisions)
+        both = report.reuse_cost or 0.0
+        single = both * (2 if "B" in halves and report.settings.get("guidance") == "reuse" else 1)
+        for decision, size, half in zip(report.decisions, sizes, halves, strict=True):
+            call = one.width * one.height * (one.small_share if size == "S" else 1.0) * (1 if half == "B" else 0.5)
             without += call
-            spent += call * ((report.reuse_cost or 0.0) if decision == "R" else 1.0)
+            spent += call * ((both if half == "B" else single) if decision == "R" else 1.0)
     return round(without / spent, 3) if spent else 1.0
 
 

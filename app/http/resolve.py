@@ -98,6 +98,8 @@ def resolve(
         embeddings=embeddings,
         clip_skip=request.clip_skip,
         guidance_rescale=request.guidance_rescale,
+        guidance_start=request.guidance_start,
+        guidance_end=request.guidance_end,
         attention=request.attention,
         compiled=request.compile or request.stable_fast,
         img2img=img2img,

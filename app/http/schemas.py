@@ -92,6 +92,15 @@ class GenerateRequest(BaseModel):
         le=1,
         description="Pulls the contrast that guidance adds back by this share, against overexposure. UNet models only.",
     )
+    guidance_start: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="The share of the run's steps before guidance begins; without it a step costs half.",
+    )
+    guidance_end: float = Field(
+        1.0, ge=0, le=1, description="The share of the run's steps after which guidance ends; 0 to 1 guides all of it."
+    )
     clip_skip: int | None = Field(
         None,
         ge=1,
@@ -188,7 +197,9 @@ class GenerateRequest(BaseModel):
             raise PydanticCustomError("nul", "must not contain the NUL character; remove it")
         return value
 
-    @field_validator("fbcache_threshold", "guidance_scale", "guidance_rescale", "img2img_denoise")
+    @field_validator(
+        "fbcache_threshold", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_end", "img2img_denoise"
+    )
     @classmethod
     def _no_negative_zero(cls, value: float | None) -> float | None:
         return value + 0.0 if value is not None else None  # -0.0 + 0.0 is 0.0; the answer and PNG print it
@@ -218,6 +229,8 @@ class GenerateRequest(BaseModel):
                     raise _located(field, f"is set by deepcache_preset {self.deepcache_preset!r} already; give one")
         if self.deepcache_start_step > self.deepcache_end_step:
             raise _located("deepcache_start_step", "must not be greater than deepcache_end_step; swap them")
+        if self.guidance_start > self.guidance_end:
+            raise _located("guidance_start", "must not be greater than guidance_end; swap them")
         return self
 
     @property

@@ -57,6 +57,7 @@ class DeepCacheRun(Run):
         self.window = Window(settings.start, settings.end)
         self.captured: Tensor | None = None
         self.outside = 0  # calls that the window excluded
+        self.spared = False  # whether some calls were guided ones whose reuse runs one half
         self.branch_pass = None if branch is None else denoiser.branch_pass(branch)
         self.copies = denoiser.modifies_in_place
 
@@ -160,8 +161,10 @@ class DeepCacheRun(Run):
         rows = None
         if self.settings.guidance == "reuse" and self.branch is not None:
             rows = self.denoiser.guided_rows(call)
-        self.report.settings["guidance"] = "full" if rows is None else "reuse"
-        self.report.reuse_cost = self.cost / (1 if rows is None else 2)
+        if rows is not None or not self.spared:  # in a run that is guided in a part, that part's
+            self.report.settings["guidance"] = "full" if rows is None else "reuse"
+            self.report.reuse_cost = self.cost / (1 if rows is None else 2)
+        self.spared = self.spared or rows is not None
         return rows
 
     def reuse(self, call: Call, lane: Lane, kept: Kept) -> Any:

@@ -80,7 +80,7 @@ class UNetDenoiser(Denoiser):
         self.num_train_timesteps = num_train_timesteps
         self._rule = rule
         self._guided = guided
-        self._is_certain = False  # that a guided run has no other calls
+        self._is_certain = False  # that `guided` speaks of the present call
         self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
         self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
         self.down_entries: list[tuple[str, ...]] = [("conv_in",)]
@@ -111,19 +111,19 @@ class UNetDenoiser(Denoiser):
     def guided_rows(self, call: Call) -> int | None:
         """The rows of a batch that holds every picture twice, the second time with its text; None for any other.
 
-        Compares the halves, which synchronises with a GPU, unless it is known that all calls are guided.
+        Compares the halves, which synchronises with a GPU, unless it is known of each call.
         """
         sample: Tensor = self.argument("sample", call)
         if not self._guided() or len(sample) % 2:
             return None
         return len(sample) if self._is_certain or torch.equal(*sample.chunk(2)) else None
 
-    def ruled(self, rule: PlacementRule, *, guided: bool) -> UNetDenoiser:
-        """The same view for a run of which this much is known. guided: whether all its calls are."""
+    def ruled(self, rule: PlacementRule, *, guided: Callable[[], bool]) -> UNetDenoiser:
+        """The same view for a run of which this much is known. guided: whether the present call is."""
         other = copy.copy(self)
         other._is_certain = True
         other._rule = rule
-        other._guided = lambda: guided
+        other._guided = guided
         return other
 
     @property

@@ -60,7 +60,7 @@ class FluxModel(PipelineModel):
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeddings = self._embed(params.prompt)
-        if self._runs_twice(params):
+        if self.runs_twice(params):
             embeddings |= {f"negative_{name}": value for name, value in self._embed(params.negative_prompt).items()}
         return embeddings
 
@@ -101,14 +101,19 @@ class FluxModel(PipelineModel):
         config = self.pipeline.transformer.config
         return _KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // 4  # four cells a token
 
+    def runs_twice(self, params: GenerationParams) -> bool:
+        return not self._distilled and params.guidance_scale > 1
+
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         scale = params.guidance_scale
         if self._distilled:
             return {"guidance_scale": scale}
-        return {"true_cfg_scale": scale if self._runs_twice(params) else 1.0}
+        return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
 
     def from_pictures(self) -> Any:
-        """With steps counted as steps: diffusers' pipeline takes the calls of a second-order scheduler for them."""
+        """With steps counted as steps, where diffusers' pipeline takes a second-order scheduler's calls for them, and
+        with the lanes that it does not name.
+        """
         pipeline = super().from_pictures()
 
         def get_timesteps(calls: int, strength: float, device: object) -> tuple[torch.Tensor, int]:
@@ -119,6 +124,7 @@ class FluxModel(PipelineModel):
             return scheduler.timesteps[begin * scheduler.order :], steps - begin
 
         pipeline.get_timesteps = get_timesteps
+        pipeline.__dict__["transformer"] = _Laned(pipeline.transformer)
         return pipeline
 
     def partial_steps(self, steps: int, strength: float) -> int:
@@ -136,7 +142,7 @@ class FluxModel(PipelineModel):
         if tokens > self._text_length:
             read = f"{self.spec.name} reads {self._text_length} tokens"
             sentences.insert(0, f"{read}; the prompt has {tokens}, and its end was not read.")
-        if params.negative_prompt and not self._runs_twice(params):
+        if params.negative_prompt and not self.runs_twice(params):
             reason = "is guidance-distilled" if self._distilled else "runs without guidance at a scale of 1 or less"
             sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")
         return sentences
@@ -149,5 +155,22 @@ class FluxModel(PipelineModel):
     def _text_length(self) -> int:
         return int(min(self.pipeline.tokenizer_2.model_max_length, LONGEST_TEXT))
 
-    def _runs_twice(self, params: GenerationParams) -> bool:
-        return not self._distilled and params.guidance_scale > 1
+
+class _Laned:
+    """A run's transformer to a pipeline that calls it with text, then without, and says neither.
+
+    A cache would hold what was kept of the one against the other.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+        self._text: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        text = inputs["encoder_hidden_states"]
+        self._text = text if self._text is None else self._text
+        with self._transformer.cache_context("cond" if text is self._text else "uncond"):
+            return self._transformer(**inputs)

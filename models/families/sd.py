@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cache import UNetDenoiser
     from cache.deepcache.schedule import Placement
+    from models.guidance import Guidance
     from models.layout import Layout
 
 _KEPT_MAPS = 4  # of the first level's channels: two states of DeepCache, and what is made of them
@@ -49,15 +50,14 @@ class StableDiffusionModel(PipelineModel):
         super().__init__(spec, pipeline, denoiser, choices)
         self._calibrated = calibrated
 
-    def view(self, params: GenerationParams, scheduler: Any, sampling: tuple[str, str]) -> UNetDenoiser:
+    def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> UNetDenoiser:
         from cache.solver import timesteps_of
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
             timesteps = timesteps_of(scheduler, timestep)
             return None if timesteps is None else place(self._calibrated, *sampling, timesteps, interval, branch)
 
-        guided = params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
-        return self.denoiser.ruled(rule, guided=guided)
+        return self.denoiser.ruled(rule, guided=guidance.acts)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
@@ -89,6 +89,9 @@ class StableDiffusionModel(PipelineModel):
     @property
     def kept_cells(self) -> int:
         return _KEPT_MAPS * int(self.pipeline.unet.config.block_out_channels[0])
+
+    def runs_twice(self, params: GenerationParams) -> bool:
+        return params.guidance_scale > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as the pipelines
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}

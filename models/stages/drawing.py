@@ -105,11 +105,12 @@ class Drawing:
                 height=size[1],
                 sizes="" if scales is None else scales.letters,
                 small_share=1.0 if scales is None else scales.share,
+                halves=run.guidance.letters,
             )
         )
         self.clock.move("denoise", "compile", run.compilation.seconds)
         self.kernels.append(run.attention.name)
-        self.warnings += run.attention.warnings
+        self.warnings += [*run.attention.warnings, *run.guidance.remarks(run.steps)]
         made_by = ("vae", "unet", "transformer") if pictures else ("unet", "transformer")
         finite.check([latents], f"The latents of the pass {name} are", run.pipeline, made_by)
         return latents

@@ -82,13 +82,12 @@ class Scales:
             self.bases = self._bases(grid)
         down, across = self.bases
         if not is_reduced(self.settings, self.run.done, self.run.steps):
-            self.letters += "F"
             output = forward(*args, **kwargs)
+            self._note("F")
             if is_reduced(self.settings, self.run.done + 1, self.run.steps):
                 clean = prediction.clean(grid, layout.grid(output[0], height, width), level)
                 self.details[name] = clean - down.T @ (down @ clean @ across.T) @ across
             return output
-        self.letters += "S"
         small_height, small_width = len(down), len(across)
         self.share = small_height * small_width / (height * width)
         gain = math.sqrt(self.share)
@@ -96,11 +95,16 @@ class Scales:
         small = (gain * below.alpha / level.alpha) * (down @ grid @ across.T)
         args, kwargs = layout.with_input(args, kwargs, small, below.timestep)
         output = forward(*args, **kwargs)
+        self._note("S")
         clean = prediction.clean(small, layout.grid(output[0], small_height, small_width), below)
         clean = down.T @ (clean / gain) @ across
         if name in self.details:
             clean = clean + self.details[name]
         return (layout.flat(prediction.output(grid, clean, level)),)
+
+    def _note(self, letter: str) -> None:
+        """A call of that size has come back; guidance may have spared the denoiser of it."""
+        self.letters = self.letters.ljust(len(self.run.report.decisions), letter)
 
     def _bases(self, grid: Tensor) -> tuple[Tensor, Tensor]:
         multiple = self.model.layout.multiple

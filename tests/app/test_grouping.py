@@ -39,6 +39,7 @@ def test_prompts_and_seeds_may_differ() -> None:
         {"steps": 3},
         {"guidance_scale": 2.0},
         {"guidance_rescale": 0.5},
+        {"guidance_end": 0.5},
         {"sampler": "heun"},
         {"scheduler": "karras"},
         {"clip_skip": 2},

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from app.engine.types import Catalogue
+from app.http.apis.a1111_payload import Options, read_payload
 from app.infotext import SAMPLERS, SCHEDULERS, infotext
 from models.base import GenerationParams, Img2Img, Lora
 from models.sampling.samplers import DIFFUSION, choices
@@ -83,6 +84,14 @@ def test_hires_fix_is_told_as_there_by_the_first_size() -> None:
 def test_img2img_tells_its_strength() -> None:
     drawn = params(img2img=Img2Img(picture=Image.new("RGB", (8, 8)), denoise=0.75))
     assert restored(infotext(drawn, 0, "m", "none"))["Denoising strength"] == "0.75"
+
+
+def test_guidance_in_a_part_is_told_by_the_name_it_has_there() -> None:
+    found = restored(infotext(params(guidance_start=0.25, guidance_end=0.8), 0, "m", "none"))
+    assert (found["Skip Early CFG"], found["Guidance end"]) == ("0.25", "0.8")
+    assert {"Skip Early CFG", "Guidance end"}.isdisjoint(restored(infotext(params(), 0, "m", "none")))
+    asked, _ = read_payload({"prompt": "a", "override_settings": {"skip_early_cond": 0.25}}, Options)
+    assert asked.guidance_start == 0.25
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.ours)

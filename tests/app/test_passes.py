@@ -149,3 +149,13 @@ def test_passes_are_summed_and_reported_apart() -> None:
     # In calls of the base pass: 1 + ½ + ½ and 4 + 4; a reused one costs a quarter.
     assert summary["predicted_speedup"] == round((2 + 8) / (1.5 + 0.125 + 4 + 1), 3)
     json.dumps(summary, allow_nan=False)
+
+
+def test_a_call_with_text_alone_counts_half() -> None:
+    """Reused with guidance `reuse`, a call of both halves runs one of them; one with text alone has none to spare."""
+    for kind, single in (("full", 0.25), ("reuse", 0.5)):
+        run = report_of("base", "CRCR", 64, halves="BBTT")
+        run.cache.settings["guidance"] = kind
+        passes: Any = summarise_stages([run])["passes"]
+        assert passes[0]["halves"] == "BBTT"
+        assert passes[0]["predicted_speedup"] == round((1 + 1 + 0.5 + 0.5) / (1 + 0.25 + 0.5 + 0.5 * single), 3)

@@ -6,6 +6,7 @@ In float64, where another batch size rounds in the sixteenth digit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache, attach
+from cache.run import Lane, Run
+from cache.views.base import Call, Denoiser
 from tests.cache.networks import conditioning, flux_inputs, small_flux, small_unet
 
 STEPS = 7
@@ -110,3 +113,22 @@ def test_the_first_block_cache_gives_the_same_for_guidance_batched_and_split(for
     torch.testing.assert_close(split, batched, rtol=1e-6, atol=1e-6)
     assert [two.decisions[0::2], two.decisions[1::2]] == one.item_decisions
     assert 0 < two.reused < two.computed + two.reused - 2
+
+
+def test_a_lane_that_begins_within_a_run_counts_on_from_its_step() -> None:
+    """What its calls weigh to the sampler, and where they lie, goes by the number of the step."""
+
+    class Noted(Run):
+        def step(self, call: Call, lane: Lane) -> tuple[Any, tuple[bool, ...]]:
+            numbers.append((call.lane, lane.calls))
+            return call.run(), (True,)
+
+    numbers: list[tuple[str | None, int]] = []
+    network = nn.Linear(1, 1)
+    run = Noted(Denoiser(network), CacheReport("noted"), corrects=False)
+    with run.attached():
+        for step in range(4):
+            for lane in ("cond", "uncond")[: 1 + (step > 1)]:
+                with network.cache_context(lane):  # type: ignore[operator]
+                    network(torch.zeros(1))
+    assert numbers == [("cond", 0), ("cond", 1), ("cond", 2), ("uncond", 2), ("cond", 3), ("uncond", 3)]

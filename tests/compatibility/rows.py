@@ -66,6 +66,7 @@ MULTISCALE = {"multiscale_enabled": True, "multiscale_fullres_start": 1, "multis
 HIRES = {"hires_fix": True, "width": 256, "height": 256}
 ATTENTION = {"attention": "auto"}
 STABLE_FAST = {"stable_fast": True}
+PARTLY = {"guidance_start": 0.25, "guidance_end": 0.75, "steps": 8}
 STACK = {**LORA, **MULTISCALE, **HIRES}
 
 ROWS = (
@@ -110,6 +111,7 @@ ROWS = (
         fields=(STACK,),
         passes=("base", "hires_fix"),
     ),
+    Row(cache="DeepCache", beside="Guidance in a part of the run", models=(*UNETS, "tiny-sd"), fields=(PARTLY,)),
     Row(
         cache="DeepCache",
         beside="Flux models (use FBCache instead)",
@@ -136,6 +138,13 @@ ROWS = (
         beside="All Flux-compatible features",
         models=("flux-dev",),
         fields=(LORA, IMG2IMG, MULTISCALE, {"adetailer": True}, {"sampler": "heun"}),
+    ),
+    Row(
+        cache="FBCache",
+        beside="Guidance in a part of the run",
+        models=("flux-schnell",),
+        fields=({**PARTLY, "guidance_scale": 3.0},),
+        note="where a Flux is not distilled to its guidance",
     ),
     Row(
         cache="FBCache",

@@ -22,6 +22,7 @@ OVERRIDES = {
     "CLIP_stop_at_last_layers": "clip_skip",
     "samples_format": "output_format",
     "live_previews_enable": "enable_preview",
+    "skip_early_cond": "guidance_start",
 }
 _NOT_SAVED = "Pictures are in the answer and kept nowhere."
 _NO_INPAINTING = "There is no inpainting here."
@@ -41,7 +42,7 @@ NEUTRAL = {
     "s_tmin": Neutral((0,), _SAMPLER_NOISE),
     "s_tmax": Neutral((0,), _SAMPLER_NOISE),
     "s_noise": Neutral((1,), _SAMPLER_NOISE),
-    "s_min_uncond": Neutral((0,), "Set deepcache_guidance to reuse, a field of ours, instead."),
+    "s_min_uncond": Neutral((0,), "Set guidance_end, a field of ours, instead."),
     "script_name": Neutral(("", "None"), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
     "script_args": Neutral(([],), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
     "refiner_checkpoint": Neutral(("", "None"), "There is no refiner here."),
