@@ -61,7 +61,7 @@ def configurations(family: str, networks: Mapping[str, Network]) -> dict[str, Co
         if (network := networks.get(component)) is not None:
             try:
                 config |= _READ[network.role](network, config)
-            except LookupError as error:
+            except (LookupError, ValueError) as error:
                 raise LoadFailed(
                     f"The {component} of the file lacks a tensor that every {family} has: {error}."
                 ) from error
