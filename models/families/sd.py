@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
@@ -117,6 +119,20 @@ class StableDiffusionModel(PipelineModel):
         return sentences
 
 
+@lru_cache(maxsize=32)
+def _branch_costs(config: str) -> tuple[float, ...]:
+    """Of a UNet of this shape, in JSON: a folder of checkpoints holds many of one."""
+    import torch
+
+    from cache import UNetDenoiser
+
+    with quiet(), torch.device("meta"):
+        from diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_config(json.loads(config))
+    return UNetDenoiser(unet).branch_costs
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UNetFamily(ModelFamily):
     """A family of diffusers pipelines around a UNet2DConditionModel."""
@@ -135,20 +151,12 @@ class UNetFamily(ModelFamily):
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
         """Counted on the UNet's shape alone, at the latent size that its configuration names."""
-        import torch
-
-        from cache import UNetDenoiser
-
         self.check(spec)
-        config = read_json(spec, "unet/config.json")
-        with quiet(), torch.device("meta"):
-            from diffusers import UNet2DConditionModel
-
-            try:
-                unet = UNet2DConditionModel.from_config(config)
-            except Exception as error:  # whatever torch and diffusers make of a nonsensical shape
-                raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
-        return UNetDenoiser(unet).branch_costs
+        config = json.dumps(read_json(spec, "unet/config.json"))
+        try:
+            return _branch_costs(config)
+        except Exception as error:  # whatever torch and diffusers make of a nonsensical shape
+            raise damaged(spec, f"unet/config.json: {first_line(error)}") from error
 
     def model(self, spec: ModelSpec, pipeline: Any) -> StableDiffusionModel:
         import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +66,19 @@ def single_file(spec: ModelSpec) -> Path | None:
 def contents(spec: ModelSpec, file: Path) -> Recognised:
     """What the file holds. Raises LoadFailed."""
     try:
-        return recognise(read_header(file))
+        status = file.stat()
+        return _recognised(file, status.st_mtime_ns, status.st_size)
     except FileNotFoundError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} is missing.") from error
     except BadFile as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} {error}") from error
     except OSError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file}: {error.strerror}.") from error
+
+
+@lru_cache(maxsize=16)
+def _recognised(file: Path, changed: int, size: int) -> Recognised:
+    return recognise(read_header(file))
 
 
 def check_family(spec: ModelSpec, file: Path) -> None:

@@ -17,7 +17,7 @@ from models.base import LoadFailed
 from .header import TensorInfo
 from .recognise import Network, Role, layers
 
-CLIP_HEAD = 64  # channels of an attention head, of every published CLIP and of SD2's and SDXL's UNets
+HEAD = 64  # channels of an attention head, of every published CLIP and of SD2's and SDXL's UNets
 _TENSORS = {"sd15": 686, "sd21": 686, "sdxl": 1680}  # of the published UNets
 
 COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
@@ -53,7 +53,7 @@ def configurations(family: str, networks: Mapping[str, Network]) -> dict[str, Co
         "_class_name": ours["pipeline"],
         "scheduler": ["diffusers", ours["scheduler"]["_class_name"]],
     }
-    files: dict[str, Configuration] = {"model_index.json": index, "scheduler/scheduler_config.json": ours["scheduler"]}
+    files = {"model_index.json": index, "scheduler/scheduler_config.json": dict(ours["scheduler"])}
     for component in COMPONENTS:
         if component not in ours:
             continue
@@ -61,7 +61,7 @@ def configurations(family: str, networks: Mapping[str, Network]) -> dict[str, Co
         if (network := networks.get(component)) is not None:
             try:
                 config |= _READ[network.role](network, config)
-            except LookupError as error:
+            except (LookupError, ValueError) as error:
                 raise LoadFailed(
                     f"The {component} of the file lacks a tensor that every {family} has: {error}."
                 ) from error
@@ -83,7 +83,7 @@ def _unet(network: Network, config: Configuration) -> Configuration:
     text = network.ending("attn2.to_k.weight")
     read: Configuration = {"block_out_channels": widths, "cross_attention_dim": text.shape[1]}
     if isinstance(config["attention_head_dim"], list):
-        read["attention_head_dim"] = [max(1, width // CLIP_HEAD) for width in widths]
+        read["attention_head_dim"] = [max(1, width // HEAD) for width in widths]
     if "projection_class_embeddings_input_dim" in config:
         read["projection_class_embeddings_input_dim"] = network.tensors["label_emb.0.0.weight"].shape[1]
     return read
@@ -141,7 +141,7 @@ def _clip(network: Network, config: Configuration) -> Configuration:
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "num_attention_heads": max(1, width // CLIP_HEAD),
+        "num_attention_heads": max(1, width // HEAD),
         "intermediate_size": network.ending(".0.mlp.fc1.weight", ".0.mlp.c_fc.weight").shape[0],
         "max_position_embeddings": network.ending("position_embedding.weight", "positional_embedding").shape[0],
         "projection_dim": width if projection is None else projection.shape[0],

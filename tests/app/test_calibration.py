@@ -15,6 +15,7 @@ from cache import DeepCache
 from models.base import GenerationParams, ModelSpec
 from models.families.sd import SD
 from models.generation import LoadedModel
+from models.loading.checkpoints import CheckpointFolder
 from models.models_file import Configuration
 from models.tuning.placements import read
 from tests.models.conftest import flux_folder, flux_spec, sd_folder, sd_spec
@@ -28,7 +29,8 @@ def spec(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd_spec: ModelSpec, fl
     shutil.copytree(sd_spec.source, tmp_path / "mine")
     spec = replace(sd_spec, source=tmp_path / "mine", render_sizes=((64, 64),))
     configuration = Configuration((spec, flux_spec), spec.name, flux_spec.name)
-    monkeypatch.setattr(runner, "runner_arguments", lambda settings: {"configuration": configuration, "threads": 1})
+    arguments = {"configuration": configuration, "checkpoints": CheckpointFolder(tmp_path / "none"), "threads": 1}
+    monkeypatch.setattr(runner, "runner_arguments", lambda settings: arguments)
     return spec
 
 
