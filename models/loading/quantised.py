@@ -48,7 +48,8 @@ def unavailable(quantization: Quantization | None, device: str) -> str | None:
 def tensor_bytes(name: str, shape: Sequence[int], itemsize: int, quantization: Quantization | None = None) -> int:
     """Bytes of a network's tensor once loaded at `itemsize` bytes a number.
 
-    Quantised, matrices take fewer; in fp8 convolutions too. name: as diffusers and transformers have it.
+    Quantised, matrices take fewer; in fp8 convolutions too. What fp8 leaves whole is counted whole for each kind.
+    name: as diffusers and transformers have it.
     """
     small = len(shape) == 2 or (quantization == "fp8" and len(shape) > 2)
     small = small and _WHOLE.search(name) is None
