@@ -228,6 +228,7 @@ class Stream:
         slot = index % len(self._holds)
         if self._holds[slot] == index:
             return
+        self._holds[slot] = None
         with self._beside(slot):
             for (*_, waiting), view in zip(self._rows[index], self._views[index], strict=True):
                 view.copy_(waiting, non_blocking=True)
