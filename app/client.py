@@ -280,6 +280,11 @@ class Fields(TypedDict, total=False):
     guidance_start: float
     guidance_end: float
     clip_skip: int | None
+    freeu: bool
+    freeu_b1: float | None
+    freeu_b2: float | None
+    freeu_s1: float | None
+    freeu_s2: float | None
     seed: int | None
     sampler: str | None
     scheduler: str | None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import GenerationParams
+from models.base import FreeU, GenerationParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,7 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
         "Hires upscale": 2 if hires else None,
         "Hires upscaler": "Lanczos" if hires else None,
+        **_freeu(params.freeu),
         "Cache": strategy,
         "Version": f"WaveSpeed {__version__}",
     }
@@ -155,6 +156,13 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _freeu(freeu: FreeU | None) -> dict[str, str]:
+    """Its four factors, by name."""
+    if freeu is None:
+        return {}
+    return {f"FreeU {name}": f"{factor:g}" for name, factor in asdict(freeu).items()}
 
 
 def text_chunks(
@@ -169,6 +177,7 @@ def text_chunks(
         "seed": seed,
         "loras": [{"name": lora.name, "weight": lora.weight} for lora in params.loras],
         "embeddings": [embedding.name for embedding in params.embeddings],
+        "freeu": None if params.freeu is None else asdict(params.freeu),
         "cache": dict(cache),
         "version": __version__,
     }

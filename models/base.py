@@ -103,6 +103,19 @@ class Multiscale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreeU:
+    """Factors of the up path's first two levels: of the state that comes from below, and of its skips' low frequencies.
+
+    Si et al. 2023, "FreeU: Free Lunch in Diffusion U-Net"; at 1 all four change nothing.
+    """
+
+    b1: float
+    b2: float
+    s1: float
+    s2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
     """One request for pictures, validated, with every default filled in.
 
@@ -131,6 +144,7 @@ class GenerationParams:
     guidance_rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    freeu: FreeU | None = None
     attention: str = "auto"
     compiled: bool = False
     vae_tiling: bool = False

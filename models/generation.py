@@ -127,6 +127,7 @@ class LoadedModel:
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
+            self.model.freed(params.freeu),
             adapters.applied(self.pipeline, params) as written,
         ):
             yield written, stages, steps

@@ -6,12 +6,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from . import finite
 from .acceleration import attention, compilation
-from .base import GenerationParams, ModelSpec
+from .base import FreeU, GenerationParams, ModelSpec
 from .guidance import Guidance
 from .run import Run
 from .sampling import samplers
@@ -76,6 +77,16 @@ class PipelineModel(ABC):
             self.pipeline.vae.use_tiling = self.spec.vae_tiling
 
     @contextmanager
+    def freed(self, freeu: FreeU | None) -> Iterator[None]:
+        """Within the context the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
+        from cache.patching import shadowed
+
+        factors = {} if freeu is None else asdict(freeu)
+        blocks: Any = self.denoiser.root.up_blocks if factors else ()
+        with shadowed([(block, name, factor) for block in blocks for name, factor in factors.items()]):
+            yield
+
+    @contextmanager
     def run(
         self,
         params: GenerationParams,
@@ -122,7 +133,7 @@ class PipelineModel(ABC):
                     settings={name: value for name, value in wanted.items() if name in takes},
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
                 )
-                with guidance.attached(run, self.denoiser.root, self.layout):
+                with guidance.attached(lambda: run.done / run.steps, self.denoiser.root, self.layout):
                     yield run
 
     def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:

@@ -7,7 +7,7 @@ import math
 import secrets
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
+from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
+from models.families import FAMILIES
 from models.limits import fit
 from models.sampling.samplers import check as check_sampler
 from models.text.prompt import BadPrompt
@@ -100,6 +101,7 @@ def resolve(
         guidance_rescale=request.guidance_rescale,
         guidance_start=request.guidance_start,
         guidance_end=request.guidance_end,
+        freeu=_freeu(request, model),
         attention=request.attention,
         compiled=request.stable_fast,
         img2img=img2img,
@@ -189,7 +191,7 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         )
     if request.stable_fast and is_flux:
         raise Incompatible("stable_fast cannot compile Flux models. Leave it out.", field="stable_fast")
-    for name in ("clip_skip", "guidance_rescale"):
+    for name in ("clip_skip", "guidance_rescale", "freeu"):
         if getattr(request, name) and is_flux:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
@@ -241,6 +243,12 @@ def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img
         )
     # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
     return Img2Img(picture=fit(picture, request.width, request.height), denoise=request.img2img_denoise)
+
+
+def _freeu(request: GenerateRequest, model: ModelInfo) -> FreeU | None:
+    """The request's factors, the others as published for the model's family."""
+    published = FAMILIES[model.family].freeu
+    return replace(published, **request.freeu_factors) if request.freeu and published is not None else None
 
 
 def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, str | None]:
@@ -296,6 +304,7 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
     multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
+    unless(request.freeu, named & {f"freeu_{name}" for name in request.freeu_factors}, "freeu is not true")
     unless(not isinstance(_strategy(request, model), NoCache), named & {"cache_forecast"}, "no cache is on")
     return warnings
 

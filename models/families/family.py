@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.base import UNWATCHED, CacheName, DtypeName, LoadHooks, ModelSpec
+from models.base import UNWATCHED, CacheName, DtypeName, FreeU, LoadHooks, ModelSpec
 from models.libraries import quiet
 from models.loading.file import check_layout
 from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, single_file
@@ -27,6 +27,7 @@ class ModelFamily(ABC):
     file_has, file_lacks: parts of tensor names that tell a single file of it. single: the one component that such a
         file holds; None: it holds all.
     cache: the one that acts on this family's denoiser.
+    freeu: the factors that its authors published for this family; None where there are no skips.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelFamily(ABC):
     size_multiple: int
     steps: int
     guidance_scale: float
+    freeu: FreeU | None
 
     @property
     def samplers(self) -> Mapping[str, tuple[str, ...]]:

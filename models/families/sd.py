@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
+from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.libraries import first_line, quiet
 from models.loading.folder import damaged, read_json
 from models.pipeline import PipelineModel
@@ -31,6 +31,8 @@ _NO_CHECKER: Mapping[str, Any] = {
     "image_encoder": None,
     "requires_safety_checker": False,
 }
+
+_FREEU = FreeU(b1=1.5, b2=1.6, s1=0.9, s2=0.2)  # for SD1.5
 
 
 class StableDiffusionModel(PipelineModel):
@@ -119,6 +121,7 @@ class UNetFamily(ModelFamily):
     size_multiple: int = 8
     steps: int = 20
     guidance_scale: float = 7.5
+    freeu: FreeU | None = _FREEU
     model_class: type[StableDiffusionModel] = StableDiffusionModel
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
@@ -159,5 +162,6 @@ SD21 = UNetFamily(
     name="sd21",
     native_size=768,
     traits={"use_linear_projection": True},
+    freeu=FreeU(b1=1.4, b2=1.6, s1=0.9, s2=0.2),
     file_has=("model.diffusion_model.input_blocks.", "first_stage_model.", "cond_stage_model.model."),
 )

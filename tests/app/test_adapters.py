@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.base import FreeU
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 
@@ -98,6 +99,14 @@ async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine
         assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": []}
         response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
         assert "The server has none" in response.json()["error"]["message"]
+
+
+async def test_freeu_has_what_is_published_but_for_what_is_named(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/api/generate", json={"prompt": "a", "freeu": True, "freeu_b2": 1.2})
+    assert engine.submitted[0].params.freeu == FreeU(b1=1.5, b2=1.2, s1=0.9, s2=0.2)
+    answer = await client.post("/api/generate", json={"prompt": "a", "freeu_b2": 1.2})
+    assert engine.submitted[1].params.freeu is None
+    assert any("freeu_b2 had no effect" in sentence for sentence in answer.json()["warnings"])
 
 
 async def test_clip_skip_and_guidance_rescale_reach_the_job(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from app.engine.types import Catalogue
 from app.http.apis.a1111_payload import Options, read_payload
 from app.infotext import SAMPLERS, SCHEDULERS, infotext
-from models.base import GenerationParams, Img2Img, Lora
+from models.base import FreeU, GenerationParams, Img2Img, Lora
 from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
 
@@ -91,6 +91,13 @@ def test_guidance_in_a_part_is_told_by_the_name_it_has_there() -> None:
     assert {"Skip Early CFG", "Guidance end"}.isdisjoint(restored(infotext(params(), 0, "m", "none")))
     asked, _ = read_payload({"prompt": "a", "override_settings": {"skip_early_cond": 0.25}}, Options)
     assert asked.guidance_start == 0.25
+
+
+def test_freeu_is_told_with_its_factors() -> None:
+    found = restored(infotext(params(freeu=FreeU(b1=1.5, b2=1.6, s1=0.9, s2=0.2)), 0, "m", "none"))
+    assert {name: found[f"FreeU {name}"] for name in ("b1", "b2", "s1", "s2")} == {
+        "b1": "1.5", "b2": "1.6", "s1": "0.9", "s2": "0.2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.ours)
