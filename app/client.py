@@ -134,7 +134,7 @@ class Client:
         return self._ask("GET", "/api/models")
 
     def adapters(self) -> dict[str, list[str]]:
-        """The names of GET /api/adapters: `loras` and `embeddings`."""
+        """The names of GET /api/adapters: `loras`, `embeddings` and `upscalers`."""
         return self._ask("GET", "/api/adapters")
 
     def telemetry(self) -> dict[str, Any]:
@@ -306,7 +306,9 @@ class Fields(TypedDict, total=False):
     img2img_image: str | None
     img2img_denoise: float
     hires_fix: bool
+    hires_upscaler: str | None
     adetailer: bool
+    upscale: str | None
     multiscale_enabled: bool
     multiscale_factor: float
     multiscale_fullres_start: int

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import FreeU, GenerationParams
+from models.base import FreeU, GenerationParams, Upscaler
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,8 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Skip Early CFG": f"{params.guidance_start:g}" if params.guidance_start else None,
         "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
         "Hires upscale": 2 if hires else None,
-        "Hires upscaler": "Lanczos" if hires else None,
+        "Hires upscaler": (_file(params.hires_upscaler) or "Lanczos") if hires else None,
+        "Postprocess upscaler": _file(params.upscale),
         **_freeu(params.freeu),
         "Cache": strategy,
         "Version": f"WaveSpeed {__version__}",
@@ -156,6 +157,14 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _file(upscaler: Upscaler | None) -> str | None:
+    """Its name, in quotation marks where a reader would take a part of it for a setting."""
+    if upscaler is None:
+        return None
+    name = _one_line(upscaler.name)
+    return json.dumps(name) if set(name) & set(',:"') else name
 
 
 def _freeu(freeu: FreeU | None) -> dict[str, str]:

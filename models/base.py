@@ -57,6 +57,10 @@ class DetectorFailed(ModelError):
     field = "adetailer"
 
 
+class UpscalerFailed(ModelError):
+    """An upscaler's file is broken or of another kind, or its pictures would be too large."""
+
+
 class GenerationCancelled(Exception):
     """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
 
@@ -73,6 +77,14 @@ class Lora:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
     """A textual inversion's file; its name stands in one of the prompts."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upscaler:
+    """The file of a network that enlarges pictures, found under the operator's folder."""
 
     name: str
     path: Path
@@ -125,7 +137,9 @@ class GenerationParams:
     between which it is guided (`models/guidance.py`).
     `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled. `vae_tiling` decodes in tiles, as the model's own setting does.
-    Stages beyond the first (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
+    Stages beyond the first (`models/stages`) are off by default. `hires_upscaler` enlarges between the runs of
+    hires-fix, None: Lanczos; `upscale` the finished pictures, which are larger than `width` × `height` then.
+    `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str
@@ -150,9 +164,11 @@ class GenerationParams:
     vae_tiling: bool = False
     img2img: Img2Img | None = None
     hires_fix: bool = False
+    hires_upscaler: Upscaler | None = None
     adetailer: bool = False
     face_detector: Path | None = None
     multiscale: Multiscale | None = None
+    upscale: Upscaler | None = None
     preview: bool = False
 
     def sampled_by(self, sampling: tuple[str, str] | None) -> GenerationParams:

@@ -167,7 +167,7 @@ def imported_distributions(package: str) -> set[str]:
 
 def test_the_service_declares_what_it_imports_and_nothing_else() -> None:
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["ray"], *extras["ui"]]
+    lines = [*PROJECT["dependencies"], *extras["ray"], *extras["ui"], *extras["upscale"]]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     imported = set().union(*(imported_distributions(package) for package in ("app", "cache", "models")))
     assert declared - imported - USED_BY_DIFFUSERS == set(), "declared, but nothing imports it"

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
@@ -20,7 +20,7 @@ from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
+from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler, Upscaler
 from models.families import FAMILIES
 from models.limits import fit
 from models.sampling.samplers import check as check_sampler
@@ -35,11 +35,12 @@ _OF_DEEPCACHE = {name for name in GenerateRequest.model_fields if name.startswit
 
 
 class Adapters:
-    """The operator's two folders."""
+    """The operator's folders."""
 
     def __init__(self, settings: Settings) -> None:
         self.loras = WeightsFolder(settings.lora_folder, "LoRA")
         self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
+        self.upscalers = WeightsFolder(settings.upscaler_folder, "upscaler")
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
@@ -51,6 +52,17 @@ class Adapters:
                 raise Invalid(str(error), field=f"loras.{index}.name") from None
             found.append(Lora(name=path.stem, path=path, weight=lora.weight))
         return tuple(found)
+
+    def upscaler(self, request: GenerateRequest, field: Literal["hires_upscaler", "upscale"]) -> Upscaler | None:
+        """The one that the field names. Raises Invalid."""
+        name = getattr(request, field)
+        if name is None:
+            return None
+        try:
+            path = self.upscalers.find(name)
+        except UnknownFile as error:
+            raise Invalid(str(error), field=field) from None
+        return Upscaler(name=path.stem, path=path)
 
     def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:
         """The embeddings whose names the prompts hold, and what to tell the user of them."""
@@ -106,6 +118,8 @@ def resolve(
         compiled=request.stable_fast,
         img2img=img2img,
         hires_fix=request.hires_fix,
+        hires_upscaler=adapters.upscaler(request, "hires_upscaler") if request.hires_fix else None,
+        upscale=adapters.upscaler(request, "upscale"),
         adetailer=request.adetailer,
         face_detector=settings.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
@@ -247,8 +261,8 @@ def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img
 
 def _freeu(request: GenerateRequest, model: ModelInfo) -> FreeU | None:
     """The request's factors, the others as published for the model's family."""
-    published = FAMILIES[model.family].freeu
-    return replace(published, **request.freeu_factors) if request.freeu and published is not None else None
+    published = FAMILIES[model.family].freeu if request.freeu else None
+    return None if published is None else replace(published, **request.freeu_factors)
 
 
 def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, str | None]:
@@ -304,6 +318,7 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
     multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
+    unless(request.hires_fix, named & {"hires_upscaler"}, "hires_fix is not true")
     unless(request.freeu, named & {f"freeu_{name}" for name in request.freeu_factors}, "freeu is not true")
     unless(not isinstance(_strategy(request, model), NoCache), named & {"cache_forecast"}, "no cache is on")
     return warnings

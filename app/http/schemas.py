@@ -174,7 +174,13 @@ class GenerateRequest(BaseModel):
     img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
     img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")
     hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
+    hires_upscaler: Name | None = Field(
+        None, description="What enlarges in between: an upscaler of GET /api/adapters; null is Lanczos."
+    )
     adetailer: bool = Field(False, description="Find faces and draw them anew in detail.")
+    upscale: Name | None = Field(
+        None, description="Enlarge the finished picture by this upscaler, as many times as it was made for."
+    )
     multiscale_enabled: bool = Field(False, description="Run some steps at lower resolution.")
     multiscale_factor: float = Field(0.5, gt=0, le=1, description="That resolution's share of the full one.")
     multiscale_fullres_start: int = Field(3, ge=0, le=150, description="First steps at full resolution.")

@@ -149,6 +149,7 @@ def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
         ("WAVESPEED_FACE_DETECTOR", "x.onnx", "WAVESPEED_FACE_DETECTOR: there is no file 'x.onnx'."),
         ("WAVESPEED_LORA_FOLDER", "file", "WAVESPEED_LORA_FOLDER: 'file' is no folder."),
         ("WAVESPEED_EMBEDDING_FOLDER", "file", "WAVESPEED_EMBEDDING_FOLDER: 'file' is no folder."),
+        ("WAVESPEED_UPSCALER_FOLDER", "file", "WAVESPEED_UPSCALER_FOLDER: 'file' is no folder."),
         (
             "WAVESPEED_DEVICES",
             "GPU 0",
