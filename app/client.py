@@ -134,7 +134,7 @@ class Client:
         return self._ask("GET", "/api/models")
 
     def adapters(self) -> dict[str, list[str]]:
-        """The names of GET /api/adapters: `loras` and `embeddings`."""
+        """The names of GET /api/adapters: `loras`, `embeddings` and `upscalers`."""
         return self._ask("GET", "/api/adapters")
 
     def telemetry(self) -> dict[str, Any]:
@@ -281,6 +281,11 @@ class Fields(TypedDict, total=False):
     guidance_start: float
     guidance_end: float
     clip_skip: int | None
+    freeu: bool
+    freeu_b1: float | None
+    freeu_b2: float | None
+    freeu_s1: float | None
+    freeu_s2: float | None
     seed: int | None
     sampler: str | None
     scheduler: str | None
@@ -303,7 +308,9 @@ class Fields(TypedDict, total=False):
     img2img_image: str | None
     img2img_denoise: float
     hires_fix: bool
+    hires_upscaler: str | None
     adetailer: bool
+    upscale: str | None
     multiscale_enabled: bool
     multiscale_factor: float
     multiscale_fullres_start: int

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import GenerationParams, Lora
+from models.base import FreeU, GenerationParams, Lora, Upscaler
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,9 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Skip Early CFG": f"{params.guidance_start:g}" if params.guidance_start else None,
         "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
         "Hires upscale": 2 if hires else None,
-        "Hires upscaler": "Lanczos" if hires else None,
+        "Hires upscaler": (_file(params.hires_upscaler) or "Lanczos") if hires else None,
+        "Postprocess upscaler": _file(params.upscale),
+        **_freeu(params.freeu),
         "Cache": strategy,
         "Version": f"WaveSpeed {__version__}",
     }
@@ -155,6 +157,21 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         lines.append(f"Negative prompt: {_one_line(params.negative_prompt)}")
     lines.append(", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _file(upscaler: Upscaler | None) -> str | None:
+    """Its name, in quotation marks where a reader would take a part of it for a setting."""
+    if upscaler is None:
+        return None
+    name = _one_line(upscaler.name)
+    return json.dumps(name) if set(name) & set(',:"') else name
+
+
+def _freeu(freeu: FreeU | None) -> dict[str, str]:
+    """Its four factors, by name."""
+    if freeu is None:
+        return {}
+    return {f"FreeU {name}": f"{factor:g}" for name, factor in asdict(freeu).items()}
 
 
 def text_chunks(
@@ -173,6 +190,7 @@ def text_chunks(
             for lora in params.loras
         ],
         "embeddings": [embedding.name for embedding in params.embeddings],
+        "freeu": None if params.freeu is None else asdict(params.freeu),
         "cache": dict(cache),
         "version": __version__,
     }

@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     embedding_folder: Path = Field(
         Path("embeddings"), description="Textual inversions (.safetensors); a prompt uses one by its file's name."
     )
+    upscaler_folder: Path = Field(
+        Path("upscalers"), description="Upscalers (.safetensors) that `hires_upscaler` and `upscale` may name."
+    )
     face_detector: Path | None = Field(
         None, description="ONNX file of a YOLO that finds ADetailer's faces; unset: the cascade that OpenCV brings."
     )
@@ -176,7 +179,7 @@ class Settings(BaseSettings):
             raise ValueError(f"there is no file {str(value)!r}")
         return _readable(value)
 
-    @field_validator("checkpoint_folder", "lora_folder", "embedding_folder")
+    @field_validator("checkpoint_folder", "lora_folder", "embedding_folder", "upscaler_folder")
     @classmethod
     def _a_folder(cls, value: Path) -> Path | None:
         if value.exists() and not value.is_dir():

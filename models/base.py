@@ -59,6 +59,10 @@ class DetectorFailed(ModelError):
     field = "adetailer"
 
 
+class UpscalerFailed(ModelError):
+    """An upscaler's file is broken or of another kind, or its pictures would be too large."""
+
+
 class GenerationCancelled(Exception):
     """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
 
@@ -89,6 +93,14 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Upscaler:
+    """The file of a network that enlarges pictures, found under the operator's folder."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Img2Img:
     """Begin from a picture: the last `denoise` of the noise schedule is run on it, above 0 and up to 1.
 
@@ -113,6 +125,19 @@ class Multiscale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreeU:
+    """Factors of the up path's first two levels: of the state that comes from below, and of its skips' low frequencies.
+
+    Si et al. 2023, "FreeU: Free Lunch in Diffusion U-Net"; at 1 all four change nothing.
+    """
+
+    b1: float
+    b2: float
+    s1: float
+    s2: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
     """One request for pictures, validated, with every default filled in.
 
@@ -122,7 +147,9 @@ class GenerationParams:
     between which it is guided (`models/guidance.py`).
     `attention` names a kernel of `models/acceleration/attention.py`, or leaves the choice to it (`auto`);
     `compiled` runs the denoiser's layers compiled. `vae_tiling` decodes in tiles, as the model's own setting does.
-    Stages beyond the first (`models/stages`) are off by default. `face_detector` is the operator's file for ADetailer.
+    Stages beyond the first (`models/stages`) are off by default. `hires_upscaler` enlarges between the runs of
+    hires-fix, None: Lanczos; `upscale` the finished pictures, which are larger than `width` × `height` then.
+    `face_detector` is the operator's file for ADetailer.
     """
 
     prompt: str
@@ -141,14 +168,17 @@ class GenerationParams:
     guidance_rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    freeu: FreeU | None = None
     attention: str = "auto"
     compiled: bool = False
     vae_tiling: bool = False
     img2img: Img2Img | None = None
     hires_fix: bool = False
+    hires_upscaler: Upscaler | None = None
     adetailer: bool = False
     face_detector: Path | None = None
     multiscale: Multiscale | None = None
+    upscale: Upscaler | None = None
     preview: bool = False
 
     def sampled_by(self, sampling: tuple[str, str] | None) -> GenerationParams:

@@ -2,9 +2,10 @@
 
 This is the one module that knows both the models and the stages. The order:
 
-    from noise or a picture (multi-scale acts in it) → hires → decode, resample to the size asked for → detail
+    from noise or a picture (multi-scale acts in it) → hires → decode, resample to the size asked for → detail → upscale
 
-Each but decode is a run of the denoiser with a scheduler and a cache run of its own; previews come from all of them.
+Each but decode and upscale is a run of the denoiser with a scheduler and a cache run of its own; previews come from all
+of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from PIL import Image
 
 from cache import CacheStrategy
 
-from . import adapters, faces, limits
+from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
 from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
@@ -37,6 +38,7 @@ from .stages.hires import HiresFix
 from .stages.model import Sizes
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
+from .stages.upscale import Upscale
 from .text.encoded import TextCache, key_of
 
 Conditioning = Mapping[str, torch.Tensor]
@@ -54,11 +56,13 @@ class Stage(Protocol):
 
 
 def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
-    """The stages of a request in their order. Raises DetectorFailed."""
+    """The stages of a request in their order. Raises DetectorFailed and UpscalerFailed."""
     first: Stage = FromNoise() if params.img2img is None else FromPicture(params.img2img)
-    enlarged = (HiresFix(),) if params.hires_fix else ()
+    enlarger = None if params.hires_upscaler is None else upscaling.load(params.hires_upscaler)
+    enlarged = (HiresFix(enlarger),) if params.hires_fix else ()
     detailed = (ADetailer(faces.finder(params.face_detector)),) if params.adetailer else ()
-    return (first, *enlarged, Decode(), *detailed)
+    upscaled = (Upscale(upscaling.load(params.upscale)),) if params.upscale is not None else ()
+    return (first, *enlarged, Decode(), *detailed, *upscaled)
 
 
 class LoadedModel:
@@ -128,8 +132,8 @@ class LoadedModel:
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
-        Raises UnsupportedSampler, TooFewSteps, AdapterFailed and DetectorFailed before anything is drawn, NotFinite
-        where it shows; what `on_step` raises passes through, and leaves the model as it was.
+        Raises UnsupportedSampler, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before anything is
+        drawn, NotFinite where it shows; what `on_step` raises passes through, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
@@ -179,6 +183,7 @@ class LoadedModel:
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
+            self.model.freed(params.freeu),
             adapters.applied(self.pipeline, params) as applied,
         ):
             yield applied, stages, steps

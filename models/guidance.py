@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .layout import Layout
-    from .run import Run
 
 WITHOUT_TEXT = "uncond"  # the lane, in diffusers' pipelines
 
@@ -36,7 +35,7 @@ class Guidance:
     start: float
     end: float
     letters: str = ""
-    _run: Run | None = None
+    _at: Callable[[], float] | None = None
 
     @classmethod
     def of(cls, params: GenerationParams, *, twice: bool) -> Guidance:
@@ -48,23 +47,25 @@ class Guidance:
 
     def acts(self) -> bool:
         """Whether the present step is guided."""
-        at = 0.0 if self._run is None else self._run.done / self._run.steps
-        return self.twice and (self.is_whole or self.start <= at < self.end)
+        return self.twice and (self.is_whole or self._at is None or self.start <= self._at() < self.end)
 
     @contextmanager
-    def attached(self, run: Run, root: nn.Module, layout: Layout) -> Iterator[None]:
-        """Within the context, calls of `root` compute what the step of `run` needs; a cache is attached before."""
+    def attached(self, at: Callable[[], float], root: nn.Module, layout: Layout) -> Iterator[None]:
+        """Within the context, calls of `root` compute what their step needs; a cache is attached before.
+
+        at: the present step by all steps of the run.
+        """
         if self.is_whole or not self.twice:
             yield
             return
         from cache.patching import shadowed
 
-        self._run = run
+        self._at = at
         try:
             with shadowed([(root, "forward", _Spared(root.forward, self, layout))]):
                 yield
         finally:
-            self._run = None
+            self._at = None
 
     def remarks(self, steps: int) -> list[str]:
         """What to tell the user of a finished run of so many steps."""

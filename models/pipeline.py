@@ -6,12 +6,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from . import finite
 from .acceleration import attention, compilation
-from .base import UNWATCHED, GenerationParams, LoadFailed, LoadHooks, ModelSpec
+from .base import UNWATCHED, FreeU, GenerationParams, LoadFailed, LoadHooks, ModelSpec
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
 from .run import Run
@@ -138,6 +139,16 @@ class PipelineModel(ABC):
             self.pipeline.vae.use_tiling = self.spec.vae_tiling
 
     @contextmanager
+    def freed(self, freeu: FreeU | None) -> Iterator[None]:
+        """Within the context the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
+        from cache.patching import shadowed
+
+        factors = {} if freeu is None else asdict(freeu)
+        blocks: Any = self.denoiser.root.up_blocks if factors else ()
+        with shadowed([(block, name, factor) for block in blocks for name, factor in factors.items()]):
+            yield
+
+    @contextmanager
     def run(
         self,
         params: GenerationParams,
@@ -184,7 +195,7 @@ class PipelineModel(ABC):
                     settings={name: value for name, value in wanted.items() if name in takes},
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
                 )
-                with guidance.attached(run, self.denoiser.root, self.layout):
+                with guidance.attached(lambda: run.done / run.steps, self.denoiser.root, self.layout):
                     yield run
 
     def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:

@@ -148,6 +148,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         warnings=tuple(dict.fromkeys([*generation.warnings, *said])),
         attention=generation.attention,
         sampling=generation.sampling,
+        size=generation.images[0].size if params.upscale is not None else None,
     )
 
 

@@ -105,6 +105,7 @@ class JobResult:
 
     `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
     them, so that the sum over all jobs counts it once. `sampling`: sampler and scheduler that drew, where it is known.
+    `size`: of the pictures, where that is not what was asked for.
     """
 
     images: tuple[bytes, ...]
@@ -114,6 +115,7 @@ class JobResult:
     warnings: tuple[str, ...] = ()
     attention: str = "sdpa"
     sampling: tuple[str, str] | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ import math
 import secrets
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
@@ -20,7 +20,8 @@ from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler
+from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler, Upscaler
+from models.families import FAMILIES
 from models.limits import fit
 from models.sampling.samplers import check as check_sampler
 from models.text.prompt import BadPrompt
@@ -34,11 +35,12 @@ _OF_DEEPCACHE = {name for name in GenerateRequest.model_fields if name.startswit
 
 
 class Adapters:
-    """The operator's two folders."""
+    """The operator's folders."""
 
     def __init__(self, settings: Settings) -> None:
         self.loras = WeightsFolder(settings.lora_folder, "LoRA")
         self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
+        self.upscalers = WeightsFolder(settings.upscaler_folder, "upscaler")
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
@@ -50,6 +52,17 @@ class Adapters:
                 raise Invalid(str(error), field=f"loras.{index}.name") from None
             found.append(Lora(name=name, path=path, weight=lora.weight, text_weight=lora.text_weight))
         return tuple(found)
+
+    def upscaler(self, request: GenerateRequest, field: Literal["hires_upscaler", "upscale"]) -> Upscaler | None:
+        """The one that the field names. Raises Invalid."""
+        wanted = getattr(request, field)
+        if wanted is None:
+            return None
+        try:
+            name, path = self.upscalers.find(wanted)
+        except UnknownFile as error:
+            raise Invalid(str(error), field=field) from None
+        return Upscaler(name=name, path=path)
 
     def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:
         """The embeddings whose names the prompts hold, and what to tell the user of them."""
@@ -100,10 +113,13 @@ def resolve(
         guidance_rescale=request.guidance_rescale,
         guidance_start=request.guidance_start,
         guidance_end=request.guidance_end,
+        freeu=_freeu(request, model),
         attention=request.attention,
         compiled=request.compile or request.stable_fast,
         img2img=img2img,
         hires_fix=request.hires_fix,
+        hires_upscaler=adapters.upscaler(request, "hires_upscaler") if request.hires_fix else None,
+        upscale=adapters.upscaler(request, "upscale"),
         adetailer=request.adetailer,
         face_detector=settings.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,
@@ -194,7 +210,7 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
             field="stable_fast",
         )
-    for name in ("clip_skip", "guidance_rescale"):
+    for name in ("clip_skip", "guidance_rescale", "freeu"):
         if getattr(request, name) and is_flux:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
@@ -247,6 +263,12 @@ def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img
         )
     # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
     return Img2Img(picture=fit(picture, request.width, request.height), denoise=request.img2img_denoise)
+
+
+def _freeu(request: GenerateRequest, model: ModelInfo) -> FreeU | None:
+    """The request's factors, the others as published for the model's family."""
+    published = FAMILIES[model.family].freeu if request.freeu else None
+    return None if published is None else replace(published, **request.freeu_factors)
 
 
 def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, str | None]:
@@ -302,6 +324,8 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
     multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
+    unless(request.hires_fix, named & {"hires_upscaler"}, "hires_fix is not true")
+    unless(request.freeu, named & {f"freeu_{name}" for name in request.freeu_factors}, "freeu is not true")
     unless(not isinstance(_strategy(request, model), NoCache), named & {"cache_forecast"}, "no cache is on")
     return warnings
 

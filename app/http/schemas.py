@@ -108,6 +108,17 @@ class GenerateRequest(BaseModel):
         description="Which layer of the text encoder is read, as AUTOMATIC1111 counts: 1 the one that the model was "
         "trained on, 2 the one before it. UNet models only.",
     )
+    freeu: bool = Field(
+        False,
+        description="Weigh the UNet's skips and the states that they meet anew (Si et al. 2023), for more detail at no "
+        "cost. UNet models only.",
+    )
+    freeu_b1: float | None = Field(
+        None, ge=0, le=3, description="FreeU: the first level's state; null takes what is published for the family."
+    )
+    freeu_b2: float | None = Field(None, ge=0, le=3, description="FreeU: the second level's state.")
+    freeu_s1: float | None = Field(None, ge=0, le=3, description="FreeU: the first level's skips, low frequencies.")
+    freeu_s2: float | None = Field(None, ge=0, le=3, description="FreeU: the second level's skips, low frequencies.")
     seed: int | None = Field(
         None, ge=-1, le=2**32 - 1, description="Where the noise comes from; null or -1 draws one. Always returned."
     )
@@ -175,7 +186,13 @@ class GenerateRequest(BaseModel):
     img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
     img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")
     hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
+    hires_upscaler: Name | None = Field(
+        None, description="What enlarges in between: an upscaler of GET /api/adapters; null is Lanczos."
+    )
     adetailer: bool = Field(False, description="Find faces and draw them anew in detail.")
+    upscale: Name | None = Field(
+        None, description="Enlarge the finished picture by this upscaler, as many times as it was made for."
+    )
     multiscale_enabled: bool = Field(False, description="Run some steps at lower resolution.")
     multiscale_factor: float = Field(0.5, gt=0, le=1, description="That resolution's share of the full one.")
     multiscale_fullres_start: int = Field(3, ge=0, le=150, description="First steps at full resolution.")
@@ -198,7 +215,9 @@ class GenerateRequest(BaseModel):
         return value
 
     @field_validator(
-        "fbcache_threshold", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_end", "img2img_denoise"
+        "fbcache_threshold",
+        *("guidance_scale", "guidance_rescale", "guidance_start", "guidance_end", "img2img_denoise"),
+        *("freeu_b1", "freeu_b2", "freeu_s1", "freeu_s2"),
     )
     @classmethod
     def _no_negative_zero(cls, value: float | None) -> float | None:
@@ -241,6 +260,12 @@ class GenerateRequest(BaseModel):
         else:
             values = {field: getattr(self, field) for field in self._preset_fields}
         return {field.removeprefix("deepcache_").removesuffix("_step"): value for field, value in values.items()}
+
+    @property
+    def freeu_factors(self) -> dict[str, float]:
+        """Those of FreeU's that the request names, by the names of models.base.FreeU."""
+        factors = {name: getattr(self, f"freeu_{name}") for name in ("b1", "b2", "s1", "s2")}
+        return {name: factor for name, factor in factors.items() if factor is not None}
 
     @property
     def multiscale(self) -> dict[str, Any]:

@@ -137,11 +137,14 @@ class Drawn:
 
 def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
     seconds = {"queue_seconds": queue_seconds, **asdict(result.timings), "total_seconds": total_seconds}
+    width, height = result.size or (job.params.width, job.params.height)
     report = {
         "request_id": job.id,
         "model": job.model,
         "seeds": list(job.params.seeds),
-        **{name: getattr(job.params, name) for name in ("width", "height", "steps")},
+        "width": width,
+        "height": height,
+        "steps": job.params.steps,
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
         "timings": {name: round(value, 4) for name, value in seconds.items()},

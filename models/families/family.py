@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.base import UNWATCHED, CacheName, DtypeName, LoadHooks, ModelSpec
+from models.base import UNWATCHED, CacheName, DtypeName, FreeU, LoadHooks, ModelSpec
 from models.libraries import quiet
 from models.loading.file import check_family, single_file
 from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline
@@ -25,6 +25,7 @@ class ModelFamily(ABC):
     half: what the weights are in on an accelerator, unless the spec says otherwise.
     traits: what the network's configuration says in this family and not in its neighbours.
     cache: the one that acts on this family's denoiser.
+    freeu: the factors that its authors published for this family; None where there are no skips.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelFamily(ABC):
     size_multiple: int
     steps: int
     guidance_scale: float
+    freeu: FreeU | None
 
     @property
     def samplers(self) -> Mapping[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
+from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.pipeline import PipelineModel
 from models.sampling.samplers import FLOW_MATCHING, Sampler
 from models.text.prompt import remarks
@@ -38,6 +38,7 @@ class FluxFamily(ModelFamily):
     size_multiple: int = 16
     steps: int = 28
     guidance_scale: float = 3.5
+    freeu: FreeU | None = None
 
     def model(self, spec: ModelSpec, pipeline: Any) -> FluxModel:
         from cache import TransformerDenoiser

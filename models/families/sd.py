@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, GenerationParams, ModelSpec
+from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.libraries import first_line, quiet
 from models.loading.folder import damaged, read_json
 from models.pipeline import PipelineModel
@@ -34,6 +34,8 @@ _NO_CHECKER: Mapping[str, Any] = {
     "image_encoder": None,
     "requires_safety_checker": False,
 }
+
+_FREEU = FreeU(b1=1.5, b2=1.6, s1=0.9, s2=0.2)  # for SD1.5
 
 
 class StableDiffusionModel(PipelineModel):
@@ -147,6 +149,7 @@ class UNetFamily(ModelFamily):
     size_multiple: int = 8
     steps: int = 20
     guidance_scale: float = 7.5
+    freeu: FreeU | None = _FREEU
     model_class: type[StableDiffusionModel] = StableDiffusionModel
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
@@ -170,4 +173,9 @@ class UNetFamily(ModelFamily):
 
 SD = UNetFamily(name="sd", native_size=512)
 SD15 = UNetFamily(name="sd15", native_size=512, traits={"use_linear_projection": False})
-SD21 = UNetFamily(name="sd21", native_size=768, traits={"use_linear_projection": True})
+SD21 = UNetFamily(
+    name="sd21",
+    native_size=768,
+    traits={"use_linear_projection": True},
+    freeu=FreeU(b1=1.4, b2=1.6, s1=0.9, s2=0.2),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from models.base import GenerationParams
+from models.base import FreeU, GenerationParams
 from models.sampling.samplers import AYS_TIMESTEPS_XL
 from models.text.clip import encoders, plain_enough, states
 from models.text.prompt import parse, plain, windows
@@ -62,4 +62,5 @@ SDXL = UNetFamily(
     extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
     traits={"addition_embed_type": "text_time"},
     guidance_scale=5.0,
+    freeu=FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2),
 )

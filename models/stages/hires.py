@@ -13,6 +13,7 @@ from PIL import Image
 
 from models import limits
 from models.base import GenerationParams
+from models.upscaling import Enlarger
 
 from .drawing import Drawing
 from .model import Sizes
@@ -23,7 +24,12 @@ STRENGTH = 0.5  # of the second run
 
 @dataclass(frozen=True, slots=True)
 class HiresFix:
-    """The pictures drawn so far, enlarged (Lanczos), are drawn over at half strength, under a cache run of its own."""
+    """The pictures drawn so far, enlarged, are drawn over at half strength, under a cache run of its own.
+
+    enlarge: a network, whose pictures are resampled to the size that is drawn; None: Lanczos alone.
+    """
+
+    enlarge: Enlarger | None = None
 
     def steps(self, model: Sizes, params: GenerationParams) -> int:
         first, full = sizes(model, params)
@@ -41,7 +47,10 @@ class HiresFix:
             )
             return
         with drawing.clock("decode"):
-            pictures = [image.resize(full, Image.Resampling.LANCZOS) for image in drawing.decode()]
+            pictures = drawing.decode()
+            if self.enlarge is not None:
+                pictures = [self.enlarge(image, drawing.model.device) for image in pictures]
+            pictures = [image.resize(full, Image.Resampling.LANCZOS) for image in pictures]
         drawing.size = full
         drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH)
 

@@ -34,6 +34,9 @@ class Model(Sizes, Protocol):
     """A model that denoises and decodes."""
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
     def denoiser(self) -> Denoiser: ...
 
     @property

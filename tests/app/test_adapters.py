@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from app.engine.runner import summarise
+from app.engine.types import Job, JobResult
+from app.jobs.record import drawn
+from cache import CacheReport, NoCache
+from models.base import FreeU, GenerationParams, Timings, Upscaler
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 
@@ -91,17 +97,66 @@ async def test_a_flux_model_takes_no_embedding_and_says_so(client: httpx.AsyncCl
 
 async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
     response = await client.get("/api/adapters")
-    assert response.json() == {"loras": ["ink", "sets/fog", "wash.v2"], "embeddings": ["bad-hands", "sets/style"]}
+    assert response.json() == {
+        "loras": ["ink", "sets/fog", "wash.v2"],
+        "embeddings": ["bad-hands", "sets/style"],
+        "upscalers": [],
+    }
 
 
 async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine) -> None:
     async with client_of(engine, lora_folder=str(tmp_path / "no"), embedding_folder=str(tmp_path / "no")) as client:
-        assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": []}
+        assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": [], "upscalers": []}
         response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
         assert "The server has none" in response.json()["error"]["message"]
+
+
+async def test_freeu_has_what_is_published_but_for_what_is_named(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/api/generate", json={"prompt": "a", "freeu": True, "freeu_b2": 1.2})
+    assert engine.submitted[0].params.freeu == FreeU(b1=1.5, b2=1.2, s1=0.9, s2=0.2)
+    answer = await client.post("/api/generate", json={"prompt": "a", "freeu_b2": 1.2})
+    assert engine.submitted[1].params.freeu is None
+    assert any("freeu_b2 had no effect" in sentence for sentence in answer.json()["warnings"])
 
 
 async def test_clip_skip_and_guidance_rescale_reach_the_job(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     await client.post("/api/generate", json={"prompt": "a", "clip_skip": 2, "guidance_rescale": 0.5})
     params = engine.submitted[0].params
     assert (params.clip_skip, params.guidance_rescale) == (2, 0.5)
+
+
+async def test_an_upscaler_is_found_by_its_name(tmp_path: Path, engine: FakeEngine) -> None:
+    for name in ("4x-sharp.safetensors", "old.pth"):
+        (tmp_path / name).touch()
+    async with client_of(engine, upscaler_folder=str(tmp_path)) as client:
+        assert (await client.get("/api/adapters")).json()["upscalers"] == ["4x-sharp"]
+        listed = (await client.get("/sdapi/v1/upscalers")).json()
+        assert [one["name"] for one in listed] == ["Lanczos", "4x-sharp"]
+        body = {"prompt": "a", "hires_fix": True, "hires_upscaler": "4x-sharp", "upscale": "4x-sharp"}
+        await client.post("/api/generate", json=body)
+        params = engine.submitted[0].params
+        expected = Upscaler(name="4x-sharp", path=(tmp_path / "4x-sharp.safetensors").resolve())
+        assert params.hires_upscaler == params.upscale == expected
+        for field, name, words in (
+            ("upscale", "4x-shrap", "Nearest: 4x-sharp"),
+            ("hires_upscaler", "old.pth", "Pickled"),
+            ("upscale", "../4x-sharp", "no upscaler"),
+        ):
+            answer = await client.post("/api/generate", json={"prompt": "a", "hires_fix": True, field: name})
+            assert (answer.status_code, answer.json()["error"]["field"]) == (422, field)
+            assert words in answer.json()["error"]["message"]
+        answer = await client.post("/api/generate", json={"prompt": "a", "hires_upscaler": "4x-sharp"})
+        assert any("hires_upscaler had no effect" in sentence for sentence in answer.json()["warnings"])
+        theirs = {"prompt": "a", "enable_hr": True, "hr_upscaler": "4x-sharp", "denoising_strength": 0.5}
+        assert (await client.post("/sdapi/v1/txt2img", json=theirs)).status_code == 200
+        assert engine.submitted[-1].params.hires_upscaler == expected
+
+
+def test_enlarged_pictures_are_told_at_their_size() -> None:
+    job = Job(id="j", model="m", params=GenerationParams(prompt="a", width=64, height=96), strategy=NoCache())
+    timings = Timings(text_seconds=0, denoise_seconds=0, decode_seconds=0)
+    cache: Any = summarise([CacheReport("none")])
+    for size, told in ((None, (64, 96)), ((128, 192), (128, 192))):
+        result = JobResult(images=(b"",), cache=cache, timings=timings, batches=(1,), size=size)
+        report = drawn(job, result, queue_seconds=0, total_seconds=0).report
+        assert (report["width"], report["height"]) == told

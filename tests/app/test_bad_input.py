@@ -159,6 +159,7 @@ async def test_a_bad_value_is_refused_by_name(
         ({"flux_enabled": True, "clip_skip": 2}, "incompatible", "clip_skip", ["UNet", "Leave it out"]),
         ({"flux_enabled": True, "guidance_rescale": 0.5}, "incompatible", "guidance_rescale", ["UNet"]),
         ({"guidance_start": 0.8, "guidance_end": 0.5}, "invalid", "guidance_start", ["guidance_end", "swap"]),
+        ({"flux_enabled": True, "freeu": True}, "incompatible", "freeu", ["UNet", "Leave it out"]),
         ({"prompt": "a (b:11)"}, "invalid", "prompt", ["'b' is 11", "0 to 10"]),
         ({"negative_prompt": "(" * 9998 + "a"}, "invalid", "negative_prompt", ["'a' is"]),
         ({"negative_prompt": "a [b] " * 40}, "invalid", "negative_prompt", ["below 1", "Join"]),

@@ -12,7 +12,7 @@ from PIL import Image
 from app.engine.queue import QUIET, Grouping, kind_of
 from app.engine.types import Job, JobHandle
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import Embedding, GenerationParams, Img2Img, Lora, Multiscale
+from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale
 
 TIMEOUT = 0.8
 PARAMS = GenerationParams(prompt="a")
@@ -40,6 +40,7 @@ def test_prompts_and_seeds_may_differ() -> None:
         {"guidance_scale": 2.0},
         {"guidance_rescale": 0.5},
         {"guidance_end": 0.5},
+        {"freeu": FreeU(b1=1.5, b2=1.6, s1=0.9, s2=0.2)},
         {"sampler": "heun"},
         {"scheduler": "karras"},
         {"clip_skip": 2},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from app.engine.types import Catalogue
 from app.http.apis.a1111_payload import Options, read_payload
 from app.infotext import SAMPLERS, SCHEDULERS, infotext
-from models.base import GenerationParams, Img2Img, Lora
+from models.base import FreeU, GenerationParams, Img2Img, Lora, Upscaler
 from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
 
@@ -92,6 +93,20 @@ def test_guidance_in_a_part_is_told_by_the_name_it_has_there() -> None:
     assert {"Skip Early CFG", "Guidance end"}.isdisjoint(restored(infotext(params(), 0, "m", "none")))
     asked, _ = read_payload({"prompt": "a", "override_settings": {"skip_early_cond": 0.25}}, Options)
     assert asked.guidance_start == 0.25
+
+
+def test_upscalers_are_told_by_their_names_which_pose_as_no_setting() -> None:
+    odd = Upscaler(name='4x, Seed: 9 "sharp"', path=Path("x"))
+    found = restored(infotext(params(hires_fix=True, hires_upscaler=odd, upscale=odd), 5, "m", "none"))
+    assert found["Seed"] == "5"
+    assert json.loads(found["Hires upscaler"]) == json.loads(found["Postprocess upscaler"]) == odd.name
+
+
+def test_freeu_is_told_with_its_factors() -> None:
+    found = restored(infotext(params(freeu=FreeU(b1=1.5, b2=1.6, s1=0.9, s2=0.2)), 0, "m", "none"))
+    assert {name: found[f"FreeU {name}"] for name in ("b1", "b2", "s1", "s2")} == {
+        "b1": "1.5", "b2": "1.6", "s1": "0.9", "s2": "0.2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.ours)

@@ -150,6 +150,7 @@ def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
         ("WAVESPEED_CHECKPOINT_FOLDER", "file", "WAVESPEED_CHECKPOINT_FOLDER: 'file' is no folder."),
         ("WAVESPEED_LORA_FOLDER", "file", "WAVESPEED_LORA_FOLDER: 'file' is no folder."),
         ("WAVESPEED_EMBEDDING_FOLDER", "file", "WAVESPEED_EMBEDDING_FOLDER: 'file' is no folder."),
+        ("WAVESPEED_UPSCALER_FOLDER", "file", "WAVESPEED_UPSCALER_FOLDER: 'file' is no folder."),
         (
             "WAVESPEED_DEVICES",
             "GPU 0",

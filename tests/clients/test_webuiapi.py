@@ -114,7 +114,8 @@ def test_lists_are_what_its_helpers_expect(client: Any) -> None:
     assert {"Euler a", "DPM++ 2M", "UniPC"} < set(client.util_get_sampler_names())
     assert {"karras", "automatic"} < set(client.util_get_scheduler_names())
     assert client.get_scripts() == {"txt2img": ["wavespeed"], "img2img": ["wavespeed"]}
-    assert (client.get_loras(), client.get_sd_vae(), client.get_upscalers()) == ([], [], [])
+    assert (client.get_loras(), client.get_sd_vae()) == ([], [])
+    assert [one["name"] for one in client.get_upscalers()] == ["Lanczos"]
     assert client.get_options()["sd_model_checkpoint"] == "tiny-sd"
     assert client.set_options(client.get_options()) is None
     assert "override_settings" in client.set_options({"sd_model_checkpoint": "tiny-flux"})["error"]["message"]

@@ -67,6 +67,9 @@ HIRES = {"hires_fix": True, "width": 256, "height": 256}
 ATTENTION = {"attention": "auto"}
 STABLE_FAST = {"stable_fast": True}
 PARTLY = {"guidance_start": 0.25, "guidance_end": 0.75, "steps": 8}
+FEW = {**LORA, "guidance_scale": 1.0, "steps": 4}
+LCM = {**FEW, "sampler": "lcm"}
+LIGHTNING = {**FEW, "sampler": "euler", "scheduler": "sgm_uniform"}
 STACK = {**LORA, **MULTISCALE, **HIRES}
 
 ROWS = (
@@ -80,6 +83,13 @@ ROWS = (
         fields=tuple({"sampler": sampler} for sampler in DIFFUSION),
     ),
     Row(cache="DeepCache", beside="LoRA adapters", models=(*UNETS, "tiny-sd"), fields=(LORA,)),
+    Row(
+        cache="DeepCache",
+        beside="LCM and Lightning LoRAs with their samplers",
+        models=(*UNETS, "tiny-sd"),
+        fields=(LCM, LIGHTNING),
+        note="four steps, no guidance",
+    ),
     Row(cache="DeepCache", beside="Textual inversion embeddings", models=UNETS, fields=(EMBEDDING,)),
     Row(cache="DeepCache", beside="HiresFix", models=("tiny-sd",), fields=(HIRES,), passes=("base", "hires_fix")),
     Row(
@@ -112,6 +122,7 @@ ROWS = (
         passes=("base", "hires_fix"),
     ),
     Row(cache="DeepCache", beside="Guidance in a part of the run", models=(*UNETS, "tiny-sd"), fields=(PARTLY,)),
+    Row(cache="DeepCache", beside="FreeU", models=(*UNETS, "tiny-sd"), fields=({"freeu": True},)),
     Row(
         cache="DeepCache",
         beside="Flux models (use FBCache instead)",
@@ -145,6 +156,13 @@ ROWS = (
         models=("flux-schnell",),
         fields=({**PARTLY, "guidance_scale": 3.0},),
         note="where a Flux is not distilled to its guidance",
+    ),
+    Row(
+        cache="FBCache",
+        beside="FreeU (a transformer has no skips to weigh)",
+        models=("flux-dev",),
+        fields=({"freeu": True},),
+        remedy=("freeu", "Leave it out"),
     ),
     Row(
         cache="FBCache",

@@ -69,12 +69,8 @@ def test_the_service_has_time_to_end_and_folders_that_it_may_write(name: str) ->
     made = re.search(r"mkdir --parents (.*?) &&", DOCKERFILE)
     assert made is not None
     assert set(targets) == set(made[1].split()), "a volume's owner is that of the folder it is laid over"
-    for folder in (
-        "WAVESPEED_JOBS_FOLDER",
-        "WAVESPEED_CHECKPOINT_FOLDER",
-        "WAVESPEED_LORA_FOLDER",
-        "WAVESPEED_EMBEDDING_FOLDER",
-    ):
+    for kind in ("JOBS", "CHECKPOINT", "LORA", "EMBEDDING", "UPSCALER"):
+        folder = f"WAVESPEED_{kind}_FOLDER"
         path = PurePosixPath(service["environment"][folder])
         [mode] = [mode for target, mode in targets.items() if path.is_relative_to(target)]
         assert mode == ("rw" if folder == "WAVESPEED_JOBS_FOLDER" else "ro")

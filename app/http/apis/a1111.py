@@ -46,7 +46,6 @@ API = "a1111"
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 NONE_HERE = (
     "sd-vae",
-    "upscalers",
     "latent-upscale-modes",
     "hypernetworks",
     "face-restorers",
@@ -185,6 +184,13 @@ def loras(request: Request) -> list[dict[str, Any]]:
     """As <lora:name:0.8>."""
     names = Adapters(service_of(request).settings).loras.files()
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in names]
+
+
+@router.get("/upscalers", summary="What enlarges a picture, by name", responses=errors(401))
+def upscalers(request: Request) -> list[dict[str, Any]]:
+    """For hr_upscaler. How many times a network enlarges is seen when it is used."""
+    names = ["Lanczos", *Adapters(service_of(request).settings).upscalers.files()]
+    return [{"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": None} for name in names]
 
 
 async def _nothing() -> list[Any]:

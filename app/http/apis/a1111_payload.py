@@ -67,7 +67,7 @@ IDLE = {"subseed", "refiner_switch_at", "hr_cfg"}
 _OF_INPAINTING = {"inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"}
 _OF_MASKS = {"mask_blur", "mask_blur_x", "mask_blur_y", "mask_round"}
 IDLE_IMG2IMG = IDLE | _OF_INPAINTING | _OF_MASKS | {"image_cfg_scale"}
-_HIRES = "hires_fix here enlarges with Lanczos to twice the size and draws over it at half strength."
+_HIRES = "hires_fix here enlarges with Lanczos or an upscaler to twice the size and draws over it at half strength."
 HIRES = {
     "hr_scale": Neutral((2,), _HIRES),
     "hr_upscaler": Neutral(("Lanczos",), _HIRES),
@@ -137,8 +137,10 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateReq
     Raises Invalid, Unsupported or Incompatible.
     """
     body = {name: value for name, value in without_neutral(body, kind.neutral).items() if name not in kind.idle}
+    named = body.get("hr_upscaler")
+    file = named if isinstance(named, str) and named != "Lanczos" and not named.startswith("Latent") else None
     if body.get("enable_hr") is True:
-        without_neutral({**_HIRES_DEFAULTS, **body}, HIRES)
+        without_neutral({**_HIRES_DEFAULTS, **body, **({"hr_upscaler": "Lanczos"} if file else {})}, HIRES)
     body = {name: value for name, value in body.items() if name not in HIRES or name == "denoising_strength"}
     options = validated(kind, {name: body.pop(name) for name in kind.model_fields if name in body})
     values = _Values(body)
@@ -149,6 +151,8 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateReq
     _number(values, options)
     if options.enable_hr:
         values.put("hires_fix", True, "enable_hr")
+        if file:
+            values.put("hires_upscaler", file, "hr_upscaler")
         for name in ("width", "height"):
             pixels = values.get(name, GenerateRequest.model_fields[name].default)
             values[name] = pixels * 2 if isinstance(pixels, int) else pixels
