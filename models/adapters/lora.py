@@ -113,6 +113,8 @@ def read(lora: Lora) -> LoraFile:
         numbers = tensor.float()
         if not is_finite([numbers]):
             raise _failed(lora, f"its {key[:_LETTERS]!r} holds numbers that are not finite.")
+        if key.endswith(".alpha") and numbers.numel() != 1:
+            raise _failed(lora, f"its {key[:_LETTERS]!r} is not one number.")
         if key.startswith(_BUNDLED):
             word, _, encoder = key.removeprefix(_BUNDLED).partition(".")
             embeddings.setdefault(word, {})[encoder] = numbers
