@@ -33,10 +33,9 @@ def check(tensors: Iterable[Tensor], result: str, pipeline: Any, parts: Iterable
     for part, network in networks.items():
         for path, weights in _weights(network):
             if not is_finite([weights]):
-                kind = "a LoRA's weights" if ".lora_" in path else "weights"
                 raise NotFinite(
-                    f"{result} not finite: the {part} holds {kind} that are not ({path}). "
-                    "Take another file of the model, or leave the adapter out."
+                    f"{result} not finite: the {part} holds weights that are not ({path}). "
+                    "Take another file of the model, or leave the embeddings out."
                 )
     dtypes = {str(network.dtype).removeprefix("torch.") for network in networks.values()}
     remedy = " or ".join(sorted({"bfloat16", "float32"} - dtypes)) if "float16" in dtypes else "float32"

@@ -30,10 +30,16 @@ def factors(parts: Parts, alpha: float | None) -> tuple[Tensor, Tensor] | None:
 
 
 def delta(parts: Parts, alpha: float | None, weight: Tensor) -> Tensor:
-    """ΔW, of the shape of `weight`. Raises KeyError for a part that is missing, RuntimeError for shapes that misfit."""
+    """ΔW, of the shape of `weight`.
+
+    Raises KeyError for a part that is missing; RuntimeError, ValueError or TypeError for shapes that misfit.
+    """
     import torch
 
-    change: Tensor = _plain(parts, alpha, weight).reshape(weight.shape)
+    plain: Tensor = _plain(parts, alpha, weight)
+    if len(plain) != len(weight):
+        raise ValueError(f"{len(plain)} outputs for {len(weight)}")
+    change = plain.reshape(weight.shape)
     if (magnitude := parts.get("dora_scale")) is None:
         return change
     changed = weight + change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,7 +36,8 @@ def mentioned(files: dict[str, Path], texts: Iterable[str]) -> tuple[Embedding, 
     """
     lowered = [text.lower() for text in texts]
     short = [name.rpartition("/")[2] for name in files]
-    words = {word: path for word, path in zip(short, files.values(), strict=True) if short.count(word) == 1} | files
+    counts = Counter(short)
+    words = {word: path for word, path in zip(short, files.values(), strict=True) if counts[word] == 1} | files
     likely = [word for word in words if any(word.lower() in text for text in lowered)]
     return tuple(
         Embedding(name=word, path=words[word]) for word in likely if any(_word(word).search(text) for text in lowered)

@@ -1,7 +1,7 @@
 """LoRA and its kin: changes of the denoiser's and the text encoders' layers, beside them, for one request.
 
 Every layer that a file changes is changed, or named in a warning, or the file is refused. The model's own weights are
-never written to: see docs/decisions/lora-layers.md.
+never written to: see docs/decisions/lora-changes.md.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ class LoraFailed(AdapterFailed):
 class LoraFile:
     """A LoRA as its file has it: the parts of each layer by the trainer's name for it, and what else it brings.
 
-    `embeddings`: word → encoder → vectors, as AUTOMATIC1111 and OneTrainer bundle them. `settings`: PEFT's.
+    `embeddings`: word → encoder → vectors, as AUTOMATIC1111 and OneTrainer bundle them. `unknown`: keys of what is no
+    change of a layer that is known here. `settings`: PEFT's.
     """
 
     lora: Lora
     layers: Mapping[str, dict[str, Tensor]]
     embeddings: Mapping[str, Mapping[str, Tensor]]
+    unknown: Sequence[str]
     trainer: str
     settings: Mapping[str, Any]
 
@@ -57,10 +59,9 @@ class LoraFile:
             return float(own)
         patterns = self.settings.get(f"{component}.alpha_pattern") or {}
         default = self.settings.get(f"{component}.lora_alpha")
-        alpha: float | None = next((value for path, value in patterns.items() if name.endswith(path)), default)
-        if alpha is not None and self.settings.get(f"{component}.use_rslora"):
-            alpha *= len(parts["lora_down.weight"]) ** 0.5
-        return alpha
+        alpha = next((value for path, value in patterns.items() if name.endswith(path)), default)
+        rank_stabilised = self.settings.get(f"{component}.use_rslora") and "lora_down.weight" in parts
+        return alpha * len(parts["lora_down.weight"]) ** 0.5 if alpha and rank_stabilised else alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,19 @@ class _Layer:
 
 
 def read(lora: Lora) -> LoraFile:
-    """Raises AdapterFailed for a file that is broken, or holds what is no change of a layer."""
+    """Raises AdapterFailed for a file that is broken, or holds numbers that are not finite."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(lora.path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
             header = file.metadata() or {}
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        settings = _settings(header.get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise _failed(lora, f"its file cannot be read: {first_line(error)}") from error
     layers: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, dict[str, Tensor]] = {}
+    unknown = []
     for key, tensor in tensors.items():
         numbers = tensor.float()
         if not is_finite([numbers]):
@@ -117,9 +119,19 @@ def read(lora: Lora) -> LoraFile:
         elif (named := split(key)) is not None:
             layers.setdefault(named[0], {})[named[1]] = numbers
         else:
-            raise _failed(lora, f"it holds {key[:_LETTERS]!r}, which is no change of a layer that is known here.")
+            unknown.append(key)
     layers = {name: parts for name, parts in layers.items() if parts.keys() != {"alpha"}}
-    return LoraFile(lora, layers, embeddings, origin.trainer(tensors, header), settings)
+    return LoraFile(lora, layers, embeddings, unknown, origin.trainer(tensors, header), settings)
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """PEFT's configuration by component, as diffusers writes it into the header. Raises ValueError."""
+    settings: dict[str, Any] = json.loads(text)
+    numbers = [value for name, value in settings.items() if name.endswith(".lora_alpha")]
+    patterns = [value for name, value in settings.items() if name.endswith(".alpha_pattern")]
+    if any(not isinstance(one, int | float) for one in (*numbers, *(n for each in patterns for n in each.values()))):
+        raise ValueError("its alphas are no numbers")
+    return settings
 
 
 @contextmanager
@@ -150,30 +162,36 @@ def _changed(forward: Callable[..., Tensor], changes: Sequence[Change]) -> Calla
 
 
 def _place(pipeline: Any, places: Places, file: LoraFile, changes: dict[nn.Module, list[Change]]) -> list[str]:
-    """Adds what `file` changes to `changes`. Returns a sentence on layers that this model has not got."""
+    """Adds what `file` changes to `changes`. Returns sentences on what of it was left out."""
+    if file.unknown:
+        reason = f"it holds {file.unknown[0][:_LETTERS]!r}, which is no change of a layer that is known here."
+        raise _foreign(pipeline, file, reason)
     found = {name: places.find(name) for name in file.layers}
     missing = [name for name, ours in found.items() if not ours]
-    if not file.layers:
-        raise _failed(file.lora, "it holds no change of a layer.")
-    if 2 * len(missing) > len(found):
-        raise _foreign(pipeline, file, f"it changes {missing[0][:_LETTERS]!r}, which this model has not got.")
+    if 2 * len(missing) >= len(found):
+        reason = f"it changes {missing[0][:_LETTERS]!r}, which this model has not got." if missing else "it is empty."
+        raise _foreign(pipeline, file, reason)
+    placed: set[nn.Module] = set()
+    twice = []
     for name, ours in found.items():
-        if not ours:
-            continue
         modules = tuple(places.module(place) for place in ours)
-        layer = _Layer(file.layers[name], file.alpha(name, ours[0].component), ours, modules)
-        _check(pipeline, file, name, layer)
-        for place, module in zip(ours, modules, strict=True):
-            if weight := file.lora.weight_of(place.component):
-                dtype = places.networks[place.component].dtype
-                change = _change(file, layer, place, module, weight, pipeline._execution_device, dtype)
-                changes.setdefault(module, []).append(change)
-    if not missing:
-        return []
-    some = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+        if not placed.isdisjoint(modules):  # some files have all their layers by the names of two trainers
+            twice.append(name)
+        elif ours:
+            placed.update(modules)
+            layer = _Layer(file.layers[name], file.alpha(name, ours[0].component), ours, modules)
+            _check(pipeline, file, name, layer)
+            for place, module in zip(ours, modules, strict=True):
+                if weight := file.lora.weight_of(place.component):
+                    dtype = places.networks[place.component].dtype
+                    change = _change(file, layer, place, module, weight, pipeline._execution_device, dtype)
+                    changes.setdefault(module, []).append(change)
+    reasons = ((missing, "are none of this model's"), (twice, "stand there by another name too"))
     return [
-        f"{len(missing)} of the {len(found)} layers that the LoRA {file.lora.name!r} changes are none of this model's "
-        f"and were left out: {some}."
+        f"{len(names)} of the {len(found)} layers that the LoRA {file.lora.name!r} changes {reason} and were left out: "
+        f"{', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}."
+        for names, reason in reasons
+        if names
     ]
 
 
@@ -188,7 +206,7 @@ def _check(pipeline: Any, file: LoraFile, name: str, layer: _Layer) -> None:
         fits = made.shape == whole.shape and (bias is None or len(bias) == len(whole))
     except KeyError as error:
         raise _failed(file.lora, f"its {name[:_LETTERS]!r} lacks the part {error.args[0]}.") from error
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError, TypeError, ZeroDivisionError):
         fits = False
     if not fits:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in layer.parts.items() if part != "alpha")
@@ -266,8 +284,10 @@ def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *, t
 
 def _foreign(pipeline: Any, file: LoraFile, reason: str) -> LoraFailed:
     """What to raise for a file that does not fit: for which family it was made, if that shows, else the reason."""
-    downs = {name: parts.get("lora_down.weight") for name, parts in file.layers.items()}
-    theirs = origin.family({name: () if down is None else tuple(down.shape) for name, down in downs.items()})
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(file.unknown, ())
+    for name, parts in file.layers.items():
+        shapes[name] = tuple(parts["lora_down.weight"].shape) if "lora_down.weight" in parts else ()
+    theirs = origin.family(shapes)
     ours = origin.family_of(pipeline)
     if theirs is None or theirs == ours:
         return _failed(file.lora, reason)

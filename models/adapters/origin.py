@@ -11,7 +11,7 @@ _TRAINERS = (
     (r"^lora_transformer_", "OneTrainer"),
     (r"^lycoris_|\.hada_|\.lokr_|\.oft_blocks", "LyCORIS"),
     (r"^lora_(unet|te\d?)_", "kohya's sd-scripts"),
-    (r"^(diffusion_model|text_encoders)\.", "ComfyUI's layout"),
+    (r"^(diffusion_model|text_encoders)\.", "ai-toolkit or ComfyUI"),
     (r"\.lora_[AB]\.", "PEFT"),
     (r"[._]lora\.(down|up)\.|lora_linear_layer", "diffusers"),
 )
@@ -19,6 +19,7 @@ _IN_HEADER = (("ot_", "OneTrainer"), ("ai-toolkit", "ai-toolkit"), ("SimpleTuner
 # Of names with underscores for dots; the first that is found decides.
 _FAMILIES = (
     (r"distilled_guidance_layer", "Chroma"),
+    (r"(key|query)_norm_scale$", "Flux with a control picture"),  # Black Forest Labs' depth and canny
     (r"to_qkv_mlp_proj|double_stream_modulation", "FLUX.2"),
     (r"individual_token_refiner", "HunyuanVideo"),
     (r"(double|single)_stream_blocks_", "HiDream"),

@@ -110,6 +110,8 @@ REFUSED = [
     ('"alwayson_scripts": {"WaveSpeed": {"args": [{"x": 1}]}}', "invalid", "x", "no field"),
     ('"prompt": "a <lora:x:much>"', "invalid", "prompt", "<lora:name:0.8>"),
     ('"prompt": "a <lora:x:nan>"', "invalid", "loras.0.weight", "finite"),
+    ('"prompt": "a <lora:x:1:1:8>"', "invalid", "prompt", "<lora:name:te=0.5:unet=0.8>"),
+    ('"prompt": "a <lora:x:1:lbw=ALL>"', "invalid", "prompt", "<lora:name:te=0.5:unet=0.8>"),
     ('"prompt": "a <lora:../../x:1>"', "invalid", "loras.0.name", "LoRA"),
     ('"prompt": "a <hypernet:x:1>"', "invalid", "prompt", "<lora:name:0.8>"),
     ('"sampler_nam": "Euler"', "invalid", "sampler_nam", "'sampler_name'"),
@@ -177,6 +179,31 @@ async def test_the_prompt_s_loras_are_taken_out_of_it(engine: FakeEngine, tmp_pa
     assert params.prompt == "a forest"
     assert [(lora.name, lora.weight) for lora in params.loras] == [("ink", 0.5), ("wash", 1.0)]
     assert [row["path"] for row in listed] == ["ink", "wash"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "weights"),
+    [
+        ("<lora:ink:0.5>", (0.5, None)),
+        ("<lyco:ink:0.5>", (0.5, None)),
+        ("<lora:ink:0.3:0.8>", (0.8, 0.3)),  # the text encoders' first, as AUTOMATIC1111 reads it
+        ("<lora:ink:te=0.3:unet=0.8>", (0.8, 0.3)),
+        ("<lora:ink:0.8:te=0>", (0.0, None)),
+        ("<lora:ink:unet=0.8>", (0.8, 1.0)),
+        ("<lora:style/ink:0.5:0.5>", (0.5, None)),
+    ],
+)
+async def test_a_tag_may_give_the_text_encoders_a_strength_of_their_own(
+    engine: FakeEngine, tmp_path: Any, tag: str, weights: tuple[float, float | None]
+) -> None:
+    for name in ("ink", "style/ink"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(16))
+    async with client_of(engine, lora_folder=tmp_path) as client:
+        await drawn(client, {"prompt": f"a forest {tag}"})
+    (lora,) = engine.submitted[0].params.loras
+    assert (lora.weight, lora.text_weight) == weights
+    assert lora.name == tag.split(":")[1].rstrip(">")
 
 
 async def test_keys_open_it_as_bearer_and_as_password_and_only_here(engine: FakeEngine) -> None:

@@ -15,8 +15,8 @@ from tests.app.fakes import FakeEngine
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, str]:
     """The settings, as an operator writes them; the files are empty, since nothing reads them here."""
-    for folder, names in (("loras", ("ink", "wash.v2")), ("embeddings", ("bad-hands", "style"))):
-        (tmp_path / folder).mkdir()
+    for folder, names in (("loras", ("ink", "wash.v2", "sets/fog")), ("embeddings", ("bad-hands", "sets/style"))):
+        (tmp_path / folder / "sets").mkdir(parents=True)
         for name in names:
             (tmp_path / folder / f"{name}.safetensors").write_bytes(b"")
     (tmp_path / "secret.safetensors").write_bytes(b"")
@@ -34,14 +34,15 @@ async def client(engine: FakeEngine, folders: dict[str, str]) -> AsyncIterator[h
 async def test_named_loras_reach_the_job_as_files(
     client: httpx.AsyncClient, engine: FakeEngine, folders: dict[str, str]
 ) -> None:
-    loras = [{"name": "ink", "weight": 0.5}, {"name": "wash.v2.safetensors"}]
+    loras = [{"name": "ink", "weight": 0.5}, {"name": "wash.v2.safetensors"}, {"name": "fog", "text_weight": 0.2}]
     response = await client.post("/api/generate", json={"prompt": "a", "loras": loras})
     assert response.status_code == 200
     (job,) = engine.submitted
     root = Path(folders["lora_folder"]).resolve()
-    assert [(lora.name, lora.path, lora.weight) for lora in job.params.loras] == [
-        ("ink", root / "ink.safetensors", 0.5),
-        ("wash.v2", root / "wash.v2.safetensors", 1.0),
+    assert [(lora.name, lora.path, lora.weight, lora.text_weight) for lora in job.params.loras] == [
+        ("ink", root / "ink.safetensors", 0.5, None),
+        ("wash.v2", root / "wash.v2.safetensors", 1.0, None),
+        ("sets/fog", root / "sets" / "fog.safetensors", 1.0, 0.2),
     ]
 
 
@@ -90,7 +91,7 @@ async def test_a_flux_model_takes_no_embedding_and_says_so(client: httpx.AsyncCl
 
 async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
     response = await client.get("/api/adapters")
-    assert response.json() == {"loras": ["ink", "wash.v2"], "embeddings": ["bad-hands", "style"]}
+    assert response.json() == {"loras": ["ink", "sets/fog", "wash.v2"], "embeddings": ["bad-hands", "sets/style"]}
 
 
 async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine) -> None:

@@ -44,12 +44,13 @@ def test_a_picture_by_a_named_pair_with_a_lora() -> None:
         scheduler="karras",
         clip_skip=2,
         loras=(
-            *(Lora(name=name, path=Path("unread"), weight=weight) for name, weight in (("ink", 0.8), ("glow", 1.0))),
+            Lora(name="ink", path=Path("unread"), weight=0.8),
+            Lora(name="glow", path=Path("unread"), weight=1.0, text_weight=0.5),
         ),
     )
     found = restored(infotext(drawn, 4, "tiny-sd", "deepcache"))
     assert found == {
-        "Prompt": "a forest <lora:ink:0.8> <lora:glow:1>",
+        "Prompt": "a forest <lora:ink:0.8> <lora:glow:0.5:1>",
         "Negative prompt": "fog",
         "Steps": "25",
         "Sampler": "DPM++ 2M",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.compatibility.files import EmbeddingRow, LoraRow
+from tests.compatibility.embedding_files import EmbeddingRow
+from tests.compatibility.lora_files import LoraRow
 
 Arrays = dict[str, np.ndarray]
 RANK = 4

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tests.compatibility.files import FILES, FileRow
-from tests.compatibility.rows import ON, ROWS, Row
+from tests.compatibility.files import FILES
+from tests.compatibility.rows import ON, ROWS, FileRow, Row
 
 HEAD = """# Compatibility
 
@@ -21,13 +21,10 @@ printed by `python -m tests.compatibility.page`; a test fails when it is not cur
 FILE_HEAD = """
 ## Kinds of file
 
-Each line is a row of `tests/compatibility/files.py`: a file with its writer's key names and shapes, at small width and with random
-numbers. ✅: its picture is that of weights merged by hand, within one level of 255; beside it stands what `warnings` says. ❌: it is
-refused with this sentence. `key` is one of its tensors. Every file is called `ink` here. A refusal names Stable Diffusion 1.5 and 2.1
-apart by their true widths, which these small models have not got.
-
-| | kind | model | key | |
-|---|---|---|---|---|
+Each line is a file with its writer's key names and shapes, at small width and with random numbers. ✅: its picture is
+that of weights merged by hand, within one level of 255; beside it stands what `warnings` says. ❌: it is refused with
+this sentence. The key is one of its tensors. Every file is called `ink` here. A refusal tells Stable Diffusion 1.5 and
+2.1 apart by their true widths, which these small models have not got.
 """
 
 
@@ -39,11 +36,15 @@ def page() -> str:
             f"\n## {cache}\n\nSwitched on by {on}.\n\n| | {cache} with | models | requests |\n|---|---|---|---|\n"
         )
         parts += [_line(row) for row in ROWS if row.cache == cache]
-    return "".join([*parts, FILE_HEAD, *map(_file, FILES)])
+    parts.append(FILE_HEAD)
+    for group in dict.fromkeys(row.group for row in FILES):
+        parts.append(f"\n### {group}\n\n| | kind | model | key | |\n|---|---|---|---|---|\n")
+        parts += [_file(row) for row in FILES if row.group == group]
+    return "".join(parts)
 
 
 def _file(row: FileRow) -> str:
-    return f"| {'❌' if row.refused else '✅'} | {row.group}: {row.kind} | `{row.model}` | `{row.key}` | {row.said} |\n"
+    return f"| {'❌' if row.refused else '✅'} | {row.kind} | `{row.model}` | `{row.key}` | {row.said} |\n"
 
 
 def _line(row: Row) -> str:

@@ -44,6 +44,21 @@ class Row:
     note: str = ""
 
 
+Group = Literal["Checkpoint", "LoRA", "Embedding"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRow:
+    """One kind of file. `key`: one of its tensors. `said`: its refusal, or what `warnings` says beside the picture."""
+
+    group: Group
+    kind: str
+    model: str
+    key: str
+    said: str = ""
+    refused: bool = False
+
+
 LORA = {"loras": [{"name": WEIGHTS, "weight": 0.8}]}
 EMBEDDING = {"prompt": f"a forest in {WEIGHTS}", "negative_prompt": f"({WEIGHTS}:1.2)"}
 IMG2IMG = {"img2img_enabled": True, "img2img_image": PICTURE}

@@ -178,6 +178,18 @@ def test_a_truncated_file_is_named(sd: LoadedModel, tmp_path: Path) -> None:
         sd.generate(replace(PARAMS, prompt="style", embeddings=(style,)), NoCache(), ignore)
 
 
+def test_a_file_of_a_subfolder_is_named_with_or_without_its_folders() -> None:
+    files = {name: Path(f"{name}.safetensors") for name in ("hands", "style/hands", "style/ink")}
+    texts = ("an ink drawing of hands, style/hands",)
+    found = {(one.name, one.path.as_posix()) for one in embedding.mentioned(files, texts)}
+    assert found == {
+        ("hands", "hands.safetensors"),
+        ("style/hands", "style/hands.safetensors"),
+        ("ink", "style/ink.safetensors"),
+    }
+    assert embedding.mentioned({"a/ink": Path("a"), "b/ink": Path("b")}, ("in ink",)) == ()
+
+
 def test_names_are_words_of_their_own() -> None:
     files = {name: Path(f"{name}.safetensors") for name in ("art", "Bad-Hands", "c++")}
     found = embedding.mentioned(files, ("a party in a cart", "(bad-hands:1.2), c++"))

@@ -17,9 +17,13 @@ def folder(tmp_path: Path) -> WeightsFolder:
     for path in (inside / "ink.safetensors", inside / "old.pt", inside / "sub" / "deep.safetensors"):
         path.write_bytes(b"")
     (inside / "dir.safetensors").mkdir()
+    (inside / ".cache").mkdir()
+    (inside / ".cache" / "hidden.safetensors").write_bytes(b"")
+    (inside / "away").symlink_to(outside)
     (outside / "secret.safetensors").write_bytes(b"")
     (inside / "alias.safetensors").symlink_to(inside / "ink.safetensors")
-    (inside / "link.safetensors").symlink_to(outside / "secret.safetensors")
+    for link in (inside / "link.safetensors", inside / "sub" / "link.safetensors"):
+        link.symlink_to(outside / "secret.safetensors")
     (inside / "gone.safetensors").symlink_to(outside / "nothing.safetensors")
     (inside / "loop.safetensors").symlink_to(inside / "loop.safetensors")
     return WeightsFolder(inside, "LoRA")
@@ -27,8 +31,22 @@ def folder(tmp_path: Path) -> WeightsFolder:
 
 def test_a_name_finds_its_file_with_or_without_the_suffix(folder: WeightsFolder) -> None:
     ink = (folder.path / "ink.safetensors").resolve()  # type: ignore[operator]
-    assert folder.find("ink") == folder.find("ink.safetensors") == folder.find("alias") == ink
-    assert list(folder.files()) == ["alias", "ink"]
+    assert folder.find("ink") == folder.find("ink.safetensors") == ("ink", ink)
+    assert folder.find("alias") == ("alias", ink)
+    assert list(folder.files()) == ["alias", "ink", "sub/deep"]
+
+
+def test_a_file_of_a_subfolder_is_found_by_its_path_and_where_it_is_the_only_one_by_its_name(
+    folder: WeightsFolder,
+) -> None:
+    deep = (folder.path / "sub" / "deep.safetensors").resolve()  # type: ignore[operator]
+    assert folder.find("sub/deep") == folder.find("deep") == folder.find("deep.safetensors") == ("sub/deep", deep)
+    (folder.path / "more").mkdir()  # type: ignore[operator]
+    for name in ("deep", "ink"):
+        (folder.path / "more" / f"{name}.safetensors").write_bytes(b"")  # type: ignore[operator]
+    with pytest.raises(UnknownFile, match=r"More than one LoRA is called 'deep': give one of more/deep, sub/deep\."):
+        folder.find("deep")
+    assert folder.find("ink")[0] == "ink"
 
 
 @pytest.mark.parametrize(
@@ -38,8 +56,13 @@ def test_a_name_finds_its_file_with_or_without_the_suffix(folder: WeightsFolder)
         "gone",
         "loop",
         "dir",
-        "deep",
-        "sub/deep",
+        "sub",
+        "sub/link",
+        "sub/../ink",
+        "/deep",
+        "hidden",
+        ".cache/hidden",
+        "away/secret",
         "../outside/secret",
         "..\\outside\\secret",
         "..",

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.adapters.names import COMPONENTS
+from models.adapters.lora import applied, read
+from models.adapters.names import COMPONENTS, Place, Places
 from models.base import AdapterFailed, GenerationCancelled, GenerationParams, Lora, ModelSpec, Step
+from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel
 from models.text.encoded import TextCache
+from tests.models.original import save_flux, unet_name
 
 PARAMS = GenerationParams(prompt="a misty forest", width=64, height=64, steps=3, guidance_scale=3.0, seeds=(7,))
 
@@ -64,72 +67,10 @@ def random_pairs(model: LoadedModel, seed: int = 0, rank: Callable[[int], int] =
     return pairs
 
 
-def kohya(pairs: Pairs) -> dict[str, torch.Tensor]:
-    """Paths flattened with underscores; alphas that differ between layers, which scale by alpha / rank."""
-    tensors = {}
-    two = any(component == "text_encoder_2" for component, _ in pairs)
-    prefixes = {
-        "unet": "lora_unet_",
-        "text_encoder": "lora_te1_text_model_" if two else "lora_te_text_model_",
-        "text_encoder_2": "lora_te2_",
-    }
-    for index, ((component, path), (up, down)) in enumerate(pairs.items()):
-        name = prefixes[component] + path.replace(".", "_")
-        alpha = float(1 + index % 4)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(alpha)}
-        tensors[f"{name}.lora_up.weight"] = up * (len(down) / alpha)
-    return tensors
-
-
-def inner(path: str) -> str:
-    """A text encoder's path as files spell it: transformers 5 dropped a level of some encoders."""
-    return path if path.startswith("text_model.") else f"text_model.{path}"
-
-
-def sgm(pairs: Pairs) -> dict[str, torch.Tensor]:
-    """kohya's names for SDXL: those of the original UNet's blocks."""
-    places = {
-        "down_blocks.1.attentions.0.": "input_blocks_4_1_",
-        "down_blocks.2.attentions.1.": "input_blocks_8_1_",
-        "mid_block.attentions.0.": "middle_block_1_",
-        "up_blocks.0.attentions.2.": "output_blocks_2_1_",
-        "up_blocks.1.attentions.0.": "output_blocks_3_1_",
-    }
-    tensors = {}
-    for (_, path), (up, down) in pairs.items():
-        for place, theirs in places.items():
-            if path.startswith(place):
-                name = f"lora_unet_{theirs}{path.removeprefix(place).replace('.', '_')}"
-                tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-                tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    return tensors
-
-
-def diffusers_layout(pairs: Pairs) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for (component, path), (up, down) in pairs.items():
-        if component.startswith("text_encoder"):
-            name = f"{component}.{inner(path)}.lora_linear_layer"
-            tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
-        else:
-            tensors |= {f"{component}.{path}.lora.down.weight": down, f"{component}.{path}.lora.up.weight": up}
-    return tensors
-
-
 def peft_layout(pairs: Pairs) -> dict[str, torch.Tensor]:
     tensors = {}
     for (component, path), (up, down) in pairs.items():
-        name = f"{component}.{inner(path) if component.startswith('text_encoder') else path}"
-        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    return tensors
-
-
-def bare_peft_layout(pairs: Pairs) -> dict[str, torch.Tensor]:
-    """As `PeftModel.save_pretrained` writes a denoiser alone."""
-    tensors = {}
-    for (_, path), (up, down) in pairs.items():
-        name = f"base_model.model.{path}"
-        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        tensors |= {f"{component}.{path}.lora_A.weight": down, f"{component}.{path}.lora_B.weight": up}
     return tensors
 
 
@@ -172,48 +113,13 @@ def traces(model: LoadedModel) -> dict[str, Any]:
     return found
 
 
-LAYOUTS: list[tuple[str, Callable[[Pairs], dict[str, torch.Tensor]]]] = [
-    ("sd", kohya),
-    ("sd", diffusers_layout),
-    ("sd", peft_layout),
-    ("sd", bare_peft_layout),
-    ("sdxl", kohya),
-    ("sdxl", sgm),
-    ("sdxl", diffusers_layout),
-    ("flux", peft_layout),
-    ("flux", bare_peft_layout),
-]
-
-
-@pytest.mark.parametrize(("family", "layout"), LAYOUTS, ids=lambda value: getattr(value, "__name__", value))
-def test_each_layout_draws_what_merged_weights_draw(
-    family: str, layout: Callable[[Pairs], dict[str, torch.Tensor]], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue(family)
-    pairs = random_pairs(model)
-    if layout is bare_peft_layout:
-        pairs = {name: pair for name, pair in pairs.items() if name[0] in ("unet", "transformer")}
-    if layout is sgm:
-        spots = ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.1.", "mid_block.attentions.0.")
-        spots += ("up_blocks.0.attentions.2.", "up_blocks.1.attentions.0.")
-        pairs = {name: pair for name, pair in pairs.items() if name[1].startswith(spots)}
-    lora = saved(tmp_path, "own", layout(pairs))
-    plain = pixels(model.generate(PARAMS, NoCache(), ignore))
-    ours = pixels(model.generate(replace(PARAMS, loras=(replace(lora, weight=0.7),)), NoCache(), ignore))
-    with merged(model, (pairs, 0.7)):
-        expected = pixels(model.generate(PARAMS, NoCache(), ignore))
-    # W x + B (A x) and (W + B A) x round differently: a level or two of 255 after three steps.
-    assert np.abs(ours - expected).max() <= 2
-    assert np.abs(ours - plain).max() > 20
-
-
 def test_several_add_up_each_by_its_weight_in_either_precision(sd: LoadedModel, tmp_path: Path) -> None:
     first, second = random_pairs(sd, 1), random_pairs(sd, 2)
     unet_only = {name: pair for name, pair in second.items() if name[0] == "unet"}
     text_only = {name: pair for name, pair in first.items() if name[0] == "text_encoder"}
     halves = {name: (up.bfloat16(), down.bfloat16()) for name, (up, down) in unet_only.items()}
     loras = (
-        replace(saved(tmp_path, "text", kohya(text_only)), weight=-0.5),
+        replace(saved(tmp_path, "text", peft_layout(text_only)), weight=-0.5),
         replace(saved(tmp_path, "unet", peft_layout(halves)), weight=1.2),
     )
     ours = pixels(sd.generate(replace(PARAMS, loras=loras), NoCache(), ignore))
@@ -223,14 +129,59 @@ def test_several_add_up_each_by_its_weight_in_either_precision(sd: LoadedModel, 
     assert np.abs(ours - expected).max() <= 2
 
 
-def test_a_file_that_changes_part_of_the_text_encoder_is_read_whole(sd: LoadedModel, tmp_path: Path) -> None:
-    """diffusers alone would drop such a file's q projections."""
-    pairs = {name: pair for name, pair in random_pairs(sd).items() if name[1].endswith(("q_proj", "fc1"))}
-    lora = saved(tmp_path, "part", kohya(pairs))
-    ours = pixels(sd.generate(replace(PARAMS, loras=(lora,)), NoCache(), ignore))
-    with merged(sd, (pairs, 1.0)):
-        expected = pixels(sd.generate(PARAMS, NoCache(), ignore))
-    assert np.abs(ours - expected).max() <= 2
+def test_the_text_encoder_s_strength_apart(sd: LoadedModel, tmp_path: Path) -> None:
+    pairs = random_pairs(sd)
+    text = {name: pair for name, pair in pairs.items() if name[0] == "text_encoder"}
+    unet = {name: pair for name, pair in pairs.items() if name[0] == "unet"}
+    lora = saved(tmp_path, "own", peft_layout(pairs))
+    for weight, text_weight in ((0.7, 0.2), (0.7, 0.0), (0.0, 0.5)):
+        one = replace(lora, weight=weight, text_weight=text_weight)
+        ours = pixels(sd.generate(replace(PARAMS, loras=(one,)), NoCache(), ignore))
+        with merged(sd, (unet, weight), (text, text_weight)):
+            expected = pixels(sd.generate(PARAMS, NoCache(), ignore))
+        assert np.abs(ours - expected).max() <= 2
+
+
+def test_layers_by_two_names_are_changed_once(sd: LoadedModel, tmp_path: Path) -> None:
+    """OneTrainer has written files with all layers by the names of two trainers."""
+    pairs = {name: pair for name, pair in random_pairs(sd).items() if name[0] == "unet"}
+    other = {f"lora_unet_{path.replace('.', '_')}": pair for (_, path), pair in pairs.items()}
+    tensors = peft_layout(pairs)
+    for name, (up, down) in other.items():
+        tensors |= {f"{name}.lora_up.weight": up.clone(), f"{name}.lora_down.weight": down.clone()}
+    once = saved(tmp_path, "once", peft_layout(pairs))
+    twice = saved(tmp_path, "twice", tensors)
+    drawn = [sd.generate(replace(PARAMS, loras=(lora,)), NoCache(), ignore) for lora in (once, twice)]
+    assert np.array_equal(pixels(drawn[0]), pixels(drawn[1]))
+    assert drawn[0].warnings == []
+    (said,) = drawn[1].warnings
+    assert f"{len(pairs)} of the {2 * len(pairs)} layers that the LoRA 'twice' changes stand there by another" in said
+
+
+def test_every_layer_of_a_published_unet_is_found_by_its_published_name(sd: LoadedModel, sdxl: LoadedModel) -> None:
+    for model in (sd, sdxl):
+        unet = model.pipeline.unet  # type: ignore[attr-defined]
+        attends = ["Cross" in block for block in unet.config.up_block_types]
+        places = Places(model.pipeline)  # type: ignore[attr-defined]
+        for path in {key.rpartition(".")[0] for key in unet.state_dict()}:
+            theirs = unet_name(f"{path}.weight", unet.config.layers_per_block, attends).removesuffix(".weight")
+            for name in (f"diffusion_model.{theirs}", f"lora_unet_{theirs.replace('.', '_')}", f"unet.{path}", path):
+                assert places.find(name) == (Place("unet", path),), name
+
+
+def test_every_layer_of_flux_is_found_by_its_published_name(flux: LoadedModel, tmp_path: Path) -> None:
+    """The published file has each weight in its place: what the names stand for is cut out of it by their rows."""
+    transformer = flux.pipeline.transformer  # type: ignore[attr-defined]
+    save_flux(transformer, tmp_path / "flux.safetensors")
+    published, places, found = load_file(tmp_path / "flux.safetensors"), Places(flux.pipeline), set()  # type: ignore[attr-defined]
+    for key, tensor in published.items():
+        name, _, kind = key.rpartition(".")
+        for place in places.find(f"diffusion_model.{name}"):
+            rows = torch.cat([tensor[part] for part in place.rows]) if place.rows else tensor
+            ours = f"{place.path}.{'weight' if kind == 'scale' else kind}"
+            assert torch.equal(rows, transformer.state_dict()[ours])
+            found.add(ours)
+    assert found == transformer.state_dict().keys()
 
 
 def test_a_cache_sees_the_changed_network(sd: LoadedModel, flux: LoadedModel, tmp_path: Path) -> None:
@@ -298,6 +249,28 @@ def test_weight_zero_is_the_model_itself(model: LoadedModel, tmp_path: Path) -> 
     assert np.array_equal(pixels(off), pixels(model.generate(PARAMS, NoCache(), ignore)))
 
 
+def test_layers_whose_weights_are_kept_in_float8(flux_spec: ModelSpec, tmp_path: Path) -> None:
+    """diffusers' layerwise casting: what a LoRA or a DoRA adds is what it adds to the weights as they are kept."""
+    pipeline: Any = FLUX.load(flux_spec, "cpu").pipeline
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    path = "transformer_blocks.0.attn.to_q"
+    module = pipeline.transformer.get_submodule(path)
+    assert module.weight.dtype == torch.float8_e4m3fn
+    weight = module.weight.double()
+    down, up, x = torch.randn(2, 16), torch.randn(16, 2), torch.randn(3, 16)
+    magnitude = torch.rand(16) + 1
+    changed = weight + up.double() @ down.double()
+    turned = changed * (magnitude.double() / changed.norm(dim=1))[:, None]
+    pair = {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+    dora = pair | {f"transformer.{path}.lora_magnitude_vector": magnitude}
+    with torch.no_grad():
+        bias = module(torch.zeros(1, 16))
+        for name, tensors, expected in (("lora", pair, changed), ("dora", dora, turned)):
+            with applied(pipeline, [read(saved(tmp_path, name, tensors))]):
+                ours = module(x)
+            assert torch.allclose(ours.double(), x.double() @ expected.T + bias.double(), rtol=1e-4, atol=1e-5)
+
+
 def widened(pairs: Pairs, component: str) -> Pairs:
     """The last layer of the component made for inputs twice as wide."""
     name = [name for name in pairs if name[0] == component][-1]
@@ -308,17 +281,26 @@ def widened(pairs: Pairs, component: str) -> Pairs:
 def misfits(model: LoadedModel) -> dict[str, dict[str, torch.Tensor]]:
     pairs = random_pairs(model)
     denoiser = next(iter(pairs))[0]
-    one = next(iter(peft_layout(pairs)))
+    whole = peft_layout(pairs)
+    first = next(iter(whole)).removesuffix(".lora_A.weight")
+    out, inner = (whole[f"{first}.lora_{side}.weight"].shape[at] for side, at in (("B", 0), ("A", 1)))
+
+    def pair(rank: int, out: int, inner: int) -> dict[str, torch.Tensor]:
+        return {f"{first}.lora_A.weight": torch.ones(rank, inner), f"{first}.lora_B.weight": torch.ones(out, rank)}
+
     return {
-        "other names": {key.replace("blocks", "layers"): tensor for key, tensor in peft_layout(pairs).items()},
-        "one layer too many": peft_layout(pairs | {(denoiser, "nowhere.to_q"): (torch.ones(4, 1), torch.ones(1, 4))}),
+        "other names": {key.replace("blocks", "layers"): tensor for key, tensor in whole.items()},
         "other widths": peft_layout(widened(pairs, denoiser)),
-        "another component's": {"prior." + key: tensor for key, tensor in peft_layout(pairs).items()},
+        "as many numbers in another shape": whole | pair(1, out // 2, inner * 2),
+        "another component's": {"prior." + key: tensor for key, tensor in whole.items()},
         "no pairs": {"weights": torch.ones(3)},
-        "half a pair": {one: peft_layout(pairs)[one]},
-        "NaN": {key: tensor * torch.nan for key, tensor in peft_layout(pairs).items()},
-        "a DoRA": {**peft_layout(pairs), one.replace("lora_A.weight", "dora_scale"): torch.ones(3)},
-        "a LoKr": {one.replace("lora_A.weight", "lokr_w1"): torch.ones(3, 3)},
+        "half a pair": {f"{first}.lora_A.weight": torch.ones(1, inner)},
+        "NaN": {key: tensor * torch.nan for key, tensor in whole.items()},
+        "no rank": whole | pair(0, out, inner) | {f"{first}.alpha": torch.ones(())},
+        "two alphas": whole | {f"{first}.alpha": torch.ones(2)},
+        "a DoRA's norm of another width": whole | {f"{first}.dora_scale": torch.ones(3)},
+        "half a LoKr": {f"{first}.lokr_w1": torch.ones(2, 2)},
+        "a change of no kind": whole | {f"{first}.a1.weight": torch.ones(3, 3)},
     }
 
 
@@ -335,8 +317,12 @@ def test_what_does_not_fit_is_named_and_leaves_no_trace(model: LoadedModel, tmp_
 
 
 def test_a_broken_file_is_named(sd: LoadedModel, tmp_path: Path) -> None:
-    lora = saved(tmp_path, "own", kohya(random_pairs(sd)))
-    whole = lora.path.read_bytes()
+    lora = saved(tmp_path, "own", peft_layout(random_pairs(sd)))
+    for settings in ("[]", "{", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"to_q": null}}'):
+        save_file({}, lora.path, metadata={"lora_adapter_metadata": settings})
+        with pytest.raises(AdapterFailed, match=r"'own' cannot be used .* cannot be read"):
+            sd.generate(replace(PARAMS, loras=(lora,)), NoCache(), ignore)
+    whole = saved(tmp_path, "own", peft_layout(random_pairs(sd))).path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:7], b"", b"\xff" * 64, b"PK\x03\x04" + whole):
         lora.path.write_bytes(content)
         with pytest.raises(AdapterFailed, match=r"'own' cannot be used .* cannot be read"):

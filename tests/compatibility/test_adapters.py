@@ -1,4 +1,4 @@
-"""Every kind of file of `files.py`: its picture beside that of weights merged by hand, or its refusal."""
+"""Every kind of LoRA and embedding: its picture beside that of weights merged by hand, or its refusal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.text.encoded import TextCache
 from tests.compatibility.adapters import Written, vectors
-from tests.compatibility.files import EMBEDDINGS, LORAS, EmbeddingRow, FileRow, LoraRow
+from tests.compatibility.embedding_files import EMBEDDINGS, EmbeddingRow
+from tests.compatibility.lora_files import LORAS, LoraRow
+from tests.compatibility.rows import FileRow
 
 PARAMS = GenerationParams(prompt="a forest", width=64, height=64, steps=2, guidance_scale=3.0, seeds=(7,))
 WEIGHT = 0.7
