@@ -25,6 +25,7 @@ BETWEEN: dict[str, dict[str, Any]] = {
     "another size": {"width": 192, "seed": 8},
     "weights, a long prompt, clip skip": {"prompt": "a (stormy:1.4) sea at noon, " * 30, "clip_skip": 2},
     "another guidance": {"guidance_scale": 1.0, "guidance_rescale": 0.5},
+    "guidance in a part, FreeU": {"guidance_start": 0.3, "guidance_end": 0.6, "freeu": True, **ON["DeepCache"]},
     "several at once": {"num_images": 2, "batch_size": 2},
     "hires-fix, multi-scale and LoRA under DeepCache": {**STACK, **ON["DeepCache"]},
     "a picture to begin with": IMG2IMG,
