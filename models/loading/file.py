@@ -170,9 +170,10 @@ def read_tensors(spec: ModelSpec, part: Part, dtype: torch.dtype) -> dict[str, t
         return read_gguf(part.file, names)
     with safe_open(part.file, "pt") as opened:
         tensors = {name: opened.get_tensor(key) for name, key in names.items()}
+    tensors = descaled(spec.name, tensors, dtype)
     if (words := tensors.pop("encoder.embed_tokens.weight", None)) is not None:
         tensors.setdefault("shared.weight", words)  # T5's one matrix, which some write under both names
-    return descaled(spec.name, tensors, dtype)
+    return tensors
 
 
 def _converted(

@@ -68,6 +68,7 @@ _EDM = {"edm_mean", "edm_vpred.sigma_max"}
 _LEAVES = {"weight", "bias", "scale", "in_proj_weight", "in_proj_bias", "positional_embedding", "text_projection"}
 _LEAVES |= COMPANIONS
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
+_READ_HERE = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
@@ -79,6 +80,7 @@ _HEADS = (  # other kinds, by a part of a tensor's name
     (r"single_stream_modulation", "a Flux 2, a family that is not served here"),
     (r"motion_modules|temporal_transformer", "a motion module or a video model, which is not served here"),
     (r"^(down_blocks|up_blocks)\.\d", "a UNet in diffusers' names without its other networks: bring its whole folder"),
+    (r"^enc\.blk\.0\.", "a text encoder T5 in llama.cpp's names: take it as safetensors, in fp8, scaled fp8 or 16 bit"),
     (r"^(conv_first|model\.0|body\.0)\.", "an upscaler, which is no model by itself"),
 )
 
@@ -122,6 +124,8 @@ def recognise(header: Header) -> Recognised:
     """What a file with this header is."""
     if not header:
         return Recognised(None, "holds no tensors")
+    if any(key.endswith(".wscales") for key in header):  # it has LoRAs of its own, of what the rounding lost
+        return Recognised(None, f"is in nunchaku's SVDQuant, a quantisation that is not supported. {_READ_HERE}")
     if any(_ADAPTER.search(key) for key in header):
         return Recognised(None, "is a LoRA: put it into the folder of LoRAs")
     networks, rest = _networks(header)
@@ -138,10 +142,7 @@ def recognise(header: Header) -> Recognised:
         if _EDM & header.keys():
             raise BadFile("was trained in EDM's parametrisation (its keys say so), which no sampler here has")
         if left := next((name for name in rest if LEFT_BEHIND.search(name.rpartition(".")[2])), None):
-            raise BadFile(
-                f"holds {left}, a part of a quantisation that is not supported. Take a file in fp8, scaled fp8, "
-                "16 bit, or GGUF"
-            )
+            raise BadFile(f"holds {left}, a part of a quantisation that is not supported. {_READ_HERE}")
         if rest:
             raise BadFile(f"holds {len(rest)} tensors that belong to no network known here, {rest[0][:80]!r} first")
     except BadFile as error:

@@ -15,6 +15,7 @@ from typing import Any
 from models.base import LoadFailed
 
 from .header import TensorInfo
+from .quantised import COMPANIONS
 from .recognise import Network, Role, layers
 
 HEAD = 64  # channels of an attention head, of every published CLIP and of SD2's and SDXL's UNets
@@ -34,10 +35,13 @@ def _published() -> Mapping[str, Mapping[str, Any]]:
 def unusual(family: str, networks: Mapping[Role, Network]) -> str | None:
     """Why the published structure of `family` does not fit these networks, if it does not."""
     expected, found = _TENSORS.get(family), networks.get("unet")
-    if expected is None or found is None or len(found.tensors) == expected:
+    if expected is None or found is None:
+        return None
+    counted = sum(name.rpartition(".")[2] not in COMPANIONS for name in found.tensors)
+    if counted == expected:
         return None
     return (
-        f"has a UNet of {len(found.tensors)} tensors, and the published one of {family} has {expected}: layers were "
+        f"has a UNet of {counted} tensors, and the published one of {family} has {expected}: layers were "
         "taken out or added. Give it in the models file, with a folder of its configurations under `config`"
     )
 

@@ -110,13 +110,14 @@ OPEN_CLIP = {
 def clip(encoder: Any) -> Tensors:
     """As transformers once named them, under `text_model`."""
     state = encoder.state_dict().items()
-    return {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state}
+    return {key if key.startswith("text_") else f"text_model.{key}": value for key, value in state}
 
 
 def open_clip(encoder: Any) -> Tensors:
     """As OpenCLIP names them: queries, keys and values in one matrix, the projection on the other side."""
     tensors: Tensors = {}
-    for key, value in encoder.state_dict().items():
+    state = encoder.state_dict()
+    for key, value in state.items():
         name = key.removeprefix("text_model.")
         for ours, theirs in OPEN_CLIP.items():
             name = name.replace(ours, theirs)
@@ -125,7 +126,7 @@ def open_clip(encoder: Any) -> Tensors:
         elif "self_attn." not in name:
             tensors[name] = value
         elif ".q_proj." in name:
-            parts = [encoder.state_dict()[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            parts = [state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
             joined = name.replace("self_attn.q_proj.", "attn.in_proj_")
             tensors[joined] = torch.cat(parts)
     return tensors
