@@ -6,10 +6,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +17,16 @@ from torch.utils._pytree import tree_leaves
 from .libraries import quiet
 from .loading.plan import Work
 
+Shape = tuple[type, str, torch.dtype]
+"""What a count follows from: a network's class and configuration, and the precision that it runs in."""
+
 _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and the others follow
 _STEP_SIDES = (64, 128)
 _SLACK = 1.05  # beside what the network itself holds, a step has latents, predictions and the sampler's own
 _FIXED = 2**26  # bytes: the texts that are remembered, and small change
 _LONGEST_TEXT = 512  # tokens
-_DECODE_BYTES: WeakKeyDictionary[nn.Module, dict[torch.dtype, float]] = WeakKeyDictionary()
-_STEP_BYTES: WeakKeyDictionary[nn.Module, tuple[float, float]] = WeakKeyDictionary()
+_DECODE_BYTES: dict[Shape, float] = {}
+_STEP_BYTES: dict[Shape, tuple[float, float]] = {}
 
 Inputs = Callable[[int, int], Mapping[str, Any]]
 """Height and width of a grid of latents → a denoiser's arguments for one picture, on the meta device."""
@@ -38,12 +40,16 @@ def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int
     size: in Stable Diffusion and Flux more than a denoising step holds, see docs/decisions/memory-admission.md.
     """
     dtype = dtype or vae.dtype
-    counted = _DECODE_BYTES.setdefault(vae, {})
-    if dtype not in counted:
-        counted[dtype] = _count(vae, dtype)
+    shape = _shape(vae, dtype)
+    if shape not in _DECODE_BYTES:
+        _DECODE_BYTES[shape] = _count(vae, dtype)
     lying = sum(parameter.numel() for parameter in vae.parameters() if not parameter.is_meta)  # else layer by layer
     grown: int = (dtype.itemsize - vae.dtype.itemsize) * lying
-    return round(counted[dtype] * pixels) + grown
+    return round(_DECODE_BYTES[shape] * pixels) + grown
+
+
+def _shape(network: Any, dtype: torch.dtype) -> Shape:
+    return type(network), repr(sorted(network.config.items())), dtype
 
 
 def _count(vae: Any, dtype: torch.dtype) -> float:
@@ -62,13 +68,14 @@ def step_bytes(network: Any, dtype: torch.dtype, inputs: Inputs, cells: int) -> 
     cells: height times width of the latents. The count is a line through those of two sizes: attention keeps no scores,
     and what is left grows with the cells but for the text.
     """
-    if network not in _STEP_BYTES:
+    shape = _shape(network, dtype)
+    if shape not in _STEP_BYTES:
         with torch.device("meta"), quiet():
             skeleton = type(network).from_config(network.config).eval().to(dtype=dtype)
             small, large = (peak_bytes(lambda side=side: skeleton(**inputs(side, side))) for side in _STEP_SIDES)
         slope = (large - small) / (_STEP_SIDES[1] ** 2 - _STEP_SIDES[0] ** 2)
-        _STEP_BYTES[network] = small - slope * _STEP_SIDES[0] ** 2, slope
-    fixed, slope = _STEP_BYTES[network]
+        _STEP_BYTES[shape] = small - slope * _STEP_SIDES[0] ** 2, slope
+    fixed, slope = _STEP_BYTES[shape]
     return round(fixed + slope * cells)
 
 

@@ -47,6 +47,10 @@ class Part:
         """Whether the file itself holds small weights, which stay as they are."""
         return self.file.suffix.lower() == gguf.SUFFIX
 
+    def takes(self, quantization: Quantization | None) -> bool:
+        """Whether this network can be kept so: T5, from a file of its own, in fp8 alone."""
+        return self.network.role in ("unet", "flux") or (self.network.role == "t5" and quantization == "fp8")
+
     def bytes(self, itemsize: int, quantization: Quantization | None = None) -> int:
         """Of its weights, at `itemsize` a number, or quantised."""
         return sum(

@@ -52,7 +52,7 @@ def load_pipeline(
         if device == "cpu":
             networks = network_bytes(folder, dtype.itemsize, dict.fromkeys(small, spec.quantization))
             networks |= {
-                name: part.bytes(dtype.itemsize, spec.quantization if name in small else None)
+                name: part.bytes(dtype.itemsize, spec.quantization if part.takes(spec.quantization) else None)
                 for name, part in parts.items()
             }
             hooks.room(sum(networks.values()))
