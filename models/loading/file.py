@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from models.base import Hub, LoadFailed, ModelSpec, Quantization
 
 from . import gguf
-from .header import BadFile, read_header
+from .header import BadFile
 from .quantised import PREFIX, descaled, loading, read_gguf, tensor_bytes
-from .recognise import PARTS, WORDS, Network, Recognised, recognise
+from .recognise import PARTS, WORDS, Network, Recognised, recognise_file
 from .shapes import unusual
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def single_file(spec: ModelSpec) -> Path | None:
 def contents(spec: ModelSpec, file: Path) -> Recognised:
     """What the file holds. Raises LoadFailed."""
     try:
-        return recognise(read_header(file))
+        return recognise_file(file)
     except FileNotFoundError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} is missing.") from error
     except BadFile as error:
