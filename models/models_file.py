@@ -20,8 +20,8 @@ from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from .families import FAMILIES
 from .loading.checkpoints import CheckpointFolder
 from .loading.file import SUFFIXES
-from .loading.header import DANGER, UNSAFE, BadFile, read_header
-from .loading.recognise import recognise
+from .loading.header import DANGER, UNSAFE, BadFile
+from .loading.recognise import recognise_file
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Repository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
@@ -167,7 +167,7 @@ def _family(source: Path | Hub, where: str) -> str:
     if isinstance(source, Hub) or source.is_dir():
         raise ValueError(f"{where}: family is required with folder and hub; there are: {', '.join(FAMILIES)}")
     try:
-        found = recognise(read_header(source))
+        found = recognise_file(source)
     except (BadFile, OSError) as error:
         raise ValueError(f"{where}: {source} {error}") from None
     if found.family is None:

@@ -249,7 +249,8 @@ def configured_runner(
     tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
     """
     share_cores()
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", PINNED)
+    if device != "cpu":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", PINNED)
     import torch
 
     from models.registry import Registry

@@ -14,8 +14,8 @@ from typing import Any
 from models.base import ModelSpec
 
 from .file import SUFFIXES, single_file
-from .header import UNSAFE, BadFile, read_header
-from .recognise import PARTS, WORDS, Role, recognise
+from .header import UNSAFE, BadFile
+from .recognise import PARTS, WORDS, Role, recognise_file
 from .shapes import unusual
 from .tokenizers import T5_FOLDER
 
@@ -195,7 +195,7 @@ def _read(path: Path, stamp: Stamp, reason: str) -> _Entry:
     try:
         if path.is_dir():
             return _Entry(path, stamp, _family_of_folder(path))
-        found = recognise(read_header(path))
+        found = recognise_file(path)
     except BadFile as error:
         return _Entry(path, stamp, reason=str(error).removesuffix("."))
     except OSError as error:

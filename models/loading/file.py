@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.base import Hub, LoadFailed, ModelSpec, Quantization
 
 from . import gguf
-from .header import BadFile, read_header
+from .header import BadFile
 from .quantised import PREFIX, descaled, loading, read_gguf, tensor_bytes
-from .recognise import PARTS, WORDS, Network, Recognised, recognise
+from .recognise import PARTS, WORDS, Network, Recognised, recognise_file
 from .shapes import unusual
 
 if TYPE_CHECKING:
@@ -70,19 +69,13 @@ def single_file(spec: ModelSpec) -> Path | None:
 def contents(spec: ModelSpec, file: Path) -> Recognised:
     """What the file holds. Raises LoadFailed."""
     try:
-        status = file.stat()
-        return _recognised(file, status.st_mtime_ns, status.st_size)
+        return recognise_file(file)
     except FileNotFoundError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} is missing.") from error
     except BadFile as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file} {error}") from error
     except OSError as error:
         raise LoadFailed(f"The model {spec.name!r} cannot be read: {file}: {error.strerror}.") from error
-
-
-@lru_cache(maxsize=16)
-def _recognised(file: Path, changed: int, size: int) -> Recognised:
-    return recognise(read_header(file))
 
 
 def check_family(spec: ModelSpec, file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from models.base import ModelError
@@ -40,17 +39,11 @@ class Header(dict[str, TensorInfo]):
 
 def read_header(file: Path) -> Header:
     """Of a `.safetensors` or `.gguf` file; that the tensors fill the file is checked. Raises BadFile, OSError."""
-    found = file.stat()
-    return _read(file, found.st_mtime_ns, found.st_size)
-
-
-@lru_cache(maxsize=16)
-def _read(file: Path, changed: int, size: int) -> Header:
     from safetensors import SafetensorError, safe_open
 
     if file.suffix.lower() in UNSAFE:
         raise BadFile(f"is refused: a {file.suffix} file is a pickle, {DANGER}")
-    if size == 0:
+    if file.stat().st_size == 0:
         raise BadFile("is empty. Fetch it again.")
     if file.suffix.lower() == gguf.SUFFIX:
         return Header(_of_gguf(file))

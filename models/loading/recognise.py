@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from models.base import Prediction
 
-from .header import BadFile, Header, TensorInfo
+from .header import BadFile, Header, TensorInfo, read_header
 from .quantised import COMPANIONS, LEFT_BEHIND
 
 Role = Literal["unet", "flux", "vae4", "vae16", "clip_l", "clip_h", "clip_g", "t5"]
@@ -118,6 +120,17 @@ class Recognised:
     networks: Mapping[Role, Network] = field(default_factory=dict)
     prediction: Prediction | None = None
     terminal_snr: bool | None = None
+
+
+def recognise_file(file: Path) -> Recognised:
+    """What the file is, which is remembered until it changes. Raises BadFile, OSError."""
+    found = file.stat()
+    return _recognise_file(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=16)
+def _recognise_file(file: Path, changed: int, size: int) -> Recognised:
+    return recognise(read_header(file))
 
 
 def recognise(header: Header) -> Recognised:

@@ -114,7 +114,7 @@ def test_a_job_that_is_not_there(client: Client, identity: str) -> None:
 
 def test_what_the_service_has_and_does(client: Client) -> None:
     assert [row["name"] for row in client.models()[:2]] == ["tiny-sd", "tiny-flux"]
-    assert client.adapters() == {"loras": [], "embeddings": []}
+    assert client.adapters() == {"loras": [], "embeddings": [], "upscalers": []}
     assert client.telemetry()["worker_running"] is True
 
 

@@ -151,7 +151,7 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         "GGUF Q8_0",
         {"clip_l": "F16", "vae4": "F16"},
     ),
-    _served("a diffusers folder, variant fp16", "sd15", in_folders, "unet/conv_in.weight"),
+    _served("a diffusers folder, its variant fp16", "sd15", in_folders, "unet/conv_in.weight"),
     _served("as first published", "sd21", with_last_layer, INPUT, drawn=True),
     _served(
         "768-v, told by its weights",
@@ -177,7 +177,7 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         prediction="v_prediction",
     ),
     _served(
-        "and its noise ends pure (ztsnr)",
+        "predicts velocities and ends in pure noise (v_pred, ztsnr)",
         "sdxl",
         holding({"v_pred": (0,), "ztsnr": (0,)}, stable_diffusion),
         "ztsnr",

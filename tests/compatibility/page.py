@@ -21,10 +21,14 @@ printed by `python -m tests.compatibility.page`; a test fails when it is not cur
 FILE_HEAD = """
 ## Kinds of file
 
-Each line is a file with its writer's key names and shapes, at small width and with random numbers. ✅: its picture is
-that of weights merged by hand, within one level of 255; beside it stands what `warnings` says. ❌: it is refused with
-this sentence. The key is one of its tensors. Every file is called `ink` here. A refusal tells Stable Diffusion 1.5 and
-2.1 apart by their true widths, which these small models have not got.
+Each line is a file with its writer's key names and shapes, at small width and with random numbers. ❌: it is refused
+with this sentence. The key is one of its tensors. Every file is called `ink` here.
+
+✅ of a checkpoint: dropped into the folder of checkpoints it is a model of this family, and each number of its
+networks is exactly the one that the file stands for (of packed weights, by the formulas of the package `gguf`): that is
+stricter than a picture within one level. ✅ of a LoRA or an embedding: its picture is that of weights merged by hand,
+within one level of 255; beside it stands what `warnings` says. A refusal of a LoRA tells Stable Diffusion 1.5 and 2.1
+apart by their true widths, which these small models have not got.
 """
 
 
@@ -44,7 +48,8 @@ def page() -> str:
 
 
 def _file(row: FileRow) -> str:
-    return f"| {'❌' if row.refused else '✅'} | {row.kind} | `{row.model}` | `{row.key}` | {row.said} |\n"
+    model, key = (f"`{name}`" if name else "" for name in (row.model, row.key))
+    return f"| {'❌' if row.refused else '✅'} | {row.kind} | {model} | {key} | {row.said} |\n"
 
 
 def _line(row: Row) -> str:

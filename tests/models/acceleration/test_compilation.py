@@ -24,7 +24,7 @@ from models.base import GenerationCancelled, ModelSpec, Step
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel
-from tests.models.adapters.test_lora import kohya, peft_layout, random_pairs, saved
+from tests.models.adapters.test_lora import peft_layout, random_pairs, saved
 from tests.models.conftest import BETAS, TWO_LEVELS, save_sd
 from tests.models.test_generation import PARAMS, ignore, pixels
 
@@ -160,7 +160,7 @@ def test_another_attention_kernel_composes(traced: Any, tmp_path: Path, monkeypa
 
 def test_a_lora_composes_and_is_gone_afterwards(traced: Any, tmp_path: Path) -> None:
     before = traced.generate(COMPILED, DeepCache(interval=2), ignore)
-    added = (saved(tmp_path, "style", kohya(random_pairs(traced))),)
+    added = (saved(tmp_path, "style", peft_layout(random_pairs(traced))),)
     plain = traced.generate(replace(PLAIN, loras=added), DeepCache(interval=2), ignore)
     both = traced.generate(replace(COMPILED, loras=added), DeepCache(interval=2), ignore)
     assert np.array_equal(pixels(both.images), pixels(plain.images))
