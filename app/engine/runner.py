@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 SPINS = "30000"
-PINNED = "pinned_max_round_threshold_mb:1"  # else each tensor's page-locked memory is a power of two
+_PINNED = "pinned_max_round_threshold_mb:1"  # else each tensor's page-locked memory is a power of two
 
 
 def share_cores() -> None:
@@ -250,7 +250,7 @@ def configured_runner(
     """
     share_cores()
     if device != "cpu":
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", PINNED)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", _PINNED)
     import torch
 
     from models.registry import Registry
