@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import MappingProxyType
 
 from models.base import Quantization
 
+from .header import BadFile, read_header
 from .quantised import tensor_bytes
 
 NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
@@ -17,7 +17,6 @@ _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<variant>\.fp16)?(-\d+-of-\d+)?(?P<late>\.fp16)?\.safetensors"
 )
 DROPPED = ("model_ema.",)  # beginnings of tensor names: a training run's average, which diffusers leaves in the file
-_LONGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 def weight_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -57,21 +56,10 @@ def loaded_bytes(files: Iterable[Path], itemsize: int, quantization: Quantizatio
     for file in files:
         try:
             total += sum(
-                tensor_bytes(name, tensor["shape"], itemsize, quantization)
-                for name, tensor in _header(file).items()
-                if name != "__metadata__" and not name.startswith(DROPPED)
+                tensor_bytes(name, tensor.shape, itemsize, quantization)
+                for name, tensor in read_header(file).items()
+                if not name.startswith(DROPPED)
             )
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, BadFile):
             total += file.stat().st_size if file.is_file() else 0  # the loader will say what is wrong with it
     return total
-
-
-def _header(file: Path) -> dict[str, dict[str, list[int]]]:
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError("the header is longer than the format allows")
-        header = json.loads(opened.read(length))
-    if not isinstance(header, dict):
-        raise TypeError("the header is not an object")
-    return header

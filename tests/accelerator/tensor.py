@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 NAME = "simulated"
 SMALL = 4096  # numbers: tensors up to that many have values
 ROOT = str(Path(__file__).resolve().parents[2])  # whose own name is no place
-PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/", "/peft/")
+PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/")
 """Folders whose lines a wait is charged to: the innermost one of them on the stack."""
 
 aten = torch.ops.aten

@@ -32,7 +32,7 @@ for number, (arguments, environment) in enumerate(commands):
             status = 0
         except SystemExit as ended:
             status = ended.code
-        except BaseException:
+        except BaseException:  # whatever ends it: a child must not go on as its parent
             traceback.print_exc()
         with open(f"heavy.{number}", "w") as file:
             print(*sorted({"torch", "diffusers"} & set(sys.modules)), end="", file=file)
