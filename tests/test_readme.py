@@ -1,4 +1,4 @@
-"""What the README shows is what the code takes."""
+"""What the README, and the pages beside it that list things, show is what the code takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from app.settings import Settings, variable
 from cache.deepcache.schedule import Uniform, Window
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def page(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+README, CACHING = page("README.md"), page("docs/caching.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -29,9 +35,9 @@ def bodies() -> list[dict[str, object]]:
     return [json.loads(body) for block in blocks("bash") for body in re.findall(r"-d '(\{.*?\})'", block, re.DOTALL)]
 
 
-def rows(after: str) -> list[list[str]]:
+def rows(text: str, after: str) -> list[list[str]]:
     """Cells of the first table after a heading or sentence, without its two head lines."""
-    table = re.search(r"((?:^\|.*\n)+)", README[README.index(after) :], re.MULTILINE)
+    table = re.search(r"((?:^\|.*\n)+)", text[text.index(after) :], re.MULTILINE)
     assert table is not None, f"no table after {after!r}"
     lines = table[1].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -67,7 +73,7 @@ def test_the_error_shown_is_the_error_given() -> None:
 
 def test_presets_are_described_as_they_are() -> None:
     described = {}
-    for name, numbers, window, *_ in rows("**DeepCache.**"):
+    for name, numbers, window, *_ in rows(CACHING, "**Presets.**"):
         interval, depth = map(int, numbers.split(","))
         start, end = (0, 1000) if window == "all" else map(int, window.split("–"))
         described[name.split("`")[1]] = {
@@ -79,7 +85,7 @@ def test_presets_are_described_as_they_are() -> None:
     assert described == PRESETS
 
 
-@pytest.mark.parametrize("row", rows("**DeepCache.**"), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows(CACHING, "**Presets.**"), ids=lambda row: row[0])
 def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
     steps, depth = 20, int(row[1].split(",")[1])
     reused = int(row[3].split(",")[0])
@@ -97,7 +103,7 @@ def test_the_saving_follows_from_interval_and_depth(row: list[str]) -> None:
 
 
 def test_every_setting_is_listed_with_its_default() -> None:
-    listed = {name.strip("`"): default.strip("`") for name, default, _ in rows("## Settings")}
+    listed = {name.strip("`"): default.strip("`") for name, default, _ in rows(page("docs/settings.md"), "# Settings")}
     assert set(listed) == {variable(name) for name in Settings.model_fields}
     in_words = {
         "model": "tiny-sd",
@@ -118,7 +124,7 @@ def test_every_setting_is_listed_with_its_default() -> None:
 
 def test_every_metric_is_named() -> None:
     exported = set(re.findall(r"^# HELP (wavespeed_\w+)", empty_exposition(), re.MULTILINE))
-    named = set(re.findall(r"`(wavespeed_\w+)`", README))
+    named = set(re.findall(r"`(wavespeed_\w+)`", page("docs/operations.md")))
     assert named == {name for name in exported if not name.endswith("_created")}
 
 
@@ -130,7 +136,7 @@ def empty_exposition() -> str:
 
 
 def test_fields_named_in_the_text_exist() -> None:
-    named = set(re.findall(r"`((?:deepcache|fbcache|cache)_[a-z_]+)", README))
+    named = set(re.findall(r"`((?:deepcache|fbcache|cache)_[a-z_]+)", README + CACHING))
     reported = {"cache_bytes"}
     assert named - reported <= set(GenerateRequest.model_fields)
 
@@ -168,3 +174,8 @@ def test_the_index_of_documents_lists_every_page() -> None:
 def test_scripts_named_in_the_text_exist() -> None:
     for script in set(re.findall(r"\bscripts/\w+", README)):
         assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_it_is_read_in_three_minutes() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(prose.split()) <= 1200
