@@ -38,7 +38,7 @@ _LEFT_OUT = "(deepcache|fbcache|cache)_.*|prompt|num_images|batch_size|output_fo
 
 @with_fields(leave=_LEFT_OUT)
 def compare(
-    prompt: Annotated[str, typer.Argument(help="What the pictures show.")] = "a stormy sea at sunset",
+    prompt: Annotated[str, typer.Argument(help="What the pictures show.")] = "a stormy island at twilight",
     output: Annotated[Path, typer.Option("--output", "-o", help="The sheet: .png, .jpg or .webp.")] = Path(
         "comparison.png"
     ),

@@ -108,7 +108,7 @@ def test_the_sheet_shows_each_row_s_decisions(runner: RecordingRunner) -> None:
 
 def test_nothing_need_be_typed(runner: RecordingRunner) -> None:
     assert CliRunner().invoke(command_line.cli, ["compare"]).exit_code == 0
-    assert {job.params.prompt for job in runner.jobs} == {"a stormy sea at sunset"}
+    assert {job.params.prompt for job in runner.jobs} == {"a stormy island at twilight"}
 
 
 def test_json_is_all_that_stdout_holds(runner: RecordingRunner) -> None:
