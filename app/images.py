@@ -1,11 +1,12 @@
-"""Pictures to bytes, and a client's picture from text, trusted in nothing."""
+"""Pictures to bytes, and a client's picture or what stands in it from text, trusted in nothing."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ _READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever
 _REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
 _DATA_URLS = ("image/png", "image/jpeg", "image/jpg", "image/webp")  # jpg is no media type, and what many write
 _SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
+_LONGEST_TEXTS = 2**20  # characters; a few bytes unfold to so many
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,17 +62,37 @@ def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:
     behind it; of 16 bits a channel the upper 8 are kept; EXIF that cannot be read orients nothing. Raises Invalid, or
     PictureTooLarge, read from the header, for more than `max_pixels`; both name `field`.
     """
+    with _opened(text, field, max_pixels) as (file, data):
+        if file.format in ("PNG", "WEBP") and getattr(file, "is_animated", False):
+            raise Invalid(f"{field} is animated; send one of its frames.", field=field)
+        if file.format == "JPEG" and data.count(b"\xff\xda") > _SCANS:
+            raise Invalid(f"{field} is a JPEG of more than {_SCANS} scans; save it again.", field=field)
+        file.load()
+        return _upright(file, _rgb(file))
+
+
+def read_texts(text: str, *, field: str, max_pixels: int) -> dict[str, str]:
+    """What stands in the text chunks of a PNG before its pixels, which are not decoded; of another kind nothing.
+
+    Blocking; raises as `read_picture` does.
+    """
+    with _opened(text, field, max_pixels) as (file, _):
+        found = file.info.items() if file.format == "PNG" else ()
+        texts = {str(name): str(value) for name, value in found if isinstance(value, str)}
+        if sum(map(len, texts.values())) > _LONGEST_TEXTS:
+            raise Invalid(f"{field} holds more than {_LONGEST_TEXTS} characters of text.", field=field)
+        return texts
+
+
+@contextmanager
+def _opened(text: str, field: str, max_pixels: int) -> Iterator[tuple[Image.Image, bytes]]:
+    """The picture in `text`, its header alone read, and its bytes. What is wrong, in the block too, is Invalid."""
     data = _bytes_of(text, field)
     try:
         _check_pixels(_webp_size(data), field, max_pixels)
         with Image.open(io.BytesIO(data), formats=_READ) as file:
             _check_pixels(file.size, field, max_pixels)
-            if file.format in ("PNG", "WEBP") and getattr(file, "is_animated", False):
-                raise Invalid(f"{field} is animated; send one of its frames.", field=field)
-            if file.format == "JPEG" and data.count(b"\xff\xda") > _SCANS:
-                raise Invalid(f"{field} is a JPEG of more than {_SCANS} scans; save it again.", field=field)
-            file.load()
-            return _upright(file, _rgb(file))
+            yield file, data
     except UnidentifiedImageError:
         raise Invalid(f"{field} holds no picture that is read here. {_REMEDY}", field=field) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

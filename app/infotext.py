@@ -7,8 +7,10 @@ sd_schedulers.py of its version 1.10; the text: modules/processing.py, `create_i
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from app import __version__
@@ -65,6 +67,8 @@ SCHEDULERS = (
     Scheduler("align_your_steps", "Align Your Steps", "ays"),
     Scheduler("beta", "Beta", "beta"),
 )
+_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_SIZE = re.compile(r"(\d+)x(\d+)")
 _JOINERS = "\u200c\u200d"
 _HIDING = ("Cc", "Cf", "Cs")
 _SAMPLERS = {word.lower(): sampler for sampler in SAMPLERS for word in (sampler.name, sampler.ours, *sampler.aliases)}
@@ -172,6 +176,47 @@ def _freeu(freeu: FreeU | None) -> dict[str, str]:
     if freeu is None:
         return {}
     return {f"FreeU {name}": f"{factor:g}" for name, factor in asdict(freeu).items()}
+
+
+def restored(text: str) -> dict[str, str]:
+    """What `infotext` wrote, by AUTOMATIC1111's names; Size also as Size-1 and Size-2, as its reader has them.
+
+    Text without a line of settings at its end is a prompt. Of whatever text, in time that grows with its length alone.
+    """
+    *lines, last = text.strip().split("\n")
+    settings, at = {}, 0
+    while found := _SETTING.match(last, at):
+        name, value, at = found[1], found[2], found.end()
+        with suppress(ValueError):
+            value = str(json.loads(value)) if value.startswith('"') else value
+        settings[name] = value.strip()
+    if not settings.get("Steps", "").isdecimal() or at < len(last):
+        settings, lines = {}, [*lines, last]
+    for name, value in list(settings.items()):
+        if size := _SIZE.fullmatch(value):
+            settings |= {f"{name}-1": size[1], f"{name}-2": size[2]}
+    prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
+    return {"Prompt": prompt.strip(), "Negative prompt": negative.strip(), **settings} if text else {}
+
+
+def drawn_with(texts: Mapping[str, str]) -> dict[str, object]:
+    """The settings in a PNG's text chunks, by the names of our fields: those of ours, else AUTOMATIC1111's."""
+    with suppress(ValueError):
+        ours = json.loads(texts.get("wavespeed", ""))
+        if isinstance(ours, dict):
+            return {name: value for name, value in ours.items() if value is not None}
+    theirs = restored(texts.get("parameters", ""))
+    found: dict[str, object] = {}
+    for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt"), ("model", "Model")):
+        found |= {name: theirs[label]} if label in theirs else {}
+    numbers = {"steps": "Steps", "seed": "Seed", "width": "Size-1", "height": "Size-2", "guidance_scale": "CFG scale"}
+    for name, label in numbers.items():
+        with suppress(KeyError, ValueError):
+            found[name] = float(theirs[label]) if name == "guidance_scale" else int(theirs[label])
+    with suppress(KeyError, Invalid):
+        sampler, scheduler = pair(theirs["Sampler"], theirs.get("Schedule type"))
+        found |= {"sampler": sampler.ours} | ({} if scheduler is None else {"scheduler": scheduler})
+    return found
 
 
 def text_chunks(

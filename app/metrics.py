@@ -73,6 +73,7 @@ class Metrics:
         self.requests_processed = 0
         self.images_produced = 0
         self.batches_processed = 0
+        self.last_drawn: float | None = None  # Unix seconds
         self._wait_seconds = 0.0
         self._caches = {name: _CacheTotals() for name in _TELEMETRY_NAMES}
 
@@ -110,6 +111,7 @@ class Metrics:
         self.requests_processed += 1
         self.images_produced += images
         self.batches_processed += len(batches)
+        self.last_drawn = time.time()
         for size in batches:
             self._batch.observe(size)
         self._wait_seconds += queue_seconds

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 import fastapi_offline
 import psutil
@@ -67,6 +69,12 @@ async def file(name: str) -> FileResponse:
 @router.get("/livez", summary="The process answers", tags=["health"])
 async def alive() -> dict[str, str]:
     return {"status": "ok"}
+
+
+@router.get("/queue/status", summary="How many wait, as Gradio says it", tags=["health"], responses=errors(401))
+async def queue_status(request: Request) -> dict[str, object]:
+    """Where clients of AUTOMATIC1111's page look whether it is there."""
+    return {"msg": "estimation", "queue_size": service_of(request).engine.status().pending}
 
 
 @router.get("/readyz", summary="A worker can take a job", tags=["health"], responses=errors(503))
@@ -173,23 +181,34 @@ async def telemetry(request: Request) -> dict[str, object]:
     """`total_vram`, `used_vram`, `free_vram` are in GB, the other memory figures in MB; `*_ts` in Unix seconds.
 
     `cache` says for each strategy how many denoiser calls were computed and reused: in all, in the last request and
-    over the last 100.
+    over the last 100. `pending_by_signature` counts the waiting requests by model.
     """
     service = service_of(request)
-    metrics, status = service.metrics, service.engine.status()
+    metrics, status, settings = service.metrics, service.engine.status(), service.settings
+    waiting, now = service.jobs.waiting(), time.time()
     return {
         "uptime_seconds": round(time.time() - metrics.started, 3),
         "server_start_ts": metrics.started,
         "pending_count": status.pending,
+        "pending_by_signature": Counter(record.model for record in waiting),
+        "pending_avg_wait_s": round(fmean([now - record.created for record in waiting] or [0.0]), 4),
         "running_count": status.running,
         "worker_running": status.ready,
         "requests_processed": metrics.requests_processed,
         "images_produced": metrics.images_produced,
+        "items_processed": metrics.images_produced,
         "batches_processed": metrics.batches_processed,
+        "last_batch_time": metrics.last_drawn,
+        "max_batch_size": settings.max_batch_size,
+        "max_images_per_group": settings.max_batch_size,
+        "batch_timeout": settings.batch_timeout,
         "avg_processed_wait_s": round(metrics.average_wait_seconds, 4),
         "memory_info": await asyncio.to_thread(_memory_info, status),
         "devices": [_device(device) for device in status.devices],
         "loaded_models": sorted(status.loaded),
+        "loaded_models_count": len(status.loaded),
+        "pipeline_import_ok": status.ready,
+        "pipeline_import_error": None if status.ready else _why_not(status),
         "cache": metrics.cache_report(),
     }
 
@@ -263,11 +282,11 @@ def _memory_info(status: EngineStatus) -> dict[str, float]:
         "vram_allocated_mb": round(sum(memory.allocated for memory in memories) / _MB, 1),
         "vram_reserved_mb": round(sum(memory.reserved for memory in memories) / _MB, 1),
         "vram_peak_mb": round(sum(memory.peak for memory in memories) / _MB, 1),
-        "system_ram_mb": round(_resident_bytes(status) / _MB, 1),
+        "system_ram_mb": round(resident_bytes(status) / _MB, 1),
     }
 
 
-def _resident_bytes(status: EngineStatus) -> int:
+def resident_bytes(status: EngineStatus) -> int:
     """Of this process and its workers."""
     resident: int = psutil.Process().memory_info().rss
     for device in status.devices:

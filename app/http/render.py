@@ -64,7 +64,8 @@ class GenerateAnswer(Report):
 
 
 class ImageData(BaseModel):
-    b64_json: str = Field(description="The file, base64.")
+    b64_json: str | None = Field(None, description="The file, base64.")
+    url: str | None = Field(None, description="Instead, with response_format url: the file as a data: URL.")
 
 
 class ImagesAnswer(Report):
@@ -147,6 +148,22 @@ def json_body(schema: str, summary: str | None = None, example: object = None) -
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "string", "description": "A picture, base64 or a data URL."}},
+                    "required": ["image"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
+"""OpenAPI of a body that is a picture."""
 MEDIA_TYPES: dict[str, OutputFormat] = {f"image/{name}": name for name in get_args(OutputFormat)}
 
 

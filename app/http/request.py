@@ -6,14 +6,15 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
 from app.engine.types import Engine
 from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
-from app.http.resolve import Resolver
+from app.http.resolve import MOST_PIXELS, Resolver
+from app.images import read_texts
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord
 from app.metrics import Metrics
@@ -54,6 +55,8 @@ class Service:
     jobs: Jobs
     resolver: Resolver
     uploads: Uploads
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Owner → the model of its requests under /sdapi that name none."""
 
 
 def service_of(request: Request) -> Service:
@@ -77,15 +80,36 @@ async def asked(request: Request) -> AsyncIterator[dict[str, Any]]:
 
     A large body has its share of the memory for uploads until the end of the block: let go of it there.
     """
+    with service_of(request).jobs.refusals():
+        async with _held(request) as body:
+            yield body
+
+
+@asynccontextmanager
+async def _held(request: Request) -> AsyncIterator[dict[str, Any]]:
     service = service_of(request)
-    with service.jobs.refusals():
-        length = _length(request)
-        size = service.settings.max_body_bytes if length is None else length
-        if size <= SMALL or size > service.settings.max_body_bytes:  # the latter is refused before it is read
-            yield await read_object(request)
-            return
-        async with service.uploads.taking(size):
-            yield await read_object(request)
+    length = _length(request)
+    size = service.settings.max_body_bytes if length is None else length
+    if size <= SMALL or size > service.settings.max_body_bytes:  # the latter is refused before it is read
+        yield await read_object(request)
+        return
+    async with service.uploads.taking(size):
+        yield await read_object(request)
+
+
+async def texts_of(request: Request) -> dict[str, str]:
+    """The text chunks of the PNG in the body's `image`. Raises as `read_object` and `read_texts` do."""
+    async with _held(request) as body:
+        if body.keys() != {"image"} or not isinstance(body["image"], str):
+            raise Invalid('The body must be {"image": "…"}, a picture as base64 or a data URL.', field="image")
+        return await asyncio.to_thread(read_texts, body["image"], field="image", max_pixels=MOST_PIXELS)
+
+
+def interrupted(request: Request, api: str) -> None:
+    """Give up the caller's oldest job under way that came by this API, if there is one."""
+    jobs = service_of(request).jobs
+    for record in jobs.of(owner_of(request), api)[:1]:
+        jobs.leave(record)
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -174,17 +174,23 @@ def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
         name = catalogue.default_flux if request.flux_enabled else catalogue.default
         if name is None:
             raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
-    model = catalogue.models.get(name)
-    if model is None and name in catalogue.unserved:
-        raise ModelNotFound(f"{shown(name)!r} is not served. {catalogue.unserved[name]}", field="model")
-    if model is None:
-        known = ", ".join(catalogue.models)
-        raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field="model")
+    model = served(name, catalogue)
     if request.flux_enabled and model.cache != "first_block":
         raise Incompatible(
             f"flux_enabled asks for a Flux model, and {model.name} is none. Leave one of the two out.",
             field="flux_enabled",
         )
+    return model
+
+
+def served(name: str, catalogue: Catalogue, field: str = "model") -> ModelInfo:
+    """Raises ModelNotFound."""
+    model = catalogue.models.get(name)
+    if model is None and name in catalogue.unserved:
+        raise ModelNotFound(f"{shown(name)!r} is not served. {catalogue.unserved[name]}", field=field)
+    if model is None:
+        known = ", ".join(catalogue.models)
+        raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field=field)
     return model
 
 
@@ -210,8 +216,8 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
             field="stable_fast",
         )
-    for name in ("clip_skip", "guidance_rescale", "freeu"):
-        if getattr(request, name) and is_flux:
+    for name, neutral in (("clip_skip", 1), ("guidance_rescale", 0), ("freeu", False)):
+        if getattr(request, name) not in (None, neutral) and is_flux:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
             )
@@ -306,8 +312,8 @@ def _given(**settings: Any) -> dict[str, Any]:
 
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
-    """A cache setting that nothing will read deserves a sentence: it may be a cache that was meant to be on."""
-    given, warnings = request.model_fields_set, []
+    """What was left out of the request; and a cache setting that nothing will read, which may be one meant to be on."""
+    given, warnings = request.model_fields_set, list(request.left_out)
     named = {field for field in given if getattr(request, field) is not None}
     changed = {field for field in given if getattr(request, field) != GenerateRequest.model_fields[field].default}
 

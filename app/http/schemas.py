@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from app.errors import Invalid, Unsupported, shown
+from app.errors import Invalid, shown
+from app.http.foreign import LIGHTDIFFUSION, translated
 from app.images import OutputFormat
 
 EXAMPLE: dict[str, JsonValue] = {
@@ -20,11 +29,6 @@ EXAMPLE: dict[str, JsonValue] = {
     "deepcache_enabled": True,
     "deepcache_interval": 3,
     "deepcache_depth": 2,
-}
-ALIASES = {
-    "cfg_scale": "guidance_scale",
-    "residual_diff_threshold": "fbcache_threshold",
-    "torch_compile": "compile",
 }
 PRESETS: dict[str, dict[str, int]] = {
     "balanced": {"deepcache_interval": 3, "deepcache_depth": 2, "deepcache_start_step": 0, "deepcache_end_step": 1000},
@@ -68,6 +72,7 @@ class GenerateRequest(BaseModel):
         json_schema_extra={"examples": [EXAMPLE]},
     )
     _preset_fields: ClassVar[tuple[str, ...]] = tuple(PRESETS["balanced"])
+    _left_out: tuple[str, ...] = PrivateAttr(())
 
     prompt: Prompt = Field(
         description="What the picture shows. UNet models read it whole, however long, and take weights: (word:1.3), "
@@ -253,6 +258,11 @@ class GenerateRequest(BaseModel):
         return self
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """A sentence on each field of another API that was taken and has no effect."""
+        return self._left_out
+
+    @property
     def deepcache(self) -> dict[str, Any]:
         """DeepCache's four numbers, the preset filled in, by the names of its constructor."""
         if self.deepcache_preset is not None:
@@ -274,27 +284,24 @@ class GenerateRequest(BaseModel):
         return {name: getattr(self, f"multiscale_{name}") for name in names}
 
 
-KNOWN = (*GenerateRequest.model_fields, *ALIASES)
+KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION)
 
 
-def parse(body: dict[str, Any], known: Collection[str] = KNOWN) -> GenerateRequest:
-    """Raises Invalid, naming the first field at fault, what is wrong with it, and the others.
+def parse(body: dict[str, Any], known: Collection[str] = KNOWN, left_out: Sequence[str] = ()) -> GenerateRequest:
+    """Raises Invalid, naming the first field at fault, what is wrong with it, and the others; Unsupported.
 
-    `known`: the names among which the nearest one to an unknown field is looked for.
+    known: the names among which the nearest one to an unknown field is looked for. left_out: what was left out before.
     """
-    body = dict(body)
-    for alias, field in ALIASES.items():
-        if alias in body:
-            if field in body:
-                raise Invalid(f"{alias} and {field} are the same field; give one.", field=alias)
-            body[field] = body.pop(alias)
+    body, said = translated(body, LIGHTDIFFUSION)
     for key in body:
         if key not in GenerateRequest.model_fields:
             nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
             raise Invalid(
                 f"There is no field {shown(key)!r}. The nearest known one is {nearest[0]!r}.", field=shown(key)
             )
-    return validated(GenerateRequest, body)
+    request = validated(GenerateRequest, body)
+    request._left_out = (*left_out, *said)
+    return request
 
 
 def validated(model: type[Model], values: dict[str, Any]) -> Model:
@@ -330,51 +337,8 @@ def _invalid(error: ValidationError) -> Invalid:
 
 
 def request_schema() -> dict[str, Any]:
-    """JSON Schema of the body, aliases included, for OpenAPI."""
+    """JSON Schema of the body, with the names of other APIs that it takes, for OpenAPI."""
     schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    properties = schema["properties"]
-    for alias, field in ALIASES.items():
-        properties[alias] = {**properties[field], "description": f"Another name of {field}."}
+    ours = schema["properties"]
+    schema["properties"] = {**ours, **{name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}}
     return schema
-
-
-@dataclass(frozen=True, slots=True)
-class Neutral:
-    """`values`: those that change nothing, null always among them. `remedy`: a sentence on what to do instead."""
-
-    values: tuple[object, ...]
-    remedy: str
-
-    def accepts(self, value: object) -> bool:
-        return value is None or any(_same(value, neutral) for neutral in self.values)
-
-    def schema(self) -> dict[str, Any]:
-        """JSON Schema of the values that are taken."""
-        return {"enum": [*self.values, None], "description": f"Changes nothing here. {self.remedy}"}
-
-
-def without_neutral(body: Mapping[str, Any], table: Mapping[str, Neutral], where: str = "") -> dict[str, Any]:
-    """The other fields of `body`. Raises Unsupported for a field of the table that asks for something.
-
-    `where`: what the fields are in, for the names in messages, with a dot at its end.
-    """
-    rest = {}
-    for name, value in body.items():
-        if name not in table:
-            rest[name] = value
-        elif not table[name].accepts(value):
-            wording = ", ".join(_written(neutral) for neutral in table[name].values) or "null"
-            raise Unsupported(
-                f"{where}{name} can only be {wording}: anything else would have no effect. {table[name].remedy}",
-                field=f"{where}{name}",
-            )
-    return rest
-
-
-def _same(one: object, other: object) -> bool:
-    """In Python true is 1; in JSON it is not."""
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
-
-
-def _written(value: object) -> str:
-    return repr(value).lower() if isinstance(value, bool) else repr(value)

@@ -183,6 +183,10 @@ class Jobs:
         """The owner's jobs under way that came by this API, the oldest first."""
         return [one for one in self._records.values() if (one.owner, one.api, one.ended) == (owner, api, False)]
 
+    def waiting(self) -> list[JobRecord]:
+        """Everybody's jobs that no worker has yet."""
+        return [one for one in self._records.values() if one.state is JobState.QUEUED and not one.ended]
+
     async def result(self, record: JobRecord) -> bytes | None:
         """The answer of a job that is done, as JSON. Raises JobNotFound when it was dropped at this very moment."""
         if record.state is not JobState.DONE:

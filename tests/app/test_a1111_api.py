@@ -86,16 +86,17 @@ REFUSED = [
     ('"sampler_name": "DDIM", "eta": 1.0', "unsupported", "eta", "eta 0"),
     ('"denoising_strength": 2', "invalid", "denoising_strength", "1"),
     ('"cfg_scale": NaN', "invalid", "guidance_scale", "finite"),
-    ('"width": 1e9', "invalid", "width", "integer"),
+    ('"width": 1e9', "invalid", "width", "2048"),
     ('"seed": -2', "invalid", "seed", "-1"),
     ('"styles": ["a"]', "unsupported", "styles", "prompt"),
     ('"styles": "\\ud800"', "unsupported", "styles", "prompt"),
     ('"subseed_strength": 0.5', "unsupported", "subseed_strength", "not mixed"),
     ('"subseed_strength": false', "unsupported", "subseed_strength", "not mixed"),
     ('"s_churn": 1', "unsupported", "s_churn", "no such setting"),
-    ('"save_images": true', "unsupported", "save_images", "kept nowhere"),
-    ('"send_images": false', "unsupported", "send_images", "kept nowhere"),
-    ('"override_settings_restore_afterwards": false', "unsupported", "override_settings_restore_afterwards", "request"),
+    ('"save_images": "no"', "unsupported", "save_images", "kept nowhere"),
+    ('"steps": 4.5', "invalid", "steps", "integer"),
+    ('"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 3}', "invalid",
+     "override_settings.CLIP_stop_at_last_layers", "once"),
     ('"script_name": "x/y plot"', "unsupported", "script_name", "WaveSpeed"),
     ('"enable_hr": true', "unsupported", "hr_upscaler", "Lanczos"),
     ('"enable_hr": true, "hr_upscaler": "Lanczos"', "unsupported", "denoising_strength", "half strength"),
@@ -104,7 +105,13 @@ REFUSED = [
     ('"override_settings": {"samples_format": "tiff"}', "invalid", "output_format", "png"),
     ('"override_settings": {"sd_vae": "x.ckpt"}', "unsupported", "override_settings.sd_vae", "VAE"),
     ('"override_settings": {"\\ud800": 1}', "unsupported", "override_settings.\\ud800", "no setting"),
-    ('"alwayson_scripts": {"ControlNet": {"args": [{}]}}', "unsupported", "alwayson_scripts.ControlNet", "WaveSpeed"),
+    ('"alwayson_scripts": {"ControlNet": {"args": [{}]}}', "unsupported", "alwayson_scripts.ControlNet", "disabled"),
+    ('"alwayson_scripts": {"ControlNet": {"args": [{"enabled": false}, {"enabled": true}]}}', "unsupported",
+     "alwayson_scripts.ControlNet", "disabled"),
+    ('"alwayson_scripts": {"ADetailer": {"args": [true, false, {"ad_model": "hand_yolov8n.pt"}]}}', "unsupported",
+     "alwayson_scripts.ADetailer", "adetailer"),
+    ('"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "face_yolov8n.pt", "ad_prompt": "b"}]}}', "unsupported",
+     "alwayson_scripts.ADetailer", "adetailer"),
     ('"alwayson_scripts": {"ControlNet": "x"}', "unsupported", "alwayson_scripts.ControlNet", "WaveSpeed"),
     ('"alwayson_scripts": {"WaveSpeed": {"args": []}}', "invalid", "alwayson_scripts.WaveSpeed", "/api/generate"),
     ('"alwayson_scripts": {"WaveSpeed": {"args": [{"x": 1}]}}', "invalid", "x", "no field"),
@@ -117,7 +124,7 @@ REFUSED = [
     ('"sampler_nam": "Euler"', "invalid", "sampler_nam", "'sampler_name'"),
     ('"init_images": ["x"]', "invalid", "init_images", "no field"),
     ('"deepcache_interval": 11', "invalid", "deepcache_interval", "10"),
-    ('"deepcache_enabled": true, "override_settings": {"deepcache_enabled": true}', "invalid",
+    ('"deepcache_enabled": true, "override_settings": {"deepcache_enabled": false}', "invalid",
      "override_settings.deepcache_enabled", "once"),
 ]  # fmt: skip
 REFUSED_IMG2IMG = [
@@ -133,6 +140,13 @@ REFUSED_IMG2IMG = [
     (f'"init_images": ["{PICTURE}"], "enable_hr": true', "unsupported", "enable_hr", "hires_fix"),
     (f'"init_images": ["{PICTURE}"], "deepcache_enabled": true', "incompatible", "deepcache_enabled", "img2img"),
     (f'"init_images": ["{PICTURE}"], "img2img_denoise": 0.5', "invalid", "denoising_strength", "once"),
+    (
+        f'"init_images": ["{PICTURE}"], "alwayson_scripts": {{"ADetailer": {{"args": [true, true, '
+        '{"ad_model": "face_yolov8n.pt"}]}}',
+        "unsupported",
+        "alwayson_scripts.ADetailer",
+        "adetailer",
+    ),
 ]
 
 
@@ -167,6 +181,46 @@ async def test_what_is_idle_there_is_idle_here(client: httpx.AsyncClient, engine
     idle = {"mask_blur": 4, "image_cfg_scale": 1.5, "subseed": 7, "inpaint_full_res": True, "hr_upscaler": "Latent"}
     info = await drawn(client, {**idle, "init_images": [PICTURE], "seed": None, "batch_size": None}, "img2img")
     assert info["denoising_strength"] == engine.submitted[0].params.img2img.denoise == 0.75  # type: ignore[union-attr]
+
+
+# member as JSON, the field that the report's warnings name
+TAKEN = [
+    ({"save_images": True}, ["save_images"]),
+    ({"send_images": False}, ["send_images"]),
+    ({"override_settings_restore_afterwards": False}, ["override_settings_restore_afterwards"]),
+    ({"styles": [""], "sampler_name": "", "scheduler": "", "steps": 4.0, "seed": 7.0, "batch_size": 1.0}, []),
+    ({"sampler_name": "DDIM", "eta": 0}, []),
+    ({"url": "http://a/", "auth": "me:secret", "hr_additional_modules": [], "force_task_id": "x"}, []),
+    ({"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 2.0, "sd_vae": ""}}, []),
+    ({"clip_skip": 1, "override_settings": {"sd_model_checkpoint": "flux", "CLIP_stop_at_last_layers": 1}}, []),
+    ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": False, "weight": 1.0}, {"enabled": False}]}}}, []),
+    ({"alwayson_scripts": {"ADetailer": {"args": [False, False, {"ad_model": "face_yolov8n.pt"}]}}}, []),
+    (
+        {"alwayson_scripts": {"ADetailer": {"args": [True, {"ad_model": "None"}, {"ad_tab_enable": False}]}, "x": {}}},
+        [],
+    ),
+    ({"alwayson_scripts": {"ADetailer": {"args": [True, True, {"ad_model": "face_yolov8n.pt"}]}}}, ["ADetailer"]),
+]
+
+
+@pytest.mark.parametrize(("members", "named"), TAKEN)
+async def test_what_changes_no_picture_is_taken_and_named_where_it_asked_for_something(
+    client: httpx.AsyncClient, members: dict[str, Any], named: list[str]
+) -> None:
+    info = await drawn(client, members)
+    said = [warning for warning in info["wavespeed"]["warnings"] if not warning.startswith("The fake")]
+    assert len(said) == len(named)
+    assert all(name in warning for name, warning in zip(named, said, strict=True))
+
+
+async def test_whole_numbers_and_empty_names_are_read_as_they_are_meant(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await drawn(client, {"sampler_name": "", "sampler_index": "DDIM", "steps": 4.0, "clip_skip": 2, "n_iter": 2.0})
+    params = engine.submitted[0].params
+    assert (params.sampler, params.steps, params.clip_skip, len(params.seeds)) == ("ddim", 4, 2, 2)
+    await drawn(client, {"alwayson_scripts": {"ADetailer": {"args": [True, True, {"ad_model": "face_yolov8n.pt"}]}}})
+    assert engine.submitted[1].params.adetailer is True
 
 
 async def test_the_prompt_s_loras_are_taken_out_of_it(engine: FakeEngine, tmp_path: Any) -> None:

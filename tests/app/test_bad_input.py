@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import ServiceError
+from app.http.foreign import LIGHTDIFFUSION
 from app.http.resolve import resolve
 from app.http.schemas import GenerateRequest, parse
 from app.settings import Settings
@@ -265,7 +266,7 @@ VALUES = st.recursive(
 @settings(max_examples=150)
 @given(
     st.dictionaries(
-        st.sampled_from([*GenerateRequest.model_fields, "cfg_scale", "residual_diff_threshold"])
+        st.sampled_from([*GenerateRequest.model_fields, *LIGHTDIFFUSION])
         | st.text(st.characters(exclude_categories=()), max_size=8),
         VALUES,
         max_size=6,

@@ -11,9 +11,10 @@ import httpx
 import pytest
 from PIL import Image
 
+from app import infotext as written
 from app.engine.types import Catalogue
 from app.http.apis.a1111_payload import Options, read_payload
-from app.infotext import SAMPLERS, SCHEDULERS, infotext
+from app.infotext import SAMPLERS, SCHEDULERS, drawn_with, infotext, text_chunks
 from models.base import FreeU, GenerationParams, Img2Img, Lora, Upscaler
 from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
@@ -65,6 +66,35 @@ def test_a_picture_by_a_named_pair_with_a_lora() -> None:
         "Cache": "deepcache",
         "Version": found["Version"],
     }
+
+
+def test_our_own_reader_reads_it_so_too() -> None:
+    odd = Upscaler(name='4x, Seed: 9 "sharp"', path=Path("x"))
+    drawn = params(negative_prompt="fog, Steps: 3", width=768, steps=25, sampler="dpmpp_2m", upscale=odd)
+    theirs = restored(text := infotext(drawn, 4, "tiny-sd", "deepcache"))
+    theirs |= {"Size-1": "768", "Size-2": "512", "Postprocess upscaler": odd.name}
+    assert written.restored(text) == theirs
+    assert written.restored("") == {}
+    assert written.restored("a fog,\nSteps: to come") == {"Prompt": "a fog,\nSteps: to come", "Negative prompt": ""}
+
+
+@pytest.mark.parametrize("part", ["a", 'a:"', 'a:"\\"', "a:,", "\n", " "])
+def test_whatever_stands_there_is_read_in_one_go(part: str) -> None:
+    """Each takes hours where the time grows with the square of the length."""
+    assert "Steps" not in written.restored(part * 10**6)
+
+
+def test_a_picture_s_settings_are_ours_or_theirs() -> None:
+    drawn = params(negative_prompt="fog", steps=25, guidance_scale=7.5, sampler="dpmpp_2m", scheduler="karras")
+    texts = text_chunks(drawn, 4, "tiny-sd", "none", {})
+    names = ("prompt", "negative_prompt", "model", "steps", "seed", "width", "height", "guidance_scale", "sampler")
+    expected = ("a forest", "fog", "tiny-sd", 25, 4, 512, 512, 7.5, "dpmpp_2m")
+    for found in (drawn_with(texts), drawn_with({"parameters": texts["parameters"]})):
+        assert tuple(found[name] for name in names) == expected
+        assert found["scheduler"] == "karras"
+    odd = {"wavespeed": "[1]", "parameters": "a\nSteps: 3, Sampler: none, Seed: many, x: 1"}
+    assert drawn_with(odd) == {"prompt": "a", "negative_prompt": "", "steps": 3}
+    assert drawn_with({"wavespeed": "{"}) == {}
 
 
 def test_what_the_request_left_to_the_model_is_left_out() -> None:

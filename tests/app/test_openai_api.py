@@ -35,10 +35,10 @@ REFUSED = [
     ('"stream": true, "partial_images": -1', "invalid", "partial_images", "0"),
     ('"partial_images": 2', "invalid", "partial_images", "set stream to true"),
     ('"enable_preview": true', "unsupported", "enable_preview", "partial_images"),
-    ('"response_format": "url"', "unsupported", "response_format", "b64_json"),
-    ('"quality": "hd"', "unsupported", "quality", "steps"),
+    ('"response_format": "xml"', "invalid", "response_format", "b64_json"),
+    ('"quality": "best"', "unsupported", "quality", "steps"),
     ('"quality": 1', "unsupported", "quality", "steps"),
-    ('"style": "natural"', "unsupported", "style", "prompt"),
+    ('"style": "noir"', "unsupported", "style", "prompt"),
     ('"background": "transparent"', "unsupported", "background", "opaque"),
     ('"moderation": "high"', "unsupported", "moderation", "moderated"),
     ('"moderation": ["auto"]', "unsupported", "moderation", "moderated"),
@@ -66,6 +66,25 @@ async def test_what_would_change_nothing_or_is_wrong_is_refused(
     response = await client.post("/v1/images/generations", content=f"{{{prompt}{members}}}", headers=JSON)
     assert_refused(response, 422, kind, field, words)
     assert engine.submitted == []
+
+
+async def test_what_changes_no_picture_is_taken_and_named(client: httpx.AsyncClient) -> None:
+    for quality in ("auto", "standard", "low", "medium", "high", "hd"):
+        body = {"prompt": "a", "n": 1.0, "quality": quality, "style": "natural", "moderation": "low", "size": "auto"}
+        answer = await client.post("/v1/images/generations", json=body)
+        assert answer.status_code == 200, answer.text
+        said = " ".join(answer.json()["warnings"])
+        assert "style" in said
+        assert ("quality" in said) is (quality not in ("auto", "standard"))
+
+
+async def test_a_url_is_the_picture_itself(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "a", "seed": 7, "output_format": "webp"}
+    plain, linked = [
+        (await client.post("/v1/images/generations", json={**body, **form})).json()["data"][0]
+        for form in ({}, {"response_format": "url"})
+    ]
+    assert linked == {"url": f"data:image/webp;base64,{plain['b64_json']}"}
 
 
 async def test_null_is_as_good_as_nothing(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -26,6 +26,10 @@ CHANGES = [
     ("POST", "/sdapi/v1/img2img"),
     ("POST", "/sdapi/v1/interrupt"),
     ("POST", "/sdapi/v1/options"),
+    ("POST", "/sdapi/v1/png-info"),
+    ("POST", "/sdapi/v1/refresh-loras"),
+    ("POST", "/api/interrupt"),
+    ("POST", "/api/images/metadata"),
 ]
 
 

@@ -67,6 +67,18 @@ def test_auto_is_the_models_own_size_and_its_defaults_are_taken(client: openai.O
     assert (answer.model_extra or {})["cache"]["strategy"] == "first_block"
 
 
+def test_what_changes_no_picture_is_taken_and_a_url_holds_the_picture(client: openai.OpenAI) -> None:
+    answer = client.images.generate(
+        model="tiny-sd", prompt="a", quality="hd", style="natural", response_format="url", size="auto"
+    )
+    assert answer.data is not None
+    url = answer.data[0].url
+    assert url is not None
+    head, _, text = url.partition(",")
+    assert (head, picture(text).format) == ("data:image/png;base64", "PNG")
+    assert [warning.partition(" ")[0] for warning in (answer.model_extra or {})["warnings"][:2]] == ["quality", "style"]
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(0, 0), (1, 1), (3, 3)])
 def test_a_stream_has_partial_pictures_and_each_whole_one(client: openai.OpenAI, asked: int, expected: int) -> None:
     stream = client.images.generate(
@@ -128,8 +140,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"size": "513x512"}, openai.UnprocessableEntityError, "width"),
         ({"size": "large"}, openai.UnprocessableEntityError, "size"),
         ({"n": 11}, openai.UnprocessableEntityError, "n"),
-        ({"response_format": "url"}, openai.UnprocessableEntityError, "response_format"),
-        ({"quality": "high"}, openai.UnprocessableEntityError, "quality"),
+        ({"background": "transparent"}, openai.UnprocessableEntityError, "background"),
         ({"extra_body": {"deepcache_intervall": 3}}, openai.UnprocessableEntityError, "deepcache_intervall"),
         ({"extra_body": {"fbcache_enabled": True}}, openai.UnprocessableEntityError, "fbcache_enabled"),
         ({"model": "dall-e-3"}, openai.NotFoundError, "model"),

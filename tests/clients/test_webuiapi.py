@@ -96,7 +96,8 @@ def test_a_picture_is_drawn_over(client: Any) -> None:
         ({"sampler_name": "DDIM"}, "eta 0"),
         ({"enable_hr": True}, "Lanczos"),
         ({"sag": webuiapi.Sag()}, "no script"),
-        ({"adetailer": [webuiapi.ADetailer()]}, "no script"),
+        ({"adetailer": [webuiapi.ADetailer(ad_model="face_yolov8n.pt")]}, "no script"),
+        ({"controlnet_units": [webuiapi.ControlNetUnit()]}, "no script"),
         ({"width": 513}, "multiple of 8"),
         ({"override_settings": {"deepcache_intervall": 3}}, "no setting"),
         ({"alwayson_scripts": {"WaveSpeed": {"args": [{"steps": 5}]}}}, "give it once"),
@@ -118,7 +119,34 @@ def test_lists_are_what_its_helpers_expect(client: Any) -> None:
     assert [one["name"] for one in client.get_upscalers()] == ["Lanczos"]
     assert client.get_options()["sd_model_checkpoint"] == "tiny-sd"
     assert client.set_options(client.get_options()) is None
-    assert "override_settings" in client.set_options({"sd_model_checkpoint": "tiny-flux"})["error"]["message"]
+    assert "override_settings" in client.set_options({"samples_format": "webp"})["error"]["message"]
+    assert list(client.get_memory()) == ["ram", "cuda"]
+    assert client.get_cmd_flags()["api"] is True
+    assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
+    assert client.refresh_checkpoints() is None
+
+
+def test_what_is_switched_off_is_no_obstacle(client: Any) -> None:
+    units = [webuiapi.ControlNetUnit(enabled=False)] * 2
+    off = {"controlnet_units": units, "adetailer": [webuiapi.ADetailer()], "alwayson_scripts": {}}
+    result = client.txt2img(prompt="a", save_images=True, **off)
+    assert any("save_images" in warning for warning in result.info["wavespeed"]["warnings"])
+
+
+def test_a_model_is_set_for_what_follows(client: Any) -> None:
+    client.util_set_model("tiny-flux")
+    try:
+        client.util_wait_for_ready()
+        assert client.util_get_current_model() == "tiny-flux"
+        assert client.txt2img(prompt="a", sampler_name="Euler").info["sd_model_name"] == "tiny-flux"
+    finally:
+        client.set_options({"sd_model_checkpoint": None})
+    assert client.util_get_current_model() == "tiny-sd"
+
+
+def test_a_picture_tells_its_settings(client: Any) -> None:
+    drawn = client.txt2img(prompt="a misty forest", seed=7)
+    assert client.png_info(drawn.image).info == drawn.info["infotexts"][0]
 
 
 def test_progress_is_one_s_own_and_interrupt_ends_it(server: Server, client: Any) -> None:

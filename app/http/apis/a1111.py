@@ -8,19 +8,30 @@ import json
 import time
 from typing import Annotated, Any
 
+import psutil
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from app import __version__
 from app.engine.types import EngineStatus
-from app.errors import Unsupported, shown
-from app.http.apis.a1111_payload import OVERRIDES, SCRIPT, Img2ImgOptions, Options, payload_schema, read_payload
-from app.http.render import errors, json_body
-from app.http.request import asked, owner_of, read_object, request_id_of, service_of, waited
-from app.http.resolve import Adapters
+from app.errors import Invalid, Unsupported, shown
+from app.http.apis.a1111_payload import (
+    OVERRIDES,
+    SCRIPT,
+    SETTINGS,
+    Img2ImgOptions,
+    Options,
+    payload_schema,
+    read_payload,
+)
+from app.http.foreign import same
+from app.http.pages import resident_bytes
+from app.http.render import IMAGE_BODY, errors, json_body
+from app.http.request import asked, interrupted, owner_of, read_object, request_id_of, service_of, texts_of, waited
+from app.http.resolve import Adapters, served
 from app.http.schemas import KNOWN
-from app.infotext import AUTOMATIC, SAMPLERS, SCHEDULERS, infotext, sampler_label, scheduler_label
+from app.infotext import AUTOMATIC, SAMPLERS, SCHEDULERS, infotext, restored, sampler_label, scheduler_label
 from app.jobs.record import Drawn, JobRecord
 
 
@@ -42,6 +53,14 @@ class Progress(BaseModel):
     textinfo: str | None = Field(description="What it waits for, if it does.")
 
 
+class PngInfo(BaseModel):
+    """What a PNG tells of itself."""
+
+    info: str = Field(description="Its text `parameters`; empty where there is none.")
+    items: dict[str, str] = Field(description="All its texts, by name.")
+    parameters: dict[str, str] = Field(description="The settings that stand in info.")
+
+
 API = "a1111"
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
 NONE_HERE = (
@@ -51,8 +70,11 @@ NONE_HERE = (
     "face-restorers",
     "realesrgan-models",
     "prompt-styles",
+    "extensions",
 )
 """Lists that front ends fetch when they start, and that are empty here."""
+REFRESHED = ("checkpoints", "loras", "embeddings", "vae")
+MOST_CHOICES = 10_000  # callers whose choice of a model is kept; the one made longest ago goes first
 
 
 def schemas() -> dict[str, dict[str, Any]]:
@@ -92,7 +114,7 @@ async def _draw(request: Request, kind: type[Options]) -> Response:
 async def _submitted(request: Request, kind: type[Options]) -> JobRecord:
     service = service_of(request)
     async with asked(request) as body:
-        fields, same_aspect = read_payload(body, kind)
+        fields, same_aspect = read_payload(body, kind, service.chosen.get(owner_of(request)))
         job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
     return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API)
 
@@ -110,17 +132,17 @@ async def how_far(
 @router.post("/interrupt", summary="Give the caller's oldest request up", responses=errors(401))
 async def interrupt(request: Request) -> dict[str, str]:
     """It is answered 409. Nobody else's is touched; where there is none, nothing happens."""
-    jobs = service_of(request).jobs
-    for record in jobs.of(owner_of(request), API)[:1]:
-        jobs.leave(record)
+    interrupted(request, API)
     return {}
 
 
 @router.get("/options", summary="The settings of a request that names none", responses=errors(401, 503))
 async def options(request: Request) -> dict[str, Any]:
-    """Each can be set in a request's override_settings, and nowhere else."""
+    """Each can be set in a request's override_settings; the model also by POST."""
+    service = service_of(request)
     return {
-        "sd_model_checkpoint": service_of(request).engine.catalogue().default,
+        "sd_model_checkpoint": service.chosen.get(owner_of(request), service.engine.catalogue().default),
+        "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
         "live_previews_enable": False,
@@ -129,18 +151,35 @@ async def options(request: Request) -> dict[str, Any]:
 
 @router.post(
     "/options",
-    summary="Refused, unless it changes nothing",
-    responses=errors(401, 413, 422, 503),
+    summary="Choose the model of the caller's later requests",
+    responses=errors(401, 404, 413, 422, 503),
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}},
 )
 async def set_options(request: Request) -> None:
-    """A setting that outlives its request would change what others are drawn: they belong into override_settings."""
-    now = await options(request)
-    for name, value in (await read_object(request)).items():
-        if name in now and type(value) is type(now[name]) and value == now[name]:
+    """By sd_model_checkpoint, which null takes back; for the caller alone, under /sdapi. Another setting is refused
+    unless it changes nothing: it belongs into override_settings.
+    """
+    now, wanted = await options(request), await read_object(request)
+    for name, value in wanted.items():
+        nothing = name in SETTINGS and SETTINGS[name].asks_for_nothing(value)
+        if name == "sd_model_checkpoint" or nothing or (name in now and same(value, now[name])):
             continue
         where = "override_settings of the request" if name in OVERRIDES or name in KNOWN else "the server's environment"
         raise Unsupported(f"{shown(name)} is not set for all requests to come. Give it in {where}.", field=shown(name))
+    if "sd_model_checkpoint" in wanted:
+        _choose(request, wanted["sd_model_checkpoint"])
+
+
+def _choose(request: Request, name: object) -> None:
+    service, owner = service_of(request), owner_of(request)
+    if not isinstance(name, str | None):
+        raise Invalid("sd_model_checkpoint is a name from sd-models, or null.", field="sd_model_checkpoint")
+    model = served(name, service.engine.catalogue(), "sd_model_checkpoint") if name else None
+    service.chosen.pop(owner, None)
+    if model is not None:
+        service.chosen[owner] = model.name
+    if len(service.chosen) > MOST_CHOICES:
+        del service.chosen[next(iter(service.chosen))]
 
 
 @router.get("/sd-models", summary="The models, as AUTOMATIC1111 lists them", responses=errors(401, 503))
@@ -191,6 +230,67 @@ def upscalers(request: Request) -> list[dict[str, Any]]:
     """For hr_upscaler. How many times a network enlarges is seen when it is used."""
     names = ["Lanczos", *Adapters(service_of(request).settings).upscalers.files()]
     return [{"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": None} for name in names]
+
+
+@router.get("/embeddings", summary="The embeddings that a prompt can name", responses=errors(401))
+def embeddings(request: Request) -> dict[str, dict[str, Any]]:
+    """By its file's name, in a prompt. Their sizes are seen when they are used."""
+    unread = dict.fromkeys(("step", "sd_checkpoint", "sd_checkpoint_name", "shape", "vectors"))
+    return {"loaded": dict.fromkeys(Adapters(service_of(request).settings).embeddings.files(), unread), "skipped": {}}
+
+
+@router.get("/script-info", summary="That script's argument", responses=errors(401))
+async def script_info() -> list[dict[str, Any]]:
+    """Its one argument is an object with fields of POST /api/generate."""
+    argument = {"label": "fields of POST /api/generate", "value": {}}
+    bounds = dict.fromkeys(("minimum", "maximum", "step", "choices"))
+    return [
+        {"name": SCRIPT.lower(), "is_alwayson": True, "is_img2img": img2img, "args": [{**argument, **bounds}]}
+        for img2img in (False, True)
+    ]
+
+
+@router.get("/cmd-flags", summary="How the server was started, as AUTOMATIC1111 says it", responses=errors(401))
+async def cmd_flags() -> dict[str, bool]:
+    """Of its flags those that have a meaning here."""
+    return {"api": True, "nowebui": True}
+
+
+@router.get("/memory", summary="Main memory and the GPUs', in bytes", responses=errors(401))
+def memory(request: Request) -> dict[str, dict[str, Any]]:
+    """GET /api/telemetry says more. `ram`: of the server and its workers; `cuda`: of all GPUs together."""
+    status = service_of(request).engine.status()
+    ram, used = psutil.virtual_memory().total, resident_bytes(status)
+    gpus = [device.memory for device in status.devices if device.memory.total]
+    cuda: dict[str, Any] = {"error": "unavailable"}
+    if gpus:
+        total, taken, allocated, reserved, peak = (
+            sum(getattr(gpu, name) for gpu in gpus) for name in ("total", "used", "allocated", "reserved", "peak")
+        )
+        cuda = {
+            "system": {"free": total - taken, "used": taken, "total": total},
+            "allocated": {"current": allocated, "peak": peak},
+            "reserved": {"current": reserved, "peak": None},
+        }
+    return {"ram": {"free": ram - used, "used": used, "total": ram}, "cuda": cuda}
+
+
+@router.post("/png-info", summary="What stands in a PNG", responses=errors(401, 413, 422), openapi_extra=IMAGE_BODY)
+async def png_info(request: Request) -> PngInfo:
+    """A picture of another kind has nothing to tell."""
+    texts = await texts_of(request)
+    info = texts.get("parameters", "")
+    return PngInfo(info=info, items=texts, parameters=restored(info))
+
+
+async def _refreshed() -> None:
+    """Folders are looked at all the time: there is nothing to do."""
+
+
+for _name in REFRESHED:
+    router.add_api_route(
+        f"/refresh-{_name}", _refreshed, methods=["POST"], summary="Taken", responses=errors(401), name=_name
+    )
 
 
 async def _nothing() -> list[Any]:

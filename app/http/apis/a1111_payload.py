@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's payload → our request. What it asks for and we have not got is refused; what asks for nothing is not.
+"""AUTOMATIC1111's payload → our request. What would change the picture and is not here is refused, the rest is taken.
 
 Its fields: modules/processing.py and modules/api/models.py of its version 1.10.
 """
@@ -12,99 +12,115 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import Invalid, Unsupported, shown
-from app.http.schemas import KNOWN, GenerateRequest, Name, Neutral, parse, request_schema, validated, without_neutral
+from app.http.foreign import Foreign, same, translated, whole_numbers
+from app.http.schemas import KNOWN, LONGEST_NAME, GenerateRequest, parse, request_schema, validated
 from app.infotext import pair, scheduler_alone
 
 SCRIPT = "WaveSpeed"
 """Under this name `alwayson_scripts` takes our own fields: {"WaveSpeed": {"args": [{"deepcache_enabled": true}]}}."""
-OVERRIDES = {
-    "sd_model_checkpoint": "model",
-    "CLIP_stop_at_last_layers": "clip_skip",
-    "samples_format": "output_format",
-    "live_previews_enable": "enable_preview",
-    "skip_early_cond": "guidance_start",
-}
 _NOT_SAVED = "Pictures are in the answer and kept nowhere."
 _NO_INPAINTING = "There is no inpainting here."
 _SAMPLER_NOISE = "Samplers here have no such setting."
-NEUTRAL = {
-    "styles": Neutral(([],), "Write the style into the prompt."),
-    "subseed_strength": Neutral((0,), "Seeds are not mixed here."),
-    "seed_resize_from_h": Neutral((0, -1), "Seeds are not resized here."),
-    "seed_resize_from_w": Neutral((0, -1), "Seeds are not resized here."),
-    "restore_faces": Neutral((False,), "Set adetailer, a field of ours, instead."),
-    "tiling": Neutral((False,), "Pictures that tile are not drawn here."),
-    "do_not_save_samples": Neutral((False, True), _NOT_SAVED),
-    "do_not_save_grid": Neutral((False, True), _NOT_SAVED),
-    "save_images": Neutral((False,), _NOT_SAVED),
-    "send_images": Neutral((True,), _NOT_SAVED),
-    "s_churn": Neutral((0,), _SAMPLER_NOISE),
-    "s_tmin": Neutral((0,), _SAMPLER_NOISE),
-    "s_tmax": Neutral((0,), _SAMPLER_NOISE),
-    "s_noise": Neutral((1,), _SAMPLER_NOISE),
-    "s_min_uncond": Neutral((0,), "Set guidance_end, a field of ours, instead."),
-    "script_name": Neutral(("", "None"), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
-    "script_args": Neutral(([],), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
-    "refiner_checkpoint": Neutral(("", "None"), "There is no refiner here."),
-    "disable_extra_networks": Neutral((False,), "Leave the LoRAs out of the prompt."),
-    "comments": Neutral(({},), "Leave it out."),
-    "infotext": Neutral(("",), "Send the settings as fields."),
-    "firstpass_image": Neutral((), "Use img2img."),
-    "firstphase_width": Neutral((0,), "Set enable_hr and hr_scale 2."),
-    "firstphase_height": Neutral((0,), "Set enable_hr and hr_scale 2."),
-    "override_settings_restore_afterwards": Neutral((True,), "Settings belong to their request here."),
+# Read by AUTOMATIC1111 only beside something that is refused here, or by models of another kind: whatever its value, it
+# changes nothing there either.
+_IDLE = Foreign(None, "It is read beside what there is not here.")
+FOREIGN = {
+    "styles": Foreign(([], [""]), "Write the style into the prompt."),
+    "subseed_strength": Foreign((0,), "Seeds are not mixed here."),
+    "seed_resize_from_h": Foreign((0, -1), "Seeds are not resized here."),
+    "seed_resize_from_w": Foreign((0, -1), "Seeds are not resized here."),
+    "restore_faces": Foreign((False,), "Set adetailer, a field of ours, instead."),
+    "tiling": Foreign((False,), "Pictures that tile are not drawn here."),
+    "do_not_save_samples": Foreign((False, True), _NOT_SAVED),
+    "do_not_save_grid": Foreign((False, True), _NOT_SAVED),
+    "save_images": Foreign((False,), _NOT_SAVED, ignored=(True,)),
+    "send_images": Foreign((True,), _NOT_SAVED, ignored=(False,)),
+    "s_churn": Foreign((0,), _SAMPLER_NOISE),
+    "s_tmin": Foreign((0,), _SAMPLER_NOISE),
+    "s_tmax": Foreign((0,), _SAMPLER_NOISE),
+    "s_noise": Foreign((1,), _SAMPLER_NOISE),
+    "s_min_uncond": Foreign((0,), "Set guidance_end, a field of ours, instead."),
+    "script_name": Foreign(("", "None"), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
+    "script_args": Foreign(([],), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
+    "refiner_checkpoint": Foreign(("", "None"), "There is no refiner here."),
+    "disable_extra_networks": Foreign((False,), "Leave the LoRAs out of the prompt."),
+    "comments": Foreign(({},), "Leave it out."),
+    "infotext": Foreign(("",), "Send the settings as fields."),
+    "firstpass_image": Foreign((), "Use img2img."),
+    "firstphase_width": Foreign((0,), "Set enable_hr and hr_scale 2."),
+    "firstphase_height": Foreign((0,), "Set enable_hr and hr_scale 2."),
+    "override_settings_restore_afterwards": Foreign(
+        (True,), "override_settings belong to their request; POST options chooses a model.", ignored=(False,)
+    ),
+    **dict.fromkeys(("url", "auth"), Foreign(None, "They are the client's own.")),
+    **dict.fromkeys(("subseed", "refiner_switch_at", "hr_cfg"), _IDLE),
 }
-NEUTRAL_IMG2IMG = NEUTRAL | {
-    "mask": Neutral((), _NO_INPAINTING),
-    "latent_mask": Neutral((), _NO_INPAINTING),
-    "initial_noise_multiplier": Neutral((1,), "Set denoising_strength."),
-    "include_init_images": Neutral((False,), "The picture is with you already."),
-    "enable_hr": Neutral((False,), "Set hires_fix, a field of ours, instead."),
+FOREIGN_IMG2IMG = FOREIGN | {
+    "mask": Foreign((), _NO_INPAINTING),
+    "latent_mask": Foreign((), _NO_INPAINTING),
+    "initial_noise_multiplier": Foreign((1,), "Set denoising_strength."),
+    "include_init_images": Foreign((False,), "The picture is with you already."),
+    "enable_hr": Foreign((False,), "Set hires_fix, a field of ours, instead."),
+    **dict.fromkeys(
+        (
+            *("inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"),
+            *("mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "image_cfg_scale"),
+        ),
+        _IDLE,
+    ),
 }
-# Read by AUTOMATIC1111 only beside something that is refused here, or by models of another kind: whatever their value,
-# they change nothing there either.
-IDLE = {"subseed", "refiner_switch_at", "hr_cfg"}
-_OF_INPAINTING = {"inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"}
-_OF_MASKS = {"mask_blur", "mask_blur_x", "mask_blur_y", "mask_round"}
-IDLE_IMG2IMG = IDLE | _OF_INPAINTING | _OF_MASKS | {"image_cfg_scale"}
 _HIRES = "hires_fix here enlarges with Lanczos or an upscaler to twice the size and draws over it at half strength."
 HIRES = {
-    "hr_scale": Neutral((2,), _HIRES),
-    "hr_upscaler": Neutral(("Lanczos",), _HIRES),
-    "denoising_strength": Neutral((0.5,), _HIRES),
-    "hr_second_pass_steps": Neutral((0,), _HIRES),
-    "hr_resize_x": Neutral((0,), _HIRES),
-    "hr_resize_y": Neutral((0,), _HIRES),
-    "hr_checkpoint_name": Neutral(("", "Use same checkpoint"), _HIRES),
-    "hr_sampler_name": Neutral(("", "Use same sampler"), _HIRES),
-    "hr_scheduler": Neutral(("", "Use same scheduler"), _HIRES),
-    "hr_prompt": Neutral(("",), _HIRES),
-    "hr_negative_prompt": Neutral(("",), _HIRES),
+    "hr_scale": Foreign((2,), _HIRES),
+    "hr_upscaler": Foreign(("Lanczos",), _HIRES),
+    "denoising_strength": Foreign((0.5,), _HIRES),
+    "hr_second_pass_steps": Foreign((0,), _HIRES),
+    "hr_resize_x": Foreign((0,), _HIRES),
+    "hr_resize_y": Foreign((0,), _HIRES),
+    "hr_checkpoint_name": Foreign(("", "Use same checkpoint"), _HIRES),
+    "hr_sampler_name": Foreign(("", "Use same sampler"), _HIRES),
+    "hr_scheduler": Foreign(("", "Use same scheduler"), _HIRES),
+    "hr_prompt": Foreign(("",), _HIRES),
+    "hr_negative_prompt": Foreign(("",), _HIRES),
+    "hr_additional_modules": Foreign(([], ["Use same choices"]), _HIRES),
 }
 _HIRES_DEFAULTS = {"hr_scale": 2.0, "hr_upscaler": "Latent", "denoising_strength": 0.75}
-_NEUTRAL_OVERRIDES = {
-    "sd_vae": Neutral(("Automatic", "None"), "A model is used with the VAE that it comes with."),
-    "eta_noise_seed_delta": Neutral((0,), "Give another seed."),
+_OWN_VAE = "A model is used with the VAE that it comes with."
+SETTINGS = {
+    "sd_model_checkpoint": Foreign(("",), ours="model"),
+    "CLIP_stop_at_last_layers": Foreign(ours="clip_skip"),
+    "samples_format": Foreign(ours="output_format"),
+    "live_previews_enable": Foreign(ours="enable_preview"),
+    "skip_early_cond": Foreign(ours="guidance_start"),
+    "sd_vae": Foreign(("Automatic", "None", ""), _OWN_VAE),
+    "forge_additional_modules": Foreign(([],), _OWN_VAE),
+    "img2img_color_correction": Foreign((False,), "Colours are left as they are drawn."),
+    "eta_noise_seed_delta": Foreign((0,), "Give another seed."),
 }
+"""Of override_settings."""
+OVERRIDES = [name for name, field in SETTINGS.items() if field.ours]
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Word = Annotated[str, Field(max_length=LONGEST_NAME)]
 
 
 class Options(BaseModel):
-    """What AUTOMATIC1111 names otherwise than we do, in both endpoints; `neutral` and `idle` are its other fields."""
+    """What AUTOMATIC1111 names otherwise than we do, in both endpoints; `foreign` are its other fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     title: ClassVar = "Txt2ImgRequest"
-    neutral: ClassVar = NEUTRAL
-    idle: ClassVar = IDLE
+    foreign: ClassVar = FOREIGN
 
-    sampler_name: Name | None = Field(None, description="As GET /sdapi/v1/samplers lists them; null: the model's own.")
-    sampler_index: Name | None = Field(None, description="Read where sampler_name is null.")
-    scheduler: Name | None = Field(None, description="As GET /sdapi/v1/schedulers lists them.")
+    sampler_name: _Word | None = Field(
+        None, description="As GET /sdapi/v1/samplers lists them; null or empty: the model's own."
+    )
+    sampler_index: _Word | None = Field(None, description="Read where sampler_name is null or empty.")
+    scheduler: _Word | None = Field(None, description="As GET /sdapi/v1/schedulers lists them.")
     batch_size: int | None = Field(None, ge=1, le=10, description="Pictures denoised together.")
     n_iter: int | None = Field(None, ge=1, le=10, description="Batches; n_iter × batch_size is at most 10.")
     eta: _Share | None = Field(
-        None, description="Only what the sampler does anyway: 1 if ancestral or SDE, 0 for DDIM."
+        None,
+        description="Only what the sampler does anyway: 1 if ancestral or SDE; 0 and null leave it to it.",
     )
     denoising_strength: _Share | None = Field(None, description="Read by img2img, and with enable_hr.")
     enable_hr: bool | None = Field(None, description="hires_fix; width and height are those before it.")
@@ -112,17 +128,18 @@ class Options(BaseModel):
         None, description=f"{', '.join(OVERRIDES)}, and any field of POST /api/generate."
     )
     alwayson_scripts: dict[str, Any] | None = Field(
-        None, description=f"{SCRIPT}: {{args: [{{…}}]}} with any field of POST /api/generate."
+        None,
+        description=f"{SCRIPT}: {{args: [{{…}}]}} with any field of POST /api/generate; ADetailer with a model for "
+        "faces; others only switched off.",
     )
-    force_task_id: Annotated[str, Field(max_length=200)] | None = Field(None, description="Taken and not read.")
+    force_task_id: _Word | None = Field(None, description="Taken and not read.")
 
 
 class Img2ImgOptions(Options):
     """And those of img2img alone."""
 
     title: ClassVar = "Img2ImgRequest"
-    neutral: ClassVar = NEUTRAL_IMG2IMG
-    idle: ClassVar = IDLE_IMG2IMG
+    foreign: ClassVar = FOREIGN_IMG2IMG
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
         description="One picture, base64 or a data URL. Never a path or a URL."
     )
@@ -131,22 +148,21 @@ class Img2ImgOptions(Options):
     )
 
 
-def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateRequest, bool]:
+def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = None) -> tuple[GenerateRequest, bool]:
     """The request; must the picture have the drawing's aspect already?
 
-    Raises Invalid, Unsupported or Incompatible.
+    model: of a request that names none. Raises Invalid, Unsupported or Incompatible.
     """
-    body = {name: value for name, value in without_neutral(body, kind.neutral).items() if name not in kind.idle}
+    body, said = translated(whole_numbers(body), kind.foreign)
     named = body.get("hr_upscaler")
     file = named if isinstance(named, str) and named != "Lanczos" and not named.startswith("Latent") else None
     if body.get("enable_hr") is True:
-        without_neutral({**_HIRES_DEFAULTS, **body, **({"hr_upscaler": "Lanczos"} if file else {})}, HIRES)
+        translated({**_HIRES_DEFAULTS, **body, **({"hr_upscaler": "Lanczos"} if file else {})}, HIRES)
     body = {name: value for name, value in body.items() if name not in HIRES or name == "denoising_strength"}
     options = validated(kind, {name: body.pop(name) for name in kind.model_fields if name in body})
     values = _Values(body)
-    for name, value in (options.override_settings or {}).items():
-        _override(values, name, value)
-    _scripts(values, options.alwayson_scripts or {})
+    said += _override(values, options.override_settings or {})
+    said += _scripts(values, options)
     _sampler(values, options)
     _number(values, options)
     if options.enable_hr:
@@ -163,7 +179,9 @@ def read_payload(body: dict[str, Any], kind: type[Options]) -> tuple[GenerateReq
         values.put("img2img_denoise", denoise, "denoising_strength")
     if isinstance(values.get("prompt"), str):
         _networks(values)
-    fields = parse(values, (*KNOWN, *kind.model_fields, *kind.neutral, *kind.idle))
+    if model is not None and not values.keys() & {"model", "model_path", "flux_enabled"}:
+        values["model"] = model
+    fields = parse(values, (*KNOWN, *kind.model_fields, *kind.foreign), said)
     # Only mode 1 cuts the picture there as it is cut here.
     return fields, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
 
@@ -176,53 +194,92 @@ class _Values(dict[str, Any]):
         super().__init__({name: value for name, value in body.items() if value is not None})
 
     def put(self, name: str, value: object, origin: str) -> None:
-        if name in self:
+        """The same value once more is no contradiction: some clients say a thing by two names."""
+        if name in self and not same(self[name], value):
             raise Invalid(f"{origin} says {name}, which is given elsewhere too; give it once.", field=origin)
         self[name] = value
 
 
-def _override(values: _Values, name: str, value: object) -> None:
-    origin = f"override_settings.{shown(name)}"
-    if not without_neutral({name: value}, _NEUTRAL_OVERRIDES, "override_settings."):
-        return
-    if name not in OVERRIDES and name not in GenerateRequest.model_fields:
-        raise Unsupported(
-            f"There is no setting {shown(name)!r} here but {', '.join(OVERRIDES)} and the fields of /api/generate.",
-            field=origin,
-        )
-    if name == "samples_format" and value == "jpg":
-        value = "jpeg"
-    values.put(OVERRIDES.get(name, name), value, origin)
+def _override(values: _Values, settings: Mapping[str, Any]) -> list[str]:
+    """A sentence on each that is left out."""
+    where, said = "override_settings.", []
+    for name, given in whole_numbers(settings).items():
+        rest, left_out = translated({name: given}, SETTINGS, where)
+        said += left_out
+        for ours, value in rest.items():
+            if ours not in GenerateRequest.model_fields:
+                raise Unsupported(
+                    f"There is no setting {shown(name)!r} here but {', '.join(OVERRIDES)} and the fields of "
+                    "/api/generate.",
+                    field=f"{where}{shown(name)}",
+                )
+            values.put(ours, "jpeg" if (name, value) == ("samples_format", "jpg") else value, f"{where}{shown(name)}")
+    return said
 
 
-def _scripts(values: _Values, scripts: Mapping[str, Any]) -> None:
-    for name, given in scripts.items():
+def _scripts(values: _Values, options: Options) -> list[str]:
+    """A sentence on each whose settings are left out."""
+    said = []
+    for name, given in (options.alwayson_scripts or {}).items():
         origin = f"alwayson_scripts.{shown(name)}"
         args = given.get("args", []) if isinstance(given, dict) else given
         if name.lower() == SCRIPT.lower():
             if not isinstance(args, list) or len(args) != 1 or not isinstance(args[0], dict):
                 raise Invalid(f'{origin} must be {{"args": [{{…}}]}} with fields of /api/generate in it.', field=origin)
-            for field, value in args[0].items():
+            for field, value in whole_numbers(args[0]).items():
                 values.put(field, value, f"{origin}.{shown(field)}")
-        elif args not in (None, [], [False]):
+        elif _is_off(args):
+            continue
+        elif name.lower() == "adetailer" and _finds_faces(args, img2img=isinstance(options, Img2ImgOptions)):
+            values.put("adetailer", True, origin)
+            said.append(f"{origin}: faces are found by this server's own detector.")
+        else:
             raise Unsupported(
-                f"There is no script {shown(name)!r} here. Leave it out; the fields of /api/generate, adetailer among "
-                f"them, go into the script {SCRIPT}.",
+                f"There is no script {shown(name)!r} here. Leave it out, or its units disabled; the fields of "
+                f"/api/generate, adetailer among them, go into the script {SCRIPT}.",
                 field=origin,
             )
+    return said
+
+
+def _is_off(args: Any) -> bool:
+    """Does the script do nothing? A script's switch is its first argument, or a key of each of its units."""
+    if not isinstance(args, list) or not args:
+        return args in (None, [])
+    units = [unit for unit in args if not isinstance(unit, bool)]
+    return args[0] is False or (bool(units) and all(map(_is_idle, units)))
+
+
+def _is_idle(unit: Any) -> bool:
+    """Of ControlNet and of ADetailer."""
+    return isinstance(unit, dict) and (
+        unit.get("enabled") is False or unit.get("ad_tab_enable") is False or unit.get("ad_model") == "None"
+    )
+
+
+def _finds_faces(args: list[Any], *, img2img: bool) -> bool:
+    """Is ADetailer asked for what ours does: a model for faces, no setting beside it? Its 2nd switch skips img2img."""
+    switches, units = [x for x in args if isinstance(x, bool)], [x for x in args if not isinstance(x, bool)]
+    if len(switches) > 1 and switches[1] and img2img:
+        return False
+    match [unit for unit in units if not _is_idle(unit)]:
+        case [{"ad_model": str(model), **rest}]:
+            return model.startswith("face_") and not any(rest[key] for key in rest.keys() - {"ad_tab_enable"})
+    return False
 
 
 def _sampler(values: _Values, options: Options) -> None:
     name = options.sampler_name or options.sampler_index
     sampler = None
-    if name is None:
+    if not name:
         scheduler = scheduler_alone(options.scheduler)
     else:
         sampler, scheduler = pair(name, options.scheduler)
         values.put("sampler", sampler.ours, "sampler_name")
     if scheduler is not None:
         values.put("scheduler", scheduler, "scheduler")
-    if sampler is not None and sampler.eta is not None and options.eta not in (None, sampler.eta):
+    # AUTOMATIC1111 reads 0 as no value too.
+    if sampler is not None and sampler.eta is not None and options.eta not in (None, 0, sampler.eta):
         raise Unsupported(
             f"{sampler.name} runs with eta {sampler.eta:g} here: another one would have no effect. Send that, or null.",
             field="eta",
@@ -268,8 +325,8 @@ def payload_schema(kind: type[Options]) -> dict[str, Any]:
     theirs = kind.model_json_schema()
     properties = {
         **{name: _nullable(schema) for name, schema in ours["properties"].items()},
-        **{name: field.schema() for name, field in kind.neutral.items()},
-        **{name: {"description": "Changes nothing by itself."} for name in sorted(kind.idle | HIRES.keys())},
+        **{name: field.schema(ours["properties"]) for name, field in kind.foreign.items()},
+        **{name: {"description": "Changes nothing by itself."} for name in sorted(HIRES)},
         **theirs["properties"],
     }
     required = ["prompt", *theirs.get("required", [])]

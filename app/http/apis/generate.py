@@ -1,19 +1,25 @@
-"""POST /api/generate: one request, one answer, nothing left running when the client goes."""
+"""POST /api/generate: one request, one answer, nothing left running when the client goes.
+
+And what else LightDiffusion-Next's clients ask under /api: routes of its server.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from app.errors import Incompatible
-from app.http.render import GenerateAnswer, accepted_image, bytes_answer, errors, json_body
-from app.http.request import asked, owner_of, request_id_of, service_of, waited
+from app.http.render import IMAGE_BODY, GenerateAnswer, accepted_image, bytes_answer, errors, json_body
+from app.http.request import asked, interrupted, owner_of, request_id_of, service_of, texts_of, waited
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
+from app.infotext import drawn_with
 from app.jobs.record import JobRecord
 
+API = "generate"
 router = APIRouter(tags=["generate"])
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 REQUEST_BODY = json_body("GenerateRequest", "A misty forest, DeepCache balanced", EXAMPLE)
@@ -49,8 +55,34 @@ async def _submitted(request: Request) -> tuple[JobRecord, bool]:
         if (wanted := _picture_format(request, fields)) is not None:
             fields = fields.model_copy(update={"output_format": wanted})
         job = await service.resolver.job(fields, request_id_of(request))
-    record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False)
+    record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=False, api=API)
     return record, wanted is not None
+
+
+@router.post("/api/interrupt", summary="Give the caller's oldest request up", responses=errors(401))
+async def interrupt(request: Request) -> dict[str, str]:
+    """Of those that wait for POST /api/generate: it is answered 409. A job is cancelled by DELETE /api/jobs/{id}."""
+    interrupted(request, API)
+    return {"status": "interrupted"}
+
+
+@router.get("/api/controlnets", summary="The ControlNets: none", responses=errors(401))
+async def controlnets() -> dict[str, list[str]]:
+    return {"models": []}
+
+
+@router.post(
+    "/api/images/metadata",
+    summary="What a PNG was drawn with",
+    responses=errors(401, 413, 422),
+    openapi_extra=IMAGE_BODY,
+)
+async def metadata(request: Request) -> dict[str, dict[str, Any]]:
+    """By the names of LightDiffusion-Next, as fields of a request; of pictures drawn here or by AUTOMATIC1111."""
+    found = drawn_with(await texts_of(request))
+    same = ("prompt", "negative_prompt", "seed", "steps", "sampler", "scheduler", "width", "height")
+    names = {**dict(zip(same, same, strict=True)), "cfg_scale": "guidance_scale", "model_path": "model"}
+    return {"metadata": {theirs: found[ours] for theirs, ours in names.items() if ours in found}}
 
 
 def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat | None:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
@@ -21,11 +21,12 @@ from starlette.types import Receive, Scope, Send
 
 from app import images
 from app.engine.types import Engine, Job
-from app.errors import Invalid, ModelNotFound, ServiceError, shown
+from app.errors import Invalid, ServiceError, shown
+from app.http.foreign import Foreign, translated, whole_numbers
 from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import pick_model
-from app.http.schemas import KNOWN, GenerateRequest, Neutral, parse, request_schema, validated, without_neutral
+from app.http.resolve import pick_model, served
+from app.http.schemas import KNOWN, GenerateRequest, parse, request_schema, validated
 from app.images import OutputFormat
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord, spaced
@@ -37,18 +38,19 @@ EXAMPLE = {
     "deepcache_enabled": True,
     "deepcache_interval": 3,
 }
-NEUTRAL = {
-    "response_format": Neutral(("b64_json",), "No picture is kept under an address: read data[].b64_json."),
-    "quality": Neutral(("auto", "standard"), "Set steps, and leave the caches off for the best picture."),
-    "style": Neutral(("vivid",), "Say it in the prompt."),
-    "background": Neutral(("auto", "opaque"), "Pictures here are opaque."),
-    "moderation": Neutral(("auto", "low"), "Nothing is moderated here."),
-    "output_compression": Neutral((100,), "jpeg and webp are written at quality 95."),
-    "complexity": Neutral((), "Leave it out."),
-    "frame_count": Neutral((), "Leave it out; pictures here do not move."),
-    "frame_duration_ms": Neutral((), "Leave it out; pictures here do not move."),
-    "svg": Neutral((), "Leave it out; pictures here are png, jpeg or webp."),
-    "enable_preview": Neutral((False,), "Set stream and partial_images."),
+FOREIGN = {
+    "quality": Foreign(
+        ("auto", "standard"), "Pictures have one quality: set steps.", ignored=("low", "medium", "high", "hd")
+    ),
+    "style": Foreign(("vivid",), "Say it in the prompt.", ignored=("natural",)),
+    "background": Foreign(("auto", "opaque"), "Pictures here are opaque."),
+    "moderation": Foreign(("auto", "low"), "Nothing is moderated here."),
+    "output_compression": Foreign((100,), "jpeg and webp are written at quality 95."),
+    "complexity": Foreign((), "Leave it out."),
+    "frame_count": Foreign((), "Leave it out; pictures here do not move."),
+    "frame_duration_ms": Foreign((), "Leave it out; pictures here do not move."),
+    "svg": Foreign((), "Leave it out; pictures here are png, jpeg or webp."),
+    "enable_preview": Foreign((False,), "Set stream and partial_images."),
 }
 _Word = Annotated[str, Field(max_length=200)]
 
@@ -67,6 +69,9 @@ class ImageOptions(BaseModel):
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
         None, ge=0, le=3, description="With stream: how many small pictures to send on the way."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="url answers a data: URL, which holds the picture: none is kept under an address."
     )
     user: _Word | None = Field(None, description="Taken and not read.")
     safety_identifier: _Word | None = Field(None, description="Taken and not read.")
@@ -101,7 +106,7 @@ async def generations(request: Request) -> Response:
         await anext(events)  # from here on it gives the job up when it is closed
         return _Events(events, headers={"X-Accel-Buffering": "no"})
     drawn = await waited(request, record)
-    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn)))
+    return await asyncio.to_thread(lambda: JSONResponse(_answer(drawn, options.response_format)))
 
 
 async def _submitted(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
@@ -125,9 +130,7 @@ async def models(request: Request) -> ModelCards:
 async def model(request: Request, model: str) -> ModelCard:
     """`created` is when the server started."""
     service = service_of(request)
-    known = service.engine.catalogue().models
-    if model not in known:
-        raise ModelNotFound(f"There is no model {shown(model)!r}. There is: {', '.join(known)}.", field="model")
+    served(model, service.engine.catalogue())
     return ModelCard(id=model, created=int(service.metrics.started))
 
 
@@ -135,7 +138,7 @@ def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, Gen
     """Raises Invalid, Unsupported, ModelNotFound; NotReady where the size is the model's and no model is known yet."""
     if "num_images" in body:
         raise Invalid("num_images is called n here.", field="num_images")
-    body = without_neutral(body, NEUTRAL)
+    body, said = translated(whole_numbers(body), FOREIGN)
     options = validated(ImageOptions, {name: body.pop(name) for name in ImageOptions.model_fields if name in body})
     if options.partials and not options.stream:
         raise Invalid("partial_images are sent on a stream: set stream to true.", field="partial_images")
@@ -146,8 +149,8 @@ def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, Gen
         if name in body:
             raise Invalid(f"size says {name} already; give one of them.", field=name)
         body[name] = pixels
-    known = (*KNOWN, *ImageOptions.model_fields, *NEUTRAL)
-    fields = parse({**body, "num_images": options.n or 1, "enable_preview": options.partials > 0}, known)
+    known = (*KNOWN, *ImageOptions.model_fields, *FOREIGN)
+    fields = parse({**body, "num_images": options.n or 1, "enable_preview": options.partials > 0}, known, said)
     if not {"width", "height"} & fields.model_fields_set:
         width, height = pick_model(fields, engine.catalogue()).native_size
         fields = fields.model_copy(update={"width": width, "height": height})
@@ -169,8 +172,8 @@ def images_schema() -> dict[str, Any]:
     ours.pop("$defs", None)
     del ours["properties"]["num_images"]
     theirs = ImageOptions.model_json_schema()["properties"]
-    neutral = {name: field.schema() for name, field in NEUTRAL.items()}
-    properties = {**ours["properties"], **theirs, **neutral}
+    foreign = {name: field.schema(ours["properties"]) for name, field in FOREIGN.items()}
+    properties = {**ours["properties"], **theirs, **foreign}
     return {**ours, "title": "ImagesRequest", "properties": properties, "examples": [EXAMPLE]}
 
 
@@ -185,10 +188,12 @@ _USAGE: dict[str, object] = {
 }
 
 
-def _answer(drawn: Drawn) -> dict[str, object]:
+def _answer(drawn: Drawn, response_format: str | None) -> dict[str, object]:
     """`ImagesAnswer` as a dict. Its size makes it a thread's work."""
-    pictures = [{"b64_json": base64.b64encode(picture).decode("ascii")} for picture in drawn.images]
-    return {"created": int(time.time()), "data": pictures, **_form(drawn.job), **drawn.report}
+    pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
+    head = f"data:image/{drawn.job.output_format};base64,"
+    data = [{"url": head + text} if response_format == "url" else {"b64_json": text} for text in pictures]
+    return {"created": int(time.time()), "data": data, **_form(drawn.job), **drawn.report}
 
 
 class _Events(EventSourceResponse):
