@@ -99,6 +99,24 @@ async def test_clients_of_automatic1111_connect_list_choose_a_model_and_draw(nam
     assert [warning.partition(" ")[0] for warning in said] == named
 
 
+@pytest.mark.parametrize("name", AUTOMATIC)
+async def test_they_follow_their_request_and_give_it_up(name: str) -> None:
+    nursery = Nursery()
+    async with served(nursery) as client:
+        drawing = asyncio.create_task(client.post(f"{SD}/txt2img", json=AUTOMATIC[name][2]))
+        await nursery.reach("step 2")
+        async with asyncio.timeout(30):
+            while not (seen := (await client.get(f"{SD}/progress")).json())["progress"]:
+                await asyncio.sleep(0)
+        assert (seen["state"]["job_count"], seen["state"]["skipped"], seen["state"]["interrupted"]) == (1, False, False)
+        assert 0 < seen["progress"] < 1
+        await client.post(f"{SD}/interrupt", json={})
+        assert (await drawing).status_code == 409
+        nursery.gate.open(100)
+        idle = (await client.get(f"{SD}/progress")).json()
+    assert (idle["progress"], idle["state"]["job_count"]) == (0, 0)
+
+
 # What each adds to prompt and model: OpenAI's own names, and what a user may have set.
 IMAGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Open WebUI": ({"n": 1, "size": "512x512", "response_format": "b64_json"}, []),

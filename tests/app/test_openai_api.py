@@ -35,6 +35,7 @@ REFUSED = [
     ('"stream": true, "partial_images": -1', "invalid", "partial_images", "0"),
     ('"partial_images": 2', "invalid", "partial_images", "set stream to true"),
     ('"enable_preview": true', "unsupported", "enable_preview", "partial_images"),
+    ('"response_format": "url", "stream": true', "invalid", "response_format", "leave response_format out"),
     ('"response_format": "xml"', "invalid", "response_format", "b64_json"),
     ('"quality": "best"', "unsupported", "quality", "steps"),
     ('"quality": 1', "unsupported", "quality", "steps"),

@@ -142,6 +142,8 @@ def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, Gen
     options = validated(ImageOptions, {name: body.pop(name) for name in ImageOptions.model_fields if name in body})
     if options.partials and not options.stream:
         raise Invalid("partial_images are sent on a stream: set stream to true.", field="partial_images")
+    if options.stream and options.response_format == "url":
+        raise Invalid("A stream sends b64_json: leave response_format out.", field="response_format")
     if body.get("output_format", "") is None:
         del body["output_format"]
     size = _size(options.size)
