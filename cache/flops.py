@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import IncompatibleDenoiser
 
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""A call's positional and keyword arguments, on the meta device."""
 _OPERATIONS: dict[tuple[Any, ...], dict[str, int]] = {}  # as counted: it takes some tenths of a second
 _REMEMBERED = 64  # configurations
 
@@ -75,10 +77,11 @@ def count(root: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> di
     return counted
 
 
-def count_once(root: Any, size: Hashable, inputs: Callable[[], dict[str, Any]]) -> dict[str, int]:
-    """`count` of a network's class, configuration and size with keyword arguments `inputs`, remembered.
+def count_once(root: Any, size: Hashable, inputs: Callable[[], Call]) -> dict[str, int]:
+    """`count` of a network's class, configuration and size with the arguments `inputs`, remembered.
 
-    Those are all that the copy is built from, so that a network that is loaded again is not counted again.
+    Those are all that the copy is built from, so that a network that is loaded again is not counted again. size: None
+    where the first call's decides for all.
     """
     kind, config = _buildable(root), root.config
     settings = sorted((name, repr(value)) for name, value in config.items() if not name.startswith("_"))
@@ -86,7 +89,7 @@ def count_once(root: Any, size: Hashable, inputs: Callable[[], dict[str, Any]]) 
     if key not in _OPERATIONS:
         if len(_OPERATIONS) == _REMEMBERED:
             _OPERATIONS.clear()
-        _OPERATIONS[key] = count(root, (), inputs())
+        _OPERATIONS[key] = count(root, *inputs())
     return _OPERATIONS[key]
 
 

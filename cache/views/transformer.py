@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -12,9 +11,6 @@ from cache import flops
 from cache.errors import IncompatibleDenoiser
 
 from .base import Call, Denoiser
-
-# Shares that were counted, by network: the share hardly depends on the size, and the first run's decides.
-_FIRST_BLOCK_COSTS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 IMAGE = "hidden_states"
 _STREAM_ORDER = (IMAGE, "encoder_hidden_states")  # of a block's positional arguments in diffusers
@@ -98,13 +94,11 @@ class TransformerDenoiser(Denoiser):
         return tuple(map(streams.get, self.streams)) if packed else streams[IMAGE]
 
     def first_block_cost(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-        """Operations of a call that skips all blocks but the first, by those of a full one; Raises Uncountable.
+        """Operations of a call that skips all blocks but the first, by those of a full one. Raises Uncountable.
 
-        args, kwargs: of a call, on the meta device (`flops.on_meta`).
+        args, kwargs: of a call, on the meta device (`flops.on_meta`). The share hardly depends on the size: the first
+        call of such a network decides.
         """
-        if self.root not in _FIRST_BLOCK_COSTS:
-            operations = flops.count(self.root, args, kwargs)
-            paths = [f"{name}.{i}" for name in self.block_lists for i in range(len(getattr(self.root, name)))]
-            skipped = sum(operations.get(path, 0) for path in paths[1:])
-            _FIRST_BLOCK_COSTS[self.root] = 1 - skipped / operations[""]
-        return _FIRST_BLOCK_COSTS[self.root]
+        operations = flops.count_once(self.root, None, lambda: (args, kwargs))
+        paths = [f"{name}.{i}" for name in self.block_lists for i in range(len(getattr(self.root, name)))]
+        return 1 - sum(operations.get(path, 0) for path in paths[1:]) / operations[""]

@@ -135,7 +135,7 @@ class UNetDenoiser(Denoiser):
     def branch_costs(self) -> tuple[float, ...]:
         """Share of a full call's floating-point operations that each branch's pass needs, at the native size."""
         size = self.native_size or _sample_size(self.root)
-        operations = flops.count_once(self.root, size, lambda: inputs_of(self.root.config, size))
+        operations = flops.count_once(self.root, size, lambda: ((), inputs_of(self.root.config, size)))
 
         def skipped(branch: int) -> int:
             layers = [*self.down_entries[branch + 1 :], *self.up_layers[: -1 - branch], ("mid_block",)]

@@ -14,7 +14,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import DeepCache, FirstBlockCache, IncompatibleDenoiser, UNetDenoiser, attach, flops, view_of
+from cache import (
+    DeepCache,
+    FirstBlockCache,
+    IncompatibleDenoiser,
+    TransformerDenoiser,
+    UNetDenoiser,
+    attach,
+    flops,
+    view_of,
+)
 from cache.flops import deepest_branch, interval_speedup
 from tests.cache.networks import (
     conditioning,
@@ -119,7 +128,8 @@ def test_branch_costs_equal_the_operations_of_the_passes_that_run(build: Callabl
 
 
 @torch.no_grad()
-def test_the_first_blocks_cost_equals_the_operations_of_a_reuse_call() -> None:
+def test_the_first_blocks_cost_equals_the_operations_of_a_reuse_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_OPERATIONS", {})  # else those of whichever size was counted first
     network = tiny_flux()
     inputs = {"hidden_states": torch.randn(2, 64, 16), "timestep": torch.tensor([0.5, 0.5])}
     inputs |= flux_inputs(network, 2, (16, 16))
@@ -132,6 +142,8 @@ def test_the_first_blocks_cost_equals_the_operations_of_a_reuse_call() -> None:
     assert report.decisions == "CR"
     assert report.reuse_cost == pytest.approx(reuse.get_total_flops() / full.get_total_flops(), rel=1e-9)
     assert report.predicted_speedup == pytest.approx(2 / (1 + report.reuse_cost))
+    again = TransformerDenoiser(tiny_flux())
+    assert again.first_block_cost((), {}) == report.reuse_cost, "of a known configuration, it is not counted again"
 
 
 def test_the_native_size_decides_the_costs() -> None:
