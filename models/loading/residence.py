@@ -295,8 +295,6 @@ def _like(tensor: Any, data: Tensor) -> Any:
     """`data` in the place of `tensor`: a parameter of its class and with its attributes, where that is one."""
     if not isinstance(tensor, nn.Parameter):
         return data
-    if type(data) is not Tensor:  # of a class of its own, as the simulated device's
-        return nn.Parameter(data.detach(), requires_grad=False)
     made = Tensor._make_subclass(type(tensor), data)
     made.__dict__.update(tensor.__dict__)
     return made

@@ -15,7 +15,7 @@ the allocator's rounding and fragments; several kernels behind one operation, or
 whether a kernel exists for a type on a certain GPU; overlap between a copy and computing.
 
 It stands on PyTorch's PrivateUse1 device with guards written in Python (`torch.utils.backend_registration`, made for
-this), a tensor subclass around a meta tensor, which knows the shapes of all operations' results, and a dispatch mode.
+this), a tensor subclass, the meta device, which knows the shapes of all operations' results, and a dispatch mode.
 """
 
 from __future__ import annotations
@@ -37,31 +37,30 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from .operation import Made, learn, on_meta
 from .tensor import (
     INDEXING,
     NAME,
     SMALL,
     Block,
     DeviceTensor,
+    Form,
     check_places,
     format_of,
     hollow,
     key_of,
     known_values,
+    make_subclass,
     place_of_wait,
     tensors_of,
-    twin_of,
     written_by,
 )
 
 Script = Callable[[torch.Size], float | Tensor]
 """What is read from a tensor of that shape whose values are not known: a number, or a tensor of that shape."""
 
-_MADE_WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
-_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "normal", "normal_", "uniform_", "bernoulli"}
 _OF_ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "native_group_norm", "native_layer_norm"}
 _READS = {"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"}
-_CHANGES_SHAPE = {"resize_", "set_", "transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_"}
 
 
 @dataclass(slots=True)
@@ -101,12 +100,11 @@ class Accelerator:
     """
 
     current: Accelerator | None = None
-    _made: ClassVar[dict[Any, list[tuple[Any, ...]]]] = {}  # by operation and arguments: its results' shapes and types
+    _made: ClassVar[dict[Any, Made]] = {}  # by operation and the forms of its arguments: the meta device is slow
 
     def __init__(self, script: Script = lambda shape: 0.01) -> None:
         self.script = script
         self.live = 0
-        self._blocks: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._counting: list[Counts] = []
         self._pinned: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self._stack = ExitStack()
@@ -126,6 +124,7 @@ class Accelerator:
             stack.enter_context(_Dispatch(self))
             stack.enter_context(_Functions(self))
             stack.enter_context(patch.object(torch, "Generator", _Generator))
+            stack.enter_context(patch.object(Tensor, "_make_subclass", make_subclass))
             stack.enter_context(patch.object(TorchDeviceBackend, "_detect_device_type", lambda *_: NAME))
             self._stack = stack.pop_all()
         return self
@@ -152,23 +151,30 @@ class Accelerator:
         for counts in self._counting:
             counts.launches += 1
 
-    def wrap(self, twin: Tensor, values: Tensor | None) -> DeviceTensor:
-        storage = twin.untyped_storage()
-        block = self._blocks.get(storage._cdata)
-        if block is None:
-            block = Block(self, storage)
-            self._blocks[block.key] = block
-        return DeviceTensor(twin, block, values if values is not None and values.numel() <= SMALL else None)
+    def new(self, like: Tensor, values: Tensor | None) -> DeviceTensor:
+        """A tensor in a storage of its own, laid out as one on the meta device."""
+        form = Form.of(like)
+        return DeviceTensor(form, Block(self, like.untyped_storage().nbytes()), values if form.small else None)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operation: `func` on arguments of which some are on the device, or with a result there."""
-        tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+        tensors: list[Tensor] = []
+        key = (func, key_of(args, tensors), tuple([(name, key_of(one, tensors)) for name, one in kwargs.items()]))
+        made = self._made.get(key)
+        if made is None:
+            return self._first(func, args, kwargs, key, tensors)
+        return self._again(made, func, args, kwargs, tensors)  # type: ignore[arg-type]
+
+    def _first(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, tensors: list[Tensor]) -> Any:
+        """An operation that was not seen yet, or is of those that are looked at each time."""
         ours = [one for one in tensors if isinstance(one, DeviceTensor)]
         target = kwargs.get("device")
         made_here = target is not None and torch.device(target).type == NAME
         name = func._schema.name.removeprefix("aten::")
         if name in ("_pin_memory", "is_pinned"):
             return self._pin(name, args[0])
+        if tensors and not made_here and all(one.is_meta for one in tensors):
+            return on_meta(func, args, kwargs, key, tensors)
         if not ours and not made_here:
             if name in _OF_ONE_TYPE and any(one.numel() > SMALL and not any(one.stride()) for one in tensors):
                 raise RuntimeError(f"{name} on the CPU, with weights that only wait there")
@@ -186,60 +192,41 @@ class Accelerator:
             raise RuntimeError(f"{name}: expected one data type, found {', '.join(sorted(map(str, types)))}")
         if name in INDEXING:
             args = (args[0], [self._index(one, name, args[2:]) for one in args[1]], *args[2:])
+            tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+            ours = [one for one in tensors if isinstance(one, DeviceTensor)]
         elif name in ("nonzero", "masked_select", "_unique2", "unique_dim"):
             self.wait("shape")
             results = func(*tree_map(known_values, args), **kwargs)
-            return tree_map(lambda one: self.wrap(torch.empty_like(one, device="meta"), one), results)
-        return self._computed(func, name, args, kwargs, ours, made_here)
+            return tree_map(lambda one: self.new(torch.empty_like(one, device="meta"), one), results)
+        made = learn(func, name, args, kwargs, ours, made_here)
+        if name not in INDEXING and len(ours) == len(tensors) and len(set(map(id, ours))) == len(ours):
+            self._made[key] = made
+        return self._again(made, func, args, kwargs, ours)
 
-    def _computed(self, func: Any, name: str, args: Any, kwargs: Any, ours: list[DeviceTensor], made_here: bool) -> Any:
-        out = self._shapes(func, args, {**kwargs, "device": "meta"} if made_here else kwargs, ours)
-        changes = func._schema.is_mutable
-        if changes and name in _CHANGES_SHAPE:
-            raise NotImplementedError(f"{name} would change the shape of a tensor of the simulated device")
-        if name not in _MADE_WITHOUT_KERNEL and (changes or self._is_new(out, ours)):
+    def _again(self, made: Made, func: Any, args: Any, kwargs: Any, ours: list[DeviceTensor]) -> Any:
+        if made.launches:
             self.launch()
-        values = None
-        if name not in _RANDOM and all(one.values is not None for one in ours):
-            small = all(one.numel() <= SMALL for one in tensors_of([out]))
-            if small or changes:
-                on_cpu = {**kwargs, "device": "cpu"} if made_here else kwargs
-                real_args, real_kwargs = tree_map(
-                    lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu)
-                )
-                values = func(*real_args, **real_kwargs)
-        elif changes:
+        values: Any = None
+        if made.computes and all(one.values is not None for one in ours):
+            on_cpu = {**kwargs, "device": "cpu"} if made.made_here else kwargs
+            real_args, real_kwargs = tree_map(
+                lambda one: one.values if isinstance(one, DeviceTensor) else one, (args, on_cpu)
+            )
+            values = func(*real_args, **real_kwargs)
+        elif made.changes:
             for one in written_by(func, args, kwargs):
                 one.block.known = False
-        by_twin = {id(one.twin): one for one in ours}
-
-        def answer(twin: Any, value: Any) -> Any:
-            if not isinstance(twin, Tensor):
-                return twin
-            return by_twin.get(id(twin)) if id(twin) in by_twin else self.wrap(twin, value)
-
-        if isinstance(out, tuple | list):
-            return type(out)(map(answer, out, values if values is not None else [None] * len(out)))
-        return answer(out, values)
-
-    def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any], ours: list[DeviceTensor]) -> Any:
-        """`func` on the meta device. Remembered, where no result is a view: its kernels are slow."""
-        key = (func, key_of(args), key_of([*kwargs.items()]))
-        made = self._made.get(key)
-        if made is not None:
-            out = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in made]
-            return out if len(out) > 1 else out[0]
-        out = func(*twin_of(args), **{name: twin_of(one) for name, one in kwargs.items()})
-        results = out if isinstance(out, tuple | list) else [out]
-        if all(isinstance(one, Tensor) for one in results) and not func._schema.is_mutable and self._is_new(out, ours):
-            self._made[key] = [(one.shape, one.stride(), one.dtype) for one in results]
-        return out
-
-    def _is_new(self, out: Any, ours: list[DeviceTensor]) -> bool:
-        """Whether any result lies in a storage of its own: views need no kernel."""
-        held = {one.block.key for one in ours}
-        results = out if isinstance(out, tuple | list) else [out]
-        return any(one.untyped_storage()._cdata not in held for one in results if isinstance(one, Tensor))
+        results = []
+        for number, result in enumerate(made.results):
+            if result is None:
+                results.append(None)
+            elif result.same:
+                results.append(ours[result.block])
+            else:
+                block = Block(self, result.bytes) if result.block is None else ours[result.block].block
+                value = None if values is None else values if made.kind is None else values[number]
+                results.append(DeviceTensor(result.form, block, value if result.form.small else None))
+        return results[0] if made.kind is None else made.kind(results)
 
     def _moved(self, name: str, args: Any, kwargs: Any, made_here: bool) -> Tensor | None:
         """A copy between the device and the host; None if it is none."""
@@ -259,12 +246,12 @@ class Accelerator:
         source, device, dtype = args[0], kwargs.get("device"), kwargs.get("dtype") or args[0].dtype
         if not isinstance(source, DeviceTensor):
             self._upload(source, kwargs.get("non_blocking", False))
-            twin = torch.empty_like(source, device="meta", dtype=dtype, memory_format=format_of(kwargs))
-            return self.wrap(twin, source.to(dtype, copy=True) if source.numel() <= SMALL else None)
+            like = torch.empty_like(source, device="meta", dtype=dtype, memory_format=format_of(kwargs))
+            return self.new(like, source.to(dtype, copy=True) if source.numel() <= SMALL else None)
         if made_here or device is None:
             return None
         if torch.device(device).type == "meta":
-            return torch.empty_like(source.twin, dtype=dtype)
+            return torch.empty_like(source.twin(), dtype=dtype)
         self.wait("from device")
         if isinstance(source, nn.Parameter):  # weights that are put aside: nobody reads them there
             return hollow(source.shape, dtype)
@@ -301,10 +288,10 @@ class Accelerator:
                 return index  # a fill under a mask
             self.wait("shape")
             (positions,) = known_values(index).nonzero(as_tuple=True)
-            return self.wrap(torch.empty_like(positions, device="meta"), positions)
+            return self.new(torch.empty_like(positions, device="meta"), positions)
         if not isinstance(index, DeviceTensor):
             self._upload(index, False)
-            return self.wrap(torch.empty_like(index, device="meta"), index)
+            return self.new(torch.empty_like(index, device="meta"), index)
         return index
 
 
@@ -350,6 +337,10 @@ class _Functions(TorchFunctionMode):
             place = kwargs.get("device") or (args[0].device if args and isinstance(args[0], Tensor) else "cpu")
             if torch.device(place).type != generator.device.type:
                 raise RuntimeError(f"Expected a {place} generator but found one of {generator.device}")
+        if func is Tensor.pin_memory:  # of a class of its own, it is made anew around what the dispatch mode pinned
+            copy = func(*args, **kwargs)
+            self._device._pinned[id(copy)] = copy
+            return copy
         return func(*args, **kwargs)
 
     def _attention(self, query: Any, key: Any, value: Any, mask: Any) -> Tensor:
@@ -358,6 +349,6 @@ class _Functions(TorchFunctionMode):
         if not query.dtype == key.dtype == value.dtype:
             raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype}")
         *batch, heads, tokens, _ = query.shape
-        twin = torch.empty((*batch, tokens, heads, value.shape[-1]), dtype=query.dtype, device="meta")
+        like = torch.empty((*batch, tokens, heads, value.shape[-1]), dtype=query.dtype, device="meta")
         self._device.launch()
-        return self._device.wrap(twin, None).transpose(-3, -2)
+        return self._device.new(like, None).transpose(-3, -2)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers.quantizers.gguf.utils import GGUFParameter
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 NAME = "simulated"
+PLACE = f"{NAME}:0"
 SMALL = 4096  # numbers: tensors up to that many have values
 ROOT = str(Path(__file__).resolve().parents[2])  # whose own name is no place
 PLACES = ("/cache/", "/models/", "/diffusers/", "/transformers/", "/torchsde/", "/accelerate/")
@@ -21,39 +23,72 @@ aten = torch.ops.aten
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 
 
-class DeviceTensor(Tensor):
-    """twin: on the meta device, of the same shape and strides. values: on the CPU, if known."""
+class Form:
+    """How a tensor lies in its storage. strides, offset: in numbers. There is one of each, so that it can be a key."""
 
-    twin: Tensor
+    __slots__ = ("dtype", "offset", "shape", "small", "strides")
+    _known: ClassVar[dict[Any, Form]] = {}
+
+    def __init__(self, shape: torch.Size, strides: tuple[int, ...], offset: int, dtype: torch.dtype) -> None:
+        self.shape, self.strides, self.offset, self.dtype = shape, strides, offset, dtype
+        self.small = shape.numel() <= SMALL
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        told = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        found = cls._known.get(told)
+        if found is None:
+            found = cls._known[told] = cls(*told)
+        return found
+
+
+class DeviceTensor(Tensor):
+    """values: on the CPU, if known.
+
+    What a kind of parameter says of itself, as GGUF's, are attributes here: there is no other class on the device.
+    """
+
+    __slots__ = ("_values", "block", "form")
+    form: Form
     block: Block
     _values: Tensor | None
+    as_tensor = GGUFParameter.as_tensor
 
     @staticmethod
-    def __new__(cls, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> Any:
+    def __new__(cls, form: Any, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> Any:
         if block is None:  # accelerate makes a parameter anew by the class of the one that was there
-            return nn.Parameter(twin, requires_grad=requires_grad)
+            return nn.Parameter(form, requires_grad=requires_grad)
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            twin.shape,
-            strides=twin.stride(),
-            storage_offset=twin.storage_offset(),
-            dtype=twin.dtype,
-            device=f"{NAME}:0",
+            cls, form.shape, strides=form.strides, storage_offset=form.offset, dtype=form.dtype, device=PLACE
         )
 
-    def __init__(self, twin: Tensor, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> None:
+    def __init__(self, form: Any, block: Any = None, values: Any = None, *, requires_grad: bool = False) -> None:
         if block is not None:
-            self.twin, self.block, self._values = twin, block, values
+            self.form, self.block, self._values = form, block, values
 
     @property
     def values(self) -> Tensor | None:
         return self._values if self.block.known else None
+
+    def twin(self) -> Tensor:
+        """On the meta device, where PyTorch knows the shapes of all operations' results."""
+        form = self.form
+        empty = torch.empty(0, dtype=form.dtype, device="meta")
+        return empty.set_(self.block.storage, form.offset, form.shape, form.strides)  # type: ignore[call-overload]
 
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.clone()
+
+    def detach(self) -> DeviceTensor:
+        made: Any = super().detach()
+        vars(made).update((name, told) for name, told in vars(self).items() if name != "_is_param")
+        return made
+
+    def as_subclass(self, cls: Any) -> DeviceTensor:
+        return self
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -72,15 +107,36 @@ class DeviceTensor(Tensor):
 class Block:
     """A storage on the device, which all tensors that view it hold. known: whether their values are."""
 
-    def __init__(self, device: Any, storage: Any) -> None:
-        self.device, self.storage, self.key = device, storage, storage._cdata
-        self.bytes, self.known = storage.nbytes(), True
-        device.live += self.bytes
+    __slots__ = ("_storage", "bytes", "device", "known")
+
+    def __init__(self, device: Any, size: int) -> None:
+        self.device, self.bytes, self.known = device, size, True
+        self._storage: Any = None
+        device.live += size
         for counts in device._counting:
             counts.peak = max(counts.peak, device.live)
 
     def __del__(self) -> None:
         self.device.live -= self.bytes
+
+    @property
+    def storage(self) -> Any:
+        """On the meta device; made when it is asked for."""
+        if self._storage is None:
+            self._storage = torch.empty(self.bytes, dtype=torch.uint8, device="meta").untyped_storage()
+        return self._storage
+
+
+def make_subclass(cls: Any, data: Any, requires_grad: bool = False) -> Any:
+    """`Tensor._make_subclass`, which PyTorch has for tensors of its own devices alone."""
+    if not isinstance(data, DeviceTensor):
+        return _make_subclass(nn.Parameter if cls is DeviceTensor else cls, data, requires_grad)
+    made = data.detach()
+    made.__dict__ = {"_is_param": issubclass(cls, nn.Parameter)}
+    return made
+
+
+_make_subclass = Tensor._make_subclass
 
 
 def known_values(one: Any) -> Any:
@@ -91,19 +147,20 @@ def known_values(one: Any) -> Any:
     return one
 
 
-def twin_of(one: Any) -> Any:
-    if isinstance(one, DeviceTensor):
-        return one.twin
-    if isinstance(one, tuple | list):
-        return type(one)(map(twin_of, one))
-    return one.to("meta") if isinstance(one, Tensor) and one.dim() else one
-
-
-def key_of(one: Any) -> Any:
-    """What the shape and type of an operation's results follow from."""
+def key_of(one: Any, tensors: list[Tensor]) -> Any:
+    """What the form of an operation's results follows from; the tensors in it are added to the list."""
+    kind = type(one)
+    if kind is DeviceTensor:
+        tensors.append(one)
+        return one.form
+    if kind is int or one is None:
+        return one
+    if kind is tuple or kind is list:
+        return tuple([key_of(part, tensors) for part in one])
     if isinstance(one, Tensor):
+        tensors.append(one)
         return (one.shape, one.stride(), one.dtype, one.device.type)
-    return tuple(map(key_of, one)) if isinstance(one, tuple | list) else (type(one), one)  # 1, 1.0 and True are equal
+    return (kind, one)  # 1, 1.0 and True are equal
 
 
 def tensors_of(arguments: Any) -> Iterator[Tensor]:
