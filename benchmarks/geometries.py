@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -46,6 +48,7 @@ from models.families.sdxl import SDXLModel
 from models.generation import LoadedModel
 from models.libraries import quiet
 from models.loading.folder import prepare
+from models.loading.quantised import store_fp8
 from models.pipeline import PipelineModel
 from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
 
@@ -57,7 +60,10 @@ SAVED = {**BETAS, "steps_offset": 1, "set_alpha_to_one": False}
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """width, height: pixels of the document's benchmark. build: the pipeline, its networks on the meta device."""
+    """width, height: pixels of the document's benchmark. build: the pipeline, its networks on the meta device.
+
+    small: what the denoiser's weights are kept in, `fp8` or a type of GGUF; None: in `dtype`.
+    """
 
     name: str
     family: str
@@ -66,6 +72,7 @@ class Geometry:
     dtype: torch.dtype
     guidance_scale: float
     build: Callable[[], Any]
+    small: str | None = None
 
     def load(self, device: str, fill: Fill, memory: int | None = None, **options: Any) -> LoadedModel:
         """memory: bytes that a plan may count on. options: of the ModelSpec."""
@@ -73,6 +80,10 @@ class Geometry:
         with quiet():
             with torch.device("meta"):
                 pipeline = self.build()
+                if self.small == "fp8":
+                    store_fp8(pipeline.transformer, self.dtype)
+                elif self.small is not None:
+                    _pack(pipeline.transformer, GGMLQuantizationType[self.small], self.dtype)
             for part in pipeline.components.values():
                 if isinstance(part, nn.Module):
                     _materialise(part, self.dtype, fill)
@@ -104,14 +115,33 @@ def random(device: str) -> Fill:
     return fill
 
 
+def _pack(transformer: nn.Module, kind: GGMLQuantizationType, dtype: torch.dtype) -> None:
+    """The matrices of its blocks as GGUF files hold them, in diffusers' layers for those. All on the meta device."""
+    numbers, size = GGML_QUANT_SIZES[kind]
+    packed = {}
+    for name, weight in transformer.named_parameters():
+        if weight.dim() == 2 and "transformer_blocks." in name:
+            blocks = torch.empty(weight.shape[0], weight.shape[1] // numbers * size, dtype=torch.uint8)
+            packed[name] = GGUFParameter(blocks, quant_type=kind)
+    _replace_with_gguf_linear(transformer, dtype, packed)
+    for name, blocks in packed.items():
+        transformer.get_submodule(name.removesuffix(".weight"))._parameters["weight"] = blocks
+
+
 def _materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
-    """Weights for parameters of the meta device, in `dtype` but for what the class keeps from overflow in float16."""
+    """Weights for parameters of the meta device, in `dtype` but for what is small already, and for what the class keeps
+    from overflow in float16.
+    """
     kept = (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     for name, module in network.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 own = torch.float32 if any(part in f"{name}.{key}".split(".") for part in kept) else dtype
-                module._parameters[key] = nn.Parameter(fill(parameter.shape, own), requires_grad=False)
+                weight = fill(parameter.shape, parameter.dtype if parameter.element_size() == 1 else own)
+                if (kind := getattr(parameter, "quant_type", None)) is not None:
+                    module._parameters[key] = GGUFParameter(weight, quant_type=kind)
+                else:
+                    module._parameters[key] = nn.Parameter(weight, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 if key != "position_ids":
@@ -260,6 +290,8 @@ SD21 = Geometry("sd21", "sd21", 768, 768, torch.float16, 7.5, _sd21)
 SDXL = Geometry("sdxl", "sdxl", 1024, 1024, torch.float16, 5.0, _sdxl)
 FLUX_DEV = Geometry("flux-dev", "flux-dev", 832, 1216, torch.bfloat16, 3.5, lambda: _flux(True))
 FLUX_SCHNELL = Geometry("flux-schnell", "flux-schnell", 832, 1216, torch.bfloat16, 0.0, lambda: _flux(False))
+FLUX_SMALL = {kind: replace(FLUX_DEV, name=f"{FLUX_DEV.name}, {kind}", small=kind) for kind in ("fp8", "Q8_0", "Q4_0")}
+"""Flux-dev by what its transformer lies in; its T5 in half precision."""
 ALL = (SD15, SD21, SDXL, FLUX_DEV, FLUX_SCHNELL)
 
 SMALL_SD = Geometry("small-sd", "sd15", 64, 64, torch.float32, 7.5, lambda: _sd15(32, 2))

@@ -27,6 +27,8 @@ _FIXED = 2**26  # bytes: the texts that are remembered, and small change
 _LONGEST_TEXT = 512  # tokens
 _DECODE_BYTES: dict[Shape, float] = {}
 _STEP_BYTES: dict[Shape, tuple[float, float]] = {}
+_UNPACKED_BYTES: dict[int, float] = {}  # by GGML type: for each byte of the weight
+_BLOCKS = 4096  # whose unpacking is counted
 
 Inputs = Callable[[int, int], Mapping[str, Any]]
 """Height and width of a grid of latents → a denoiser's arguments for one picture, on the meta device."""
@@ -100,7 +102,7 @@ def work(model: Countable, width: int, height: int, images: int, *, guided: bool
     pipeline, root = model.pipeline, model.denoiser.root
     cells, dtype = height * width // pipeline.vae_scale_factor**2, pipeline.vae.dtype
     step = step_bytes(root, dtype, model.inputs, cells) + model.kept_cells * cells * dtype.itemsize
-    unpacked = max((2 * tensor.numel() for tensor in root.parameters() if tensor.element_size() == 1), default=0)
+    unpacked = max(map(unpacked_bytes, root.parameters()), default=0)
     texts = [(name, f"tokenizer{name.removeprefix('text_encoder')}") for name in ("text_encoder", "text_encoder_2")]
     pairs = ((getattr(pipeline, name, None), getattr(pipeline, tokenizer, None)) for name, tokenizer in texts)
     return Work(
@@ -109,6 +111,20 @@ def work(model: Countable, width: int, height: int, images: int, *, guided: bool
         decode=_FIXED + model.decode_bytes(width, height, images),
         tiled=_FIXED + model.decode_bytes(width, height, images, tiled=True),
     )
+
+
+def unpacked_bytes(weight: Tensor) -> int:
+    """Of what a layer makes of a small weight while it runs: 16 bit of fp8, and of a GGUF file's blocks in steps."""
+    if (kind := getattr(weight, "quant_type", None)) is None:
+        return 2 * weight.numel() if weight.element_size() == 1 else 0
+    if kind not in _UNPACKED_BYTES:
+        from diffusers.quantizers.gguf.utils import GGML_QUANT_SIZES, GGUFParameter, dequantize_gguf_tensor
+
+        with torch.device("meta"):
+            blocks = GGUFParameter(torch.empty(_BLOCKS, GGML_QUANT_SIZES[kind][1], dtype=torch.uint8), quant_type=kind)
+        peak = peak_bytes(lambda: dequantize_gguf_tensor(blocks).to(torch.bfloat16))
+        _UNPACKED_BYTES[kind] = peak / blocks.nbytes
+    return round(_UNPACKED_BYTES[kind] * weight.nbytes)
 
 
 def _reading_bytes(encoder: Any, tokenizer: Any) -> int:

@@ -9,11 +9,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, FLUX_SMALL, SD15, SDXL, Geometry
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
 from cache import NoCache
@@ -59,12 +60,17 @@ def memory_table() -> Iterator[str]:
     def gigabytes(count: int) -> str:
         return f"{count / 1e9:.2f}"
 
-    plain: list[tuple[Geometry, dict[str, Any]]] = [(geometry, {}) for geometry in ALL]
+    four_bits = FLUX_SMALL["Q4_0"]
+    plain: list[tuple[Geometry, dict[str, Any]]] = [(geometry, {}) for geometry in (*ALL, four_bits)]
     special = [(SD15, {"vae_tiling": True}), (SDXL, {"vae_tiling": True}), (FLUX_DEV, {"vae_tiling": True})]
     offloaded = [
         (one, {"offload": how}) for one in (SD15, SDXL, FLUX_DEV, FLUX_SCHNELL) for how in ("model", "sequential")
     ]
-    offloaded.append((FLUX_DEV, {"offload": "group"}))
+    offloaded += [
+        (FLUX_DEV, {"offload": "group"}),
+        (four_bits, {"offload": "model"}),
+        (four_bits, {"offload": "group"}),
+    ]
     document = [f"document, {name}" for name in ("none", "cache")]
     yield row(
         "model",
@@ -92,14 +98,13 @@ def memory_table() -> Iterator[str]:
 
 CARDS = (8, 12, 16, 24)  # GiB
 TAKEN = 0.7  # of them by the CUDA context and the screen
-SMALL = {"fp8": 8, "Q8_0": 8.5, "Q4_0": 4.5}  # bits a weight
 
 
 def cards_table() -> Iterator[str]:
-    """Gigabytes (10⁹ bytes), with the family's cache by default; of small weights by the plan's arithmetic alone."""
+    """Gigabytes (10⁹ bytes), with the family's cache by default."""
     yield row("model", "card", "plan", "moved for a prompt", "streamed a step", "counted", "peak")
     yield row(*["---"] * 7)
-    for geometry in (SD15, SDXL, FLUX_DEV):
+    for geometry in (SD15, SDXL, FLUX_DEV, *FLUX_SMALL.values()):
         device = Accelerator()
         with device, torch.no_grad():
             loaded = load(geometry, memory=0)
@@ -107,25 +112,14 @@ def cards_table() -> Iterator[str]:
             if residence is None:
                 raise RuntimeError("nothing was planned")
             sizes, usual, work = residence.sizes, model.usual_work, model.work(geometry.width, geometry.height, 1)
-            rooms = {card: int((card - TAKEN) * 2**30) for card in CARDS}
             name = f"{geometry.name} {geometry.width}×{geometry.height}"
-            for card, room in rooms.items():
-                plan = choose(sizes, usual, room)
+            for card in CARDS:
+                plan = choose(sizes, usual, int((card - TAKEN) * 2**30))
                 residence.settle(plan)
+                new = replace(request(geometry, 3), prompt="cat " * card)  # one that is remembered would not be read
                 with device.counting() as counts:
-                    loaded.generate(request(geometry, 3), strategies(geometry)["default"], lambda step: None)
+                    loaded.generate(new, strategies(geometry)["default"], lambda step: None)
                 yield _card(name, card, plan, sizes, work, f"{counts.peak / 1e9:.1f}")
-            for kind, bits in SMALL.items() if geometry is FLUX_DEV else ():
-                small = _in_bits(sizes, bits)
-                for card, room in rooms.items():
-                    yield _card(f"{name}, {kind}", card, choose(small, usual, room), small, work, "–")
-
-
-def _in_bits(sizes: Sizes, bits: float) -> Sizes:
-    """With so many bits for each weight of the denoiser, of 16."""
-    name, part = sizes.denoiser, bits / 16
-    blocks = {**sizes.blocks, name: [int(part * size) for size in sizes.blocks[name]]}
-    return Sizes({**sizes.weights, name: int(part * sizes.weights[name])}, blocks)
 
 
 def _card(name: str, card: int, plan: Plan, sizes: Sizes, work: Work, peak: str) -> str:

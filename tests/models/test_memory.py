@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.quantizers.gguf.utils import GGUFParameter
+from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -18,7 +20,7 @@ from models.embedded import SPECS
 from models.families.sd import StableDiffusionModel
 from models.generation import LoadedModel
 from models.loading.footprint import loaded_bytes
-from models.memory import decode_bytes, peak_bytes
+from models.memory import decode_bytes, peak_bytes, unpacked_bytes
 
 
 def test_the_peak_of_a_chain_is_its_two_largest_neighbours() -> None:
@@ -47,6 +49,13 @@ def test_attention_keeps_no_scores() -> None:
         return functional.scaled_dot_product_attention(query, query, value=query)
 
     assert peak_bytes(call) == 4096 * 8 * 4
+
+
+@pytest.mark.parametrize(("kind", "size"), [("Q8_0", 34), ("Q4_0", 18)])
+def test_a_ggufs_matrix_is_there_in_float16_and_in_bfloat16_at_once(kind: str, size: int) -> None:
+    """diffusers makes the one of the file's blocks, each of 32 numbers, and then the other of that: 2 + 2 bytes."""
+    blocks = torch.empty(10, 3 * size, dtype=torch.uint8, device="meta")
+    assert unpacked_bytes(GGUFParameter(blocks, quant_type=GGMLQuantizationType[kind])) == 10 * 3 * 32 * 4
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])
