@@ -1,7 +1,8 @@
 """The command line: measures, prints a table a model, and one JSON object as the last line.
 
-python -m benchmarks.cache          the presets: time, counted operations and quality, in a few minutes
-python -m benchmarks.cache --full   the whole grid with every peer; writes docs/benchmarks.md's tables and plots
+python -m benchmarks.cache             the presets: time, counted operations and quality, in a few minutes
+python -m benchmarks.cache --full      the whole grid with every peer; writes docs/benchmarks.md's tables and plots
+python -m benchmarks.cache --weights   tiny-flux in small weights: their loss beside the cache's; writes its table
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import overhead
 from benchmarks.cache.page import COLUMNS, draw, part, row
 from benchmarks.cache.settings import EVEN, PLAIN_REUSE, Setting, branches, full, presets
+from benchmarks.cache.weights import COLUMNS as WEIGHTS_COLUMNS
+from benchmarks.cache.weights import rows as weights_rows
+from benchmarks.cache.weights import small_flux
 from benchmarks.report import ROOT, Claim, conditions, fill, machine, show, table
 from cache import DeepCache, UNetDenoiser
 from cache.flops import deepest_branch
@@ -89,9 +93,34 @@ def demands(bench: Bench, settings: Sequence[Setting], results: Sequence[Result]
     return claims + of_overheads(rows)
 
 
+def said_of(bench: Bench, name: str) -> str:
+    params = bench.params
+    return (
+        f"`{name}`, {params.width} × {params.height}, {params.steps} steps, guidance {params.guidance_scale}, "
+        f"{type(bench.model.pipeline.scheduler).__name__}, {len(bench.pairs)} pictures of "
+        f"{len({prompt for prompt, _ in bench.pairs})} prompts, seeds 0 to {len(bench.pairs) - 1}."
+    )
+
+
+def command() -> str:
+    return " ".join(["python -m benchmarks.cache", *sys.argv[1:]])
+
+
+def measure_weights(pictures: int, steps: int | None, device: str, page: Path) -> None:
+    measured = machine(device)
+    with small_flux(device) as registry:
+        said = said_of(bench_of(registry, registry.names[0], pictures, steps), DEFAULT_FLUX)
+        found = list(weights_rows(registry, lambda name: bench_of(registry, name, pictures, steps)))
+    lines = table(WEIGHTS_COLUMNS, map(str, found))
+    show([said, *lines])
+    fill(page, {"weights": [f"`{command()}`: {said} {conditions(measured)}", "", *lines]})
+    print(json.dumps({"benchmark": "cache, weights", "machine": measured, "rows": list(map(asdict, found))}))
+
+
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Name of a model; repeat for several. Default: all.")] = None,
     whole: Annotated[bool, typer.Option("--full", help="The whole grid with every peer; writes the page.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Small weights alone; writes their table.")] = False,
     pictures: Annotated[int | None, typer.Option(min=2, help="Prompts with seeds. Default: 8, with --full 32.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a setting, each beside an uncached one.")] = 5,
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps. Default: the model's.")] = None,
@@ -101,6 +130,9 @@ def main(
 ) -> None:
     """Measure the caches on the embedded models, beside their published peers with --full."""
     pictures = pictures or (32 if whole else 8)
+    if weights:
+        measure_weights(pictures, steps, device, page)
+        return
     registry, measured = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device), machine(device)
     models: dict[str, Any] = {}
     for name in model or registry.names:
@@ -111,16 +143,11 @@ def main(
         known = {"params": asdict(params), "pairs": bench.pairs, "repeats": repeats}
         mark = fingerprint({**known, "machine": {**measured, "commit": None}}, registry.spec(name).source)
         results = measure(bench, settings, store, mark, repeats)
-        said = (
-            f"`{name}`, {params.width} × {params.height}, {params.steps} steps, guidance {params.guidance_scale}, "
-            f"{type(bench.model.pipeline.scheduler).__name__}, {pictures} pictures of "
-            f"{len({prompt for prompt, _ in bench.pairs})} prompts, seeds 0 to {pictures - 1}."
-        )
+        said = said_of(bench, name)
         show([said, *table(COLUMNS, map(row, results))])
         claims = demands(bench, settings, results) if whole else []
         if whole:
-            command = " ".join(["python -m benchmarks.cache", *sys.argv[1:]])
-            fill(page, {name: [f"`{command}`: {said} {conditions(measured)}", "", *part(results, claims)]})
+            fill(page, {name: [f"`{command()}`: {said} {conditions(measured)}", "", *part(results, claims)]})
             draw(results, page.parent / "images" / f"pareto-{name}.png")
         rows = {result.name: result.row() for result in results}
         models[name] = {"conditions": said, "settings": rows, "demands": list(map(asdict, claims))}

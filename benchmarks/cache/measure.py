@@ -187,12 +187,12 @@ class Bench:
     @cached_property
     def reference(self) -> tuple[Pictures, Watched]:
         """The uncached pictures, and what ran for them."""
-        return self._pictures(PLAIN)
+        return self.pictures(PLAIN)
 
     def quality(self, setting: Setting) -> Result:
         """Draw every pair and compare."""
         reference, plain = self.reference
-        pictures, watched = (reference, plain) if setting == PLAIN else self._pictures(setting)
+        pictures, watched = (reference, plain) if setting == PLAIN else self.pictures(setting)
         couples = list(zip(reference, pictures, strict=True))
         predicted = [report.predicted_speedup for report in watched.reports if report.predicted_speedup]
         return Result(
@@ -241,7 +241,8 @@ class Bench:
         (image,) = self.model.generate(params, watched, lambda step: None).images
         return image
 
-    def _pictures(self, setting: Setting) -> tuple[Pictures, Watched]:
+    def pictures(self, setting: Setting) -> tuple[Pictures, Watched]:
+        """Of all pairs, and what ran for them."""
         watched = self._watched(setting, counting=True)
         return np.stack([np.asarray(self._draw(setting, watched, *pair)) for pair in self.pairs]), watched
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.cache import __main__ as command
-from benchmarks.cache import settings
+from benchmarks.cache import settings, weights
 from benchmarks.cache.measure import Bench
+from cache import FirstBlockCache
 from models.base import ModelSpec
+from models.registry import Registry
+from models.tuning.nearness import psnr
 
 needs_peers = pytest.mark.skipif(
     find_spec("cache_dit") is None or find_spec("matplotlib") is None, reason="needs the bench extra"
@@ -35,7 +40,7 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    usual = {"model": None, "whole": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
+    usual = {"model": None, "whole": False, "weights": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
     return {**usual, "page": folder / "benchmarks.md", "store": folder / "store", **changes}
 
 
@@ -57,6 +62,27 @@ def test_the_quick_run_ends_in_one_json_line(
     assert balanced["operations_speedup"] > 1
     assert last["machine"]["versions"]["torch"] == torch.__version__
     assert not (tmp_path / "benchmarks.md").exists()
+
+
+def test_a_loss_by_weights_is_told_apart_from_the_caches(
+    flux_spec: ModelSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights under two names lose nothing by them, and by the cache what they lose in all."""
+    specs = [replace(flux_spec, name=name, render_sizes=((64, 64),)) for name in ("whole", "again")]
+    monkeypatch.setattr(command, "small_flux", lambda device: nullcontext(Registry(specs, "whole", "whole", device)))
+    always = settings.Setting(settings.OURS, "1.0", settings.ours(FirstBlockCache(threshold=1.0)))
+    monkeypatch.setattr(weights, "SETTINGS", (settings.PLAIN, always))
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- weights -->\n<!-- /weights -->\n")
+    command.main(**arguments(tmp_path, weights=True, steps=6))
+    whole, whole_cached, again, cached = last_line(capsys)["rows"]
+    equal = psnr(np.zeros((64, 64, 3)), np.zeros((64, 64, 3)))
+    assert (whole["loss"], whole["cache_loss"]) == (None, None)
+    assert (again["loss"], again["cache_loss"]) == ([equal] * 3, None)
+    assert cached["loss"] == cached["cache_loss"] == whole_cached["loss"]
+    assert cached["loss"][0] < equal
+    assert cached["hit_rate"] == whole_cached["hit_rate"] > 0
+    assert f"| again | uncached | 0.00 | {equal:.1f} | {equal:.1f}–{equal:.1f} |" in page.read_text(encoding="utf-8")
 
 
 @needs_peers

@@ -1,15 +1,13 @@
 """Files of small weights as their makers write them, from tensors of the published names.
 
 GGUF as ComfyUI-GGUF's converter (blocks by the `gguf` package's own quantisers), fp8 as ComfyUI. Each writer also gives
-the numbers that the file stands for, computed here, for tests to compare with.
-
-    python -m tests.models.loading.quantising FOLDER    tiny-flux in each: PSNR, hit rates, and the pictures
+the numbers that the file stands for, computed here, for tests to compare with. `benchmarks.cache` measures tiny-flux in
+each.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 WHOLE = ("time_in.", "vector_in.", "guidance_in.", "txt_in.", "img_in.", "final_layer.")  # not quantised by anybody
 FP8 = torch.float8_e4m3fn
+TINY_WIDTH = 168  # of tiny-flux's streams
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
@@ -99,12 +97,6 @@ def narrow_flux(width: int) -> Iterator[None]:
         known["checkpoint_mapping_fn"] = convert
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """dB, of pictures (…, 0 to 255)."""
-    error = float(((one.astype(float) - other) ** 2).mean())
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
 def embedded_flux(folder: Path) -> dict[str, Any]:
     """tiny-flux's specs by what its transformer lies in, the files written into `folder`."""
     from dataclasses import replace
@@ -131,34 +123,3 @@ def embedded_flux(folder: Path) -> dict[str, Any]:
         "scaled fp8, kept in fp8": replace(file, source=folder / "scaled.safetensors", quantization="fp8"),
         "kept in fp8": replace(spec, quantization="fp8"),
     }
-
-
-def main(folder: Path) -> None:
-    from cache import FirstBlockCache, NoCache
-    from models.base import GenerationParams
-    from models.families import FAMILIES
-    from models.generation import LoadedModel
-
-    folder.mkdir(parents=True, exist_ok=True)
-    asked = GenerationParams(
-        prompt="a misty forest at twilight", width=192, height=128, steps=28, guidance_scale=3.0, seeds=(0, 1, 2, 3)
-    )
-    drawn: dict[tuple[str, str], np.ndarray] = {}
-    print("weights | cache | PSNR to unquantised, uncached | to the same weights, uncached | hit rate")
-    with narrow_flux(168):
-        for name, spec in embedded_flux(folder).items():
-            model = LoadedModel(FAMILIES["flux"].load(spec, "cpu"))
-            for cache in (NoCache(), FirstBlockCache(threshold=0.1)):
-                made = model.generate(asked, cache, lambda _: None)
-                drawn[name, cache.name] = pictures = np.stack([np.asarray(image) for image in made.images])
-                rate = sum(report.hit_rate for report in made.reports) / len(made.reports)
-                loss = psnr(pictures, drawn["unquantised", "none"])
-                print(f"{name} | {cache.name} | {loss:.1f} | {psnr(pictures, drawn[name, 'none']):.1f} | {rate:.2f}")
-                for seed, image in zip(asked.seeds, made.images, strict=True):
-                    image.save(folder / f"{name.replace(' ', '-').replace(',', '')}-{cache.name}-{seed}.png")
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(Path(sys.argv[1]))

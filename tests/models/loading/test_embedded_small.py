@@ -11,7 +11,8 @@ from cache import FirstBlockCache, NoCache
 from models.base import GenerationParams
 from models.families import FAMILIES
 from models.generation import LoadedModel
-from tests.models.loading.quantising import embedded_flux, narrow_flux, psnr
+from models.tuning.nearness import psnr
+from tests.models.loading.quantising import TINY_WIDTH, embedded_flux, narrow_flux
 
 PARAMS = GenerationParams(
     prompt="a misty forest at twilight", width=192, height=128, steps=8, guidance_scale=3.0, seeds=(0,)
@@ -28,7 +29,7 @@ def drawn(model: LoadedModel, threshold: float | None) -> tuple[np.ndarray, floa
 
 
 def test_each_kind_loses_little_and_the_cache_as_much_as_ever(tmp_path: Path) -> None:
-    with narrow_flux(168):
+    with narrow_flux(TINY_WIDTH):
         models = {
             name: LoadedModel(FAMILIES["flux"].load(spec, "cpu"))
             for name, spec in embedded_flux(tmp_path).items()

@@ -26,10 +26,11 @@ from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.loading import gguf, quantised
 from models.loading.footprint import network_bytes
+from models.tuning.nearness import psnr
 from tests.models import original
 from tests.models.adapters.test_lora import peft_layout, random_pairs, saved
 from tests.models.conftest import TEXT_WIDTH
-from tests.models.loading.quantising import Tensors, narrow_flux, psnr, save_gguf, save_scaled
+from tests.models.loading.quantising import Tensors, narrow_flux, save_gguf, save_scaled
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels
 
