@@ -21,6 +21,18 @@ from models.base import ModelError
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Image generation with feature caching."
 )
+
+
+def bench(context: typer.Context) -> None:
+    """Run the cache benchmark of a source checkout; further arguments are its own."""
+    if find_spec("benchmarks") is None or find_spec("benchmarks.cache") is None:
+        raise ServiceError("The benchmarks come with the source checkout only; run this in its folder.")
+    with bar("starting"):
+        from diffusers import FluxPipeline, StableDiffusionPipeline  # noqa: F401  # the seconds before its first word
+    sys.argv = ["benchmarks.cache", *context.args]
+    runpy.run_module("benchmarks.cache", run_name="__main__")
+
+
 cli.command()(serve)
 cli.command()(generate)
 cli.command()(compare)

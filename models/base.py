@@ -100,6 +100,35 @@ class Upscaler:
     path: Path
 
 
+ResamplingName = Literal["Lanczos", "Nearest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enlargement:
+    """Pictures, RGB, to be enlarged as they are: no model draws over them.
+
+    Each becomes `factor` times as wide and high or, with `size`, covers so many pixels (width, height); `crop` cuts the
+    overhang evenly. `upscalers`: none leaves them as they are, of two the second has the share `blend` of the result.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    upscalers: tuple[Upscaler | ResamplingName, ...]
+    blend: float = 0.0
+    factor: float = 2.0
+    size: tuple[int, int] | None = None
+    crop: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(one.name if isinstance(one, Upscaler) else one for one in self.upscalers)
+
+    def target(self, picture: Image.Image) -> tuple[int, int]:
+        """(width, height), pixels, to which the picture is enlarged, before it is cut."""
+        width, height = picture.size
+        factor = self.factor if self.size is None else max(self.size[0] / width, self.size[1] / height)
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Img2Img:
     """Begin from a picture: the last `denoise` of the noise schedule is run on it, above 0 and up to 1.
