@@ -20,6 +20,7 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 Offload = Literal["none", "text", "model", "group", "sequential"]
 Quantization = Literal["fp8", "int8", "nf4"]
 Prediction = Literal["epsilon", "v_prediction"]
+Distilled = Literal["turbo", "lightning", "lcm", "hyper"]
 
 
 class ModelError(Exception):
@@ -316,6 +317,7 @@ class ModelSpec:
     `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
     `prediction_type`, `rescale_betas_zero_snr`: override what the model's files say the network predicts, and whether
     its noise schedule is stretched to end in pure noise (Lin et al. 2024).
+    `distilled`: by which method it was taught to draw in few steps, without guidance.
     `offload`: which networks lie in main memory while they do not run: `none`, those that read a `text`, all in turns
     (`model`), too large ones block by block (`group`), or layer by layer (`sequential`). None: as a plan finds for the
     device's memory (`loading/plan.py`).
@@ -334,6 +336,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     prediction_type: Prediction | None = None
     rescale_betas_zero_snr: bool | None = None
+    distilled: Distilled | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False

@@ -344,6 +344,7 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         render_sizes=tuple((width, height) for width, height in row["render_sizes"]),
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
+        distilled=row.get("distilled"),
     )
 
 

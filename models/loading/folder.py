@@ -160,7 +160,7 @@ def _materialised(spec: ModelSpec, pipeline_class: Any, hooks: LoadHooks) -> Ite
 def configurations_of(spec: ModelSpec, file: Path) -> dict[str, dict[str, Any]]:
     """The published configurations of the file's family, in the file's widths. Raises LoadFailed."""
     family = contents(spec, file).family or spec.family
-    return configurations(family, {name: part.network for name, part in parts_of(spec, file).items()})
+    return configurations(family, {name: part.network for name, part in parts_of(spec, file).items()}, spec.distilled)
 
 
 def check_traits(spec: ModelSpec, path: str, traits: Mapping[str, object]) -> None:

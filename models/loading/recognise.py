@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
-from models.base import Prediction
+from models.base import Distilled, Prediction
 
 from .header import BadFile, Header, TensorInfo, read_header
 from .quantised import COMPANIONS, LEFT_BEHIND
@@ -66,6 +66,10 @@ _TRAINING = re.compile(  # of what a training run left behind, or a writer's not
     r"|(?:.*\.)?scaled_fp8|global_step|epoch|pytorch-lightning_version|v_pred|ztsnr|spiece_model"
     r"|.*(?:position_ids|logit_scale)|first_stage_model\.loss\..*|text_encoders\.\w+\.text_projection"
 )
+_SAYS = ("modelspec.architecture", "modelspec.title", "modelspec.tags")
+"""Metadata in which a file's writer tells its kind. Trainers' own, `ss_…`, hold names of files."""
+_DISTILLED = re.compile(r"(turbo|lightning|lcm|hyper(?=[-_ ]?sd))(?:[-_ ]?sd(?:xl)?)?(?![a-z])", re.IGNORECASE)
+_STEPS = re.compile(r"(?<!\d)([1-9]|1[0-6])[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 _EDM = {"edm_mean", "edm_vpred.sigma_max"}
 _LEAVES = {"weight", "bias", "scale", "in_proj_weight", "in_proj_bias", "positional_embedding", "text_projection"}
 _LEAVES |= COMPANIONS
@@ -108,11 +112,21 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class FewSteps:
+    """What a distilled model is drawn with, where nobody says otherwise. guidance_scale: None: its family's."""
+
+    kind: Distilled
+    steps: int
+    guidance_scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Recognised:
     """family: None where the file is no model that is served; `reason` then goes on after its name.
 
     networks: what is in it, by what they are. prediction: what the file says itself that it predicts; None where it
-    does not say so. terminal_snr: its schedule ends in pure noise (Lin et al. 2024).
+    does not say so. terminal_snr: its schedule ends in pure noise (Lin et al. 2024). few_steps: where its writer says
+    that it is distilled.
     """
 
     family: str | None
@@ -120,6 +134,7 @@ class Recognised:
     networks: Mapping[Role, Network] = field(default_factory=dict)
     prediction: Prediction | None = None
     terminal_snr: bool | None = None
+    few_steps: FewSteps | None = None
 
 
 def recognise_file(file: Path) -> Recognised:
@@ -162,7 +177,7 @@ def recognise(header: Header) -> Recognised:
         return Recognised(None, str(error), networks)
     except LookupError as error:
         return Recognised(None, f"lacks a tensor that every model of its kind has: {error}", networks)
-    return Recognised(family, "", networks, prediction, terminal)
+    return Recognised(family, "", networks, prediction, terminal, _distilled(header, family))
 
 
 def _networks(header: Header) -> tuple[dict[Role, Network], list[str]]:
@@ -253,3 +268,17 @@ def _predicts(header: Header) -> tuple[Prediction | None, bool | None]:
     said = header.metadata.get("modelspec.prediction_type", "").lower()
     terminal = True if "ztsnr" in header else None
     return ("v_prediction" if said in ("v", "v_prediction") else "epsilon" if said else None), terminal
+
+
+def few_steps(kind: Distilled, family: str, steps: int | None = None) -> FewSteps:
+    """What a model of this kind is drawn with. Flux dev takes its guidance as a number even then."""
+    flux = family.startswith("flux")
+    return FewSteps(kind, steps or (8 if flux else 4), None if flux else 1.0)
+
+
+def _distilled(header: Header, family: str) -> FewSteps | None:
+    said = " ".join(header.metadata.get(key, "") for key in _SAYS)
+    found, steps = _DISTILLED.search(said), _STEPS.search(said)
+    if found is None or family == "flux-schnell":
+        return None
+    return few_steps(cast(Distilled, found[1].lower()), family, int(steps[1]) if steps else None)

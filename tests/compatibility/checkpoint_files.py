@@ -41,7 +41,8 @@ class CheckpointRow(FileRow):
     """A file or folder `ink`. model: the family of the networks that it is made of, "" where of none.
 
     precision: see `test_checkpoints.written`. beside: what lies in files of its own → their precision; Stable
-    Diffusion's autoencoder lies in a whole checkpoint. header: the file's metadata. drawn: it draws, too.
+    Diffusion's autoencoder lies in a whole checkpoint. header: the file's metadata. scheduler: of a distilled model.
+    drawn: it draws, too.
     """
 
     group: Group = "Checkpoint"
@@ -51,6 +52,7 @@ class CheckpointRow(FileRow):
     header: Mapping[str, str] = field(default_factory=dict)
     prediction: Prediction = "epsilon"
     terminal_snr: bool = False
+    scheduler: str = ""
     drawn: bool = False
 
 
@@ -169,6 +171,22 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         prediction="v_prediction",
     ),
     _served(SD, "sdxl", stable_diffusion, "conditioner.embedders.1.model.ln_final.weight", drawn=True),
+    _served(
+        "SDXL Turbo, told by its metadata",
+        "sdxl",
+        stable_diffusion,
+        INPUT,
+        header={"modelspec.title": "SDXL Turbo"},
+        scheduler="EulerDiscreteScheduler",
+    ),
+    _served(
+        "a latent consistency model without an embedded scale, told by its metadata",
+        "sd15",
+        stable_diffusion,
+        INPUT,
+        header={"modelspec.tags": "LCM"},
+        scheduler="LCMScheduler",
+    ),
     _served(
         "predicts velocities (v_pred)",
         "sdxl",

@@ -151,6 +151,8 @@ def test_a_checkpoint_is_loaded_as_the_numbers_that_it_stands_for(row: Checkpoin
     with quiet():
         schedule = build(model.pipeline.scheduler, family.table, None, None, steps=4, seeds=[0])
     assert schedule.config.get("prediction_type", "epsilon") == row.prediction
+    assert row.scheduler in ("", type(model.pipeline.scheduler).__name__)
+    assert bool(row.scheduler) == (spec.distilled is not None)
     assert row.terminal_snr == (hasattr(schedule, "alphas_cumprod") and float(schedule.alphas_cumprod[-1]) < 1e-6)
 
     packed = row.precision.startswith("GGUF")
