@@ -65,7 +65,13 @@ _TRAINING = re.compile(  # of what a training run left behind, or a writer's not
     r"model_ema\..*|(?:alphas|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|denoiser\.sigmas|loss\.).*"
     r"|(?:.*\.)?scaled_fp8|global_step|epoch|pytorch-lightning_version|v_pred|ztsnr|spiece_model"
     r"|.*(?:position_ids|logit_scale)|first_stage_model\.loss\..*|text_encoders\.\w+\.text_projection"
+    r"|vision_model\..*|visual_projection\.weight|visual\..*"  # CLIP's other half, which sees
 )
+_FURTHER = {  # what a UNet of more channels than 4 is
+    5: "a Stable Diffusion 2 with depth",
+    7: "Stable Diffusion's upscaler",
+    8: "a model that draws from a picture, as InstructPix2Pix",
+}
 _SAYS = ("modelspec.architecture", "modelspec.title", "modelspec.tags")
 """Metadata in which a file's writer tells its kind. Trainers' own, `ss_…`, hold names of files."""
 _DISTILLED = re.compile(r"(turbo|lightning|lcm|hyper(?=[-_ ]?sd))(?:[-_ ]?sd(?:xl)?)?(?![a-z])", re.IGNORECASE)
@@ -75,17 +81,22 @@ _LEAVES = {"weight", "bias", "scale", "in_proj_weight", "in_proj_bias", "positio
 _LEAVES |= COMPANIONS
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
 _READ_HERE = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
+_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # in T5 the first block has it alone
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
         "a ControlNet, which is not served here",
     ),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding: put it into the folder of embeddings"),
+    (r"^(vision_model|visual)\.", "CLIP's vision encoder, which is not served here"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not served here"),
+    (r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.", "a T2I-Adapter, which is not served here"),
     (r"joint_blocks\.", "a Stable Diffusion 3, a family that is not served here"),
     (r"distilled_guidance_layer", "a Chroma, a family that is not served here"),
     (r"single_stream_modulation", "a Flux 2, a family that is not served here"),
     (r"motion_modules|temporal_transformer", "a motion module or a video model, which is not served here"),
     (r"^(down_blocks|up_blocks)\.\d", "a UNet in diffusers' names without its other networks: bring its whole folder"),
+    (re.escape(_UMT5), "a text encoder UMT5, of a family that is not served here"),
     (r"^enc\.blk\.0\.", "a text encoder T5 in llama.cpp's names: take it as safetensors, in fp8, scaled fp8 or 16 bit"),
     (r"^(conv_first|model\.0|body\.0)\.", "an upscaler, which is no model by itself"),
 )
@@ -218,7 +229,7 @@ def _role(tensors: Mapping[str, TensorInfo], said: Role | None) -> Role | None:
     if latents is not None and len(latents.shape) == 4:
         return {4: "vae4", 16: "vae16"}.get(latents.shape[1])  # type: ignore[return-value]
     if has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"):
-        return "t5"
+        return None if has(_UMT5) else "t5"
     ends = tuple(
         name
         for name in tensors
@@ -240,10 +251,14 @@ def _unet_family(unet: Network) -> str:
     deepest = layers(unet.tensors, r"^input_blocks\.(\d+)\.")
     linear = len(unet.ending("proj_in.weight").shape) == 2
     family = ("refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
+    if any(".time_stack." in name or "motion_modules." in name for name in unet.tensors):
+        raise BadFile("is a video model, which is not served here")
     if channels == 9:
         raise BadFile("is an inpainting model (its UNet takes 9 channels): masks are not served here")
-    if channels == 8:
-        raise BadFile("is an InstructPix2Pix model (its UNet takes 8 channels), which is not served here")
+    if channels in _FURTHER:
+        raise BadFile(f"is {_FURTHER[channels]} (its UNet takes {channels} channels), which is not served here")
+    if labelled and "input_blocks.1.1.proj_in.weight" in unet.tensors:  # SDXL's first level does not attend
+        raise BadFile("is an unCLIP of Stable Diffusion 2 (its UNet takes a picture's embedding), not served here")
     if channels != 4:
         raise BadFile(f"has a UNet of {channels} channels, and those served here take 4")
     if family == "refiner":
