@@ -294,3 +294,19 @@ def test_a_folder_says_by_its_scheduler_that_it_is_distilled(
         (folder / "ink" / path).write_text(json.dumps(config))
     spec = listed(folder)[0]["ink"]
     assert (spec.distilled, spec.steps, spec.guidance_scale) == expected
+
+
+def test_a_full_disk_of_temporary_files_is_a_sentence_and_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollow(folder / "ink.safetensors")
+    registry = Registry([], "ink", None, checkpoints=CheckpointFolder(folder))
+
+    def full(path: Path, text: str, **_: object) -> None:
+        with open("/dev/full", "w") as disk:  # every write to it fails as one to a full disk does
+            disk.write(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(LoadFailed, match=r"No space left on device.*TMPDIR"):
+            registry.get("ink")
+    assert registry.loaded == ()
+    assert registry.get("ink").spec.name == "ink"
