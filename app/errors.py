@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+RETRY_SECONDS = 5  # what a client is told to wait
+
 
 class CannotStart(Exception):
     """What is wrong, in one sentence for the operator; no client ever sees it."""
@@ -127,6 +129,22 @@ class GenerationFailed(ServiceError, type="generation_failed"):
 
 class Cancelled(ServiceError, status=409, type="cancelled"):
     """The job was cancelled before it was done. Seen only by whoever waits for a job that another one cancels."""
+
+
+def worker_lost(reason: str) -> WorkerLost:
+    return WorkerLost(
+        f"The worker was lost twice while it ran this request, the last time because {reason}. If it repeats, ask for "
+        "less: a smaller picture, fewer images at once.",
+        retry_after=RETRY_SECONDS,
+    )
+
+
+def leaving() -> NotReady:
+    return NotReady("The server is shutting down. Ask again when it is back.", retry_after=RETRY_SECONDS)
+
+
+def queue_full(size: int) -> QueueFull:
+    return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
 
 
 def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:

@@ -20,6 +20,7 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 Offload = Literal["none", "text", "model", "group", "sequential"]
 Quantization = Literal["fp8", "int8", "nf4"]
 Prediction = Literal["epsilon", "v_prediction"]
+Distilled = Literal["turbo", "lightning", "lcm", "hyper"]
 
 
 class ModelError(Exception):
@@ -98,6 +99,35 @@ class Upscaler:
 
     name: str
     path: Path
+
+
+ResamplingName = Literal["Lanczos", "Nearest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enlargement:
+    """Pictures, RGB, to be enlarged as they are: no model draws over them.
+
+    Each becomes `factor` times as wide and high or, with `size`, covers so many pixels (width, height); `crop` cuts the
+    overhang evenly. `upscalers`: none leaves them as they are, of two the second has the share `blend` of the result.
+    """
+
+    pictures: tuple[Image.Image, ...]
+    upscalers: tuple[Upscaler | ResamplingName, ...]
+    blend: float = 0.0
+    factor: float = 2.0
+    size: tuple[int, int] | None = None
+    crop: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(one.name if isinstance(one, Upscaler) else one for one in self.upscalers)
+
+    def target(self, picture: Image.Image) -> tuple[int, int]:
+        """(width, height), pixels, to which the picture is enlarged, before it is cut."""
+        width, height = picture.size
+        factor = self.factor if self.size is None else max(self.size[0] / width, self.size[1] / height)
+        return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +317,7 @@ class ModelSpec:
     `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
     `prediction_type`, `rescale_betas_zero_snr`: override what the model's files say the network predicts, and whether
     its noise schedule is stretched to end in pure noise (Lin et al. 2024).
+    `distilled`: by which method it was taught to draw in few steps, without guidance.
     `offload`: which networks lie in main memory while they do not run: `none`, those that read a `text`, all in turns
     (`model`), too large ones block by block (`group`), or layer by layer (`sequential`). None: as a plan finds for the
     device's memory (`loading/plan.py`).
@@ -305,6 +336,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     prediction_type: Prediction | None = None
     rescale_betas_zero_snr: bool | None = None
+    distilled: Distilled | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False

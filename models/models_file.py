@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from .base import DtypeName, Hub, ModelError, ModelSpec, Offload, Prediction, Quantization
+from .base import Distilled, DtypeName, Hub, ModelError, ModelSpec, Offload, Prediction, Quantization
 from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from .families import FAMILIES
 from .loading.checkpoints import CheckpointFolder
@@ -66,6 +66,7 @@ class Entry(BaseModel):
     quantization: Quantization | None = None
     prediction_type: Prediction | None = None
     rescale_betas_zero_snr: bool | None = None
+    distilled: Distilled | None = None
     offload: Offload | None = None
     vae_tiling: bool = False
     vae_slicing: bool = False

@@ -217,6 +217,7 @@ class Registry:
             "size_multiple": family.size_multiple,
             "render_sizes": [list(size) for size in spec.render_sizes],
             "steps": family.steps if spec.steps is None else spec.steps,
+            "distilled": spec.distilled,
             "guidance_scale": family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale,
             "loaded": name in self._loaded,
             "default": name in (self.default, self.default_flux),

@@ -19,7 +19,7 @@ import typer
 from PIL import Image
 
 from app import __version__
-from app.cli.canvas import INK, PALE, RULE, Canvas, wrapped
+from app.cli import INK, PALE, RULE, Canvas, wrapped
 from app.cli.generate import HERE, checked_early, runner_here, with_fields
 from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import pick_model, resolve

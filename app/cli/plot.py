@@ -13,7 +13,7 @@ import typer
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cli.canvas import COLOURS, INK, PALE, RULE, Canvas, width_of, wrapped
+from app.cli import COLOURS, INK, PALE, RULE, Canvas, width_of, wrapped
 from app.errors import ServiceError
 from app.images import encode, format_of
 

@@ -103,7 +103,7 @@ def draw_together(
     drawn: dict[str, Generation | GenerationCancelled] = {}
     if len(jobs) < 2:
         return drawn
-    fitting = _fitting(model, jobs[0].params, sum(len(job.params.seeds) for job in jobs), device)
+    fitting = _fitting(model, jobs[0].params, sum(job.images for job in jobs), device)
     for part in _parts(jobs, fitting):
         if len(part) > 1:
             drawn |= _together(model, part, on_steps)
@@ -146,10 +146,10 @@ def _parts(jobs: Sequence[Job], images: int) -> list[list[Job]]:
     parts: list[list[Job]] = []
     room = 0
     for job in jobs:
-        room -= len(job.params.seeds)
+        room -= job.images
         if room < 0 or not parts:
             parts.append([])
-            room = images - len(job.params.seeds)
+            room = images - job.images
         parts[-1].append(job)
     return parts
 

@@ -21,7 +21,7 @@ from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from app.engine.types import Catalogue, DeviceMemory, IllegalTransition, Job, JobResult
+from app.engine.types import AnyJob, Catalogue, DeviceMemory, IllegalTransition, JobResult
 from app.errors import ServiceError
 from models.base import Step
 
@@ -35,7 +35,7 @@ class Run:
     `heard`: the ids of those whose every step somebody wants to hear of.
     """
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[AnyJob, ...]
     heard: frozenset[str] = frozenset()
 
 

@@ -7,7 +7,7 @@ from bisect import insort
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from app.engine.types import Job, JobHandle
+from app.engine.types import AnyJob, JobHandle, UpscaleJob
 
 QUIET = 1 / 8  # of the timeout: a worker that waits for company gives up when so long nobody came
 
@@ -50,12 +50,14 @@ class JobQueue:
             handle.stand(place)
 
 
-def kind_of(job: Job) -> Hashable | None:
+def kind_of(job: AnyJob) -> Hashable | None:
     """Jobs of one kind can be drawn together: they differ in prompts and seeds alone. None: it is drawn by itself.
 
     So are jobs of several batches, pictures that are drawn over (no two requests bring the same), passes that look
     at what was drawn, previews, and compiled layers, which each size of a batch would compile anew.
     """
+    if isinstance(job, UpscaleJob):
+        return None
     params = job.params
     alone = params.img2img is not None or params.adetailer or params.preview or params.compiled
     if alone or len(params.seeds) > params.batch_size:
@@ -166,4 +168,4 @@ def _of_kind(kind: Hashable, handles: Iterable[JobHandle]) -> list[JobHandle]:
 
 
 def _images(handles: Iterable[JobHandle]) -> int:
-    return sum(len(handle.job.params.seeds) for handle in handles)
+    return sum(handle.job.images for handle in handles)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,17 +19,31 @@ import psutil
 from app import images
 from app.engine.memory import draw, draw_together, lighten, while_exhausted
 from app.engine.pipe import Condition
-from app.engine.types import Branch, Catalogue, DeviceMemory, Job, JobResult, ModelInfo, StepListener, StepsListener
+from app.engine.types import (
+    AnyJob,
+    Branch,
+    Catalogue,
+    DeviceMemory,
+    Job,
+    JobResult,
+    ModelInfo,
+    StepListener,
+    StepsListener,
+    UpscaleJob,
+)
 from app.engine.worker import Finish, RunnerFactory
 from app.errors import CannotStart
 from app.infotext import text_chunks
 from app.settings import Settings, default_threads
 from cache import CacheReport, DeepCache, FirstBlockCache
-from models.base import Generation, GenerationParams, StageReport
+from models import upscaling
+from models.base import Generation, GenerationParams, StageReport, Step, Timings
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from models.generation import LoadedModel
     from models.registry import Registry
 
@@ -90,19 +105,31 @@ class RegistryRunner:
             _log.warning("the first picture of model=%s failed, and was for nobody: %r", model, error)
             lighten(error)
 
-    def run(self, job: Job, on_step: StepListener) -> JobResult:
+    def run(self, job: AnyJob, on_step: StepListener) -> JobResult:
         """One job by itself; whatever `on_step` raises passes."""
         [finish] = self.draw([job], lambda steps: on_step(steps[job.id]))
         return finish()
 
-    def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> list[Finish]:
+    def draw(self, jobs: Sequence[AnyJob], on_steps: StepsListener) -> list[Finish]:
         """See `Runner`. Jobs that could not be drawn together are drawn one after the other."""
-        model = self._registry.get(jobs[0].model)
-        drawn = draw_together(model, jobs, on_steps, self._registry.device)
+        drawings = [job for job in jobs if isinstance(job, Job)]
+        if not drawings:
+            return [self._upscale(job, on_steps) for job in jobs if isinstance(job, UpscaleJob)]
+        model = self._registry.get(drawings[0].model)
+        drawn = draw_together(model, drawings, on_steps, self._registry.device)
         return [
             partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
-            for job in jobs
+            for job in drawings
         ]
+
+    def _upscale(self, job: UpscaleJob, on_steps: StepsListener) -> Finish:
+        def on_tile(done: int, total: int) -> None:
+            on_steps({job.id: Step(done - 1, total, "")})
+
+        began, device = time.perf_counter(), self._registry.device
+        attempt = partial(upscaling.enlarged, job.work, device, on_tile)
+        made = while_exhausted(attempt, partial(self._give_up_idle, ""), device)
+        return partial(_upscaled, job, made, time.perf_counter() - began)
 
     def _alone(self, model: LoadedModel, job: Job, on_steps: StepsListener) -> Generation | Exception:
         device, give_up = self._registry.device, partial(self._give_up_idle, job.model)
@@ -149,6 +176,16 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         attention=generation.attention,
         sampling=generation.sampling,
         size=generation.images[0].size if params.upscale is not None else None,
+    )
+
+
+def _upscaled(job: UpscaleJob, pictures: Sequence[Image.Image], seconds: float) -> JobResult:
+    """Encodes the pictures."""
+    return JobResult(
+        images=tuple(images.encode(picture, job.output_format) for picture in pictures),
+        cache={},
+        timings=Timings(text_seconds=0.0, denoise_seconds=0.0, decode_seconds=seconds),
+        batches=(),
     )
 
 
@@ -307,6 +344,7 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         render_sizes=tuple((width, height) for width, height in row["render_sizes"]),
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
+        distilled=row.get("distilled"),
     )
 
 

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
+from app import errors
 from app.engine import pipe, types
 from app.engine.pipe import WorkerProcess
 from app.engine.queue import Grouping, JobQueue, kind_of
 from app.engine.slot import Patience, Quarantine, Slot, death
 from app.engine.types import (
+    AnyJob,
     Catalogue,
     Engine,
     EngineStatus,
     IllegalTransition,
-    Job,
     JobHandle,
     JobState,
     StepListener,
@@ -44,7 +45,7 @@ class QueueingEngine(Engine):
 
     def catalogue(self) -> Catalogue:
         if self._catalogue is None:
-            raise NotReady("The models are not known yet. Try again soon.", retry_after=types.RETRY_SECONDS)
+            raise NotReady("The models are not known yet. Try again soon.", retry_after=errors.RETRY_SECONDS)
         return self._catalogue
 
     @abstractmethod
@@ -59,7 +60,7 @@ class QueueingEngine(Engine):
     def _give_up(self, handle: JobHandle, error: ServiceError, state: JobState = JobState.FAILED) -> None:
         """Answer now, wherever the job is."""
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+    def submit(self, job: AnyJob, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         self.admit(job.model, promised=promised)
         handle = JobHandle(job, on_step, kind_of(job))
         handle.limit(self._expire)
@@ -82,7 +83,7 @@ class QueueingEngine(Engine):
 
     def _answer_all(self) -> None:
         for handle in self._unsettled():
-            self._give_up(handle, types.leaving())
+            self._give_up(handle, errors.leaving())
 
     def _expire(self, handle: JobHandle) -> None:
         where = "waited" if handle.state is JobState.QUEUED else "ran"
@@ -149,15 +150,15 @@ class LocalEngine(QueueingEngine):
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
 
-    def admit(self, model: str, *, promised: bool = False) -> None:
+    def admit(self, model: str | None, *, promised: bool = False) -> None:
         if self._draining:
-            raise types.leaving()
+            raise errors.leaving()
         if self.hopeless:
             raise _hopeless()
-        if model in self._quarantine.reasons:
+        if model is not None and model in self._quarantine.reasons:
             raise self._quarantine.refusal(model)
         if len(self._queue) >= self._queue_size and not promised:
-            raise types.queue_full(self._queue_size)
+            raise errors.queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
         self._grouping.arrived(handle, tuple(self._queue), self._running())
@@ -358,12 +359,13 @@ class LocalEngine(QueueingEngine):
 
     def _take_back(self, handle: JobHandle, reason: str) -> None:
         """A job whose worker was lost: once more, or answered."""
-        if handle.job.model in self._quarantine.reasons:
-            handle.fail(self._quarantine.refusal(handle.job.model))
+        model = handle.job.model
+        if model is not None and model in self._quarantine.reasons:
+            handle.fail(self._quarantine.refusal(model))
         elif handle.attempts < types.ATTEMPTS:
             self._requeue(handle)
         else:
-            handle.fail(types.worker_lost(reason))
+            handle.fail(errors.worker_lost(reason))
 
     @property
     def hopeless(self) -> bool:
@@ -372,7 +374,7 @@ class LocalEngine(QueueingEngine):
 
 
 def _hopeless() -> NotReady:
-    return NotReady("No worker can be started; the server's log says why.", retry_after=types.RETRY_SECONDS)
+    return NotReady("No worker can be started; the server's log says why.", retry_after=errors.RETRY_SECONDS)
 
 
 def local_engine(settings: Settings, factory: RunnerFactory) -> LocalEngine:

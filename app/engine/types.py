@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from app.errors import NotReady, QueueFull, ServiceError, WorkerLost
+from app.errors import ServiceError
 from app.images import OutputFormat
-from cache import CacheStrategy
-from models.base import CacheName, GenerationParams, Step, Timings
+from cache import CacheStrategy, NoCache
+from models.base import CacheName, Enlargement, GenerationParams, Step, Timings
 
 ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
-RETRY_SECONDS = 5  # what a client is told to wait
 NOT_LOADED = "Its files do not load; the server's log says why."
 
 CacheSummary = Mapping[str, object]  # JSON values only
@@ -98,6 +97,29 @@ class Job:
     warnings: tuple[str, ...] = ()
     deadline_seconds: float | None = None
 
+    @property
+    def images(self) -> int:
+        return len(self.params.seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpscaleJob:
+    """Pictures to be enlarged. It needs no model, so any worker that is up takes it. The rest as in Job."""
+
+    id: str
+    work: Enlargement
+    deadline_seconds: float | None = None
+    model: ClassVar[None] = None
+    strategy: ClassVar[CacheStrategy] = NoCache()
+    output_format: ClassVar[OutputFormat] = "png"
+
+    @property
+    def images(self) -> int:
+        return len(self.work.pictures)
+
+
+AnyJob = Job | UpscaleJob
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
@@ -132,7 +154,8 @@ class ModelInfo:
 
     Sizes are in pixels, (width, height); `render_sizes` are those it draws at before resampling, if it is so bound.
     `attention` says for each kernel why it cannot run the model here, and `compilation` why it cannot be compiled; None
-    where nothing stands in the way. `error` says why its files do not load, if they do not.
+    where nothing stands in the way. `distilled`: by what it draws in few steps, if it does. `error` says why its files
+    do not load, if they do not.
     """
 
     name: str
@@ -147,6 +170,7 @@ class ModelInfo:
     render_sizes: tuple[tuple[int, int], ...] = ()
     attention: Mapping[str, str | None] = field(default_factory=dict)
     compilation: str | None = None
+    distilled: str | None = None
     error: str | None = None
 
 
@@ -262,7 +286,7 @@ class JobHandle:
     listeners refer to the handle as a rule, and the circle would hold the job's pictures.
     """
 
-    def __init__(self, job: Job, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
+    def __init__(self, job: AnyJob, on_step: StepListener | None = None, kind: Hashable | None = None) -> None:
         self.job = job
         self.on_step = on_step
         self.kind = kind
@@ -354,10 +378,10 @@ class Engine(Protocol):
     def catalogue(self) -> Catalogue:
         """Raises NotReady until a first worker has told of it."""
 
-    def admit(self, model: str, *, promised: bool = False) -> None:
-        """Raises what `submit` would refuse a job for `model` with at this moment; nothing is queued."""
+    def admit(self, model: str | None, *, promised: bool = False) -> None:
+        """Raises what `submit` would refuse a job for `model` with at this moment, None: one that needs none."""
 
-    def submit(self, job: Job, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
+    def submit(self, job: AnyJob, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
         """Queue a job. Raises QueueFull, NotReady or ModelUnavailable. `on_step` is called in the event loop after
         each step. `promised`: accepted by an earlier run of this server, so a full queue is no reason to refuse it.
         """
@@ -369,19 +393,3 @@ class Engine(Protocol):
         """
 
     def status(self) -> EngineStatus: ...
-
-
-def worker_lost(reason: str) -> WorkerLost:
-    return WorkerLost(
-        f"The worker was lost twice while it ran this request, the last time because {reason}. If it repeats, ask for "
-        "less: a smaller picture, fewer images at once.",
-        retry_after=RETRY_SECONDS,
-    )
-
-
-def leaving() -> NotReady:
-    return NotReady("The server is shutting down. Ask again when it is back.", retry_after=RETRY_SECONDS)
-
-
-def queue_full(size: int) -> QueueFull:
-    return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)

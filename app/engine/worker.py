@@ -20,7 +20,7 @@ from app import errors
 from app.engine import pipe
 from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import Condition, Plan
-from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResult, StepsListener
+from app.engine.types import NOT_LOADED, AnyJob, Catalogue, JobResult, StepsListener
 from cache import CacheError
 from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
 
@@ -47,7 +47,7 @@ class Runner(Protocol):
     def warm(self, model: str) -> None:
         """Draw a short picture for nobody: what is made at the first use (kernels, tables, imports) is made now."""
 
-    def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> Sequence[Finish]:
+    def draw(self, jobs: Sequence[AnyJob], on_steps: StepsListener) -> Sequence[Finish]:
         """Draw jobs of one kind (`queue.kind_of`), together if they are several; leave nothing of them behind.
 
         Each job's pictures, or its failure, come out of its `Finish`, in the jobs' order. What `on_steps` raises is
@@ -224,12 +224,12 @@ class _Shift:
         finally:
             self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, jobs: tuple[Job, ...]) -> None:
+    def _run(self, jobs: tuple[AnyJob, ...]) -> None:
         self._at_hand.update(job.id for job in jobs)
         finishes: Sequence[Finish]
         try:
             model = jobs[0].model
-            if model not in self._runner.condition().loaded:
+            if model is not None and model not in self._runner.condition().loaded:
                 _load(self._line, self._runner, model)
             self._said = time.monotonic()
             finishes = self._runner.draw(jobs, self._stepped)
@@ -243,7 +243,7 @@ class _Shift:
         self._line.say(pipe.Free(self._runner.condition()))
         self._encoding = self._encoder.submit(self._finish, jobs, finishes)
 
-    def _finish(self, jobs: Sequence[Job], finishes: Sequence[Finish]) -> None:
+    def _finish(self, jobs: Sequence[AnyJob], finishes: Sequence[Finish]) -> None:
         """In the encoder's thread."""
         for job, finish in zip(jobs, finishes, strict=True):
             try:
@@ -282,12 +282,12 @@ def _raise(error: Exception) -> JobResult:
     raise error
 
 
-def _check(job: Job, result: object) -> None:
+def _check(job: AnyJob, result: object) -> None:
     """What a model made is looked at before it is called a success. Raises TypeError, ValueError."""
     if not isinstance(result, JobResult):
         raise TypeError(f"the runner answered with {type(result).__name__}, not with a result")
-    if len(result.images) != len(job.params.seeds) or not all(result.images):
-        raise ValueError(f"{len(result.images)} pictures for {len(job.params.seeds)} seeds, or empty ones")
+    if len(result.images) != job.images or not all(result.images):
+        raise ValueError(f"{len(result.images)} pictures for {job.images}, or empty ones")
 
 
 def _answer(error: Exception) -> errors.ServiceError:
@@ -299,7 +299,7 @@ def _answer(error: Exception) -> errors.ServiceError:
             return errors.ModelNotFound(str(error), field="model")
         case LoadFailed():  # its own message names folders of this machine
             told = f"The model is configured. {NOT_LOADED} Ask for another one."
-            return errors.ModelUnavailable(told, field="model", retry_after=RETRY_SECONDS)
+            return errors.ModelUnavailable(told, field="model", retry_after=errors.RETRY_SECONDS)
         case ModelError():
             return errors.Invalid(str(error), field=error.field)
         case CacheError():
@@ -308,7 +308,7 @@ def _answer(error: Exception) -> errors.ServiceError:
         return errors.OutOfMemory(
             "The device ran out of memory. Lower batch_size, width or height, or deepcache_depth, "
             "or turn off other features that hold memory.",
-            retry_after=RETRY_SECONDS,
+            retry_after=errors.RETRY_SECONDS,
         )
     return errors.GenerationFailed("The model failed on this request; the server's log has the cause.")
 

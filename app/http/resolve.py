@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
@@ -53,9 +53,8 @@ class Adapters:
             found.append(Lora(name=name, path=path, weight=lora.weight, text_weight=lora.text_weight))
         return tuple(found)
 
-    def upscaler(self, request: GenerateRequest, field: Literal["hires_upscaler", "upscale"]) -> Upscaler | None:
+    def upscaler(self, wanted: str | None, field: str) -> Upscaler | None:
         """The one that the field names. Raises Invalid."""
-        wanted = getattr(request, field)
         if wanted is None:
             return None
         try:
@@ -118,8 +117,8 @@ def resolve(
         compiled=request.compile or request.stable_fast,
         img2img=img2img,
         hires_fix=request.hires_fix,
-        hires_upscaler=adapters.upscaler(request, "hires_upscaler") if request.hires_fix else None,
-        upscale=adapters.upscaler(request, "upscale"),
+        hires_upscaler=adapters.upscaler(request.hires_upscaler, "hires_upscaler") if request.hires_fix else None,
+        upscale=adapters.upscaler(request.upscale, "upscale"),
         adetailer=request.adetailer,
         face_detector=settings.face_detector if request.adetailer else None,
         multiscale=Multiscale(**request.multiscale) if request.multiscale_enabled else None,

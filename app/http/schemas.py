@@ -104,7 +104,11 @@ class GenerateRequest(BaseModel):
         description="The share of the run's steps before guidance begins; without it a step costs half.",
     )
     guidance_end: float = Field(
-        1.0, ge=0, le=1, description="The share of the run's steps after which guidance ends; 0 to 1 guides all of it."
+        1.0,
+        ge=0,
+        le=1,
+        description="The share of the run's steps after which guidance ends; 0 to 1 guides all of it. Also called "
+        "cfg_free_start_percent, in percent, beside cfg_free_enabled.",
     )
     clip_skip: int | None = Field(
         None,
@@ -284,7 +288,16 @@ class GenerateRequest(BaseModel):
         return {name: getattr(self, f"multiscale_{name}") for name in names}
 
 
-KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION)
+class CfgFree(BaseModel):
+    """LightDiffusion's words for `guidance_end`: guidance fades out from there on; here it ends."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    cfg_free_enabled: bool = Field(False, description="Whether cfg_free_start_percent is read.")
+    cfg_free_start_percent: float = Field(70.0, ge=0, le=100, description="guidance_end, in percent.")
+
+
+KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION, *CfgFree.model_fields)
 
 
 def parse(body: dict[str, Any], known: Collection[str] = KNOWN, left_out: Sequence[str] = ()) -> GenerateRequest:
@@ -293,6 +306,11 @@ def parse(body: dict[str, Any], known: Collection[str] = KNOWN, left_out: Sequen
     known: the names among which the nearest one to an unknown field is looked for. left_out: what was left out before.
     """
     body, said = translated(body, LIGHTDIFFUSION)
+    cfg_free = validated(CfgFree, {name: body.pop(name) for name in CfgFree.model_fields if name in body})
+    if cfg_free.cfg_free_enabled:
+        if "guidance_end" in body:
+            raise Invalid("cfg_free_enabled sets guidance_end; give one.", field="cfg_free_enabled")
+        body["guidance_end"] = cfg_free.cfg_free_start_percent / 100
     for key in body:
         if key not in GenerateRequest.model_fields:
             nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
@@ -340,5 +358,6 @@ def request_schema() -> dict[str, Any]:
     """JSON Schema of the body, with the names of other APIs that it takes, for OpenAPI."""
     schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     ours = schema["properties"]
-    schema["properties"] = {**ours, **{name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}}
+    foreign = {name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}
+    schema["properties"] = {**ours, **foreign, **CfgFree.model_json_schema()["properties"]}
     return schema

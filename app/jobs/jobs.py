@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from app import errors, tracing
-from app.engine.types import Engine, Job, JobHandle, JobState, settle
+from app.engine.types import AnyJob, Engine, Job, JobHandle, JobState, settle
 from app.errors import Cancelled, NotReady, ServiceError
 from app.jobs.record import LONGEST, Drawn, EventLog, JobRecord, drawn
 from app.jobs.store import JobStore, Results
@@ -98,7 +98,7 @@ class Jobs:
 
     async def submit(
         self,
-        job: Job,
+        job: AnyJob,
         owner: str,
         *,
         ephemeral: bool = False,
@@ -213,7 +213,7 @@ class Jobs:
         if (watcher := self._watchers.get(record.id)) is not None:
             await asyncio.wait({watcher})
 
-    def _hand_over(self, record: JobRecord, job: Job, *, heard: bool = True, promised: bool = False) -> None:
+    def _hand_over(self, record: JobRecord, job: AnyJob, *, heard: bool = True, promised: bool = False) -> None:
         on_step = partial(self._stepped, record, job) if heard or _log.isEnabledFor(logging.DEBUG) else None
         handle = record.handle = self._engine.submit(job, on_step, promised=promised)
         if not handle.settled:
@@ -222,7 +222,7 @@ class Jobs:
         watcher = self._watchers[record.id] = asyncio.create_task(self._watch(record, handle))
         watcher.add_done_callback(lambda _: self._watchers.pop(record.id))
 
-    def _stepped(self, record: JobRecord, job: Job, step: Step) -> None:
+    def _stepped(self, record: JobRecord, job: AnyJob, step: Step) -> None:
         fields = {"strategy": job.strategy.name, "step": step.index + 1, "total": step.total, "decision": step.decision}
         _log.debug(
             "cache strategy=%s step=%d/%d decision=%s",
@@ -288,7 +288,8 @@ class Jobs:
             self._metrics.generated(
                 outcome.cache_use, images=len(outcome.images), batches=outcome.batches, **outcome.seconds
             )
-            words = "cache " + " ".join(f"{name}={value}" for name, value in figures.items())
+            did = "cache" if outcome.job.model else "upscaled"
+            words = " ".join([did, *(f"{name}={value}" for name, value in figures.items())])
         else:
             kind, figures = outcome.type, {"status": outcome.status, "type": outcome.type, "field": outcome.field}
             words = f"refused {' '.join(f'{name}={value}' for name, value in figures.items())}: {outcome.message}"

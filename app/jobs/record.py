@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from app.engine.types import Job, JobHandle, JobResult, JobState
+from app.engine.types import AnyJob, Job, JobHandle, JobResult, JobState
 from app.metrics import CacheUse
 
 EventName = Literal["queued", "running", "progress", "preview", "done", "error"]
@@ -94,7 +94,7 @@ async def spaced(events: AsyncIterator[Event], silence: float) -> AsyncIterator[
 class Drawn:
     """A job that is done: its pictures, as files, and what is said about them. `batches` as in JobResult."""
 
-    job: Job
+    job: AnyJob
     images: tuple[bytes, ...]
     report: Mapping[str, Any]
     batches: tuple[int, ...]
@@ -106,10 +106,17 @@ class Drawn:
         return {**images, **self.report}
 
     @property
+    def drawing(self) -> Job:
+        """The job. Raises TypeError for one that drew nothing."""
+        if not isinstance(self.job, Job):
+            raise TypeError(f"job {self.job.id} has enlarged pictures")
+        return self.job
+
+    @property
     def cache_use(self) -> CacheUse:
         cache = self.report["cache"]
         counts = {name: cache.get(name) or 0 for name in ("computed", "reused", "cache_bytes")}
-        return CacheUse(model=self.job.model, strategy=self.job.strategy.name, **counts)
+        return CacheUse(model=self.job.model or "none", strategy=self.job.strategy.name, **counts)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -121,6 +128,9 @@ class Drawn:
     def figures(self) -> dict[str, object]:
         """What the log says."""
         cache, timings, use = self.report["cache"], self.report["timings"], self.cache_use
+        if not isinstance(self.job, Job):
+            seconds = {name: round(timings[name], 3) for name in ("queue_seconds", "total_seconds")}
+            return {"upscalers": ",".join(self.job.work.names), "images": len(self.images), **seconds}
         settings = ("interval", "depth", "branch", "threshold")
         return {
             "strategy": use.strategy,
@@ -135,8 +145,11 @@ class Drawn:
         }
 
 
-def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
+def drawn(job: AnyJob, result: JobResult, *, queue_seconds: float, total_seconds: float) -> Drawn:
     seconds = {"queue_seconds": queue_seconds, **asdict(result.timings), "total_seconds": total_seconds}
+    timings = {name: round(value, 4) for name, value in seconds.items()}
+    if not isinstance(job, Job):
+        return Drawn(job, result.images, {"timings": timings, "cache": {}}, result.batches)
     width, height = result.size or (job.params.width, job.params.height)
     report = {
         "request_id": job.id,
@@ -147,7 +160,7 @@ def drawn(job: Job, result: JobResult, *, queue_seconds: float, total_seconds: f
         "steps": job.params.steps,
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
-        "timings": {name: round(value, 4) for name, value in seconds.items()},
+        "timings": timings,
         "cache": dict(result.cache),
     }
     job = replace(job, params=job.params.sampled_by(result.sampling))

@@ -21,7 +21,7 @@ from app.engine import types
 from app.engine.pipe import in_own_thread
 from app.engine.supervisor import QueueingEngine
 from app.engine.types import Catalogue, DeviceStatus, EngineStatus, JobHandle, JobResult, JobState, WorkerState
-from app.errors import NotReady, ServiceError, WorkerLost
+from app.errors import RETRY_SECONDS, NotReady, ServiceError, WorkerLost, leaving, queue_full, worker_lost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name
 from models.base import Step
 
@@ -66,11 +66,11 @@ class RayEngine(QueueingEngine):
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
 
-    def admit(self, model: str, *, promised: bool = False) -> None:
+    def admit(self, model: str | None, *, promised: bool = False) -> None:
         if self._draining:
-            raise types.leaving()
+            raise leaving()
         if len(self._unsettled()) >= self._queue_size + self._fleet.places and not promised:
-            raise types.queue_full(self._queue_size)
+            raise queue_full(self._queue_size)
 
     def _accepted(self, handle: JobHandle) -> None:
         self._dispatch()
@@ -109,7 +109,7 @@ class RayEngine(QueueingEngine):
     def _called(self, handle: JobHandle, _: asyncio.Task[None]) -> None:
         """Serve may end a call in ways of its own; no request is left without an answer."""
         if not handle.settled:
-            self._give_up(handle, types.worker_lost("its replica gave it up"))
+            self._give_up(handle, worker_lost("its replica gave it up"))
         del self._calls[handle]
         self._dispatch()
 
@@ -125,15 +125,15 @@ class RayEngine(QueueingEngine):
                 named = ", ".join(taken_by) or "before it took the job"
                 _log.error("replica lost: %s, %r", named, error, extra={"request_id": handle.job.id})
                 if attempt == types.ATTEMPTS:
-                    self._give_up(handle, types.worker_lost("its replica ended"))
+                    self._give_up(handle, worker_lost("its replica ended"))
                 elif handle.state is JobState.RUNNING:
                     self._requeue(handle)
             except DeploymentUnavailableError:
-                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=types.RETRY_SECONDS))
+                self._give_up(handle, NotReady("No worker replica can be started.", retry_after=RETRY_SECONDS))
             except (RayError, RayServeException) as error:
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 reason = f"The cluster did not run it: {type(error).__name__}."
-                self._give_up(handle, WorkerLost(reason, retry_after=types.RETRY_SECONDS))
+                self._give_up(handle, WorkerLost(reason, retry_after=RETRY_SECONDS))
             except Exception:  # noqa: BLE001  # a bug of ours must not leave a request without an answer
                 _log.exception("job not run", extra={"request_id": handle.job.id})
                 self._give_up(handle, ServiceError("The server made a mistake; its log has it."))
@@ -142,7 +142,8 @@ class RayEngine(QueueingEngine):
 
     async def _call(self, handle: JobHandle, taken_by: list[str]) -> None:
         job = handle.job
-        words = self._workers.options(method_name="run", stream=True, multiplexed_model_id=job.model).remote(job)
+        model = job.model or ""  # Serve's word for a call that needs none
+        words = self._workers.options(method_name="run", stream=True, multiplexed_model_id=model).remote(job)
         try:
             async for word in words:
                 if isinstance(word, str) and not isinstance(word, JobState):

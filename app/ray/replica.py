@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from app.engine.pipe import in_own_thread
 from app.engine.supervisor import local_engine
-from app.engine.types import Catalogue, EngineStatus, Job, JobResult, JobState
+from app.engine.types import AnyJob, Catalogue, EngineStatus, JobResult, JobState
 from app.engine.worker import RunnerFactory
 from app.errors import NotReady, ServiceError
 from app.log import logging_to
@@ -100,12 +100,13 @@ class Replica:
                 raise RuntimeError("No worker can be started; the replica's log says why.")
             await asyncio.sleep(0.05)
 
-    async def run(self, job: Job) -> AsyncIterator[Word]:
+    async def run(self, job: AnyJob) -> AsyncIterator[Word]:
         """Cancelled, at whatever word, the job is given up: its worker is free at the next step."""
         yield self._id
         words: asyncio.Queue[Word] = asyncio.Queue()
         try:
-            await self._held(job.model)
+            if job.model is not None:
+                await self._held(job.model)
             # The deadline runs where the request was accepted, and ends this call.
             job = replace(job, deadline_seconds=None)
             handle = self._engine.submit(job, words.put_nowait, promised=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from models.base import ModelSpec
+from models.base import Hub, ModelSpec
 
-from .file import SUFFIXES, single_file
+from .file import SUFFIXES
 from .header import UNSAFE, BadFile
-from .recognise import PARTS, WORDS, Role, recognise_file
+from .recognise import PARTS, WORDS, FewSteps, Role, few_steps, recognise_file
 from .shapes import unusual
 from .tokenizers import T5_FOLDER
 
@@ -45,7 +45,7 @@ def stamp_of(*paths: Path) -> Stamp:
 class _Entry:
     """What lies at a path of the folder. family: None where it is no model, for the `reason`.
 
-    networks: what each in it is; lone: it is a part, which other models take.
+    networks: what each in it is; lone: it is a part, which other models take. few_steps: it is distilled.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class _Entry:
     family: str | None = None
     reason: str = ""
     networks: frozenset[Role] = frozenset()
+    few_steps: FewSteps | None = None
 
     @property
     def lone(self) -> bool:
@@ -101,7 +102,7 @@ class CheckpointFolder:
             if entry.family is None:
                 unserved[name] = f"{key} {entry.reason}."
                 continue
-            spec = ModelSpec(name=name, family=entry.family, source=entry.path)
+            spec = _distilled(ModelSpec(name=name, family=entry.family, source=entry.path), entry.few_steps)
             if entry.networks:
                 spec, missing = self._with_parts(spec, entry.networks, entries.values())
                 if missing:
@@ -111,11 +112,11 @@ class CheckpointFolder:
         return served, unserved
 
     def _completed(self, spec: ModelSpec, entries: Iterable[_Entry]) -> ModelSpec:
-        file = single_file(spec)
-        if file is None or spec.config is not None:
-            return spec
-        entry = _read(file, (), "")
-        return self._with_parts(spec, entry.networks, entries)[0] if entry.family else spec
+        if isinstance(spec.source, Hub):
+            return _distilled(spec)
+        entry = _read(spec.config or spec.source, (), "")
+        spec = _distilled(spec, entry.few_steps)
+        return self._with_parts(spec, entry.networks, entries)[0] if entry.family and entry.networks else spec
 
     def _with_parts(
         self, spec: ModelSpec, networks: Collection[Role], entries: Iterable[_Entry]
@@ -194,7 +195,7 @@ def _read(path: Path, stamp: Stamp, reason: str) -> _Entry:
         return _Entry(path, stamp, reason=reason)
     try:
         if path.is_dir():
-            return _Entry(path, stamp, _family_of_folder(path))
+            return _Entry(path, stamp, _family_of_folder(path), few_steps=_few_steps_of_folder(path))
         found = recognise_file(path)
     except BadFile as error:
         return _Entry(path, stamp, reason=str(error).removesuffix("."))
@@ -203,7 +204,7 @@ def _read(path: Path, stamp: Stamp, reason: str) -> _Entry:
     networks = frozenset(found.networks)
     if found.family is not None and (odd := unusual(found.family, found.networks)):
         return _Entry(path, stamp, None, odd, networks)
-    return _Entry(path, stamp, found.family, found.reason, networks)
+    return _Entry(path, stamp, found.family, found.reason, networks, found.few_steps)
 
 
 def _family_of_folder(folder: Path) -> str:
@@ -217,6 +218,31 @@ def _family_of_folder(folder: Path) -> str:
     if named == "StableDiffusionXLPipeline":
         return "sdxl"
     return "sd21" if _json(folder / "unet" / "config.json").get("use_linear_projection") else "sd15"
+
+
+def _few_steps_of_folder(folder: Path) -> FewSteps | None:
+    """By its scheduler: LCM's, or Euler from the last timestep on, as SD-Turbo and SDXL-Turbo are published.
+
+    Models whose schedule ends in pure noise are drawn from the last timestep on, too. Raises BadFile.
+    """
+    config = _json(folder / "scheduler" / "scheduler_config.json")
+    if config.get("_class_name") == "LCMScheduler":
+        embeds = _json(folder / "unet" / "config.json").get("time_cond_proj_dim")
+        return FewSteps("lcm", 4, None if embeds else 1.0)
+    trailing = config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")
+    euler = config.get("_class_name") in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    noise = config.get("prediction_type", "epsilon") == "epsilon"
+    return FewSteps("turbo", 4, 1.0) if trailing and euler and noise else None
+
+
+def _distilled(spec: ModelSpec, found: FewSteps | None = None) -> ModelSpec:
+    """With what is right for its kind where the operator says nothing; the operator's word on the kind goes first."""
+    few = found if spec.distilled is None else few_steps(spec.distilled, spec.family)
+    if few is None:
+        return spec
+    steps = few.steps if spec.steps is None else spec.steps
+    scale = few.guidance_scale if spec.guidance_scale is None else spec.guidance_scale
+    return replace(spec, distilled=few.kind, steps=steps, guidance_scale=scale)
 
 
 def _json(file: Path) -> dict[str, Any]:

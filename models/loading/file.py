@@ -30,6 +30,7 @@ _UNUSED = {  # what the published files hold beside the network that the family 
     "clip_h": r"text_projection|transformer\.resblocks\.23\..*",  # its last layer is not read
     "t5": r"decoder\..*|lm_head\..*",
 }
+_WORDS, _ALSO_WORDS = "shared.weight", "encoder.embed_tokens.weight"  # T5's one matrix, under either name or both
 _SD2_PREDICTS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_SPREAD = 0.09
 
@@ -124,7 +125,8 @@ def load_part(spec: ModelSpec, part: Part, component: str, network_class: Any, f
     Raises LoadFailed for a tensor too many; ValueError for one too few. The libraries would pass over both.
     """
     tensors = read_tensors(spec, part, dtype)
-    expected = sum(math.prod(part.network.tensors[name].shape) for name in tensors)
+    written = part.network.tensors
+    expected = sum(math.prod(written[name if name in written else _ALSO_WORDS].shape) for name in tensors)
     try:
         network = _converted(spec, part, tensors, component, network_class, folder, dtype)
     except NotImplementedError as error:  # torch, about tensors that were left without data
@@ -168,8 +170,8 @@ def read_tensors(spec: ModelSpec, part: Part, dtype: torch.dtype) -> dict[str, t
     with safe_open(part.file, "pt") as opened:
         tensors = {name: opened.get_tensor(key) for name, key in names.items()}
     tensors = descaled(spec.name, tensors, dtype)
-    if (words := tensors.pop("encoder.embed_tokens.weight", None)) is not None:
-        tensors.setdefault("shared.weight", words)  # T5's one matrix, which some write under both names
+    if (words := tensors.pop(_ALSO_WORDS, None)) is not None:
+        tensors.setdefault(_WORDS, words)
     return tensors
 
 
@@ -195,7 +197,7 @@ def _converted(
             return network_class.from_single_file(tensors, **where, dtype=dtype)
         case "t5":
             state = {f"text_encoders.t5xxl.transformer.{name}": tensor for name, tensor in tensors.items()}
-            state["text_encoders.t5xxl.transformer.encoder.embed_tokens.weight"] = tensors["shared.weight"]
+            state[f"text_encoders.t5xxl.transformer.{_ALSO_WORDS}"] = tensors[_WORDS]
             network = single_file_utils.create_diffusers_t5_model_from_checkpoint(
                 network_class, state, **where, torch_dtype=dtype
             )

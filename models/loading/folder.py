@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -150,17 +150,24 @@ def _materialised(spec: ModelSpec, pipeline_class: Any, hooks: LoadHooks) -> Ite
     elif file is None or spec.config is not None:
         yield spec.config or spec.source
     else:
-        with TemporaryDirectory(prefix="wavespeed-") as name:
-            for path, config in configurations_of(spec, file).items():
-                (Path(name) / path).parent.mkdir(exist_ok=True)
-                (Path(name) / path).write_text(json.dumps(config), encoding="utf-8")
-            yield Path(name)
+        with ExitStack() as stack:
+            try:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="wavespeed-")))
+                for path, config in configurations_of(spec, file).items():
+                    (folder / path).parent.mkdir(exist_ok=True)
+                    (folder / path).write_text(json.dumps(config), encoding="utf-8")
+            except OSError as error:
+                raise LoadFailed(
+                    f"The model {spec.name!r} is not loaded: its configurations, some kilobytes, cannot be written to "
+                    f"the folder of temporary files ({error.strerror}). Free space there, or let TMPDIR name another."
+                ) from error
+            yield folder
 
 
 def configurations_of(spec: ModelSpec, file: Path) -> dict[str, dict[str, Any]]:
     """The published configurations of the file's family, in the file's widths. Raises LoadFailed."""
     family = contents(spec, file).family or spec.family
-    return configurations(family, {name: part.network for name, part in parts_of(spec, file).items()})
+    return configurations(family, {name: part.network for name, part in parts_of(spec, file).items()}, spec.distilled)
 
 
 def check_traits(spec: ModelSpec, path: str, traits: Mapping[str, object]) -> None:

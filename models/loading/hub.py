@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def _explained(spec: ModelSpec, hub: Hub) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """A sentence on the first error of the chain of causes that says what to do, else on the error itself."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     each: BaseException | None = error
     while each is not None:
@@ -106,6 +107,11 @@ def _reason(error: BaseException) -> str:
                 return "it lacks a file that a diffusers pipeline has. Name a repository in diffusers format."
             case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
                 return "the hub refused access. Set HF_TOKEN to an access token that may read it."
+            case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+                return (
+                    f"there is no space left for it in the hub's cache, {constants.HF_HUB_CACHE}. Free some, or let "
+                    "HF_HOME name a folder on another disk; what has come is used again."
+                )
         each = each.__cause__ or each.__context__
     said = str(error).strip().splitlines()
     return f"{said[0] if said else type(error).__name__}"

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
-from models.base import Prediction
+from models.base import Distilled, Prediction
 
 from .header import BadFile, Header, TensorInfo, read_header
 from .quantised import COMPANIONS, LEFT_BEHIND
@@ -65,23 +65,38 @@ _TRAINING = re.compile(  # of what a training run left behind, or a writer's not
     r"model_ema\..*|(?:alphas|betas|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar|denoiser\.sigmas|loss\.).*"
     r"|(?:.*\.)?scaled_fp8|global_step|epoch|pytorch-lightning_version|v_pred|ztsnr|spiece_model"
     r"|.*(?:position_ids|logit_scale)|first_stage_model\.loss\..*|text_encoders\.\w+\.text_projection"
+    r"|vision_model\..*|visual_projection\.weight|visual\..*"  # CLIP's other half, which sees
 )
+_FURTHER = {  # what a UNet of more channels than 4 is
+    5: "a Stable Diffusion 2 with depth",
+    7: "Stable Diffusion's upscaler",
+    8: "a model that draws from a picture, as InstructPix2Pix",
+}
+_SAYS = ("modelspec.architecture", "modelspec.title", "modelspec.tags")
+"""Metadata in which a file's writer tells its kind. Trainers' own, `ss_…`, hold names of files."""
+_DISTILLED = re.compile(r"(turbo|lightning|lcm|hyper(?=[-_ ]?sd))(?:[-_ ]?sd(?:xl)?)?(?![a-z])", re.IGNORECASE)
+_STEPS = re.compile(r"(?<!\d)([1-9]|1[0-6])[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 _EDM = {"edm_mean", "edm_vpred.sigma_max"}
 _LEAVES = {"weight", "bias", "scale", "in_proj_weight", "in_proj_bias", "positional_embedding", "text_projection"}
 _LEAVES |= COMPANIONS
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
 _READ_HERE = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
+_UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # in T5 the first block has it alone
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
         "a ControlNet, which is not served here",
     ),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding: put it into the folder of embeddings"),
+    (r"^(vision_model|visual)\.", "CLIP's vision encoder, which is not served here"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not served here"),
+    (r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.", "a T2I-Adapter, which is not served here"),
     (r"joint_blocks\.", "a Stable Diffusion 3, a family that is not served here"),
     (r"distilled_guidance_layer", "a Chroma, a family that is not served here"),
     (r"single_stream_modulation", "a Flux 2, a family that is not served here"),
     (r"motion_modules|temporal_transformer", "a motion module or a video model, which is not served here"),
     (r"^(down_blocks|up_blocks)\.\d", "a UNet in diffusers' names without its other networks: bring its whole folder"),
+    (re.escape(_UMT5), "a text encoder UMT5, of a family that is not served here"),
     (r"^enc\.blk\.0\.", "a text encoder T5 in llama.cpp's names: take it as safetensors, in fp8, scaled fp8 or 16 bit"),
     (r"^(conv_first|model\.0|body\.0)\.", "an upscaler, which is no model by itself"),
 )
@@ -108,11 +123,21 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
+class FewSteps:
+    """What a distilled model is drawn with, where nobody says otherwise. guidance_scale: None: its family's."""
+
+    kind: Distilled
+    steps: int
+    guidance_scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Recognised:
     """family: None where the file is no model that is served; `reason` then goes on after its name.
 
     networks: what is in it, by what they are. prediction: what the file says itself that it predicts; None where it
-    does not say so. terminal_snr: its schedule ends in pure noise (Lin et al. 2024).
+    does not say so. terminal_snr: its schedule ends in pure noise (Lin et al. 2024). few_steps: where its writer says
+    that it is distilled.
     """
 
     family: str | None
@@ -120,6 +145,7 @@ class Recognised:
     networks: Mapping[Role, Network] = field(default_factory=dict)
     prediction: Prediction | None = None
     terminal_snr: bool | None = None
+    few_steps: FewSteps | None = None
 
 
 def recognise_file(file: Path) -> Recognised:
@@ -162,7 +188,7 @@ def recognise(header: Header) -> Recognised:
         return Recognised(None, str(error), networks)
     except LookupError as error:
         return Recognised(None, f"lacks a tensor that every model of its kind has: {error}", networks)
-    return Recognised(family, "", networks, prediction, terminal)
+    return Recognised(family, "", networks, prediction, terminal, _distilled(header, family))
 
 
 def _networks(header: Header) -> tuple[dict[Role, Network], list[str]]:
@@ -203,7 +229,7 @@ def _role(tensors: Mapping[str, TensorInfo], said: Role | None) -> Role | None:
     if latents is not None and len(latents.shape) == 4:
         return {4: "vae4", 16: "vae16"}.get(latents.shape[1])  # type: ignore[return-value]
     if has("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight"):
-        return "t5"
+        return None if has(_UMT5) else "t5"
     ends = tuple(
         name
         for name in tensors
@@ -225,10 +251,14 @@ def _unet_family(unet: Network) -> str:
     deepest = layers(unet.tensors, r"^input_blocks\.(\d+)\.")
     linear = len(unet.ending("proj_in.weight").shape) == 2
     family = ("refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
+    if any(".time_stack." in name or "motion_modules." in name for name in unet.tensors):
+        raise BadFile("is a video model, which is not served here")
     if channels == 9:
         raise BadFile("is an inpainting model (its UNet takes 9 channels): masks are not served here")
-    if channels == 8:
-        raise BadFile("is an InstructPix2Pix model (its UNet takes 8 channels), which is not served here")
+    if channels in _FURTHER:
+        raise BadFile(f"is {_FURTHER[channels]} (its UNet takes {channels} channels), which is not served here")
+    if labelled and "input_blocks.1.1.proj_in.weight" in unet.tensors:  # SDXL's first level does not attend
+        raise BadFile("is an unCLIP of Stable Diffusion 2 (its UNet takes a picture's embedding), not served here")
     if channels != 4:
         raise BadFile(f"has a UNet of {channels} channels, and those served here take 4")
     if family == "refiner":
@@ -253,3 +283,17 @@ def _predicts(header: Header) -> tuple[Prediction | None, bool | None]:
     said = header.metadata.get("modelspec.prediction_type", "").lower()
     terminal = True if "ztsnr" in header else None
     return ("v_prediction" if said in ("v", "v_prediction") else "epsilon" if said else None), terminal
+
+
+def few_steps(kind: Distilled, family: str, steps: int | None = None) -> FewSteps:
+    """What a model of this kind is drawn with. Flux dev takes its guidance as a number even then."""
+    flux = family.startswith("flux")
+    return FewSteps(kind, steps or (8 if flux else 4), None if flux else 1.0)
+
+
+def _distilled(header: Header, family: str) -> FewSteps | None:
+    said = " ".join(header.metadata.get(key, "") for key in _SAYS)
+    found, steps = _DISTILLED.search(said), _STEPS.search(said)
+    if found is None or family == "flux-schnell":
+        return None
+    return few_steps(cast(Distilled, found[1].lower()), family, int(steps[1]) if steps else None)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from models.base import LoadFailed
+from models.base import Distilled, LoadFailed
 
 from .header import TensorInfo
 from .quantised import COMPANIONS
@@ -46,18 +46,25 @@ def unusual(family: str, networks: Mapping[Role, Network]) -> str | None:
     )
 
 
-def configurations(family: str, networks: Mapping[str, Network]) -> dict[str, Configuration]:
+def configurations(
+    family: str, networks: Mapping[str, Network], distilled: Distilled | None = None
+) -> dict[str, Configuration]:
     """Path in a diffusers folder → its content.
 
-    networks: as found in the model's files, by component; one that is missing is taken to be as published. Raises
-    LoadFailed.
+    networks: as found in the model's files, by component; one that is missing is taken to be as published. distilled:
+    its UNet is, and samples as SD-Turbo and LCM are published. Raises LoadFailed.
     """
     ours = _published()["families"][family]
+    scheduler = dict(ours["scheduler"])
+    if distilled is not None and "unet" in ours:
+        lcm = {"_class_name": "LCMScheduler"}
+        euler = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+        scheduler |= lcm if distilled == "lcm" else euler
     index: Configuration = {
         "_class_name": ours["pipeline"],
-        "scheduler": ["diffusers", ours["scheduler"]["_class_name"]],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
     }
-    files = {"model_index.json": index, "scheduler/scheduler_config.json": dict(ours["scheduler"])}
+    files = {"model_index.json": index, "scheduler/scheduler_config.json": scheduler}
     for component in COMPONENTS:
         if component not in ours:
             continue

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.base import GenerationParams, UpscalerFailed
-from models.upscaling import Enlarger
+from models.upscaling import MOST_PIXELS, Enlarger
 
 from .drawing import Drawing
 from .model import Sizes
-
-MOST_PIXELS = 2**26  # of an enlarged picture: 8192²
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ async def test_an_upscaler_is_found_by_its_name(tmp_path: Path, engine: FakeEngi
     async with client_of(engine, upscaler_folder=str(tmp_path)) as client:
         assert (await client.get("/api/adapters")).json()["upscalers"] == ["4x-sharp"]
         listed = (await client.get("/sdapi/v1/upscalers")).json()
-        assert [one["name"] for one in listed] == ["Lanczos", "4x-sharp"]
+        assert [one["name"] for one in listed] == ["None", "Lanczos", "Nearest", "4x-sharp"]
         body = {"prompt": "a", "hires_fix": True, "hires_upscaler": "4x-sharp", "upscale": "4x-sharp"}
         await client.post("/api/generate", json=body)
         params = engine.submitted[0].params

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import app.__main__ as command_line
 import app.engine.runner
-from app.cli import canvas
+from app import cli
 from app.cli.compare import Comparison, compared, settings_of, sheet
 from app.engine.runner import RegistryRunner
 from app.engine.types import Job, JobResult, StepListener
@@ -20,7 +20,7 @@ from app.http.schemas import PRESETS
 from app.settings import Settings
 from tests.app.fakes import FakeRegistry, fake_catalogue
 
-COLOURS = {"C": ImageColor.getrgb(canvas.COMPUTED), "R": ImageColor.getrgb(canvas.REUSED)}
+COLOURS = {"C": ImageColor.getrgb(cli.COMPUTED), "R": ImageColor.getrgb(cli.REUSED)}
 
 
 class RecordingRunner(RegistryRunner):
@@ -176,14 +176,14 @@ def test_any_prompt_fits_on_a_sheet(runner: RecordingRunner, prompt: str) -> Non
 
 
 def test_what_no_font_shows_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(canvas, "_SYSTEM_FONTS", ())
-    assert canvas.typeset("über “Seen”", 20)[0] == "?ber “Seen”"
+    monkeypatch.setattr(cli, "_SYSTEM_FONTS", ())
+    assert cli.typeset("über “Seen”", 20)[0] == "?ber “Seen”"
 
 
 def test_a_line_is_cut_where_it_is_too_long() -> None:
-    assert canvas.wrapped("one two three four", 20, 1000, 2) == ["one two three four"]
-    first, second = canvas.wrapped("one two three four", 20, canvas.width_of("one two", 20), 2)
+    assert cli.wrapped("one two three four", 20, 1000, 2) == ["one two three four"]
+    first, second = cli.wrapped("one two three four", 20, cli.width_of("one two", 20), 2)
     assert first == "one two"
     assert second.endswith("…")
-    assert canvas.width_of(second, 20) <= canvas.width_of("one two", 20)
-    assert canvas.width_of(second[:-1] + "xx…", 20) > canvas.width_of("one two", 20)
+    assert cli.width_of(second, 20) <= cli.width_of("one two", 20)
+    assert cli.width_of(second[:-1] + "xx…", 20) > cli.width_of("one two", 20)

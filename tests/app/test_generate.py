@@ -354,3 +354,37 @@ async def test_every_field_is_described_and_the_document_is_the_example(client: 
             assert described.get("description"), f"{name}.{field} has no description"
     assert "Lora" in schemas
     assert {"200", "422", "429", "503"} < set(operation["responses"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"cfg_free_enabled": True}, 0.7),
+        ({"cfg_free_enabled": True, "cfg_free_start_percent": 0}, 0.0),
+        ({"cfg_free_enabled": False, "cfg_free_start_percent": 60.0}, 1.0),
+        ({"cfg_free_start_percent": 60.0}, 1.0),
+        ({"cfg_free_enabled": False, "guidance_end": 0.5}, 0.5),
+    ],
+)
+async def test_lightdiffusion_says_in_percent_where_guidance_ends(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], end: float
+) -> None:
+    assert (await client.post("/api/generate", json={"prompt": "a", **fields})).status_code == 200
+    assert engine.submitted[0].params.guidance_end == end
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"cfg_free_enabled": True, "guidance_end": 0.5}, "cfg_free_enabled"),
+        ({"cfg_free_enabled": "yes"}, "cfg_free_enabled"),
+        ({"cfg_free_start_percent": 101}, "cfg_free_start_percent"),
+        ({"cfg_free_enabled": True, "cfg_free_start_percent": 20, "guidance_start": 0.5}, "guidance_start"),
+    ],
+)
+async def test_what_it_cannot_mean_is_refused(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], field: str
+) -> None:
+    response = await client.post("/api/generate", json={"prompt": "a", **fields})
+    assert (response.status_code, response.json()["error"]["field"]) == (422, field)
+    assert engine.submitted == []

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 from typer.testing import CliRunner
 
 import app.__main__ as command_line
-from app.cli import canvas
+from app import cli
 from app.cli.plot import Report, read, timeline
 from app.engine.types import Job
 from app.errors import ServiceError
@@ -23,7 +23,7 @@ from app.infotext import text_chunks
 from cache import DeepCache
 from models.base import GenerationParams
 
-COLOURS = {"C": ImageColor.getrgb(canvas.COMPUTED), "R": ImageColor.getrgb(canvas.REUSED)}
+COLOURS = {"C": ImageColor.getrgb(cli.COMPUTED), "R": ImageColor.getrgb(cli.REUSED)}
 THRESHOLD_LINE = ImageColor.getrgb("#c1121f")
 CACHE: dict[str, Any] = {
     "strategy": "deepcache",

@@ -87,6 +87,17 @@ def test_a_picture_is_drawn_over(client: Any) -> None:
         client.img2img(images=[picture], mask_image=picture, prompt="a", width=192, height=128)
 
 
+def test_pictures_are_enlarged(client: Any) -> None:
+    picture = Image.effect_mandelbrot((40, 24), (-2, -1, 1, 1), 50).convert("RGB")
+    result = client.extra_single_image(picture, upscaler_1="Nearest", upscaling_resize=3)
+    assert result.image.tobytes() == picture.resize((120, 72), Image.Resampling.NEAREST).tobytes()
+    assert result.info == "<p>Postprocess upscale by: 3, Postprocess upscaler: Nearest</p>"
+    both = client.extra_batch_images([picture, picture.rotate(180)], upscaler_1="Lanczos", resize_mode=1)
+    assert [image.size for image in both.images] == [(512, 512)] * 2
+    with pytest.raises(RuntimeError, match="no upscaler"):
+        client.extra_single_image(picture, upscaler_1="R-ESRGAN 4x+")
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -116,7 +127,7 @@ def test_lists_are_what_its_helpers_expect(client: Any) -> None:
     assert {"karras", "automatic"} < set(client.util_get_scheduler_names())
     assert client.get_scripts() == {"txt2img": ["wavespeed"], "img2img": ["wavespeed"]}
     assert (client.get_loras(), client.get_sd_vae()) == ([], [])
-    assert [one["name"] for one in client.get_upscalers()] == ["Lanczos"]
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
     assert client.get_options()["sd_model_checkpoint"] == "tiny-sd"
     assert client.set_options(client.get_options()) is None
     assert "override_settings" in client.set_options({"samples_format": "webp"})["error"]["message"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-from models.base import Prediction
-from models.loading.recognise import WORDS, Role
+from tests.compatibility.checkpoint_rows import MISSING, PARTS, CheckpointRow
+from tests.compatibility.checkpoint_rows import loose as _loose
+from tests.compatibility.checkpoint_rows import part as _part
+from tests.compatibility.checkpoint_rows import refused as _refused
+from tests.compatibility.checkpoint_rows import served as _served
 from tests.compatibility.layouts import (
     INPUT,
     NORM,
     TEXT,
     UNET,
-    Layout,
     autoencoder,
     clip_l,
     flux,
@@ -26,72 +25,18 @@ from tests.compatibility.layouts import (
     sdxl_of_comfyui,
     t5,
     velocity,
+    whole_clip,
+    whole_open_clip,
     widened,
     with_ema,
     with_last_layer,
     with_leftovers,
     without,
 )
-from tests.compatibility.rows import FileRow, Group
 from tests.models.original import clip, stable_diffusion
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointRow(FileRow):
-    """A file or folder `ink`. model: the family of the networks that it is made of, "" where of none.
-
-    precision: see `test_checkpoints.written`. beside: what lies in files of its own → their precision; Stable
-    Diffusion's autoencoder lies in a whole checkpoint. header: the file's metadata. drawn: it draws, too.
-    """
-
-    group: Group = "Checkpoint"
-    layout: Layout
-    precision: str = "F16"
-    beside: Mapping[Role, str] = field(default_factory=dict)
-    header: Mapping[str, str] = field(default_factory=dict)
-    prediction: Prediction = "epsilon"
-    terminal_snr: bool = False
-    drawn: bool = False
-
-
-BESIDE: Mapping[Role, Layout] = {"clip_l": clip_l, "t5": t5, "vae16": autoencoder, "vae4": stable_diffusion}
-"""What the file of a part holds."""
-PARTS: Mapping[Role, str] = {"clip_l": "F16", "t5": "F16", "vae16": "F32"}  # Flux's, as they are shared most
-MISSING = "put what is missing into the folder of checkpoints"
 Q = "double_blocks.0.img_attn.qkv.weight"
 SCALE = "double_blocks.0.img_attn.qkv.scale_weight"
-
-
-def _served(
-    kind: str,
-    model: str,
-    layout: Layout,
-    key: str,
-    precision: str = "F16",
-    beside: Mapping[Role, str] | None = None,
-    **more: object,
-) -> CheckpointRow:
-    kind = f"{kind}, {precision}"
-    if beside:
-        parts = (f"{WORDS[role].partition(' ')[2]} ({of})" for role, of in beside.items())
-        kind += f"; beside it {', '.join(parts)}"
-    found = {"precision": precision, "beside": beside or {}, **more}
-    return CheckpointRow(kind=kind, model=model, layout=layout, key=key, **found)  # type: ignore[arg-type]
-
-
-def _refused(kind: str, model: str, layout: Layout, key: str, reason: str) -> CheckpointRow:
-    said = f"ink.safetensors {reason}."
-    return CheckpointRow(kind=kind, model=model, layout=layout, key=key, said=said, refused=True)
-
-
-def _loose(kind: str, reason: str, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointRow:
-    return _refused(kind, "", holding(shapes), next(iter(shapes), ""), reason)
-
-
-def _part(role: Role, model: str, layout: Layout, key: str) -> CheckpointRow:
-    words = WORDS[role]
-    reason = f"is {words}: a part that models here take, and no model by itself"
-    return _refused(f"{words.partition(' ')[2]} alone", model, layout, key, reason)
 
 
 def _unserved(family: str) -> str:
@@ -106,6 +51,11 @@ COMFYUI = (
 )
 OLD_CLIP = ((TEXT, TEXT.removesuffix("text_model.")),)
 SD = "as first published"
+FROM_PICTURE = (
+    "is a model that draws from a picture, as InstructPix2Pix (its UNet takes 8 channels), which is not served here"
+)
+VISION = "vision_model.encoder.layers.23.self_attn.q_proj.weight"
+UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 
 CHECKPOINTS: tuple[CheckpointRow, ...] = (
     _served(SD, "sd15", stable_diffusion, INPUT, drawn=True),
@@ -151,6 +101,14 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         "GGUF Q8_0",
         {"clip_l": "F16", "vae4": "F16"},
     ),
+    _served(
+        "its text encoder a whole CLIP-L, with what sees",
+        "sd15",
+        without(stable_diffusion, "cond_stage_model."),
+        INPUT,
+        beside={"clip_l": "F16"},
+        others={"clip_l": whole_clip},
+    ),
     _served("a diffusers folder, its variant fp16", "sd15", in_folders, "unet/conv_in.weight"),
     _served("as first published", "sd21", with_last_layer, INPUT, drawn=True),
     _served(
@@ -169,6 +127,22 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         prediction="v_prediction",
     ),
     _served(SD, "sdxl", stable_diffusion, "conditioner.embedders.1.model.ln_final.weight", drawn=True),
+    _served(
+        "SDXL Turbo, told by its metadata",
+        "sdxl",
+        stable_diffusion,
+        INPUT,
+        header={"modelspec.title": "SDXL Turbo"},
+        scheduler="EulerDiscreteScheduler",
+    ),
+    _served(
+        "a latent consistency model without an embedded scale, told by its metadata",
+        "sd15",
+        stable_diffusion,
+        INPUT,
+        header={"modelspec.tags": "LCM"},
+        scheduler="LCMScheduler",
+    ),
     _served(
         "predicts velocities (v_pred)",
         "sdxl",
@@ -198,6 +172,15 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
     _served("the transformer alone", "flux-dev", flux, Q, "GGUF Q8_0", PARTS, drawn=True),
     _served("the transformer alone", "flux-dev", flux, Q, "GGUF Q5_1", PARTS),
     _served("the transformer alone", "flux-dev", flux, Q, "GGUF Q4_0", {**PARTS, "t5": "fp8 e4m3fn"}),
+    _served(
+        "the transformer alone, T5's words under the encoder's name alone",
+        "flux-dev",
+        flux,
+        Q,
+        "BF16",
+        {**PARTS, "t5": "BF16"},
+        others={"t5": without(t5, "shared.")},
+    ),
     _served("the transformer in diffusers' names", "flux-dev", flux_of_diffusers, "x_embedder.weight", "BF16", PARTS),
     _served("everything in one file, of ComfyUI", "flux-dev", flux_whole, UNET + Q, "fp8 e4m3fn"),
     _served("the transformer alone", "flux-schnell", flux, Q, "BF16", PARTS),
@@ -235,14 +218,36 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         "sd15",
         widened(8),
         INPUT,
-        "is an InstructPix2Pix model (its UNet takes 8 channels), which is not served here",
+        FROM_PICTURE,
+    ),
+    _refused("InstructPix2Pix of SDXL", "sdxl", widened(8), INPUT, FROM_PICTURE),
+    _refused(
+        "Stable Diffusion's upscaler (x4)",
+        "sd21",
+        widened(7),
+        INPUT,
+        "is Stable Diffusion's upscaler (its UNet takes 7 channels), which is not served here",
+    ),
+    _refused(
+        "Stable Video Diffusion",
+        "sd21",
+        holding({f"{UNET}input_blocks.1.1.time_stack.0.attn1.to_q.weight": (320, 320)}, widened(8)),
+        f"{UNET}input_blocks.1.1.time_stack.0.attn1.to_q.weight",
+        "is a video model, which is not served here",
+    ),
+    _refused(
+        "Stable Diffusion 2.1 unCLIP",
+        "sd21",
+        holding({f"{UNET}label_emb.0.0.weight": (1280, 2048), "noise_augmentor.betas": (1000,)}, stable_diffusion),
+        f"{UNET}label_emb.0.0.weight",
+        "is an unCLIP of Stable Diffusion 2 (its UNet takes a picture's embedding), not served here",
     ),
     _refused(
         "Stable Diffusion 2 with depth",
         "sd21",
         widened(5),
         INPUT,
-        "has a UNet of 5 channels, and those served here take 4",
+        "is a Stable Diffusion 2 with depth (its UNet takes 5 channels), which is not served here",
     ),
     _refused(
         "a latent consistency model",
@@ -320,6 +325,22 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
     _part("clip_l", "sd15", clip_l, "text_model.embeddings.token_embedding.weight"),
     _part("clip_g", "sdxl", lambda made: clip(made.text_encoder_2), "text_model.encoder.layers.31.layer_norm1.weight"),
     _part("t5", "flux-dev", t5, "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    _part("clip_l", "sd15", whole_clip, VISION, "CLIP-L whole, with what sees"),
+    _part("clip_h", "sd21", whole_open_clip, "visual.conv1.weight", "OpenCLIP-H whole, with what sees"),
+    _loose("CLIP's vision encoder", "is CLIP's vision encoder, which is not served here", {VISION: (1024, 1024)}),
+    _loose(
+        "an IP-Adapter",
+        "is an IP-Adapter, which is not served here",
+        {"image_proj.proj.weight": (3072, 1024), "ip_adapter.1.to_k_ip.weight": (320, 768)},
+    ),
+    _loose("a T2I-Adapter", "is a T2I-Adapter, which is not served here", {"body.0.block1.weight": (320, 320, 3, 3)}),
+    _refused(
+        "a UMT5",
+        "flux-dev",
+        holding({UMT5: (32, 64)}, t5),
+        UMT5,
+        "is a text encoder UMT5, of a family that is not served here",
+    ),
     _refused(
         "a T5 in pieces, the first",
         "flux-dev",

@@ -54,10 +54,10 @@ def registry(family_folders: dict[str, Path], small_folders: dict[str, Path]) ->
 def catalogue(registry: Registry) -> Catalogue:
     """Compiling is tried up to what comes of dynamo, without code generation: so it takes seconds, and no compiler."""
     known = RegistryRunner(registry, "CPU").catalogue()
-    unets = {name: replace(info, compilation=None) for name, info in known.models.items() if info.cache == "deepcache"}
-    compiled: Any = registry.get("small-sd")
-    compiled.model.compile_backend = "eager"
-    return replace(known, models={**known.models, **unets})
+    for name in ("small-sd", "flux-dev"):
+        compiled: Any = registry.get(name)
+        compiled.model.compile_backend = "eager"
+    return replace(known, models={name: replace(info, compilation=None) for name, info in known.models.items()})
 
 
 @pytest.fixture(scope="session")

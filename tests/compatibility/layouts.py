@@ -111,6 +111,18 @@ def clip_l(made: Any) -> Tensors:
     return original.clip(made.text_encoder)
 
 
+def whole_clip(made: Any) -> Tensors:
+    """With its vision tower, which is the deeper one."""
+    seen = {"vision_model.encoder.layers.23.self_attn.q_proj.weight": (64, 64), "visual_projection.weight": (48, 64)}
+    return holding({**seen, "text_projection.weight": (48, 48), "logit_scale": ()}, clip_l)(made)
+
+
+def whole_open_clip(made: Any) -> Tensors:
+    """OpenCLIP's whole file, of which the vision tower has 32 layers."""
+    seen = {"visual.conv1.weight": (1280, 3, 14, 14), "visual.transformer.resblocks.31.ln_1.weight": (1280,)}
+    return holding(seen, lambda made: original.open_clip(made.text_encoder))(made)
+
+
 def t5(made: Any) -> Tensors:
     """Its words under both names, as some write them."""
     state: Tensors = made.text_encoder_2.state_dict()

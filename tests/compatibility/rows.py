@@ -66,6 +66,7 @@ MULTISCALE = {"multiscale_enabled": True, "multiscale_fullres_start": 1, "multis
 HIRES = {"hires_fix": True, "width": 256, "height": 256}
 ATTENTION = {"attention": "auto"}
 STABLE_FAST = {"stable_fast": True}
+COMPILED = {"compile": True}
 PARTLY = {"guidance_start": 0.25, "guidance_end": 0.75, "steps": 8}
 FEW = {**LORA, "guidance_scale": 1.0, "steps": 4}
 LCM = {**FEW, "sampler": "lcm"}
@@ -116,6 +117,13 @@ ROWS = (
     ),
     Row(
         cache="DeepCache",
+        beside="Compiled layers (`compile`)",
+        models=("small-sd",),
+        fields=(COMPILED, {**COMPILED, **LORA}),
+        note="without code generation in the tests",
+    ),
+    Row(
+        cache="DeepCache",
         beside="HiresFix, Multi-scale diffusion and LoRA adapters together",
         models=("tiny-sd",),
         fields=(STACK,),
@@ -149,6 +157,13 @@ ROWS = (
         beside="All Flux-compatible features",
         models=("flux-dev",),
         fields=(LORA, IMG2IMG, MULTISCALE, {"adetailer": True}, {"sampler": "heun"}),
+    ),
+    Row(
+        cache="FBCache",
+        beside="Compiled blocks (`compile`)",
+        models=("flux-dev",),
+        fields=(COMPILED, {**COMPILED, **LORA}),
+        note="without code generation in the tests",
     ),
     Row(
         cache="FBCache",

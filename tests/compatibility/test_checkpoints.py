@@ -27,7 +27,8 @@ from models.loading.header import read_header
 from models.loading.shapes import configurations
 from models.loading.tokenizers import T5_FOLDER, clip_tokenizer
 from models.sampling.samplers import build
-from tests.compatibility.checkpoint_files import BESIDE, CHECKPOINTS, CheckpointRow
+from tests.compatibility.checkpoint_files import CHECKPOINTS
+from tests.compatibility.checkpoint_rows import BESIDE, CheckpointRow
 from tests.compatibility.layouts import in_folders, only
 from tests.models import original
 from tests.models.loading.quantising import Tensors, narrow_flux, save_gguf, save_scaled
@@ -73,7 +74,7 @@ def saved(row: CheckpointRow, folder: Path) -> Tensors:
         return {name: tensor.half().float() for name, tensor in tensors.items()}
     meant = written(tensors, folder / "ink", row.precision, dict(row.header))
     for role, precision in row.beside.items():
-        numbers = written(BESIDE[role](made), folder / f"part {role}", precision)
+        numbers = written((BESIDE | row.others)[role](made), folder / f"part {role}", precision)
         meant |= {f"{role} {name}": tensor for name, tensor in taken(role, numbers).items()}
     (folder / T5_FOLDER).mkdir(parents=True)
     shutil.copy(FOLDER / "tiny-flux" / "tokenizer_2" / "tokenizer.json", folder / T5_FOLDER)
@@ -119,7 +120,9 @@ def named(row: CheckpointRow, networks: Any) -> Tensors:
     """The networks' numbers by the names that they have in the row's files."""
     tensors = dict(row.layout(networks))
     for role in row.beside:
-        tensors |= {f"{role} {name}": tensor for name, tensor in taken(role, BESIDE[role](networks)).items()}
+        tensors |= {
+            f"{role} {name}": tensor for name, tensor in taken(role, (BESIDE | row.others)[role](networks)).items()
+        }
     return tensors
 
 
@@ -151,6 +154,8 @@ def test_a_checkpoint_is_loaded_as_the_numbers_that_it_stands_for(row: Checkpoin
     with quiet():
         schedule = build(model.pipeline.scheduler, family.table, None, None, steps=4, seeds=[0])
     assert schedule.config.get("prediction_type", "epsilon") == row.prediction
+    assert row.scheduler in ("", type(model.pipeline.scheduler).__name__)
+    assert bool(row.scheduler) == (spec.distilled is not None)
     assert row.terminal_snr == (hasattr(schedule, "alphas_cumprod") and float(schedule.alphas_cumprod[-1]) < 1e-6)
 
     packed = row.precision.startswith("GGUF")

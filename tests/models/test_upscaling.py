@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from cache import DeepCache, NoCache
 from models import upscaling
-from models.base import Upscaler, UpscalerFailed
+from models.base import Enlargement, GenerationCancelled, Upscaler, UpscalerFailed
 from models.generation import LoadedModel
 from tests.models.stages.test_stages import picture
 from tests.models.test_generation import PARAMS, ignore, pixels
@@ -115,8 +116,18 @@ class Twice:
 
     name, scale = "twice", 2
 
-    def __call__(self, image: Image.Image, device: torch.device) -> Image.Image:
+    def __call__(self, image: Image.Image, device: object, on_tile: Callable[[], None] = list) -> Image.Image:
+        on_tile()
         return image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
+
+    def tiles(self, width: int, height: int) -> int:
+        return 1
+
+
+class Tiling(Enum):
+    """As spandrel's."""
+
+    SUPPORTED = 1
 
 
 FILE = Upscaler(name="twice", path=Path("twice.safetensors"))
@@ -150,3 +161,35 @@ def test_the_last_pass_enlarges_what_was_drawn(sd: LoadedModel, twice: Twice, mo
     monkeypatch.setattr(Twice, "scale", 129)
     with pytest.raises(UpscalerFailed, match="smaller picture"):
         sd.generate(replace(PARAMS, upscale=FILE), NoCache(), ignore)
+
+
+def test_an_uploaded_picture_passes_as_often_as_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def network(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append((pixels.shape[-1], pixels.shape[-2]))
+        return pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    network.scale, network.tiling = 2, Tiling.SUPPORTED  # type: ignore[attr-defined]
+    network.to = lambda device: network  # type: ignore[attr-defined]
+    network.eval = lambda: network  # type: ignore[attr-defined]
+    monkeypatch.setattr(upscaling, "load", lambda upscaler: upscaling.Enlarger("twice", network))
+    image = picture(40, 24)
+    told: list[tuple[int, int]] = []
+    work = Enlargement(pictures=(image,), upscalers=(FILE, "Nearest"), blend=0.5, factor=4)
+    (made,) = upscaling.enlarged(work, "cpu", lambda *tiles: told.append(tiles))
+    assert (seen, told) == ([(40, 24), (80, 48)], [(1, 2), (2, 2)])
+    assert levels(np.asarray(made), np.asarray(image.resize((160, 96), Image.Resampling.NEAREST))) <= 1
+    (odd,) = upscaling.enlarged(replace(work, upscalers=(FILE,), factor=2.5), "cpu", lambda *tiles: None)
+    assert odd.size == (100, 60)
+
+    def stop(done: int, total: int) -> None:
+        raise GenerationCancelled
+
+    with pytest.raises(GenerationCancelled):
+        upscaling.enlarged(work, "cpu", stop)
+    monkeypatch.setattr(upscaling, "MOST_PIXELS", 160 * 96 - 1)
+    seen.clear()
+    with pytest.raises(UpscalerFailed, match="160×96"):
+        upscaling.enlarged(work, "cpu", stop)
+    assert seen == []

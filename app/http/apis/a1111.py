@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import psutil
 from fastapi import APIRouter, Query, Request, Response
@@ -33,6 +33,7 @@ from app.http.resolve import Adapters, served
 from app.http.schemas import KNOWN
 from app.infotext import AUTOMATIC, SAMPLERS, SCHEDULERS, infotext, restored, sampler_label, scheduler_label
 from app.jobs.record import Drawn, JobRecord
+from models.base import ResamplingName
 
 
 class Pictures(BaseModel):
@@ -227,8 +228,8 @@ def loras(request: Request) -> list[dict[str, Any]]:
 
 @router.get("/upscalers", summary="What enlarges a picture, by name", responses=errors(401))
 def upscalers(request: Request) -> list[dict[str, Any]]:
-    """For hr_upscaler. How many times a network enlarges is seen when it is used."""
-    names = ["Lanczos", *Adapters(service_of(request).settings).upscalers.files()]
+    """For extra-single-image and, but for None and Nearest, hr_upscaler. A network's scale is seen when it is used."""
+    names = ["None", *get_args(ResamplingName), *Adapters(service_of(request).settings).upscalers.files()]
     return [{"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": None} for name in names]
 
 
@@ -305,7 +306,7 @@ for _name in NONE_HERE:
 def _answer(drawn: Drawn) -> dict[str, Any]:
     """`Pictures` as a dict. Its size makes it a thread's work."""
     pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
-    job, params = drawn.job, drawn.job.params
+    job, params = drawn.drawing, drawn.drawing.params
     same = ("prompt", "negative_prompt", "width", "height", "steps", "batch_size")
     shared = {
         **{name: getattr(params, name) for name in same},

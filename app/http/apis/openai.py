@@ -195,7 +195,7 @@ def _answer(drawn: Drawn, response_format: str | None) -> dict[str, object]:
     pictures = [base64.b64encode(picture).decode("ascii") for picture in drawn.images]
     head = f"data:image/{drawn.job.output_format};base64,"
     data = [{"url": head + text} if response_format == "url" else {"b64_json": text} for text in pictures]
-    return {"created": int(time.time()), "data": data, **_form(drawn.job), **drawn.report}
+    return {"created": int(time.time()), "data": data, **_form(drawn.drawing), **drawn.report}
 
 
 class _Events(EventSourceResponse):
@@ -236,7 +236,7 @@ def _due(preview: Mapping[str, Any], sent: int, partials: int) -> bool:
 def _completed(drawn: Drawn) -> Iterator[bytes]:
     for number, picture in enumerate(drawn.images, start=1):
         report = drawn.report if number == len(drawn.images) else {}
-        yield _event("completed", {**_picture(drawn.job, picture), "usage": _USAGE, **report})
+        yield _event("completed", {**_picture(drawn.drawing, picture), "usage": _USAGE, **report})
 
 
 def _form(job: Job) -> dict[str, object]:

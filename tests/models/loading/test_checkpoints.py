@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +16,9 @@ import torch
 from models.base import LoadFailed, ModelSpec, UnknownModel
 from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
+from models.loading.folder import configurations_of
+from models.loading.header import Header, TensorInfo
+from models.loading.recognise import recognise
 from models.models_file import read
 from models.registry import Registry
 from tests.models import original
@@ -219,3 +223,90 @@ def test_a_default_model_whose_file_is_gone_keeps_its_row(folder: Path) -> None:
     file.unlink()
     assert registry.refresh()
     assert "mine.safetensors is missing" in registry.describe()[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("family", "header", "expected"),
+    [
+        ("sdxl", {"modelspec.title": "SD-XL Turbo 1.0"}, ("turbo", 4, 1.0)),
+        ("sdxl", {"modelspec.architecture": "stable-diffusion-xl-turbo-v1"}, ("turbo", 4, 1.0)),
+        ("sdxl", {"modelspec.title": "RealVis", "modelspec.tags": "photo, Lightning, 8-step"}, ("lightning", 8, 1.0)),
+        ("sdxl", {"modelspec.title": "Hyper-SDXL, 1 step"}, ("hyper", 1, 1.0)),
+        ("sd15", {"modelspec.title": "Dreams LCM"}, ("lcm", 4, 1.0)),
+        ("flux-dev", {"modelspec.title": "Flux turbo"}, ("turbo", 8, None)),
+        ("flux-schnell", {"modelspec.title": "Flux turbo"}, (None, None, None)),
+        ("sdxl", {"modelspec.title": "Hyperrealism and turbocharged"}, (None, None, None)),
+        ("sdxl", {"ss_output_name": "turbo", "modelspec.description": "no turbo"}, (None, None, None)),
+    ],
+)
+def test_a_file_that_says_that_it_is_distilled_has_its_defaults(
+    family: str, header: dict[str, str], expected: tuple[object, ...]
+) -> None:
+    shapes = {name: TensorInfo(tuple(tensor.shape), "F16") for name, tensor in checkpoint(family).items()}
+    few = recognise(Header(shapes, header)).few_steps
+    assert ((few.kind, few.steps, few.guidance_scale) if few else (None, None, None)) == expected
+
+
+def test_the_defaults_reach_the_catalogue_but_for_what_the_operator_says(folder: Path) -> None:
+    write_hollow(folder / "quick.safetensors", checkpoint("sdxl"), {"modelspec.title": "SDXL Lightning"})
+    hollow(folder / "plain.safetensors", "sdxl")
+    told = ModelSpec(
+        name="told", family="sdxl", source=folder / "plain.safetensors", distilled="turbo", guidance_scale=0.0
+    )
+    registry = Registry([told], "told", None, checkpoints=CheckpointFolder(folder))
+    rows = {row["name"]: row for row in registry.describe()}
+    told_of = {name: (row["distilled"], row["steps"], row["guidance_scale"]) for name, row in rows.items()}
+    assert told_of == {"quick": ("lightning", 4, 1.0), "told": ("turbo", 4, 0.0)}
+    config = configurations_of(listed(folder)[0]["quick"], folder / "quick.safetensors")
+    assert config["model_index.json"]["scheduler"][1] == "EulerDiscreteScheduler"
+    assert config["scheduler/scheduler_config.json"]["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "unet", "expected"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, {}, ("turbo", 4, 1.0)),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, {}, ("turbo", 4, 1.0)),
+        ({"_class_name": "LCMScheduler"}, {}, ("lcm", 4, 1.0)),
+        ({"_class_name": "LCMScheduler"}, {"time_cond_proj_dim": 256}, ("lcm", 4, None)),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, {}, (None, None, None)),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, {}, (None, None, None)),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "timestep_spacing": "trailing",
+                "prediction_type": "v_prediction",
+            },
+            {},
+            (None, None, None),
+        ),
+    ],
+)
+def test_a_folder_says_by_its_scheduler_that_it_is_distilled(
+    folder: Path, scheduler: dict[str, object], unet: dict[str, object], expected: tuple[object, ...]
+) -> None:
+    for path, config in (
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}),
+        ("unet/config.json", unet),
+        ("scheduler/scheduler_config.json", scheduler),
+    ):
+        (folder / "ink" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "ink" / path).write_text(json.dumps(config))
+    spec = listed(folder)[0]["ink"]
+    assert (spec.distilled, spec.steps, spec.guidance_scale) == expected
+
+
+def test_a_full_disk_of_temporary_files_is_a_sentence_and_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hollow(folder / "ink.safetensors")
+    registry = Registry([], "ink", None, checkpoints=CheckpointFolder(folder))
+
+    def full(path: Path, text: str, **_: object) -> None:
+        with open("/dev/full", "w") as disk:  # every write to it fails as one to a full disk does
+            disk.write(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(LoadFailed, match=r"No space left on device.*TMPDIR"):
+            registry.get("ink")
+    assert registry.loaded == ()
+    assert registry.get("ink").spec.name == "ink"

@@ -28,13 +28,22 @@ ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import json, sys
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from models.base import Hub, LoadFailed, LoadHooks, ModelSpec
 from models.families import FAMILIES
 answers = []
+def full(*_, **__):
+    with open("/dev/full", "wb") as disk:  # every write to it fails as one to a full disk does
+        disk.write(b"x")
 for place in sys.argv[1:]:
     if place == "offline":
         constants.HF_HUB_OFFLINE = True
+        continue
+    if place == "full":
+        file_download.http_get, get = full, file_download.http_get
+        continue
+    if place == "freed":
+        file_download.http_get = get
         continue
     spec = ModelSpec(name="far", family="sd15", source=Hub(*place.split("@")))
     heard = []
@@ -132,12 +141,14 @@ def load(*places: str, address: str, home: Path) -> list[Any]:
 def test_a_repository_is_fetched_once_and_every_refusal_is_told_with_its_remedy(
     address: str, tmp_path: Path, family_folders: dict[str, Path]
 ) -> None:
-    places = ["gated/tiny@main", "absent/tiny@main", "ours/tiny@nowhere", "ours/tiny@v1.0"]
+    places = ["gated/tiny@main", "absent/tiny@main", "ours/tiny@nowhere"]
+    places += ["full", "ours/tiny@v1.0", "freed", "ours/tiny@v1.0"]
     places += ["offline", "ours/tiny@v1.0", "other/tiny@main"]
-    gated, absent, nowhere, loaded, cached, unknown = load(*places, address=address, home=tmp_path)
+    gated, absent, nowhere, crowded, loaded, cached, unknown = load(*places, address=address, home=tmp_path)
     assert gated.startswith("The model 'far' could not be fetched from the hub's gated/tiny, revision main: it is")
     assert "gated. Accept its licence" in gated
     assert "no such repository, or it is private" in absent
+    assert "no space left for it in the hub's cache" in crowded
     assert "no such revision" in nowhere
     weights = load_file(family_folders["sd15"] / "unet" / "diffusion_pytorch_model.safetensors")
     total = sum(float(tensor.double().abs().sum()) for tensor in weights.values())

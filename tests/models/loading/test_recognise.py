@@ -9,7 +9,8 @@ import pytest
 
 from models.loading.recognise import PARTS, recognise
 from models.loading.shapes import configurations, unusual
-from tests.compatibility.checkpoint_files import CHECKPOINTS, MISSING, CheckpointRow
+from tests.compatibility.checkpoint_files import CHECKPOINTS
+from tests.compatibility.checkpoint_rows import MISSING, CheckpointRow
 from tests.compatibility.layouts import flux_whole, holding, in_folders
 from tests.models import original
 from tests.models.original import header_of
