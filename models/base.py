@@ -49,6 +49,12 @@ class TooFewSteps(ModelError):
     field = "steps"
 
 
+class NeedsPicture(ModelError):
+    """The model draws over pictures alone."""
+
+    field = "model"
+
+
 class AdapterFailed(ModelError):
     """A LoRA or an embedding is broken or was made for another model."""
 
@@ -109,6 +115,14 @@ class Img2Img:
 
     picture: Image.Image
     denoise: float = 0.75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refiner:
+    """A second model, by name, that goes on once `switch` of the noise schedule is done: above 0 and below 1."""
+
+    model: str
+    switch: float = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +187,7 @@ class GenerationParams:
     compiled: bool = False
     vae_tiling: bool = False
     img2img: Img2Img | None = None
+    refiner: Refiner | None = None
     hires_fix: bool = False
     hires_upscaler: Upscaler | None = None
     adetailer: bool = False

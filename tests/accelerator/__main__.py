@@ -9,15 +9,16 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, SDXL_REFINER, Geometry
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
 from cache import NoCache
-from models.base import GenerationParams
+from models.base import GenerationParams, Refiner
 from models.loading.plan import Plan, Sizes, Work, choose
 from models.sampling import samplers
 
@@ -119,11 +120,32 @@ def cards_table() -> Iterator[str]:
                 small = _in_bits(sizes, bits)
                 for card, room in rooms.items():
                     yield _card(f"{name}, {kind}", card, choose(small, usual, room), small, work, "–")
+        if geometry is SDXL:
+            yield from _refined_cards()
+
+
+def _refined_cards() -> Iterator[str]:
+    """SDXL and its refiner, by the plan for both, one after the other."""
+    device = Accelerator()
+    with device, torch.no_grad():
+        base, refiner = load(SDXL, memory=0), load(SDXL_REFINER, memory=0)
+        work = base.model.usual_work.beside(refiner.model.usual_work)
+        params = replace(request(SDXL, 5), refiner=Refiner(model="sdxl-refiner"))
+        for card in CARDS:
+            base.model.memory = int((card - TAKEN) * 2**30)
+            with device.counting() as counts, base.refined_by(refiner):
+                joint = base.model.residence
+                if joint is None:
+                    raise RuntimeError("nothing was planned")
+                base.generate(params, strategies(SDXL)["default"], lambda step: None)
+                plan, sizes = joint.plan, joint.sizes
+            name = f"sdxl {SDXL.width}×{SDXL.height}, refiner"
+            yield _card(name, card, plan, sizes, work, f"{counts.peak / 1e9:.1f}")
 
 
 def _in_bits(sizes: Sizes, bits: float) -> Sizes:
     """With so many bits for each weight of the denoiser, of 16."""
-    name, part = sizes.denoiser, bits / 16
+    name, part = sizes.denoisers[0], bits / 16
     blocks = {**sizes.blocks, name: [int(part * size) for size in sizes.blocks[name]]}
     return Sizes({**sizes.weights, name: int(part * sizes.weights[name])}, blocks)
 
