@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from app.infotext import text_chunks
 from app.settings import Settings, default_threads
 from cache import CacheReport, DeepCache, FirstBlockCache
 from models.base import Generation, GenerationParams, StageReport
+from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
@@ -72,9 +74,10 @@ class RegistryRunner:
     def model(self, name: str) -> LoadedModel:
         return self._registry.get(name)
 
-    def load(self, model: str) -> None:
-        device, give_up = self._registry.device, partial(self._give_up_idle, model)
-        while_exhausted(partial(self._registry.get, model), give_up, device)
+    def load(self, model: str, beside: str | None = None) -> None:
+        used = (model,) if beside is None else (model, beside)
+        loading = partial(self._registry.get, *used)
+        while_exhausted(loading, partial(self._give_up_idle, used), self._registry.device)
 
     def warm(self, model: str) -> None:
         """A computed and a reused step at the model's own size. A failure is left to the request that meets it too."""
@@ -97,25 +100,28 @@ class RegistryRunner:
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> list[Finish]:
         """See `Runner`. Jobs that could not be drawn together are drawn one after the other."""
-        model = self._registry.get(jobs[0].model)
-        drawn = draw_together(model, jobs, on_steps, self._registry.device)
-        return [
-            partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
-            for job in jobs
-        ]
+        model, *others = (self._registry.get(*used) for used in _in_turn(jobs[0]))
+        with ExitStack() as stack:
+            for refiner in others:
+                stack.enter_context(model.refined_by(refiner))
+            drawn = draw_together(model, jobs, on_steps, self._registry.device)
+            return [
+                partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
+                for job in jobs
+            ]
 
     def _alone(self, model: LoadedModel, job: Job, on_steps: StepsListener) -> Generation | Exception:
-        device, give_up = self._registry.device, partial(self._give_up_idle, job.model)
+        device, give_up = self._registry.device, partial(self._give_up_idle, job.models)
         try:
             return draw(model, job.params, job.strategy, lambda step: on_steps({job.id: step}), device, give_up)
         except Exception as error:  # noqa: BLE001  # it is raised again where the job is finished
             lighten(error)
             return error
 
-    def _give_up_idle(self, used: str, missing: int = 0) -> bool:
+    def _give_up_idle(self, used: Sequence[str], missing: int = 0) -> bool:
         name = self._registry.give_up_idle(used, missing)
         if name is not None:
-            _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, used)
+            _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, used[0])
         return name is not None
 
     def condition(self) -> Condition:
@@ -127,6 +133,12 @@ class RegistryRunner:
             loaded=tuple(self._registry.loaded),
             plans=self._registry.plans,
         )
+
+
+def _in_turn(job: Job) -> list[tuple[str, ...]]:
+    """The job's models as they are to be loaded, a later one beside the first."""
+    first, *others = job.models
+    return [(first,), *((other, first) for other in others)]
 
 
 def _finished(job: Job, generation: Generation | Exception) -> JobResult:
@@ -334,7 +346,8 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
     except BadModelsFile as error:
         raise CannotStart(f"WAVESPEED_MODELS_FILE: {error}.") from None
     if settings.model is not None:
-        names = [spec.name for spec in checkpoints.models(configuration.specs)[0]]
+        served = checkpoints.models(configuration.specs)[0]
+        names = [spec.name for spec in served if not FAMILIES[spec.family].needs_picture]
         if settings.model not in names:
             raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)

@@ -98,6 +98,11 @@ class Job:
     warnings: tuple[str, ...] = ()
     deadline_seconds: float | None = None
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that it needs, by name: `model`, and a refiner."""
+        return (self.model,) if self.params.refiner is None else (self.model, self.params.refiner.model)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:

@@ -41,8 +41,8 @@ class Runner(Protocol):
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         """`on_stage` hears a model's name and the part of it that is loaded next."""
 
-    def load(self, model: str) -> None:
-        """Raises UnknownModel, LoadFailed."""
+    def load(self, model: str, beside: str | None = None) -> None:
+        """beside: a loaded one that is used together with it. Raises UnknownModel, LoadFailed."""
 
     def warm(self, model: str) -> None:
         """Draw a short picture for nobody: what is made at the first use (kernels, tables, imports) is made now."""
@@ -128,11 +128,11 @@ def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runn
     return runner
 
 
-def _load(line: _Line, runner: Runner, model: str) -> None:
+def _load(line: _Line, runner: Runner, model: str, *beside: str) -> None:
     """Tells of it. Raises UnknownModel; LoadFailed, whatever it was that went wrong."""
     line.say(pipe.Loading(model))
     try:
-        runner.load(model)
+        runner.load(model, *beside)
     except (_ParentGone, UnknownModel):
         raise
     except Exception as error:  # noqa: BLE001  # whatever a loader raises; the other models are served on
@@ -228,9 +228,10 @@ class _Shift:
         self._at_hand.update(job.id for job in jobs)
         finishes: Sequence[Finish]
         try:
-            model = jobs[0].model
-            if model not in self._runner.condition().loaded:
-                _load(self._line, self._runner, model)
+            first = jobs[0].model
+            for model in jobs[0].models:
+                if model not in self._runner.condition().loaded:
+                    _load(self._line, self._runner, model, *([] if model == first else [first]))
             self._said = time.monotonic()
             finishes = self._runner.draw(jobs, self._stepped)
         except _ParentGone:

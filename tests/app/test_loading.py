@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from app.engine.runner import runner_arguments
 from app.engine.worker import WARMING
 from app.errors import CannotStart
 from app.settings import Settings
+from models.base import Refiner
 from tests.app.test_engine import job, running
 from tests.models import original
 
@@ -20,9 +22,13 @@ from tests.models import original
 async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "app.engine.supervisor"):
         async with running() as engine:
-            await engine.submit(job("one", model="flux")).result
+            refined = job("one", model="flux")
+            refined = replace(refined, params=replace(refined.params, refiner=Refiner(model="slow")))
+            await engine.submit(refined).result
+            assert engine.status().devices[0].loaded == ("fine", "flux", "slow")
     said = [record.getMessage() for record in caplog.records]
-    stages = {"fine": ("begins", "mixing colours", WARMING), "flux": ("begins", "mixing colours")}
+    stages = {"fine": ("begins", "mixing colours", WARMING)}
+    stages |= dict.fromkeys(("flux", "slow"), ("begins", "mixing colours"))
     assert [line.removeprefix("loading ") for line in said if line.startswith("loading ")] == [
         f"model={model} device=cpu: {stage}" for model, its in stages.items() for stage in its
     ]
