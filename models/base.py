@@ -39,6 +39,12 @@ class LoadFailed(ModelError):
     """The model's files are missing, corrupt or of another family."""
 
 
+class RefinerFailed(LoadFailed):
+    """A refiner's files do not load, or there is no room for it beside the model."""
+
+    field = "refiner_model"
+
+
 class UnsupportedSampler(ModelError):
     """The model has no such sampler, or that sampler cannot be paired with that scheduler."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -100,15 +100,23 @@ class RegistryRunner:
 
     def draw(self, jobs: Sequence[Job], on_steps: StepsListener) -> list[Finish]:
         """See `Runner`. Jobs that could not be drawn together are drawn one after the other."""
-        model, *others = (self._registry.get(*used) for used in _in_turn(jobs[0]))
-        with ExitStack() as stack:
-            for refiner in others:
-                stack.enter_context(model.refined_by(refiner))
+        with self._lent(jobs[0]) as model:
             drawn = draw_together(model, jobs, on_steps, self._registry.device)
             return [
                 partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
                 for job in jobs
             ]
+
+    @contextmanager
+    def _lent(self, job: Job) -> Iterator[LoadedModel]:
+        """The job's model, and for as long as the context lasts its refiner."""
+        model, device = self._registry.get(job.model), self._registry.device
+        with ExitStack() as stack:
+            if job.params.refiner is not None:
+                refiner = self._registry.get(job.params.refiner.model, job.model)
+                give_up = partial(self._give_up_idle, job.models)
+                while_exhausted(lambda: stack.enter_context(model.refined_by(refiner)), give_up, device)
+            yield model
 
     def _alone(self, model: LoadedModel, job: Job, on_steps: StepsListener) -> Generation | Exception:
         device, give_up = self._registry.device, partial(self._give_up_idle, job.models)
@@ -133,12 +141,6 @@ class RegistryRunner:
             loaded=tuple(self._registry.loaded),
             plans=self._registry.plans,
         )
-
-
-def _in_turn(job: Job) -> list[tuple[str, ...]]:
-    """The job's models as they are to be loaded, a later one beside the first."""
-    first, *others = job.models
-    return [(first,), *((other, first) for other in others)]
 
 
 def _finished(job: Job, generation: Generation | Exception) -> JobResult:

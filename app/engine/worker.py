@@ -22,7 +22,7 @@ from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import Condition, Plan
 from app.engine.types import NOT_LOADED, RETRY_SECONDS, Catalogue, Job, JobResult, StepsListener
 from cache import CacheError
-from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
+from models.base import GenerationCancelled, LoadFailed, ModelError, RefinerFailed, Step, UnknownModel
 
 LOOK_SECONDS = 2.0  # between two looks at the folder of checkpoints
 WARMING = "a first picture, for nobody"
@@ -142,7 +142,7 @@ def _load(line: _Line, runner: Runner, model: str, *beside: str) -> None:
         line.say(pipe.Loaded(model))
         return
     line.say(pipe.Unavailable(model, detail))
-    raise LoadFailed(message)
+    raise (RefinerFailed if beside else LoadFailed)(message)
 
 
 def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
@@ -300,7 +300,7 @@ def _answer(error: Exception) -> errors.ServiceError:
             return errors.ModelNotFound(str(error), field="model")
         case LoadFailed():  # its own message names folders of this machine
             told = f"The model is configured. {NOT_LOADED} Ask for another one."
-            return errors.ModelUnavailable(told, field="model", retry_after=RETRY_SECONDS)
+            return errors.ModelUnavailable(told, field=error.field or "model", retry_after=RETRY_SECONDS)
         case ModelError():
             return errors.Invalid(str(error), field=error.field)
         case CacheError():
