@@ -36,7 +36,7 @@ from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
 from .stages.detail import ADetailer
-from .stages.drawing import Clock, Drawing, Progress, Refiner
+from .stages.drawing import Clock, Drawing, Progress, SecondModel
 from .stages.hires import HiresFix
 from .stages.model import Sizes
 from .stages.noise import FromNoise
@@ -255,7 +255,7 @@ class LoadedModel:
         flat = tuple(seed for each in seeds for seed in each)
         refiner = None
         if self._refiner is not None and params.refiner is not None:
-            refiner = Refiner(self._refiner.model, joined([share.refined for share in shares], counts))
+            refiner = SecondModel(self._refiner.model, joined([share.refined for share in shares], counts))
         conditioning, clock = joined([share.conditioning for share in shares], counts), Clock(model.device)
         drawing = Drawing(model, params, flat, conditioning, strategy, size, clock, progress, refiner)
         for one in stages:

@@ -22,7 +22,7 @@ from .preview import Previews
 
 
 @dataclass(frozen=True, slots=True)
-class Refiner:
+class SecondModel:
     """A second model, and the batch's text as that one reads it."""
 
     model: Model
@@ -47,7 +47,7 @@ class Drawing:
     size: tuple[int, int]
     clock: Clock
     progress: Progress
-    refiner: Refiner | None = None
+    refiner: SecondModel | None = None
     latents: torch.Tensor | None = None
     images: list[Image.Image] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
