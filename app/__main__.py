@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
+from importlib.util import find_spec
 
 import typer
 
-from app.cli.bench import bench
+from app.cli import bar
 from app.cli.calibrate import calibrate, threshold
 from app.cli.compare import compare
 from app.cli.generate import generate

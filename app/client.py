@@ -307,6 +307,8 @@ class Fields(TypedDict, total=False):
     img2img_enabled: bool
     img2img_image: str | None
     img2img_denoise: float
+    refiner_model: str | None
+    refiner_switch: float
     hires_fix: bool
     hires_upscaler: str | None
     adetailer: bool

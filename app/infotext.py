@@ -147,6 +147,8 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Clip skip": params.clip_skip,
         "Skip Early CFG": f"{params.guidance_start:g}" if params.guidance_start else None,
         "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
+        "Refiner": None if params.refiner is None else _quoted(params.refiner.model),
+        "Refiner switch at": None if params.refiner is None else f"{params.refiner.switch:g}",
         "Hires upscale": 2 if hires else None,
         "Hires upscaler": (_file(params.hires_upscaler) or "Lanczos") if hires else None,
         "Postprocess upscaler": _file(params.upscale),
@@ -164,10 +166,12 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
 
 
 def _file(upscaler: Upscaler | None) -> str | None:
-    """Its name, in quotation marks where a reader would take a part of it for a setting."""
-    if upscaler is None:
-        return None
-    name = _one_line(upscaler.name)
+    return None if upscaler is None else _quoted(upscaler.name)
+
+
+def _quoted(name: str) -> str:
+    """In quotation marks where a reader would take a part of it for a setting."""
+    name = _one_line(name)
     return json.dumps(name) if set(name) & set(',:"') else name
 
 
@@ -236,6 +240,7 @@ def text_chunks(
         ],
         "embeddings": [embedding.name for embedding in params.embeddings],
         "freeu": None if params.freeu is None else asdict(params.freeu),
+        "refiner": None if params.refiner is None else asdict(params.refiner),
         "cache": dict(cache),
         "version": __version__,
     }

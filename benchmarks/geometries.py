@@ -24,6 +24,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -44,7 +45,7 @@ from cache import TransformerDenoiser, UNetDenoiser
 from models.base import ModelSpec
 from models.families.flux import FluxModel
 from models.families.sd import StableDiffusionModel
-from models.families.sdxl import SDXLModel
+from models.families.sdxl import SDXLModel, SDXLRefinerModel
 from models.generation import LoadedModel
 from models.libraries import quiet
 from models.loading.folder import prepare
@@ -92,7 +93,8 @@ class Geometry:
         if self.family.startswith("flux"):
             model = FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
         else:
-            kind = SDXLModel if self.family == "sdxl" else StableDiffusionModel
+            kinds = {"sdxl": SDXLModel, "sdxl-refiner": SDXLRefinerModel}
+            kind = kinds.get(self.family, StableDiffusionModel)
             model = kind(spec, pipeline, UNetDenoiser(pipeline.unet), DIFFUSION)
         model.settle(device, memory)
         if (unet := getattr(pipeline, "unet", None)) is not None and unet.device.type == torch.device(device).type:
@@ -248,6 +250,34 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def _sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=_autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=None,
+        text_encoder_2=_clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        tokenizer=None,
+        tokenizer_2=_clip_tokenizer(),
+        unet=UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(384, 768, 1536, 1536),
+            layers_per_block=2,
+            attention_head_dim=(6, 12, 24, 24),
+            use_linear_projection=True,
+            transformer_layers_per_block=4,
+            cross_attention_dim=1280,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2560,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=_on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
 def _flux(distilled: bool, width: int = 4096, layers: int = 24, **transformer: Any) -> FluxPipeline:
     """width, layers: of T5."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -290,6 +320,7 @@ SD21 = Geometry("sd21", "sd21", 768, 768, torch.float16, 7.5, _sd21)
 SDXL = Geometry("sdxl", "sdxl", 1024, 1024, torch.float16, 5.0, _sdxl)
 FLUX_DEV = Geometry("flux-dev", "flux-dev", 832, 1216, torch.bfloat16, 3.5, lambda: _flux(True))
 FLUX_SCHNELL = Geometry("flux-schnell", "flux-schnell", 832, 1216, torch.bfloat16, 0.0, lambda: _flux(False))
+SDXL_REFINER = Geometry("sdxl-refiner", "sdxl-refiner", 1024, 1024, torch.float16, 5.0, _sdxl_refiner)
 FLUX_SMALL = {kind: replace(FLUX_DEV, name=f"{FLUX_DEV.name}, {kind}", small=kind) for kind in ("fp8", "Q8_0", "Q4_0")}
 """Flux-dev by what its transformer lies in; its T5 in half precision."""
 ALL = (SD15, SD21, SDXL, FLUX_DEV, FLUX_SCHNELL)

@@ -97,6 +97,8 @@ def values(schema: dict[str, Any], whole: dict[str, Any]) -> str:
             return "true or false"
         case {"minimum": least, "maximum": most}:
             return f"{least} to {most}"
+        case {"exclusiveMinimum": least, "exclusiveMaximum": most}:
+            return f"above {least}, below {most}"
         case {"exclusiveMinimum": least, **rest}:
             return f"above {least}" + (f", to {rest['maximum']}" if "maximum" in rest else "")
         case {"type": "array", "maxItems": most, "items": {"$ref": address}}:

@@ -40,6 +40,12 @@ class LoadFailed(ModelError):
     """The model's files are missing, corrupt or of another family."""
 
 
+class RefinerFailed(LoadFailed):
+    """A refiner's files do not load, or there is no room for it beside the model."""
+
+    field = "refiner_model"
+
+
 class UnsupportedSampler(ModelError):
     """The model has no such sampler, or that sampler cannot be paired with that scheduler."""
 
@@ -48,6 +54,12 @@ class TooFewSteps(ModelError):
     """A stage would have no step to run."""
 
     field = "steps"
+
+
+class NeedsPicture(ModelError):
+    """The model draws over pictures alone."""
+
+    field = "model"
 
 
 class AdapterFailed(ModelError):
@@ -142,6 +154,14 @@ class Img2Img:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refiner:
+    """A second model, by name, that goes on once `switch` of the noise schedule is done: above 0 and below 1."""
+
+    model: str
+    switch: float = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Multiscale:
     """Run the steps between the first `fullres_start` and the last `fullres_end` on latents of `factor` times the size.
 
@@ -203,6 +223,7 @@ class GenerationParams:
     compiled: bool = False
     vae_tiling: bool = False
     img2img: Img2Img | None = None
+    refiner: Refiner | None = None
     hires_fix: bool = False
     hires_upscaler: Upscaler | None = None
     adetailer: bool = False

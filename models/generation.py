@@ -2,16 +2,17 @@
 
 This is the one module that knows both the models and the stages. The order:
 
-    from noise or a picture (multi-scale acts in it) → hires → decode, resample to the size asked for → detail → upscale
+    from noise or a picture (multi-scale acts in it) → hires → refine → decode, resample to the size asked for
+    → detail → upscale
 
-Each but decode and upscale is a run of the denoiser with a scheduler and a cache run of its own; previews come from all
-of them.
+Each but decode and upscale is a run of a denoiser with a scheduler and a cache run of its own; previews come from all
+of them. A refiner goes on with the last run before it, which ends early for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
@@ -21,11 +22,13 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy
+from cache.patching import shadowed
 
 from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
-from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
+from .base import Generation, GenerationParams, NeedsPicture, StageReport, Step, StepHook, StepsHook, Timings
+from .families import FAMILIES
 from .libraries import quiet
 from .loading.plan import Plan, Work, choose
 from .pipeline import PipelineModel
@@ -33,11 +36,12 @@ from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
 from .stages.detail import ADetailer
-from .stages.drawing import Clock, Drawing, Progress
+from .stages.drawing import Clock, Drawing, Progress, SecondModel
 from .stages.hires import HiresFix
 from .stages.model import Sizes
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
+from .stages.refine import Refine
 from .stages.upscale import Upscale
 from .text.encoded import TextCache, key_of
 
@@ -55,14 +59,19 @@ class Stage(Protocol):
     def run(self, drawing: Drawing) -> None: ...
 
 
-def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
+def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
     """The stages of a request in their order. Raises DetectorFailed and UpscalerFailed."""
-    first: Stage = FromNoise() if params.img2img is None else FromPicture(params.img2img)
+    switch = 1.0 if params.refiner is None else params.refiner.switch
+    small, full = hires.sizes(model, params) if params.hires_fix else ((0, 0), (0, 0))
+    until = switch if small == full else 1.0
+    first: Stage = FromNoise(until) if params.img2img is None else FromPicture(params.img2img, until)
     enlarger = None if params.hires_upscaler is None else upscaling.load(params.hires_upscaler)
-    enlarged = (HiresFix(enlarger),) if params.hires_fix else ()
+    enlarged = (HiresFix(enlarger, switch),) if params.hires_fix else ()
+    drawn = hires.STRENGTH if small != full else 1.0 if params.img2img is None else params.img2img.denoise
+    refined = (Refine(switch, drawn),) if params.refiner is not None else ()
     detailed = (ADetailer(faces.finder(params.face_detector)),) if params.adetailer else ()
     upscaled = (Upscale(upscaling.load(params.upscale)),) if params.upscale is not None else ()
-    return (first, *enlarged, Decode(), *detailed, *upscaled)
+    return (first, *enlarged, *refined, Decode(), *detailed, *upscaled)
 
 
 class LoadedModel:
@@ -75,6 +84,22 @@ class LoadedModel:
         self.model = model
         self.spec, self.pipeline, self.denoiser = model.spec, model.pipeline, model.denoiser
         self._texts = TextCache()
+        self._refiner: LoadedModel | None = None
+
+    @contextmanager
+    def refined_by(self, refiner: LoadedModel) -> Iterator[None]:
+        """Within the context requests may ask for `refiner`; the networks of both lie where both together fit.
+
+        What it makes is decoded by this model's autoencoder, as all else is.
+        """
+        model, other = self.model, refiner.model
+        with ExitStack() as stack:
+            stack.enter_context(shadowed([(other.pipeline, "vae", model.pipeline.vae), (self, "_refiner", refiner)]))
+            if model.residence is not None and other.residence is not None:
+                joint = stack.enter_context(model.residence.beside(other.residence))
+                stack.enter_context(shadowed([(model, "residence", joint), (other, "residence", joint)]))
+                joint.settle(model.planned(joint, model.usual_work.beside(other.usual_work)))
+            yield
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         """Bytes of the device's memory, beside what lies there now, that a batch of so many images needs.
@@ -115,8 +140,9 @@ class LoadedModel:
             residence.settle(before)
 
     def _work(self, params: GenerationParams, images: int) -> Work:
-        size = limits.render_size(self.model.spec, params.width, params.height)
-        return self.model.work(*size, images, guided=params.guidance_scale > 1)
+        size, guided = limits.render_size(self.model.spec, params.width, params.height), params.guidance_scale > 1
+        work = self.model.work(*size, images, guided=guided)
+        return work if self._refiner is None else work.beside(self._refiner.model.work(*size, images, guided=guided))
 
     def _copied(self) -> int:
         """Bytes of weights that were brought to the device so far."""
@@ -132,8 +158,8 @@ class LoadedModel:
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
-        Raises UnsupportedSampler, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before anything is
-        drawn, NotFinite where it shows; what `on_step` raises passes through, and leaves the model as it was.
+        Raises UnsupportedSampler, NeedsPicture, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before
+        anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
@@ -177,8 +203,9 @@ class LoadedModel:
     def _ready(self, params: GenerationParams) -> Iterator[tuple[adapters.Applied, tuple[Stage, ...], int]]:
         """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
         samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
-        stages = stages_of(params)
-        steps = sum(one.steps(self.model, params) for one in stages)
+        if params.img2img is None and FAMILIES[self.spec.family].needs_picture:
+            raise NeedsPicture(f"{self.spec.name} is a refiner, and draws over pictures alone: send one (img2img).")
+        stages = stages_of(self.model, params)
         with (
             torch.no_grad(),
             quiet(),
@@ -186,7 +213,7 @@ class LoadedModel:
             self.model.freed(params.freeu),
             adapters.applied(self.pipeline, params) as applied,
         ):
-            yield applied, stages, steps
+            yield applied, stages, sum(one.steps(self.model, params) for one in stages)
 
     def _share(self, params: GenerationParams, applied: adapters.Applied) -> Share:
         """A request's text, encoded, and what is to be said to it."""
@@ -197,7 +224,15 @@ class LoadedModel:
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
             warnings += self.model.warnings(text) + applied.warnings
-        return Share(conditioning, warnings, clock.seconds)
+            refined = {} if self._refiner is None or params.refiner is None else self._refiner.reread(params)
+            if refined and (params.loras or params.embeddings or params.freeu):
+                warnings.append("LoRAs, embeddings and FreeU are the model's: the refiner goes on without them.")
+        return Share(conditioning, warnings, clock.seconds, refined)
+
+    def reread(self, params: GenerationParams) -> Conditioning:
+        """The request's text as this model reads it without adapters."""
+        plain = replace(params, loras=(), embeddings=())
+        return self._texts.get(key_of(plain), partial(self.model.encode, plain))
 
     def _batch(
         self,
@@ -218,7 +253,11 @@ class LoadedModel:
         items = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         progress.items = items
         flat = tuple(seed for each in seeds for seed in each)
-        drawing = Drawing(model, params, flat, joined(shares, counts), strategy, size, Clock(model.device), progress)
+        refiner = None
+        if self._refiner is not None and params.refiner is not None:
+            refiner = SecondModel(self._refiner.model, joined([share.refined for share in shares], counts))
+        conditioning, clock = joined([share.conditioning for share in shares], counts), Clock(model.device)
+        drawing = Drawing(model, params, flat, conditioning, strategy, size, clock, progress, refiner)
         for one in stages:
             one.run(drawing)
         for share, part in zip(shares, items, strict=True):
@@ -229,12 +268,13 @@ class LoadedModel:
 class Share:
     """What one request gets of the batches that it is drawn in.
 
-    `conditioning` has one row each; what comes behind `seconds` is filled batch by batch.
+    `conditioning` has one row each, and so has `refined`, the refiner's; what comes behind is filled batch by batch.
     """
 
     conditioning: Conditioning
     warnings: list[str]
     seconds: dict[str, float]
+    refined: Conditioning = field(default_factory=dict)
     images: list[Image.Image] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
@@ -269,13 +309,10 @@ class Share:
         )
 
 
-def joined(shares: Sequence[Share], images: Sequence[int]) -> Conditioning:
-    """The texts of a batch in which each share has so many images, a row each. All have the same shapes (`alike`)."""
-    pairs = list(zip(shares, images, strict=True))
-    return {
-        name: torch.cat([share.conditioning[name].repeat_interleave(count, dim=0) for share, count in pairs])
-        for name in shares[0].conditioning
-    }
+def joined(texts: Sequence[Conditioning], images: Sequence[int]) -> Conditioning:
+    """Those of a batch in which each has so many images, a row each. All have the same shapes (`alike`)."""
+    pairs = list(zip(texts, images, strict=True))
+    return {name: torch.cat([text[name].repeat_interleave(count, dim=0) for text, count in pairs]) for name in texts[0]}
 
 
 def alike(shares: Sequence[Share]) -> list[list[int]]:
@@ -286,8 +323,8 @@ def alike(shares: Sequence[Share]) -> list[list[int]]:
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, share in enumerate(shares):
-        shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in share.conditioning.items()))
-        groups.setdefault(shapes, []).append(index)
+        texts = [*share.conditioning.items(), *share.refined.items()]
+        groups.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in texts), []).append(index)
     return list(groups.values())
 
 

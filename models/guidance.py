@@ -24,7 +24,9 @@ WITHOUT_TEXT = "uncond"  # the lane, in diffusers' pipelines
 
 @dataclass(slots=True)
 class Guidance:
-    """Where in a run guidance acts: in the steps that `start` ≤ step / steps < `end` is true of.
+    """Where in a run guidance acts: in the steps that `start` ≤ share < `end` is true of: of all steps, those before.
+
+    A run may be the first or the last part of a picture's drawing: its own shares are from `begun` to below `ended`.
 
     twice: whether the pipeline runs the denoiser with text and without.
     letters: of a run that is guided in a part, one for each call of the denoiser: B with both halves in a batch, T with
@@ -34,12 +36,14 @@ class Guidance:
     twice: bool
     start: float
     end: float
+    begun: float = 0.0
+    ended: float = 1.0
     letters: str = ""
     _at: Callable[[], float] | None = None
 
     @classmethod
-    def of(cls, params: GenerationParams, *, twice: bool) -> Guidance:
-        return cls(twice, params.guidance_start, params.guidance_end)
+    def of(cls, params: GenerationParams, begun: float, ended: float, *, twice: bool) -> Guidance:
+        return cls(twice, params.guidance_start, params.guidance_end, begun, ended)
 
     @property
     def is_whole(self) -> bool:
@@ -53,7 +57,7 @@ class Guidance:
     def attached(self, at: Callable[[], float], root: nn.Module, layout: Layout) -> Iterator[None]:
         """Within the context, calls of `root` compute what their step needs; a cache is attached before.
 
-        at: the present step by all steps of the run.
+        at: the share of all steps that lies before the present one.
         """
         if self.is_whole or not self.twice:
             yield
@@ -74,7 +78,8 @@ class Guidance:
             return []
         if not self.twice:
             return [f"{names} had no effect: the run has no half without text that it could be spared."]
-        if not set(self.letters) & set("BN"):
+        meant = (self.start < self.ended or self.ended == 1) and (self.begun < self.end or self.begun == 0)
+        if meant and not set(self.letters) & set("BN"):
             return [f"Nothing was guided: none of the {steps} steps lies between {names}."]
         return []
 

@@ -114,9 +114,9 @@ def _configuration(contents: Contents, base: Path, checkpoints: CheckpointFolder
         if named.count(name) > 1:
             raise ValueError(f"two models are named {name!r}; give each a name of its own")
     served = specs if checkpoints is None else checkpoints.models(specs)[0]
-    names = [spec.name for spec in served]
-    if not served:
-        raise ValueError("there is no model: add a [[models]] table, or set embedded = true")
+    names = [spec.name for spec in served if not FAMILIES[spec.family].needs_picture]
+    if not names:
+        raise ValueError("there is no model that draws by itself: add a [[models]] table, or set embedded = true")
     flux = [spec.name for spec in served if FAMILIES[spec.family].cache == "first_block"]
     for key, chosen, allowed in (
         ("default", contents.default, names),

@@ -15,8 +15,9 @@ from .acceleration import attention, compilation
 from .base import UNWATCHED, FreeU, GenerationParams, LoadFailed, LoadHooks, ModelSpec
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
-from .run import Run
+from .run import Begun, Run
 from .sampling import samplers
+from .sampling.responses import Responses
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from .loading.residence import Residence
 
 SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
-REMEMBERED = 64  # samplers' responses: a few numbers each
 
 
 class PipelineModel(ABC):
@@ -46,7 +46,7 @@ class PipelineModel(ABC):
         self.memory: int | None = None
         self.residence: Residence | None = None
         self._compiled: compilation.CompiledLayers | None = None
-        self._responses: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
+        self.responses = Responses()
 
     @cached_property
     def device(self) -> torch.device:
@@ -108,12 +108,16 @@ class PipelineModel(ABC):
         networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         self.residence = Residence(networks, torch.device(device))
         self.memory = memory
-        plan = Plan(offload="none")
-        if memory is not None or spec.offload is not None:
-            plan = choose(self.residence.sizes, self.usual_work, memory or 0, spec.offload)
+        plan = self.planned(self.residence, self.usual_work)
         hooks.room(plan.need(self.residence.sizes, Work(text=0, denoise=0, decode=0, tiled=0)))
         hooks.stage(f"moving to {device}. {plan.words(self.residence.sizes)}")
         self.residence.settle(plan)
+
+    def planned(self, residence: Residence, work: Work) -> Plan:
+        """For those networks at that work, in this model's memory."""
+        if self.memory is None and self.spec.offload is None:
+            return Plan(offload="none")
+        return choose(residence.sizes, work, self.memory or 0, self.spec.offload)
 
     @property
     def usual_work(self) -> Work:
@@ -157,29 +161,40 @@ class PipelineModel(ABC):
         size: tuple[int, int],
         pictures: Sequence[Image.Image] = (),
         strength: float = 1.0,
+        until: float = 1.0,
+        begun: Begun | None = None,
     ) -> Iterator[Run]:
         """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
         They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
-        diffusers' img2img pipelines. Raises AttentionUnavailable and CompilationFailed.
+        diffusers' img2img pipelines, or as they were `begun`; they end with the steps that begin before `until` of the
+        schedule is over. Raises AttentionUnavailable and CompilationFailed.
         """
-        pipeline = self.from_pictures() if pictures else self.pipeline
+        pipeline = self.from_pictures() if pictures or begun else self.pipeline
         takes = inspect.signature(type(pipeline).__call__).parameters
         wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
         wanted |= self.guidance(params)
         timesteps = samplers.custom_timesteps(params.scheduler, params.steps, self.published_timesteps)
         if timesteps is not None:
             wanted["timesteps"] = timesteps
+        whole, part = self.partial_steps(params.steps, strength), range(self.steps_before(params, strength, until))
         if pictures:
             wanted |= {"image": list(pictures), "strength": strength}
+        elif begun is not None:
+            whole, part = begun.whole, range(begun.steps, begun.whole)
+            wanted |= {"image": begun.latents, "latents": begun.latents}
         dtype = str(self.denoiser.root.dtype).removeprefix("torch.")
         with (
-            self._scheduled(pipeline, params, seeds) as scheduler,
+            self._scheduled(pipeline, params, seeds, begun) as scheduler,
             self._compiling(params) as compiling,
             attention.attending(params.attention, str(self.device), dtype) as kernel,
         ):
+            if begun is not None or (pictures and timesteps is not None):
+                calls = params.steps if timesteps is None else scheduler.order * (params.steps - 1) + 1
+                skipped = params.steps - whole + part.start
+                wanted["strength"] = (calls - skipped + 0.5) / calls  # cut to steps there; of a list, to its calls
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
-            guidance = Guidance.of(params, twice=self.runs_twice(params))
+            guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
             with strategy.attach(view) as report:
                 run = Run(
@@ -190,12 +205,13 @@ class PipelineModel(ABC):
                     attention=kernel,
                     compilation=compiling,
                     guidance=guidance,
-                    steps=self.partial_steps(params.steps, strength) if pictures else params.steps,
+                    part=part,
+                    whole=whole,
                     grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
                     settings={name: value for name, value in wanted.items() if name in takes},
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
                 )
-                with guidance.attached(lambda: run.done / run.steps, self.denoiser.root, self.layout):
+                with guidance.attached(lambda: run.share, self.denoiser.root, self.layout):
                     yield run
 
     def _compiling(self, params: GenerationParams) -> AbstractContextManager[compilation.Compilation]:
@@ -215,23 +231,6 @@ class PipelineModel(ABC):
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
 
-    def responses(self, scheduler: Any) -> tuple[float, ...] | None:
-        """Of the scheduler (`cache/solver.py`), its timesteps set. Kept: they take a few milliseconds to find."""
-        import torch
-
-        from cache.solver import begun, follows, responses
-
-        if not follows(scheduler):
-            return None
-        sigmas = getattr(scheduler, "sigmas", None)
-        schedule = scheduler.timesteps if sigmas is None else torch.cat([scheduler.timesteps.cpu(), sigmas.cpu()])
-        key = (type(scheduler), repr(sorted(scheduler.config.items())), begun(scheduler), *schedule.tolist())
-        if key not in self._responses:
-            if len(self._responses) == REMEMBERED:
-                self._responses.clear()
-            self._responses[key] = responses(scheduler)
-        return self._responses[key]
-
     def from_pictures(self) -> Any:
         """diffusers' img2img pipeline for this one, made of the same components."""
         import diffusers
@@ -250,6 +249,15 @@ class PipelineModel(ABC):
     def partial_steps(self, steps: int, strength: float) -> int:
         """How many of `steps` that pipeline takes at `strength`."""
         return min(int(steps * strength), steps)
+
+    def steps_before(self, params: GenerationParams, strength: float, until: float) -> int:
+        """How many of those begin before `until` of the schedule is over."""
+        left_out = params.steps - self.partial_steps(params.steps, strength)
+        before = params.steps
+        if until < 1:
+            saved, published = self.pipeline.scheduler, self.published_timesteps
+            before = samplers.steps_before(saved, self.choices, params, published, until)
+        return max(0, before - left_out)
 
     @property
     def published_timesteps(self) -> Sequence[int]:
@@ -276,8 +284,12 @@ class PipelineModel(ABC):
         return int(height * width * self.pipeline.vae_scale_factor**2)
 
     @contextmanager
-    def _scheduled(self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...]) -> Iterator[Any]:
+    def _scheduled(
+        self, pipeline: Any, params: GenerationParams, seeds: tuple[int, ...], begun: Begun | None
+    ) -> Iterator[Any]:
         """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards.
+
+        What another model has begun is gone on with on its schedule; what the network predicts is its own.
 
         The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
         """
@@ -285,8 +297,9 @@ class PipelineModel(ABC):
         from cache.transfer import uploading
 
         saved, root = pipeline.scheduler, self.denoiser.root
+        followed = saved if begun is None else begun.followed(saved)
         pipeline.scheduler = samplers.build(
-            saved, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
+            followed, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
             with shadowed([(root, "forward", uploading(root.forward, self.device))]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,11 @@ class Registry:
     def family(self, name: str) -> ModelFamily:
         return FAMILIES[self.spec(name).family]
 
-    def get(self, name: str) -> LoadedModel:
-        """The model, loaded on first use and kept while there is room. Raises LoadFailed."""
+    def get(self, name: str, beside: str | None = None) -> LoadedModel:
+        """The model, loaded on first use and kept while there is room. Raises LoadFailed.
+
+        beside: a model in memory that is used together with it, and is not dropped for it.
+        """
         from .generation import LoadedModel
 
         for other in [other for other in self._loaded if not self._current(other)]:
@@ -133,12 +136,12 @@ class Registry:
             sizes: list[int] = []
 
             def room(size: int) -> None:
-                self._make_room(name, size)
+                self._make_room(name, size, beside)
                 sizes.append(size)
 
             self._stamps[name] = _stamp(self.spec(name))
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
-            pipeline = self.family(name).load(self.spec(name), self.device, hooks, self.device_memory)
+            pipeline = self.family(name).load(self.spec(name), self.device, hooks, self._left_by(beside))
             model = LoadedModel(pipeline)
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
@@ -151,8 +154,15 @@ class Registry:
             return False
         return self._stamps[name] == _stamp(spec) or (isinstance(spec.source, Path) and not spec.source.exists())
 
-    def _make_room(self, name: str, size: int) -> None:
-        """Drop models, the one used longest ago first, until `size` more bytes fit."""
+    def _left_by(self, name: str | None) -> int | None:
+        """Bytes of the device that a model has beside this one and its work."""
+        if self.device_memory is None or name not in self.plans:
+            return self.device_memory
+        taken: int = max(self.plans[name]["peak_bytes"].values())
+        return max(0, self.device_memory - taken)
+
+    def _make_room(self, name: str, size: int, beside: str | None) -> None:
+        """Drop models but for `beside`, the one used longest ago first, until `size` more bytes fit."""
         if self.memory is None:
             return
         if size > self.memory:
@@ -162,16 +172,24 @@ class Registry:
                 "`offload` in the models file."
             )
         while self.held + size > self.memory:
-            oldest = next(iter(self._loaded))
+            oldest = next((other for other in self._loaded if other != beside), None)
+            if oldest is None:
+                if self.device_memory is not None:
+                    return  # the two take turns on the device (`LoadedModel.refined_by`)
+                raise LoadFailed(
+                    f"The weights of {name!r} take {size / _GIB:.2f} GiB, those of {beside!r} beside them "
+                    f"{self.held / _GIB:.2f} GiB, and the models' memory is {self.memory / _GIB:.2f} GiB. Raise "
+                    "WAVESPEED_MODEL_MEMORY, or give the models a smaller dtype in the models file."
+                )
             self.on_stage(name, f"dropping {oldest} to make room")
             self._drop(oldest)
 
-    def give_up_idle(self, used: str, missing: int = 0) -> str | None:
-        """Drop the model used longest ago that is not `used`, and return its name.
+    def give_up_idle(self, used: Collection[str], missing: int = 0) -> str | None:
+        """Drop the model used longest ago that is not among the `used`, and return its name.
 
         None: there is no other, or the weights of all others together do not take `missing` bytes.
         """
-        idle = [name for name in self._loaded if name != used]
+        idle = [name for name in self._loaded if name not in used]
         if not idle or sum(self._sizes[name] for name in idle) < missing:
             return None
         self._drop(idle[0])

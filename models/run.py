@@ -16,12 +16,28 @@ if TYPE_CHECKING:
     from .guidance import Guidance
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Latents after `steps` of `whole`, made by another model on the schedule of its saved `scheduler`."""
+
+    latents: Tensor
+    steps: int
+    whole: int
+    scheduler: Any
+
+    def followed(self, own: Any) -> Any:
+        """That scheduler, for a network which predicts what its `own` saved one says."""
+        predicts = own.config.prediction_type
+        return type(self.scheduler).from_config(self.scheduler.config, prediction_type=predicts)
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """What a run is made of, and how many of its `steps` are done.
 
     sampling: sampler and scheduler by name. grid: height and width of the latents. settings: arguments of the
     pipeline's call. ignored: the names of those that it would not read.
+    part: its steps among the `whole` number of those that the drawing of the picture takes, which two models may share.
     """
 
     pipeline: Any
@@ -31,11 +47,21 @@ class Run:
     attention: Attention
     compilation: Compilation
     guidance: Guidance
-    steps: int
+    part: range
+    whole: int
     grid: tuple[int, int]
     settings: Mapping[str, Any]
     ignored: Sequence[str]
     done: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.part)
+
+    @property
+    def share(self) -> float:
+        """Of the whole drawing, how much is done before the present step."""
+        return (self.part.start + self.done) / self.whole
 
     def __call__(
         self, conditioning: Mapping[str, Tensor], generators: Sequence[Generator], on_step: Callable[[], None]
@@ -46,10 +72,12 @@ class Run:
             # The rule of the pipelines' own progress bar: PNDM's extra first call and the two calls of second-order
             # samplers, whose last step has but one, come out as `steps` steps.
             order, calls = self.scheduler.order, pipeline.num_timesteps
-            warm_up = calls - self.steps * order
+            warm_up = calls - (self.whole - self.part.start) * order
             if index == calls - 1 or (index + 1 > warm_up and (index + 1) % order == 0):
                 self.done += 1
                 on_step()
+            if self.part.start + self.done == self.part.stop < self.whole:
+                pipeline._interrupt = True  # diffusers' own way to leave out the other timesteps
             return tensors
 
         latents: Tensor = self.pipeline(

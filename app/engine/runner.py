@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from app.settings import Settings, default_threads
 from cache import CacheReport, DeepCache, FirstBlockCache
 from models import upscaling
 from models.base import Generation, GenerationParams, StageReport, Step, Timings
+from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
 
@@ -87,9 +89,10 @@ class RegistryRunner:
     def model(self, name: str) -> LoadedModel:
         return self._registry.get(name)
 
-    def load(self, model: str) -> None:
-        device, give_up = self._registry.device, partial(self._give_up_idle, model)
-        while_exhausted(partial(self._registry.get, model), give_up, device)
+    def load(self, model: str, beside: str | None = None) -> None:
+        used = (model,) if beside is None else (model, beside)
+        loading = partial(self._registry.get, *used)
+        while_exhausted(loading, partial(self._give_up_idle, used), self._registry.device)
 
     def warm(self, model: str) -> None:
         """A computed and a reused step at the model's own size. A failure is left to the request that meets it too."""
@@ -115,12 +118,23 @@ class RegistryRunner:
         drawings = [job for job in jobs if isinstance(job, Job)]
         if not drawings:
             return [self._upscale(job, on_steps) for job in jobs if isinstance(job, UpscaleJob)]
-        model = self._registry.get(drawings[0].model)
-        drawn = draw_together(model, drawings, on_steps, self._registry.device)
-        return [
-            partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
-            for job in drawings
-        ]
+        with self._lent(drawings[0]) as model:
+            drawn = draw_together(model, drawings, on_steps, self._registry.device)
+            return [
+                partial(_finished, job, drawn[job.id] if job.id in drawn else self._alone(model, job, on_steps))
+                for job in drawings
+            ]
+
+    @contextmanager
+    def _lent(self, job: Job) -> Iterator[LoadedModel]:
+        """The job's model, and for as long as the context lasts its refiner."""
+        model, device = self._registry.get(job.model), self._registry.device
+        with ExitStack() as stack:
+            if job.params.refiner is not None:
+                refiner = self._registry.get(job.params.refiner.model, job.model)
+                give_up = partial(self._give_up_idle, job.models)
+                while_exhausted(lambda: stack.enter_context(model.refined_by(refiner)), give_up, device)
+            yield model
 
     def _upscale(self, job: UpscaleJob, on_steps: StepsListener) -> Finish:
         def on_tile(done: int, total: int) -> None:
@@ -128,21 +142,22 @@ class RegistryRunner:
 
         began, device = time.perf_counter(), self._registry.device
         attempt = partial(upscaling.enlarged, job.work, device, on_tile)
-        made = while_exhausted(attempt, partial(self._give_up_idle, ""), device)
+        made = while_exhausted(attempt, partial(self._give_up_idle, ()), device)
         return partial(_upscaled, job, made, time.perf_counter() - began)
 
     def _alone(self, model: LoadedModel, job: Job, on_steps: StepsListener) -> Generation | Exception:
-        device, give_up = self._registry.device, partial(self._give_up_idle, job.model)
+        device, give_up = self._registry.device, partial(self._give_up_idle, job.models)
         try:
             return draw(model, job.params, job.strategy, lambda step: on_steps({job.id: step}), device, give_up)
         except Exception as error:  # noqa: BLE001  # it is raised again where the job is finished
             lighten(error)
             return error
 
-    def _give_up_idle(self, used: str, missing: int = 0) -> bool:
+    def _give_up_idle(self, used: Sequence[str], missing: int = 0) -> bool:
         name = self._registry.give_up_idle(used, missing)
         if name is not None:
-            _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, used)
+            needing = used[0] if used else "an upscaler"
+            _log.warning("model=%s dropped: it lay idle, and %s ran short of memory", name, needing)
         return name is not None
 
     def condition(self) -> Condition:
@@ -372,7 +387,8 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
     except BadModelsFile as error:
         raise CannotStart(f"WAVESPEED_MODELS_FILE: {error}.") from None
     if settings.model is not None:
-        names = [spec.name for spec in checkpoints.models(configuration.specs)[0]]
+        served = checkpoints.models(configuration.specs)[0]
+        names = [spec.name for spec in served if not FAMILIES[spec.family].needs_picture]
         if settings.model not in names:
             raise CannotStart(f"WAVESPEED_MODEL: there is no model {settings.model!r}, but {', '.join(names)}.")
         configuration = replace(configuration, default=settings.model)

@@ -61,7 +61,8 @@ class QueueingEngine(Engine):
         """Answer now, wherever the job is."""
 
     def submit(self, job: AnyJob, on_step: StepListener | None = None, *, promised: bool = False) -> JobHandle:
-        self.admit(job.model, promised=promised)
+        for model in job.models or (None,):
+            self.admit(model, promised=promised)
         handle = JobHandle(job, on_step, kind_of(job))
         handle.limit(self._expire)
         self._queue.put(handle)
@@ -347,7 +348,7 @@ class LocalEngine(QueueingEngine):
         if loading is not None and self._quarantine.crashed(loading, slot.reason):
             _log.error("model %s is quarantined: %s", loading, self._quarantine.reasons[loading])
             for waiting in self._queue:
-                if waiting.job.model == loading:
+                if loading in waiting.job.models:
                     self._give_up(waiting, self._quarantine.refusal(loading))
         for handle in lost:
             if not handle.settled:
@@ -359,9 +360,8 @@ class LocalEngine(QueueingEngine):
 
     def _take_back(self, handle: JobHandle, reason: str) -> None:
         """A job whose worker was lost: once more, or answered."""
-        model = handle.job.model
-        if model is not None and model in self._quarantine.reasons:
-            handle.fail(self._quarantine.refusal(model))
+        if kept_away := self._quarantine.reasons.keys() & set(handle.job.models):
+            handle.fail(self._quarantine.refusal(kept_away.pop()))
         elif handle.attempts < types.ATTEMPTS:
             self._requeue(handle)
         else:

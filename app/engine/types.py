@@ -101,6 +101,11 @@ class Job:
     def images(self) -> int:
         return len(self.params.seeds)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that it needs, by name: `model`, and a refiner."""
+        return (self.model,) if self.params.refiner is None else (self.model, self.params.refiner.model)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpscaleJob:
@@ -110,6 +115,7 @@ class UpscaleJob:
     work: Enlargement
     deadline_seconds: float | None = None
     model: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
     strategy: ClassVar[CacheStrategy] = NoCache()
     output_format: ClassVar[OutputFormat] = "png"
 

@@ -22,7 +22,7 @@ from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import Condition, Plan
 from app.engine.types import NOT_LOADED, AnyJob, Catalogue, JobResult, StepsListener
 from cache import CacheError
-from models.base import GenerationCancelled, LoadFailed, ModelError, Step, UnknownModel
+from models.base import GenerationCancelled, LoadFailed, ModelError, RefinerFailed, Step, UnknownModel
 
 LOOK_SECONDS = 2.0  # between two looks at the folder of checkpoints
 WARMING = "a first picture, for nobody"
@@ -41,8 +41,8 @@ class Runner(Protocol):
     def watch_loading(self, on_stage: Callable[[str, str], None]) -> None:
         """`on_stage` hears a model's name and the part of it that is loaded next."""
 
-    def load(self, model: str) -> None:
-        """Raises UnknownModel, LoadFailed."""
+    def load(self, model: str, beside: str | None = None) -> None:
+        """beside: a loaded one that is used together with it. Raises UnknownModel, LoadFailed."""
 
     def warm(self, model: str) -> None:
         """Draw a short picture for nobody: what is made at the first use (kernels, tables, imports) is made now."""
@@ -128,11 +128,11 @@ def _start(line: _Line, factory: RunnerFactory, device: str, plan: Plan) -> Runn
     return runner
 
 
-def _load(line: _Line, runner: Runner, model: str) -> None:
+def _load(line: _Line, runner: Runner, model: str, *beside: str) -> None:
     """Tells of it. Raises UnknownModel; LoadFailed, whatever it was that went wrong."""
     line.say(pipe.Loading(model))
     try:
-        runner.load(model)
+        runner.load(model, *beside)
     except (_ParentGone, UnknownModel):
         raise
     except Exception as error:  # noqa: BLE001  # whatever a loader raises; the other models are served on
@@ -142,7 +142,7 @@ def _load(line: _Line, runner: Runner, model: str) -> None:
         line.say(pipe.Loaded(model))
         return
     line.say(pipe.Unavailable(model, detail))
-    raise LoadFailed(message)
+    raise (RefinerFailed if beside else LoadFailed)(message)
 
 
 def _beat(line: _Line, ended: threading.Event, seconds: float) -> None:
@@ -228,9 +228,10 @@ class _Shift:
         self._at_hand.update(job.id for job in jobs)
         finishes: Sequence[Finish]
         try:
-            model = jobs[0].model
-            if model is not None and model not in self._runner.condition().loaded:
-                _load(self._line, self._runner, model)
+            models = jobs[0].models
+            for place, model in enumerate(models):
+                if model not in self._runner.condition().loaded:
+                    _load(self._line, self._runner, model, *models[:place])
             self._said = time.monotonic()
             finishes = self._runner.draw(jobs, self._stepped)
         except _ParentGone:
@@ -299,7 +300,7 @@ def _answer(error: Exception) -> errors.ServiceError:
             return errors.ModelNotFound(str(error), field="model")
         case LoadFailed():  # its own message names folders of this machine
             told = f"The model is configured. {NOT_LOADED} Ask for another one."
-            return errors.ModelUnavailable(told, field="model", retry_after=errors.RETRY_SECONDS)
+            return errors.ModelUnavailable(told, field=error.field or "model", retry_after=errors.RETRY_SECONDS)
         case ModelError():
             return errors.Invalid(str(error), field=error.field)
         case CacheError():

@@ -20,7 +20,17 @@ from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import Embedding, FreeU, GenerationParams, Img2Img, Lora, Multiscale, UnsupportedSampler, Upscaler
+from models.base import (
+    Embedding,
+    FreeU,
+    GenerationParams,
+    Img2Img,
+    Lora,
+    Multiscale,
+    Refiner,
+    UnsupportedSampler,
+    Upscaler,
+)
 from models.families import FAMILIES
 from models.limits import fit
 from models.sampling.samplers import check as check_sampler
@@ -81,6 +91,7 @@ def resolve(
     """
     model = pick_model(request, catalogue)
     _check_compatible(request, model)
+    refiner = _refiner(request, model, catalogue)
     _check_size(request, model)
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
@@ -116,6 +127,7 @@ def resolve(
         attention=request.attention,
         compiled=request.compile or request.stable_fast,
         img2img=img2img,
+        refiner=refiner,
         hires_fix=request.hires_fix,
         hires_upscaler=adapters.upscaler(request.hires_upscaler, "hires_upscaler") if request.hires_fix else None,
         upscale=adapters.upscaler(request.upscale, "upscale"),
@@ -191,6 +203,33 @@ def served(name: str, catalogue: Catalogue, field: str = "model") -> ModelInfo:
         known = ", ".join(catalogue.models)
         raise ModelNotFound(f"There is no model {shown(name)!r}. There is: {known}.", field=field)
     return model
+
+
+def _refiner(request: GenerateRequest, model: ModelInfo, catalogue: Catalogue) -> Refiner | None:
+    if FAMILIES[model.family].needs_picture and not request.img2img_enabled:
+        raise Incompatible(
+            f"{model.name} is a refiner, which draws over pictures alone. Name it as refiner_model beside an SDXL "
+            "model, or send a picture with img2img_enabled.",
+            field="model",
+        )
+    if request.refiner_model is None:
+        return None
+    second, fitting = served(request.refiner_model, catalogue, "refiner_model"), FAMILIES[model.family].refiners
+    if not fitting:
+        raise Incompatible(
+            f"Nothing goes on from the latents of {model.name}, which is {model.family}. Leave refiner_model out, or "
+            "name an SDXL model as model.",
+            field="refiner_model",
+        )
+    if second.family not in fitting or second.name == model.name:
+        others = [one.name for one in catalogue.models.values() if one.family in fitting and one.name != model.name]
+        kind = "the model itself" if second.name == model.name else second.family
+        raise Incompatible(
+            f"{second.name} is {kind}; what {model.name} began is gone on with by another model that is "
+            f"{' or '.join(sorted(fitting))}. There is: {', '.join(others) or 'none'}.",
+            field="refiner_model",
+        )
+    return Refiner(model=second.name, switch=request.refiner_switch)
 
 
 def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:

@@ -194,6 +194,12 @@ class GenerateRequest(BaseModel):
     img2img_enabled: bool = Field(False, description="Start from a picture instead of noise: img2img_image.")
     img2img_image: str | None = Field(None, description="That picture: base64 or a data URL. Never a path or a URL.")
     img2img_denoise: float = Field(0.75, ge=0, le=1, description="How much of it is drawn anew; 1 is all.")
+    refiner_model: Name | None = Field(
+        None, description="A second model that finishes what an SDXL began: SDXL's refiner, or another SDXL."
+    )
+    refiner_switch: float = Field(
+        0.8, gt=0, lt=1, description="The share of the noise schedule after which refiner_model goes on."
+    )
     hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
     hires_upscaler: Name | None = Field(
         None, description="What enlarges in between: an upscaler of GET /api/adapters; null is Lanczos."
@@ -259,6 +265,8 @@ class GenerateRequest(BaseModel):
             raise _located("deepcache_start_step", "must not be greater than deepcache_end_step; swap them")
         if self.guidance_start > self.guidance_end:
             raise _located("guidance_start", "must not be greater than guidance_end; swap them")
+        if self.refiner_model is None and "refiner_switch" in self.model_fields_set:
+            raise _located("refiner_switch", "is read with refiner_model alone; name one, or leave it out")
         return self
 
     @property

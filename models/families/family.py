@@ -26,6 +26,7 @@ class ModelFamily(ABC):
     traits: what the network's configuration says in this family and not in its neighbours.
     cache: the one that acts on this family's denoiser.
     freeu: the factors that its authors published for this family; None where there are no skips.
+    refiners: families whose models can go on from this one's latents. needs_picture: it draws over pictures alone.
     """
 
     name: str
@@ -42,6 +43,8 @@ class ModelFamily(ABC):
     steps: int
     guidance_scale: float
     freeu: FreeU | None
+    refiners: frozenset[str] = frozenset()
+    needs_picture: bool = False
 
     @property
     def samplers(self) -> Mapping[str, tuple[str, ...]]:

@@ -1,9 +1,14 @@
-"""Stable Diffusion XL: two text encoders, a pooled text and sizes beside the timestep (Podell et al. 2023)."""
+"""Stable Diffusion XL: two text encoders, a pooled text and sizes beside the timestep (Podell et al. 2023).
+
+Its refiner, for the last steps (section 2.5), has a wider UNet of four levels and the second of the text encoders
+alone, and is told how pleasing the picture is to be in place of its target size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from models.base import FreeU, GenerationParams
 from models.sampling.samplers import AYS_TIMESTEPS_XL
@@ -53,6 +58,13 @@ class SDXLModel(StableDiffusionModel):
         return bool(self.pipeline.vae.config.force_upcast)
 
 
+class SDXLRefinerModel(SDXLModel):
+    """The pipeline itself adds the scores that it was published with: 6, and 2.5 without text."""
+
+    def from_pictures(self) -> Any:
+        return self.pipeline
+
+
 SDXL = UNetFamily(
     name="sdxl",
     native_size=1024,
@@ -63,4 +75,14 @@ SDXL = UNetFamily(
     traits={"addition_embed_type": "text_time"},
     guidance_scale=5.0,
     freeu=FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    refiners=frozenset({"sdxl", "sdxl-refiner"}),
+)
+SDXL_REFINER = replace(
+    SDXL,
+    name="sdxl-refiner",
+    model_class=SDXLRefinerModel,
+    pipeline="StableDiffusionXLImg2ImgPipeline",
+    text_encoders={"text_encoder_2": "CLIPTextModelWithProjection"},
+    refiners=frozenset(),
+    needs_picture=True,
 )

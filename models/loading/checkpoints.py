@@ -23,7 +23,8 @@ _LINK = (
     "is a link that leads out of the folder of checkpoints, and is not followed: bring the file itself, or let "
     "WAVESPEED_CHECKPOINT_FOLDER name where it lies"
 )
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
+_REFINER = "StableDiffusionXLImg2ImgPipeline"
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", _REFINER, "FluxPipeline")
 Stamp = tuple[tuple[int, int], ...]
 """When each of a model's files was changed, in nanoseconds, and its bytes."""
 
@@ -217,6 +218,10 @@ def _family_of_folder(folder: Path) -> str:
         return "flux-dev" if _json(folder / "transformer" / "config.json").get("guidance_embeds") else "flux-schnell"
     if named == "StableDiffusionXLPipeline":
         return "sdxl"
+    if named == _REFINER and not index.get("requires_aesthetics_score"):
+        raise BadFile(f"is a {_REFINER} and no refiner, by its model_index.json: save it as StableDiffusionXLPipeline")
+    if named == _REFINER:
+        return "sdxl-refiner"
     return "sd21" if _json(folder / "unet" / "config.json").get("use_linear_projection") else "sd15"
 
 

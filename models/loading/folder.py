@@ -194,8 +194,9 @@ def check_class(spec: ModelSpec, expected: str) -> None:
 
 def _check_tokenizers(spec: ModelSpec, folder: Path) -> None:
     """Without its files a tokenizer loads all the same, with an empty vocabulary."""
-    for name in read_json(spec, "model_index.json"):
-        if name.startswith("tokenizer") and not any((folder / name / file).is_file() for file in TOKENIZER_FILES):
+    named = read_json(spec, "model_index.json").items()
+    for name in (name for name, of in named if name.startswith("tokenizer") and of != [None, None]):
+        if not any((folder / name / file).is_file() for file in TOKENIZER_FILES):
             raise damaged(spec, f"{name}/ holds none of {', '.join(TOKENIZER_FILES)}.")
 
 

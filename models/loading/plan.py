@@ -6,7 +6,7 @@ Arithmetic alone: bytes go in, a plan comes out. `residence` carries it out; doc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from models.base import Offload
@@ -29,11 +29,12 @@ class Sizes:
 
     @property
     def texts(self) -> frozenset[str]:
-        return frozenset(name for name in self.weights if name.startswith("text_encoder"))
+        return frozenset(name for name in self.weights if "text_encoder" in name)
 
     @property
-    def denoiser(self) -> str:
-        return next(name for name in self.weights if name != VAE and name not in self.texts)
+    def denoisers(self) -> tuple[str, ...]:
+        """One, or two where a refiner goes on with what a model has begun."""
+        return tuple(name for name in self.weights if name != VAE and name not in self.texts)
 
     def present(self, name: str, kept: int | None) -> int:
         """Bytes of a network on the device: all, or with so many blocks `kept` and the others streamed."""
@@ -51,6 +52,10 @@ class Work:
     denoise: int
     decode: int
     tiled: int
+
+    def beside(self, other: Work) -> Work:
+        """Of both models, where `other` belongs to a refiner, which decodes nothing."""
+        return replace(self, text=max(self.text, other.text), denoise=max(self.denoise, other.denoise))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ class Plan:
             return sizes.present(name, self.kept.get(name)) if name in self.moved else 0
 
         here = sum(size for name, size in sizes.weights.items() if name not in self.moved)
-        denoiser = called(sizes.denoiser)
+        denoiser = max(map(called, sizes.denoisers))
         return {
             "text": here + max(map(called, sizes.texts), default=0) + work.text,
             "denoise": here + denoiser + work.denoise,
@@ -84,9 +89,9 @@ class Plan:
         return max(self.peaks(sizes, work).values())
 
     def copied_each_step(self, sizes: Sizes) -> int:
-        """Bytes, while the denoiser computes all of its blocks."""
-        name = sizes.denoiser
-        return sum(streamed(sizes.blocks[name], self.kept[name])) if name in self.kept else 0
+        """Bytes at most, while a denoiser computes all of its blocks."""
+        names = (name for name in sizes.denoisers if name in self.kept)
+        return max((sum(streamed(sizes.blocks[name], self.kept[name])) for name in names), default=0)
 
     def words(self, sizes: Sizes) -> str:
         """For people: one or more sentences."""
@@ -97,7 +102,8 @@ class Plan:
             case "text":
                 said = f"The {texts} wait in main memory and come to the device to read a prompt; all else stays there."
             case _:
-                turns = f"the {texts}, the {sizes.denoiser}" + (" and the autoencoder" if VAE in self.moved else "")
+                turns = ", ".join(f"the {name}" for name in (texts, *sizes.denoisers))
+                turns += " and the autoencoder" if VAE in self.moved else ""
                 said = f"The networks take turns on the device, and wait in main memory: {turns}."
         for name, kept in sorted(self.kept.items()):
             away = streamed(sizes.blocks[name], kept)
@@ -150,12 +156,12 @@ def choose(sizes: Sizes, work: Work, memory: int, offload: Offload | None = None
 
 
 def _levels(sizes: Sizes) -> Iterator[tuple[Offload, frozenset[str]]]:
-    denoiser = {sizes.denoiser}
+    denoisers = frozenset(sizes.denoisers)
     yield "none", frozenset()
     yield "text", sizes.texts
-    yield "model", sizes.texts | denoiser  # it goes when a new prompt is to be read
-    yield "model", sizes.texts | denoiser | {VAE}  # and for each decode
-    yield "group", sizes.texts | denoiser | {VAE}
+    yield "model", sizes.texts | denoisers  # one goes when the other, or a new prompt, comes
+    yield "model", sizes.texts | denoisers | {VAE}  # and for each decode
+    yield "group", sizes.texts | denoisers | {VAE}
 
 
 def _streaming(plan: Plan, sizes: Sizes, work: Work, room: int) -> Plan:

@@ -28,6 +28,7 @@ PARTS: Mapping[str, Mapping[str, Role]] = MappingProxyType(
         "sd15": {"unet": "unet", "text_encoder": "clip_l", "vae": "vae4"},
         "sd21": {"unet": "unet", "text_encoder": "clip_h", "vae": "vae4"},
         "sdxl": {"unet": "unet", "text_encoder": "clip_l", "text_encoder_2": "clip_g", "vae": "vae4"},
+        "sdxl-refiner": {"unet": "unet", "text_encoder_2": "clip_g", "vae": "vae4"},
         "flux-schnell": {"transformer": "flux", "text_encoder": "clip_l", "text_encoder_2": "t5", "vae": "vae16"},
         "flux-dev": {"transformer": "flux", "text_encoder": "clip_l", "text_encoder_2": "t5", "vae": "vae16"},
     }
@@ -250,7 +251,7 @@ def _unet_family(unet: Network) -> str:
     labelled = "label_emb.0.0.weight" in unet.tensors
     deepest = layers(unet.tensors, r"^input_blocks\.(\d+)\.")
     linear = len(unet.ending("proj_in.weight").shape) == 2
-    family = ("refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
+    family = ("sdxl-refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
     if any(".time_stack." in name or "motion_modules." in name for name in unet.tensors):
         raise BadFile("is a video model, which is not served here")
     if channels == 9:
@@ -261,8 +262,6 @@ def _unet_family(unet: Network) -> str:
         raise BadFile("is an unCLIP of Stable Diffusion 2 (its UNet takes a picture's embedding), not served here")
     if channels != 4:
         raise BadFile(f"has a UNet of {channels} channels, and those served here take 4")
-    if family == "refiner":
-        raise BadFile("is SDXL's refiner, which finishes what a base model began and is not served alone")
     if "time_embed.cond_proj.weight" in unet.tensors:
         raise BadFile("is a latent consistency model as one file, which is not served here: bring its diffusers folder")
     return family

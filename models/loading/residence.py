@@ -48,10 +48,7 @@ class Residence:
 
     def settle(self, plan: Plan) -> None:
         """Put each network where `plan` wants it; what it was settled for before is undone."""
-        for guest in self._guests.values():
-            guest.leave()
-            guest.dismiss()
-        self._guests = {}
+        self._dismiss()
         self.plan = plan
         for name in sorted(self.networks, key=lambda name: name not in plan.moved):  # first what makes room
             network = self.networks[name]
@@ -61,6 +58,31 @@ class Residence:
                 self._guests[name] = Guest(network.to("cpu"), self.device, away, self._make_room, self._count)
             else:
                 network.to(self.device)
+
+    def _dismiss(self) -> None:
+        """Leave the networks where they are, those that were moved in main memory."""
+        for guest in self._guests.values():
+            guest.leave()
+            guest.dismiss()
+        self._guests = {}
+
+    @contextmanager
+    def beside(self, other: Residence) -> Iterator[Residence]:
+        """Within the context one residence has the networks of both, to be settled; afterwards each lies as before.
+
+        Those of `other`, a refiner's, are named so. Its autoencoder is left out, and waits in main memory.
+        """
+        networks = {f"refiner_{name}": network for name, network in other.networks.items() if name != VAE}
+        joint = Residence({**self.networks, **networks}, self.device)
+        try:
+            for one in (self, other):
+                one._dismiss()
+            other.networks[VAE].to("cpu")
+            yield joint
+        finally:
+            joint._dismiss()
+            for one in sorted((other, self), key=lambda one: not one.plan.moved):  # first what makes room
+                one.settle(one.plan)
 
     def bring(self, name: str) -> None:
         """As a call of the network would."""

@@ -19,7 +19,7 @@ from .quantised import COMPANIONS
 from .recognise import Network, Role, layers
 
 HEAD = 64  # channels of an attention head, of every published CLIP and of SD2's and SDXL's UNets
-_TENSORS = {"sd15": 686, "sd21": 686, "sdxl": 1680}  # of the published UNets
+_TENSORS = {"sd15": 686, "sd21": 686, "sdxl": 1680, "sdxl-refiner": 1220}  # of the published UNets
 
 COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 
@@ -62,6 +62,7 @@ def configurations(
         scheduler |= lcm if distilled == "lcm" else euler
     index: Configuration = {
         "_class_name": ours["pipeline"],
+        **ours.get("settings", {}),
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     files = {"model_index.json": index, "scheduler/scheduler_config.json": scheduler}

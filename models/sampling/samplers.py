@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.base import UnsupportedSampler
+from models.base import GenerationParams, UnsupportedSampler
 
 # Align Your Steps (Sabour et al. 2024): the published ten timesteps for Stable Diffusion 1.5 and XL. diffusers has them
 # as AysSchedules, whose import would load torch; a test holds them to be equal.
@@ -180,6 +180,22 @@ def custom_timesteps(scheduler: str | None, steps: int, published: Sequence[int]
         left = min(int(place), last - 1)
         timesteps.append(round(published[left] + (place - left) * (published[left + 1] - published[left])))
     return timesteps
+
+
+def steps_before(
+    saved: Any, samplers: Mapping[str, Sampler], params: GenerationParams, published: Sequence[int], share: float
+) -> int:
+    """How many of a run's steps begin before `share` of the training timesteps is over, as diffusers' denoising_end.
+
+    A step counts whole, be it one call of the denoiser or two.
+    """
+    steps, timesteps = params.steps, custom_timesteps(params.scheduler, params.steps, published)
+    built = build(saved, samplers, params.sampler, params.scheduler, steps=steps, seeds=params.seeds)
+    built.set_timesteps(**({"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps}))
+    calls, trained = built.timesteps.tolist(), int(built.config.num_train_timesteps)
+    extra = max(0, len(calls) - steps * built.order)  # PNDM's first step is two calls
+    begins = [*calls[:1], *calls[1 + extra :]][:: built.order]
+    return sum(begin >= round(trained - share * trained) for begin in begins)
 
 
 def scheduler_class(name: str) -> Any:

@@ -14,11 +14,19 @@ from cache import CacheStrategy
 from cache.prediction import prediction_of
 from models import finite
 from models.base import GenerationParams, StageReport, Step
-from models.run import Run
+from models.run import Begun, Run
 
 from .model import Model
 from .multiscale import Scales
 from .preview import Previews
+
+
+@dataclass(frozen=True, slots=True)
+class SecondModel:
+    """A second model, and the batch's text as that one reads it."""
+
+    model: Model
+    conditioning: Mapping[str, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -39,6 +47,7 @@ class Drawing:
     size: tuple[int, int]
     clock: Clock
     progress: Progress
+    refiner: SecondModel | None = None
     latents: torch.Tensor | None = None
     images: list[Image.Image] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
@@ -50,12 +59,31 @@ class Drawing:
     def __post_init__(self) -> None:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
 
-    def from_noise(self, name: str) -> torch.Tensor:
-        """Latents drawn from nothing: all steps of the schedule."""
-        return self._denoise(name, slice(None), self.size)
+    def from_noise(self, name: str, *, until: float = 1.0) -> torch.Tensor:
+        """Latents drawn from nothing: the steps of the schedule `until` that share of it is over."""
+        return self._denoise(name, slice(None), self.size, until=until)
+
+    def refined(self, name: str, strength: float, since: float) -> torch.Tensor:
+        """The latents, gone on with by the refiner from the share `since` of the schedule on.
+
+        strength: the last part of the schedule that they were begun in. Raises ValueError where nothing was begun, or
+        there is no refiner.
+        """
+        if self.latents is None or self.refiner is None:
+            raise ValueError("a stage that draws comes first, and a refiner is needed")
+        whole = self.model.partial_steps(self.params.steps, strength)
+        first = self.model.steps_before(self.params, strength, since)
+        begun = Begun(self.latents, first, whole, self.model.pipeline.scheduler)
+        return self._denoise(name, slice(None), self.size, begun=begun)
 
     def from_pictures(
-        self, name: str, pictures: Sequence[Image.Image], strength: float, *, only: int | None = None
+        self,
+        name: str,
+        pictures: Sequence[Image.Image],
+        strength: float,
+        *,
+        until: float = 1.0,
+        only: int | None = None,
     ) -> torch.Tensor:
         """Latents drawn over `pictures`, which are of one size that the model can draw at.
 
@@ -63,7 +91,7 @@ class Drawing:
         is one an image of the batch, or a single one for the image `only`.
         """
         images = slice(None) if only is None else slice(only, only + 1)
-        return self._denoise(name, images, pictures[0].size, pictures, strength)
+        return self._denoise(name, images, pictures[0].size, pictures, strength, until)
 
     def _denoise(
         self,
@@ -72,13 +100,17 @@ class Drawing:
         size: tuple[int, int],
         pictures: Sequence[Image.Image] = (),
         strength: float = 1.0,
+        until: float = 1.0,
+        begun: Begun | None = None,
     ) -> torch.Tensor:
         """One run of the cache, reported under the stage's `name`: latents, one row for each of `images`."""
-        model, params, seeds = self.model, self.params, self.seeds[images]
-        decoder = model.preview_decoder if params.preview else None
+        params, seeds = self.params, self.seeds[images]
+        source = self if begun is None or self.refiner is None else self.refiner
+        model = source.model
+        decoder = self.model.preview_decoder if params.preview else None
         with (
             self.clock("denoise"),
-            model.run(params, seeds, self.strategy, size, pictures, strength) as run,
+            model.run(params, seeds, self.strategy, size, pictures, strength, until, begun) as run,
             self._scales(run) as scales,
             Previews(decoder, run.steps).watching(run, model.layout) as previews,
         ):
@@ -86,7 +118,7 @@ class Drawing:
             pipeline = type(run.pipeline).__name__
             self.warnings += [f"{one} had no effect in the pass {name}: {pipeline} has none." for one in run.ignored]
             latents = run(
-                {key: rows[images] for key, rows in self.conditioning.items()},
+                {key: rows[images] for key, rows in source.conditioning.items()},
                 self.generators[images],
                 self.progress.watch(run, previews),
             )

@@ -26,17 +26,19 @@ STRENGTH = 0.5  # of the second run
 class HiresFix:
     """The pictures drawn so far, enlarged, are drawn over at half strength, under a cache run of its own.
 
-    enlarge: a network, whose pictures are resampled to the size that is drawn; None: Lanczos alone.
+    enlarge: a network, whose pictures are resampled to the size that is drawn; None: Lanczos alone. until: the share of
+    the schedule that is over then.
     """
 
     enlarge: Enlarger | None = None
+    until: float = 1.0
 
     def steps(self, model: Sizes, params: GenerationParams) -> int:
         first, full = sizes(model, params)
         if first == full:
             return 0
         limits.need_two(params, "hires_fix")
-        return model.partial_steps(params.steps, STRENGTH)
+        return model.steps_before(params, STRENGTH, self.until)
 
     def run(self, drawing: Drawing) -> None:
         first, full = sizes(drawing.model, drawing.params)
@@ -52,7 +54,7 @@ class HiresFix:
                 pictures = [self.enlarge(image, drawing.model.device) for image in pictures]
             pictures = [image.resize(full, Image.Resampling.LANCZOS) for image in pictures]
         drawing.size = full
-        drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH)
+        drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH, until=self.until)
 
 
 def sizes(model: Sizes, params: GenerationParams) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from cache import CacheStrategy, Denoiser
 from models.base import GenerationParams, ModelSpec
 from models.decoders import Decoder
 from models.layout import Layout
-from models.run import Run
+from models.run import Begun, Run
 
 
 class Sizes(Protocol):
@@ -29,12 +29,17 @@ class Sizes(Protocol):
 
     def partial_steps(self, steps: int, strength: float) -> int: ...
 
+    def steps_before(self, params: GenerationParams, strength: float, until: float) -> int: ...
+
 
 class Model(Sizes, Protocol):
     """A model that denoises and decodes."""
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def pipeline(self) -> Any: ...
 
     @property
     def denoiser(self) -> Denoiser: ...
@@ -53,6 +58,8 @@ class Model(Sizes, Protocol):
         size: tuple[int, int],
         pictures: Sequence[Image.Image] = (),
         strength: float = 1.0,
+        until: float = 1.0,
+        begun: Begun | None = None,
     ) -> AbstractContextManager[Run]: ...
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]: ...

@@ -12,10 +12,12 @@ from .model import Sizes
 
 @dataclass(frozen=True, slots=True)
 class FromNoise:
-    """All steps of the noise schedule, at the drawing's size."""
+    """The steps of the noise schedule `until` that share of it is over, at the drawing's size."""
+
+    until: float = 1.0
 
     def steps(self, model: Sizes, params: GenerationParams) -> int:
-        return params.steps
+        return model.steps_before(params, 1.0, self.until)
 
     def run(self, drawing: Drawing) -> None:
-        drawing.latents = drawing.from_noise("base")
+        drawing.latents = drawing.from_noise("base", until=self.until)

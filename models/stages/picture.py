@@ -13,18 +13,22 @@ from .model import Sizes
 
 @dataclass(frozen=True, slots=True)
 class FromPicture:
-    """The picture, cut to the drawing's aspect, noised and drawn over: diffusers' own img2img pipeline."""
+    """The picture, cut to the drawing's aspect, noised and drawn over: diffusers' own img2img pipeline.
+
+    until: the share of the schedule that is over then.
+    """
 
     settings: Img2Img
+    until: float = 1.0
 
     def steps(self, model: Sizes, params: GenerationParams) -> int:
-        steps = model.partial_steps(params.steps, self.settings.denoise)
-        if steps < 1:
+        if model.partial_steps(params.steps, self.settings.denoise) < 1:
             raise TooFewSteps(
                 f"A denoise of {self.settings.denoise:g} leaves no step of {params.steps} to run: raise one of them."
             )
-        return steps
+        return model.steps_before(params, self.settings.denoise, self.until)
 
     def run(self, drawing: Drawing) -> None:
         picture = limits.fit(self.settings.picture, *drawing.size)
-        drawing.latents = drawing.from_pictures("img2img", [picture] * len(drawing.seeds), self.settings.denoise)
+        pictures = [picture] * len(drawing.seeds)
+        drawing.latents = drawing.from_pictures("img2img", pictures, self.settings.denoise, until=self.until)

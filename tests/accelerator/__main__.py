@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, FLUX_SMALL, SD15, SDXL, Geometry
+from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, FLUX_SMALL, SD15, SDXL, SDXL_REFINER, Geometry
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
 from cache import NoCache
-from models.base import GenerationParams
+from models.base import GenerationParams, Refiner
 from models.loading.plan import Plan, Sizes, Work, choose
 from models.sampling import samplers
 
@@ -120,6 +120,27 @@ def cards_table() -> Iterator[str]:
                 with device.counting() as counts:
                     loaded.generate(new, strategies(geometry)["default"], lambda step: None)
                 yield _card(name, card, plan, sizes, work, f"{counts.peak / 1e9:.1f}")
+        if geometry is SDXL:
+            yield from _refined_cards()
+
+
+def _refined_cards() -> Iterator[str]:
+    """SDXL and its refiner, by the plan for both, one after the other."""
+    device = Accelerator()
+    with device, torch.no_grad():
+        base, refiner = load(SDXL, memory=0), load(SDXL_REFINER, memory=0)
+        work = base.model.usual_work.beside(refiner.model.usual_work)
+        params = replace(request(SDXL, 5), refiner=Refiner(model="sdxl-refiner"))
+        for card in CARDS:
+            base.model.memory = int((card - TAKEN) * 2**30)
+            with device.counting() as counts, base.refined_by(refiner):
+                joint = base.model.residence
+                if joint is None:
+                    raise RuntimeError("nothing was planned")
+                base.generate(params, strategies(SDXL)["default"], lambda step: None)
+                plan, sizes = joint.plan, joint.sizes
+            name = f"sdxl {SDXL.width}×{SDXL.height}, refiner"
+            yield _card(name, card, plan, sizes, work, f"{counts.peak / 1e9:.1f}")
 
 
 def _card(name: str, card: int, plan: Plan, sizes: Sizes, work: Work, peak: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from app.settings import Settings
-from benchmarks.geometries import FLUX_DEV, FLUX_SMALL, SD15, SDXL, Geometry
+from benchmarks.geometries import FLUX_DEV, FLUX_SMALL, SD15, SDXL, SDXL_REFINER, Geometry
+from cache import DeepCache
+from models.base import Refiner
 from tests.accelerator.device import Accelerator
 from tests.accelerator.loading import load
 from tests.accelerator.memory import phases, request, strategies
@@ -51,3 +54,24 @@ def test_a_model_draws_with_its_cache_on_a_smaller_card(
     assert bool(unpacking) == (geometry.small == "Q4_0")  # diffusers sends a table along with each matrix
     decided = len(report.decisions) - 1 if geometry.family == "flux-dev" else 0  # what the first-block cache reads
     assert sum(waited[place] for place in waited.keys() - unpacking) == decided  # streaming waits for nothing
+
+
+def test_a_model_and_its_refiner_take_turns_on_a_small_card(device: Accelerator) -> None:
+    memory, before = int(7.8e9), device.live
+    base = load(SDXL, memory=memory)
+    row = base.model.plan_row()
+    assert row is not None
+    refiner = load(SDXL_REFINER, memory=max(0, memory - max(row["peak_bytes"].values())))
+    size = (SDXL.width, SDXL.height, 1)
+    work = base.model.work(*size).beside(refiner.model.work(*size))
+    params = replace(request(SDXL, steps=5), refiner=Refiner(model="sdxl-refiner"))
+    with device.counting() as whole, base.refined_by(refiner):
+        joint = base.model.residence
+        assert joint is not None
+        assert joint.plan.offload == "model"
+        made = base.generate(params, DeepCache(interval=2), lambda step: None)
+        told = joint.plan.need(joint.sizes, work)
+    most = whole.peak - before
+    assert most <= told <= min(memory, TOLERANCE * most)
+    assert [(one.name, one.steps) for one in made.stages] == [("base", 4), ("refiner", 1)]
+    assert base.model.plan_row() == row

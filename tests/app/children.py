@@ -93,7 +93,7 @@ class GatedRegistry(FakeRegistry):
         super().__init__()
         self._gate = gate
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, beside: str | None = None) -> Any:
         if name == "slow" and name not in self._loaded:
             self._gate.wait("load")
         if name in ("fine", "flux", "slow"):

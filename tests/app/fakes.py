@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ class FakeModel:
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         return params.width * params.height * images
+
+    def refined_by(self, refiner: FakeModel) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def tighter(self, params: GenerationParams, free: int) -> None:
         """There is but one plan."""
@@ -210,8 +214,8 @@ class FakeRegistry:
     def refresh(self) -> bool:
         return False
 
-    def give_up_idle(self, used: str, missing: int = 0) -> str | None:
-        idle = [name for name in self._loaded if name != used]
+    def give_up_idle(self, used: Sequence[str], missing: int = 0) -> str | None:
+        idle = [name for name in self._loaded if name not in used]
         if not idle or len(idle) * WEIGHTS < missing:
             return None
         del self._loaded[idle[0]]
@@ -225,7 +229,7 @@ class FakeRegistry:
     def plans(self) -> dict[str, Any]:
         return dict.fromkeys(self._loaded, PLAN)
 
-    def get(self, name: str) -> FakeModel:
+    def get(self, name: str, beside: str | None = None) -> FakeModel:
         if name == "broken":
             raise LoadFailed("The model 'broken' lacks its files. Put them back.")
         if name not in MODELS:
@@ -283,7 +287,7 @@ class FolderRegistry(FakeRegistry):
         self._folder = folder
         self._names = names
 
-    def get(self, name: str) -> FakeModel:
+    def get(self, name: str, beside: str | None = None) -> FakeModel:
         if name not in self._loaded and not (self._folder / name).exists():
             raise LoadFailed(f"{self._folder / name} is missing")
         return super().get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,32 @@ import pytest
 import app.__main__ as command_line
 from app import cli as progress
 from app.engine.runner import runner_arguments
+from app.engine.types import Job
 from app.engine.worker import WARMING
-from app.errors import CannotStart
+from app.errors import CannotStart, ModelUnavailable
 from app.settings import Settings
+from models.base import Refiner
 from tests.app.test_engine import job, running
 from tests.models import original
+
+
+def refined(name: str) -> Job:
+    """By that model, once `flux` has begun."""
+    plain = job(name, model="flux")
+    return replace(plain, params=replace(plain.params, refiner=Refiner(model=name)))
 
 
 async def test_the_log_tells_each_part_that_a_worker_loads(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "app.engine.supervisor"):
         async with running() as engine:
-            await engine.submit(job("one", model="flux")).result
+            await engine.submit(refined("slow")).result
+            assert engine.status().devices[0].loaded == ("fine", "flux", "slow")
+            with pytest.raises(ModelUnavailable) as caught:
+                await engine.submit(refined("broken")).result
+            assert caught.value.field == "refiner_model"
     said = [record.getMessage() for record in caplog.records]
-    stages = {"fine": ("begins", "mixing colours", WARMING), "flux": ("begins", "mixing colours")}
+    stages = {"fine": ("begins", "mixing colours", WARMING)}
+    stages |= dict.fromkeys(("flux", "slow"), ("begins", "mixing colours")) | {"broken": ("begins",)}
     assert [line.removeprefix("loading ") for line in said if line.startswith("loading ")] == [
         f"model={model} device=cpu: {stage}" for model, its in stages.items() for stage in its
     ]

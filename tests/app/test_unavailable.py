@@ -175,7 +175,7 @@ async def test_a_default_model_is_tried_again_at_each_request_and_at_no_other_ti
 class ShortRegistry(FakeRegistry):
     """Has memory for one model at a time, and finds out while it loads a second one."""
 
-    def get(self, name: str) -> FakeModel:
+    def get(self, name: str, beside: str | None = None) -> FakeModel:
         if self._loaded and name not in self._loaded:
             raise LoadFailed(f"{name} is damaged: CUDA out of memory") from OutOfMemoryError()
         return super().get(name)

@@ -44,7 +44,7 @@ class RunnerEngine(FakeEngine):
 
 @pytest.fixture(scope="session")
 def registry(family_folders: dict[str, Path], small_folders: dict[str, Path]) -> Registry:  # noqa: F811
-    published = ("sd15", "sd21", "sdxl", "flux-schnell", "flux-dev")
+    published = ("sd15", "sd21", "sdxl", "sdxl-refiner", "flux-schnell", "flux-dev")
     specs = [ModelSpec(name=name, family=name, source=family_folders[name]) for name in published]
     small = ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"])
     return Registry([*SPECS, *specs, small], "tiny-sd", "tiny-flux")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from tests.models import original
 from tests.models.original import Tensors
@@ -168,26 +167,3 @@ def widened(channels: int) -> Layout:
         return tensors | {INPUT: torch.zeros(len(tensors[INPUT]), channels, 3, 3)}
 
     return layout
-
-
-def refiner(made: Any) -> Tensors:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(384, 768, 1536, 1536),
-            attention_head_dim=(6, 12, 24, 24),
-            use_linear_projection=True,
-            transformer_layers_per_block=4,
-            cross_attention_dim=1280,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2560,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        )
-    attends = [False, True, True, False]
-    parts = {
-        UNET: {original.unet_name(key, 2, attends): value for key, value in unet.state_dict().items()},
-        "conditioner.embedders.0.model.": original.open_clip(made.text_encoder_2),
-        "first_stage_model.": autoencoder(made),
-    }
-    return joined(parts)

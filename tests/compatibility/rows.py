@@ -68,6 +68,7 @@ ATTENTION = {"attention": "auto"}
 STABLE_FAST = {"stable_fast": True}
 COMPILED = {"compile": True}
 PARTLY = {"guidance_start": 0.25, "guidance_end": 0.75, "steps": 8}
+REFINED = {"refiner_model": "sdxl-refiner", "refiner_switch": 0.5, "steps": 8}
 FEW = {**LORA, "guidance_scale": 1.0, "steps": 4}
 LCM = {**FEW, "sampler": "lcm"}
 LIGHTNING = {**FEW, "sampler": "euler", "scheduler": "sgm_uniform"}
@@ -133,6 +134,17 @@ ROWS = (
     Row(cache="DeepCache", beside="FreeU", models=(*UNETS, "tiny-sd"), fields=({"freeu": True},)),
     Row(
         cache="DeepCache",
+        beside="SDXL's refiner",
+        models=("sdxl",),
+        fields=(
+            REFINED,
+            {**REFINED, **PARTLY},
+            {**REFINED, "refiner_switch": 0.7, "hires_fix": True, "width": 96, "height": 96},
+        ),
+        passes=("base", "refiner"),
+    ),
+    Row(
+        cache="DeepCache",
         beside="Flux models (use FBCache instead)",
         models=(*TRANSFORMERS, "tiny-flux"),
         remedy=("deepcache_enabled", "use FBCache"),
@@ -178,6 +190,13 @@ ROWS = (
         models=("flux-dev",),
         fields=({"freeu": True},),
         remedy=("freeu", "Leave it out"),
+    ),
+    Row(
+        cache="FBCache",
+        beside="A refiner (Flux has none)",
+        models=("flux-dev",),
+        fields=({"refiner_model": "sdxl-refiner"},),
+        remedy=("refiner_model", "Leave refiner_model out"),
     ),
     Row(
         cache="FBCache",

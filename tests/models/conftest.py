@@ -17,6 +17,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -33,7 +34,7 @@ from transformers import (
 from models.base import ModelSpec
 from models.families.flux import FLUX
 from models.families.sd import SD
-from models.families.sdxl import SDXL
+from models.families.sdxl import SDXL, SDXL_REFINER
 from models.generation import LoadedModel
 
 TEXT_LENGTH = 16
@@ -179,6 +180,39 @@ def save_sdxl(folder: Path) -> Path:
     return folder
 
 
+def save_sdxl_refiner(folder: Path) -> Path:
+    """Four levels of two layers, the middle two with four transformer layers; one text encoder, five numbers."""
+    _, tokenizer = clip_config()
+    wide, _ = clip_config(hidden_size=24, hidden_act="gelu", projection_dim=20)
+    StableDiffusionXLImg2ImgPipeline(
+        vae=autoencoder(4, None),
+        text_encoder=None,
+        text_encoder_2=CLIPTextModelWithProjection(wide),
+        tokenizer=None,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16, 32, 32),
+            layers_per_block=2,
+            norm_num_groups=4,
+            attention_head_dim=(2, 4, 8, 8),
+            use_linear_projection=True,
+            transformer_layers_per_block=4,
+            cross_attention_dim=24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=20 + 5 * 8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        scheduler=EulerDiscreteScheduler(**BETAS),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 def terminal_snr_scheduler() -> DDIMScheduler:
     """v-prediction on a schedule given by `trained_betas`, trailing timesteps: what tiny-sd is saved with."""
     return DDIMScheduler(
@@ -231,6 +265,7 @@ def family_folders(sd_folder: Path, flux_folder: Path, tmp_path_factory: pytest.
     folders["sd21"] = save_sd(folder / "sd21", linear, {"hidden_act": "gelu", "projection_dim": 20}, velocity)
     folders["sdxl"] = save_sdxl(folder / "sdxl")
     folders["flux-dev"] = save_flux(folder / "flux-dev", guidance=True)
+    folders["sdxl-refiner"] = save_sdxl_refiner(folder / "sdxl-refiner")
     return folders
 
 
@@ -257,3 +292,9 @@ def flux(flux_spec: ModelSpec) -> LoadedModel:
 @pytest.fixture(scope="session")
 def sdxl(family_folders: dict[str, Path]) -> LoadedModel:
     return LoadedModel(SDXL.load(ModelSpec(name="random-sdxl", family="sdxl", source=family_folders["sdxl"]), "cpu"))
+
+
+@pytest.fixture(scope="session")
+def refiner(family_folders: dict[str, Path]) -> LoadedModel:
+    spec = ModelSpec(name="random-refiner", family="sdxl-refiner", source=family_folders["sdxl-refiner"])
+    return LoadedModel(SDXL_REFINER.load(spec, "cpu"))

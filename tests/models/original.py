@@ -140,10 +140,10 @@ def stable_diffusion(pipeline: Any) -> Tensors:
         tensors["model.diffusion_model." + unet_name(key, pipeline.unet.config.layers_per_block, attends)] = value
     tensors |= {f"first_stage_model.{key}": value for key, value in autoencoder(pipeline.vae).items()}
     if hasattr(pipeline, "text_encoder_2"):
-        encoders = {
-            "conditioner.embedders.0.transformer.": clip(pipeline.text_encoder),
-            "conditioner.embedders.1.model.": open_clip(pipeline.text_encoder_2),
-        }
+        encoders = {}
+        if getattr(pipeline, "text_encoder", None) is not None:  # the refiner has the second alone
+            encoders["conditioner.embedders.0.transformer."] = clip(pipeline.text_encoder)
+        encoders[f"conditioner.embedders.{len(encoders)}.model."] = open_clip(pipeline.text_encoder_2)
     elif pipeline.unet.config.use_linear_projection:
         encoders = {"cond_stage_model.model.": open_clip(pipeline.text_encoder)}
     else:
@@ -253,8 +253,8 @@ def narrow(family: str) -> dict[str, dict[str, Any]]:
         unet["cross_attention_dim"] = 128 if family == "sdxl" else 64
         if family != "sd15":
             unet["attention_head_dim"] = [max(1, width // 64) for width in unet["block_out_channels"]]
-        if family == "sdxl":
-            unet["projection_class_embeddings_input_dim"] = 64 + 6 * unet["addition_time_embed_dim"]
+        if numbers := {"sdxl": 6, "sdxl-refiner": 5}.get(family):
+            unet["projection_class_embeddings_input_dim"] = 64 + numbers * unet["addition_time_embed_dim"]
     else:
         files["transformer/config.json"] |= {"joint_attention_dim": 64, "pooled_projection_dim": 64}
     return files

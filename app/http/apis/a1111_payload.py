@@ -42,7 +42,6 @@ FOREIGN = {
     "s_min_uncond": Foreign((0,), "Set guidance_end, a field of ours, instead."),
     "script_name": Foreign(("", "None"), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
     "script_args": Foreign(([],), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
-    "refiner_checkpoint": Foreign(("", "None"), "There is no refiner here."),
     "disable_extra_networks": Foreign((False,), "Leave the LoRAs out of the prompt."),
     "comments": Foreign(({},), "Leave it out."),
     "infotext": Foreign(("",), "Send the settings as fields."),
@@ -53,7 +52,7 @@ FOREIGN = {
         (True,), "override_settings belong to their request; POST options chooses a model.", ignored=(False,)
     ),
     **dict.fromkeys(("url", "auth"), Foreign(None, "They are the client's own.")),
-    **dict.fromkeys(("subseed", "refiner_switch_at", "hr_cfg"), _IDLE),
+    **dict.fromkeys(("subseed", "hr_cfg"), _IDLE),
 }
 FOREIGN_IMG2IMG = FOREIGN | {
     "mask": Foreign((), _NO_INPAINTING),
@@ -132,6 +131,10 @@ class Options(BaseModel):
         description=f"{SCRIPT}: {{args: [{{…}}]}} with any field of POST /api/generate; ADetailer with a model for "
         "faces; others only switched off.",
     )
+    refiner_checkpoint: _Word | None = Field(None, description="refiner_model; empty or None: none.")
+    refiner_switch_at: float | None = Field(
+        None, description="refiner_switch. Read where refiner_checkpoint names a model."
+    )
     force_task_id: _Word | None = Field(None, description="Taken and not read.")
 
 
@@ -172,6 +175,10 @@ def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = 
         for name in ("width", "height"):
             pixels = values.get(name, GenerateRequest.model_fields[name].default)
             values[name] = pixels * 2 if isinstance(pixels, int) else pixels
+    if options.refiner_checkpoint not in (None, "", "None"):
+        values.put("refiner_model", options.refiner_checkpoint, "refiner_checkpoint")
+        if options.refiner_switch_at is not None:
+            values.put("refiner_switch", options.refiner_switch_at, "refiner_switch_at")
     if isinstance(options, Img2ImgOptions):
         denoise = 0.75 if options.denoising_strength is None else options.denoising_strength
         values.put("img2img_enabled", True, "init_images")

@@ -126,9 +126,10 @@ def test_boxes_are_where_the_picture_has_them(
 
 def test_the_request_s_detector_is_adetailer_s_and_else_the_cascade(tmp_path: Path) -> None:
     params = GenerationParams(prompt="a", adetailer=True)
-    assert stages_of(params)[-1] == ADetailer(faces.find)
+    model: Any = None  # its sizes are for hires-fix
+    assert stages_of(model, params)[-1] == ADetailer(faces.find)
     path = detector(tmp_path / "face.onnx", 320, 320)
-    detailer: Any = stages_of(replace(params, face_detector=path))[-1]
+    detailer: Any = stages_of(model, replace(params, face_detector=path))[-1]
     image = painted((320, 320), 32, {(4, 4): "#f00"})
     assert detailer.find(image) == [faces.Box(96, 96, 96, 96)]
     assert faces.find(image) == []

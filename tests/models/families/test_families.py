@@ -123,6 +123,8 @@ def test_schnell_runs_once_a_step_and_dev_takes_the_scale_as_an_input(loaded: di
         ("flux-dev", "flux-schnell", "guidance_embeds"),
         ("flux-schnell", "flux-dev", "guidance_embeds"),
         ("flux-dev", "sdxl", "StableDiffusionXLPipeline"),
+        ("sdxl", "sdxl-refiner", "StableDiffusionXLImg2ImgPipeline"),
+        ("sdxl-refiner", "sdxl", "StableDiffusionXLPipeline"),
     ],
 )
 def test_a_folder_of_another_family_is_refused(
@@ -136,13 +138,15 @@ def test_a_folder_of_another_family_is_refused(
 
 
 def test_rows_tell_branches_and_costs_of_every_family(family_folders: dict[str, Path]) -> None:
-    specs = [ModelSpec(name=f"my-{name}", family=name, source=family_folders[name]) for name in PUBLISHED]
+    specs = [
+        ModelSpec(name=f"my-{name}", family=name, source=family_folders[name]) for name in (*PUBLISHED, "sdxl-refiner")
+    ]
     rows = {row["family"]: row for row in Registry(specs, "my-sd15", None).describe()}
     assert {name: len(row["branches"]) for name, row in rows.items()} == {
-        "sd15": 12, "sd21": 12, "sdxl": 9, "flux-schnell": 0, "flux-dev": 0,
+        "sd15": 12, "sd21": 12, "sdxl": 9, "sdxl-refiner": 12, "flux-schnell": 0, "flux-dev": 0,
     }  # fmt: skip
     assert {name: row["native_width"] for name, row in rows.items()} == {
-        "sd15": 512, "sd21": 768, "sdxl": 1024, "flux-schnell": 1024, "flux-dev": 1024,
+        "sd15": 512, "sd21": 768, "sdxl": 1024, "sdxl-refiner": 1024, "flux-schnell": 1024, "flux-dev": 1024,
     }  # fmt: skip
     assert all(row["error"] is None for row in rows.values())
 
@@ -219,3 +223,28 @@ def test_a_model_that_can_never_fit_is_refused_and_drops_nothing(
     with pytest.raises(LoadFailed, match="WAVESPEED_MODEL_MEMORY"):
         registry.get("xl")
     assert registry.loaded == ("a",)
+
+
+def test_a_model_stays_for_the_one_that_is_used_beside_it(family_folders: dict[str, Path]) -> None:
+    names = ("sd15", "sdxl", "sdxl-refiner")
+    specs = [ModelSpec(name=name, family=name, source=family_folders[name]) for name in names]
+    sizer = Registry(specs, "sd15", None, memory=2**40)
+    sizes = {}
+    for name in names:
+        before = sizer.held
+        sizer.get(name)
+        sizes[name] = sizer.held - before
+    registry = Registry(specs, "sd15", None, memory=sizes["sdxl"] + sizes["sdxl-refiner"])
+    base = registry.get("sdxl")
+    registry.get("sdxl-refiner", "sdxl")
+    assert registry.loaded == ("sdxl", "sdxl-refiner")
+    assert registry.give_up_idle(("sdxl", "sdxl-refiner")) is None
+    assert registry.get("sdxl") is base
+    small = Registry(specs, "sd15", None, memory=sizes["sdxl"] + sizes["sdxl-refiner"] - 1)
+    small.get("sd15")
+    small.get("sdxl")
+    with pytest.raises(
+        LoadFailed, match=r"'sdxl-refiner' take .* those of 'sdxl' beside them .* WAVESPEED_MODEL_MEMORY"
+    ):
+        small.get("sdxl-refiner", "sdxl")
+    assert small.loaded == ("sdxl",)

@@ -24,6 +24,8 @@ from models.registry import Registry
 from tests.models import original
 from tests.models.original import checkpoint, hollow, listed, narrow_networks, write_hollow
 
+UNETS = ("sd15", "sd21", "sdxl", "sdxl-refiner")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -33,14 +35,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_each_file_and_diffusers_folder_is_a_model_of_its_family(folder: Path, family_folders: dict[str, Path]) -> None:
-    for family in ("sd15", "sd21", "sdxl"):
+    for family in UNETS:
         hollow(folder / f"{family} file.safetensors", family)
         shutil.copytree(family_folders[family], folder / "people" / f"{family}-folder")
     hollow(folder / "called sdxl" / "dev.SAFETENSORS", "sd15")
     found, unserved = listed(folder)
     families = {name: spec.family for name, spec in found.items()}
-    expected = {f"{family} file": family for family in ("sd15", "sd21", "sdxl")}
-    expected |= {f"{family}-folder": family for family in ("sd15", "sd21", "sdxl")}
+    expected = {f"{family} file": family for family in UNETS}
+    expected |= {f"{family}-folder": family for family in UNETS}
     assert families == expected | {"dev": "sd15"}
     assert unserved == {}
 

@@ -17,21 +17,23 @@ from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import LoadFailed, ModelSpec, Step
+from models.base import Img2Img, LoadFailed, ModelSpec, Step
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from tests.models import original
+from tests.models.stages.test_stages import picture
 from tests.models.test_generation import PARAMS as FOUR_STEPS
 from tests.models.test_generation import ignore, pixels
 
 PARAMS = replace(FOUR_STEPS, steps=2)
+NAMES = ("sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev", "flux-schnell")
 
 
 @pytest.fixture(scope="module")
 def files(family_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family → its weights in one file of the published layout."""
     folder = tmp_path_factory.mktemp("files")
-    files = {name: folder / f"{name}.safetensors" for name in ("sd15", "sd21", "sdxl", "flux-dev", "flux-schnell")}
+    files = {name: folder / f"{name}.safetensors" for name in NAMES}
     for name, file in files.items():
         pipeline: Any = FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu")
         if not name.startswith("flux"):
@@ -63,7 +65,7 @@ def bare(family_folders: dict[str, Path], tmp_path: Path) -> Path:
     return weightless(family_folders["sd15"], tmp_path)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "flux-dev", "flux-schnell"])
+@pytest.mark.parametrize("family", NAMES)
 def test_one_file_draws_what_the_folder_draws(
     family: str,
     files: dict[str, Path],
@@ -77,8 +79,9 @@ def test_one_file_draws_what_the_folder_draws(
     many = ModelSpec(name="many", family=family, source=family_folders[family])
     single, whole = (LoadedModel(FAMILIES[family].load(spec, "cpu")) for spec in (one, many))
     strategy = FirstBlockCache(threshold=0.5) if family.startswith("flux") else DeepCache(interval=2)
+    over = Img2Img(picture=picture(64, 64), denoise=1.0) if FAMILIES[family].needs_picture else None
     for cache in (NoCache(), strategy):
-        drawn, expected = (model.generate(PARAMS, cache, ignore) for model in (single, whole))
+        drawn, expected = (model.generate(replace(PARAMS, img2img=over), cache, ignore) for model in (single, whole))
         assert np.array_equal(pixels(drawn.images), pixels(expected.images))
     assert pixels(drawn.images).std() > 0
 

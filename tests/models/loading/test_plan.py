@@ -100,3 +100,16 @@ def test_flux_by_the_bytes_that_its_files_have(bits: float, gigabytes: float) ->
     row = plan.row(sizes, work, int(gigabytes * 1e9))
     assert sum(one["bytes"] for one in row["networks"].values()) == sum(sizes.weights.values())
     assert row["networks"]["text_encoder_2"]["where"] == ("streamed" if gigabytes == 8 else "moved")
+
+
+def test_two_denoisers_take_turns() -> None:
+    """A refiner's beside the model's: the larger of the two is the peak, and both are moved."""
+    sizes = Sizes({**SIZES.weights, "refiner_text_encoder_2": 50, "refiner_unet": 150}, SIZES.blocks)
+    work = WORK.beside(Work(text=2, denoise=30, decode=1, tiled=1))
+    assert work == Work(text=2, denoise=30, decode=60, tiled=15)
+    assert choose(sizes, work, memory(550)).offload == "none"  # 490 of weights, and the decode
+    assert choose(sizes, work, memory(420)).moved == sizes.texts  # 360 and the decode
+    plan = choose(sizes, work, memory(269))
+    assert (plan.offload, plan.moved) == ("model", {*sizes.weights})
+    assert plan.peaks(sizes, work) == {"text": 52, "denoise": 230, "decode": 70}
+    assert "the unet, the refiner_unet and the autoencoder" in plan.words(sizes)

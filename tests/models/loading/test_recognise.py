@@ -56,7 +56,7 @@ def test_our_shapes_are_the_published_ones(family: str) -> None:
     assert counted == PUBLISHED[family]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "flux-dev"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev"])
 def test_widths_read_off_the_published_tensors_are_the_published_ones(family: str) -> None:
     tensors = (flux_whole if family == "flux-dev" else original.stable_diffusion)(networks(family))
     found = recognise(header_of(tensors)).networks

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationParams, Lora, ModelSpec, Step
+from models.base import Generation, GenerationParams, Lora, ModelSpec, Refiner, Step
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.loading.plan import Plan, Work, choose
@@ -24,6 +24,7 @@ PARAMS = GenerationParams(
     prompt="a cat", negative_prompt="rain", width=64, height=64, steps=4, seeds=(3,), guidance_scale=3.5, preview=True
 )
 NAMES = ("sd15", "sdxl", "flux-dev")
+PAIR = ("sdxl", "sdxl-refiner")
 Build = Callable[[str], LoadedModel]
 
 
@@ -31,7 +32,7 @@ Build = Callable[[str], LoadedModel]
 def models(family_folders: dict[str, Path]) -> dict[str, LoadedModel]:
     return {
         name: LoadedModel(FAMILIES[name].load(ModelSpec(name=name, family=name, source=family_folders[name]), "cpu"))
-        for name in NAMES
+        for name in (*NAMES, "sdxl-refiner")
     }
 
 
@@ -74,7 +75,7 @@ def by_blocks(kept: int) -> Callable[[Residence], Plan]:
     def plan(residence: Residence) -> Plan:
         sizes = residence.sizes
         moved = frozenset(residence.networks)
-        return Plan(offload="group", moved=moved, kept={sizes.denoiser: kept, **dict.fromkeys(sizes.texts, 0)})
+        return Plan(offload="group", moved=moved, kept={sizes.denoisers[0]: kept, **dict.fromkeys(sizes.texts, 0)})
 
     return plan
 
@@ -188,6 +189,36 @@ def test_a_request_that_needs_more_is_planned_anew_and_leaves_the_plan_as_it_was
         assert np.array_equal(drawn(model, NoCache())[0], expected)
     assert (residence.plan, residence.held) == (Plan(offload="none"), weights)
     assert model.tighter(PARAMS, -weights) is None  # there is nothing to put it in
+
+
+@pytest.mark.parametrize("memory", [10**9, 0], ids=["enough", "too little"])
+def test_two_models_share_a_device_while_one_refines_the_other(
+    models: dict[str, LoadedModel], housed: Callable[..., LoadedModel], memory: int
+) -> None:
+    refined = replace(PARAMS, refiner=Refiner(model="sdxl-refiner", switch=0.5), preview=False)
+    base, refiner = (models[name] for name in PAIR)
+    with base.refined_by(refiner):
+        expected = np.asarray(base.generate(refined, NoCache(), lambda step: None).images[0])
+    for name, plan in zip(PAIR, (without_texts, in_turns), strict=True):
+        housed(name, plan)
+    alone = [one.model.residence for one in (base, refiner)]
+    plans = [one.plan for one in alone if one is not None]
+    base.model.memory = memory
+    with base.refined_by(refiner):
+        joint = base.model.residence
+        assert joint is not None
+        assert joint is refiner.model.residence
+        assert joint.sizes.denoisers == ("unet", "refiner_unet")
+        assert joint.sizes.texts == {"text_encoder", "text_encoder_2", "refiner_text_encoder_2"}
+        assert (joint.plan.offload, joint.plan.kept != {}) == (("none", False) if memory else ("group", True))
+        made = base.generate(refined, NoCache(), lambda step: None)
+        assert np.array_equal(np.asarray(made.images[0]), expected)
+        work = base.model.work(64, 64, 1).beside(refiner.model.work(64, 64, 1))
+        if joint.plan.moved:
+            assert base.working_bytes(refined, 1) + joint.held == joint.plan.need(joint.sizes, work)
+    base.model.memory = None
+    assert [one.model.residence for one in (base, refiner)] == alone
+    assert [one.plan for one in alone if one is not None] == plans
 
 
 def test_weights_that_are_stored_in_eight_bits_are_streamed_in_eight_bits(family_folders: dict[str, Path]) -> None:

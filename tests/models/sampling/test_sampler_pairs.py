@@ -120,7 +120,7 @@ def test_previews_change_neither_pictures_nor_correction(small: dict[str, Loaded
     drawn = []
     for preview, forget in ((True, True), (False, False), (False, True), (True, False)):
         if forget:
-            model.model._responses.clear()
+            model.model.responses.clear()
         drawn.append(model.generate(replace(params, preview=preview), DeepCache(2, 0), ignore))
     assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])
     assert [one.reports[0].settings["correction"] for one in drawn] == 4 * [sampler in FOLLOWED]
@@ -131,7 +131,7 @@ def test_previews_change_nothing_on_flux(distilled: dict[str, LoadedModel], samp
     model: Any = distilled["flux-dev"]
     drawn = []
     for preview in (True, False):
-        model.model._responses.clear()
+        model.model.responses.clear()
         params = replace(SMALL, steps=6, sampler=sampler, preview=preview)
         drawn.append(model.generate(params, FirstBlockCache(1.0), ignore))
     assert np.array_equal(pixels(drawn[0].images), pixels(drawn[1].images))
@@ -147,10 +147,10 @@ def test_a_picture_depends_on_its_request_alone(small: dict[str, LoadedModel]) -
 
     alone = {}
     for sampler in samplers.DIFFUSION:
-        model.model._responses.clear()
+        model.model.responses.clear()
         alone[sampler] = picture(sampler)
     for order in (list(samplers.DIFFUSION), list(samplers.DIFFUSION)[::-1]):
-        model.model._responses.clear()
+        model.model.responses.clear()
         assert [name for name in order if not np.array_equal(picture(name), alone[name])] == []
 
 
@@ -163,7 +163,7 @@ def test_a_sampler_that_draws_noise_is_known_by_its_type(
     """dpm2_ancestral draws none in its first call, which a trial would take for its nature."""
     model: Any = small["epsilon"]
     params = replace(SMALL, steps=steps, sampler="dpm2_ancestral", scheduler=scheduler)
-    model.model._responses.clear()
+    model.model.responses.clear()
     drawn = [model.generate(params, DeepCache(2, 0), ignore) for _ in range(3)]
     assert not any(one.reports[0].settings["correction"] for one in drawn)
     assert all(np.array_equal(pixels(one.images), pixels(drawn[0].images)) for one in drawn[1:])

@@ -135,6 +135,16 @@ def test_every_sampler_begins_from_a_picture(small: LoadedModel, sampler: str) -
     assert np.isfinite(pixels(drawn.images)).all()
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_list_of_timesteps_is_begun_where_its_steps_begin(small: LoadedModel, sampler: str) -> None:
+    over = Img2Img(picture=picture(64, 64), denoise=0.5)
+    params = replace(PARAMS, sampler=sampler, scheduler="ays", seeds=(7,), img2img=over)
+    steps: list[Step] = []
+    drawn = small.generate(params, NoCache(), steps.append)
+    assert "".join(step.decision for step in steps) == ("CCC" if sampler == "euler" else "CCCCC")
+    assert len(steps) == drawn.stages[0].steps == 3
+
+
 @pytest.mark.parametrize("sampler", samplers.FLOW_MATCHING)
 def test_flux_begins_in_the_middle_of_the_schedule(flux: LoadedModel, sampler: str) -> None:
     """Heun's steps are two calls each, but for the last: its part of the schedule is counted in steps."""
