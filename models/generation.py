@@ -10,12 +10,11 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -33,9 +32,9 @@ from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
 from .stages.detail import ADetailer
-from .stages.drawing import Clock, Drawing, Progress
+from .stages.drawing import Clock, Drawing, Progress, Stage
 from .stages.hires import HiresFix
-from .stages.model import Sizes
+from .stages.kept import KeptRuns, exactly
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
 from .stages.upscale import Upscale
@@ -43,16 +42,6 @@ from .text.encoded import TextCache, key_of
 
 Conditioning = Mapping[str, torch.Tensor]
 """A pipeline's arguments for the text, by name; the first dimension is the batch."""
-
-
-class Stage(Protocol):
-    """Stateless: what belongs to a batch is in its Drawing."""
-
-    def steps(self, model: Sizes, params: GenerationParams) -> int:
-        """Denoising steps for one batch, as far as they are known before it is drawn. Raises TooFewSteps."""
-        ...
-
-    def run(self, drawing: Drawing) -> None: ...
 
 
 def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
@@ -68,13 +57,14 @@ def stages_of(params: GenerationParams) -> tuple[Stage, ...]:
 class LoadedModel:
     """A model and the way of a request through it: the text is encoded once, each batch goes through the stages.
 
-    Not thread-safe: a diffusers scheduler holds the step index.
+    Not thread-safe: a diffusers scheduler holds the step index. kept_bytes: of main memory, for finished runs.
     """
 
-    def __init__(self, model: PipelineModel) -> None:
+    def __init__(self, model: PipelineModel, kept_bytes: int = 0) -> None:
         self.model = model
         self.spec, self.pipeline, self.denoiser = model.spec, model.pipeline, model.denoiser
         self._texts = TextCache()
+        self._runs = KeptRuns(kept_bytes)
 
     def working_bytes(self, params: GenerationParams, images: int) -> int:
         """Bytes of the device's memory, beside what lies there now, that a batch of so many images needs.
@@ -137,11 +127,12 @@ class LoadedModel:
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
+        asked = None if params.owner is None else exactly(params)  # before the files that it names are read
         with self._ready(params) as (applied, stages, steps):
             share = self._share(params, applied)
             progress = Progress(lambda each: on_step(*each), steps * len(batches))
             for seeds in batches:
-                self._batch(params, [share], [seeds], strategy, stages, progress)
+                self._batch(params, [share], [seeds], strategy, stages, progress, asked)
         share.warnings += self._told(before)
         return share.generation()
 
@@ -151,7 +142,8 @@ class LoadedModel:
         """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
 
         Their images are one batch, or several where the texts differ in length; an error ends its batch alone. A
-        picture is what it would be without the others, but for the rounding that a batch's size brings.
+        picture is what it would be without the others, but for the rounding that a batch's size brings: so none of
+        their runs is kept, nor gone on from.
         """
         results: list[Generation | Exception | None] = [None] * len(requests)
         before = self._copied()
@@ -207,8 +199,9 @@ class LoadedModel:
         strategy: CacheStrategy,
         stages: Sequence[Stage],
         progress: Progress,
+        asked: Mapping[str, Hashable] | None = None,
     ) -> None:
-        """Draw the images of all `seeds` together and give each share its own."""
+        """Draw the images of all `seeds` together and give each share its own. asked: as KeptRuns.draw takes it."""
         model = self.model
         size = limits.render_size(model.spec, params.width, params.height)
         if params.hires_fix:
@@ -219,7 +212,9 @@ class LoadedModel:
         progress.items = items
         flat = tuple(seed for each in seeds for seed in each)
         drawing = Drawing(model, params, flat, joined(shares, counts), strategy, size, Clock(model.device), progress)
-        for one in stages:
+        decode = stages.index(Decode())
+        self._runs.draw(drawing, stages[:decode], asked)
+        for one in stages[decode:]:
             one.run(drawing)
         for share, part in zip(shares, items, strict=True):
             share.take(drawing, part)

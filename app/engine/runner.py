@@ -140,6 +140,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         for image, seed in zip(generation.images, params.seeds, strict=True)
     )
     said = [sentence for report in generation.reports for sentence in report.warnings]
+    kept = [one.cache for one in generation.stages if one.kept]
     return JobResult(
         images=pictures,
         cache=cache,
@@ -149,6 +150,8 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         attention=generation.attention,
         sampling=generation.sampling,
         size=generation.images[0].size if params.upscale is not None else None,
+        reused_runs=len(kept),
+        spared_calls=(sum(report.computed for report in kept), sum(report.reused for report in kept)),
     )
 
 
@@ -242,11 +245,13 @@ def configured_runner(
     threads: int = 0,
     memory: float | None = None,
     device_memory: float | None = None,
+    kept_bytes: int = 0,
 ) -> RegistryRunner:
     """A runner of the configured models, None: those that come with the project; and of those in `checkpoints`.
 
     `device` may be `auto`; 0 threads: all cores but one. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
+    `kept_bytes`: of main memory for the finished runs of each model.
     """
     share_cores()
     if device != "cpu":
@@ -272,6 +277,7 @@ def configured_runner(
         memory=room,
         device_memory=most,
         checkpoints=checkpoints,
+        kept_bytes=kept_bytes,
     )
     return RegistryRunner(registry, name)
 
@@ -344,6 +350,7 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "memory": settings.model_memory,
         "device_memory": settings.device_memory,
+        "kept_bytes": settings.resume_bytes,
     }
 
 

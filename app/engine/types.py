@@ -105,7 +105,8 @@ class JobResult:
 
     `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
     them, so that the sum over all jobs counts it once. `sampling`: sampler and scheduler that drew, where it is known.
-    `size`: of the pictures, where that is not what was asked for.
+    `size`: of the pictures, where that is not what was asked for. `reused_runs`: runs of the denoiser that an earlier
+    job had made, and that were not made again; `spared_calls`: the calls in them, computed and reused.
     """
 
     images: tuple[bytes, ...]
@@ -116,6 +117,8 @@ class JobResult:
     attention: str = "sdpa"
     sampling: tuple[str, str] | None = None
     size: tuple[int, int] | None = None
+    reused_runs: int = 0
+    spared_calls: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

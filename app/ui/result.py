@@ -80,6 +80,8 @@ def _beside(drawn: Drawn, plain: Drawn) -> None:
 
 
 def _faster(drawn: Drawn, plain: Drawn) -> str:
+    if drawn.answer.get("reused_run") or plain.answer.get("reused_run"):
+        return "One of the two had been drawn before and was not drawn again: there are no times to compare."
     speedup = plain.denoise_seconds / drawn.denoise_seconds if drawn.denoise_seconds else math.inf
     return (
         f"Denoising took {drawn.denoise_seconds:.2f} s with the cache and {plain.denoise_seconds:.2f} s without: "

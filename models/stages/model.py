@@ -45,6 +45,9 @@ class Model(Sizes, Protocol):
     @property
     def preview_decoder(self) -> Decoder: ...
 
+    @property
+    def tiled(self) -> bool: ...
+
     def run(
         self,
         params: GenerationParams,
