@@ -34,7 +34,7 @@ from .stages.decode import Decode
 from .stages.detail import ADetailer
 from .stages.drawing import Clock, Drawing, Progress, Stage
 from .stages.hires import HiresFix
-from .stages.kept import KeptRuns, exactly
+from .stages.kept import KeptRuns
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
 from .stages.upscale import Upscale
@@ -127,7 +127,7 @@ class LoadedModel:
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
-        asked = None if params.owner is None else exactly(params)  # before the files that it names are read
+        asked = self._runs.asked(params)
         with self._ready(params) as (applied, stages, steps):
             share = self._share(params, applied)
             progress = Progress(lambda each: on_step(*each), steps * len(batches))

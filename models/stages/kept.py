@@ -79,6 +79,10 @@ class KeptRuns:
         self._most_bytes = most_bytes
         self._runs: Recent[KeptRun] = Recent(most_bytes)
 
+    def asked(self, params: GenerationParams) -> Mapping[str, Hashable] | None:
+        """What is asked for, as `draw` takes it; to be called before the files that it names are read."""
+        return exactly(params) if params.owner is not None and self._most_bytes else None
+
     def __len__(self) -> int:
         return len(self._runs)
 
@@ -91,7 +95,7 @@ class KeptRuns:
 
         asked: what was asked for, by `exactly`; None: nothing is kept, nor looked for.
         """
-        if asked is None or not self._most_bytes:
+        if asked is None:
             for stage in stages:
                 stage.run(drawing)
             return

@@ -137,6 +137,16 @@ def test_the_latest_run_is_gone_on_from(fresh: Callable[[], LoadedModel]) -> Non
     same(detailed, fresh().generate(replace(hires, adetailer=True), NoCache(), ignore))
 
 
+def test_a_second_run_of_another_size_is_another(sd: LoadedModel) -> None:
+    """Both begin at 64×64: of 120 pixels a side, the model's own 64 are more than half."""
+    model, strategy = LoadedModel(sd.model, MEGABYTE), NoCache()
+    hires = replace(FIRST, hires_fix=True, steps=2, seeds=(7,))
+    model.generate(replace(hires, width=128, height=128), strategy, ignore)
+    smaller = model.generate(replace(hires, width=120, height=120), strategy, ignore)
+    assert kept(smaller) == [("base", True), ("hires_fix", False)]
+    assert [one.size for one in smaller.images] == [(120, 120)]
+
+
 def test_runs_are_each_owners_own(fresh: Callable[[], LoadedModel]) -> None:
     model = fresh()
     for owner, known in (("one", False), ("two", False), (None, False), ("one", True), (None, False), ("two", True)):
