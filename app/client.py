@@ -111,14 +111,17 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def generate(self, prompt: str, **fields: Unpack[Fields]) -> Generated:
-        """Wait for the pictures. When the connection is closed meanwhile, the server gives them up."""
-        return Generated.of(self._ask("POST", "/api/generate", json={"prompt": prompt, **fields}))
+    def generate(self, prompt: str | None = None, **fields: Unpack[Fields]) -> Generated:
+        """Wait for the pictures. When the connection is closed meanwhile, the server gives them up.
 
-    def submit(self, prompt: str, *, idempotency_key: str | None = None, **fields: Unpack[Fields]) -> Job:
+        `prompt` is left out where `rerender` stands in its place.
+        """
+        return Generated.of(self._ask("POST", "/api/generate", json=_body(prompt, fields)))
+
+    def submit(self, prompt: str | None = None, *, idempotency_key: str | None = None, **fields: Unpack[Fields]) -> Job:
         """The same as a job: this returns as soon as it is queued. Sent again with the same key it is the same job."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return Job(self, self._ask("POST", "/api/jobs", json={"prompt": prompt, **fields}, headers=headers))
+        return Job(self, self._ask("POST", "/api/jobs", json=_body(prompt, fields), headers=headers))
 
     def job(self, identity: str) -> Job:
         """A job that was submitted before."""
@@ -231,6 +234,10 @@ class Job:
         self._generated = Generated.of(result) if result is not None else None
 
 
+def _body(prompt: str | None, fields: Fields) -> dict[str, Any]:
+    return {**({} if prompt is None else {"prompt": prompt}), **fields}
+
+
 def _job(identity: str, part: str = "") -> str:
     return f"/api/jobs/{urllib.parse.quote(identity, safe='')}{part}"
 
@@ -322,3 +329,4 @@ class Fields(TypedDict, total=False):
     enable_preview: bool
     deadline_seconds: float | None
     output_format: Literal["png", "jpeg", "webp"]
+    rerender: str | None

@@ -74,6 +74,7 @@ class Metrics:
         self.images_produced = 0
         self.batches_processed = 0
         self.last_drawn: float | None = None  # Unix seconds
+        self.reused_runs = 0
         self._wait_seconds = 0.0
         self._caches = {name: _CacheTotals() for name in _TELEMETRY_NAMES}
 
@@ -98,6 +99,9 @@ class Metrics:
             "wavespeed_cache_bytes", "Most bytes the last run's cache held.", ["strategy"], registry=self.registry
         )
         self._images = counter("wavespeed_images_total", "Pictures drawn.", ["model"])
+        self._reused_runs = counter(
+            "wavespeed_reused_runs_total", "Runs of the denoiser that an earlier job had made already.", ["model"]
+        )
         self._expect_answers("none")
 
     def answered(self, model: str | None, outcome: str) -> None:
@@ -105,9 +109,16 @@ class Metrics:
         self._requests.labels(model or "none", outcome).inc()
 
     def generated(
-        self, use: CacheUse, *, queue_seconds: float, generation_seconds: float, images: int, batches: Sequence[int]
+        self,
+        use: CacheUse,
+        *,
+        queue_seconds: float,
+        generation_seconds: float,
+        images: int,
+        batches: Sequence[int],
+        reused_runs: int = 0,
     ) -> None:
-        """Count a job that was done; `batches` as in JobResult."""
+        """Count a job that was done; `batches` and `reused_runs` as in JobResult."""
         self.requests_processed += 1
         self.images_produced += images
         self.batches_processed += len(batches)
@@ -115,7 +126,9 @@ class Metrics:
         for size in batches:
             self._batch.observe(size)
         self._wait_seconds += queue_seconds
+        self.reused_runs += reused_runs
         self._images.labels(use.model).inc(images)
+        self._reused_runs.labels(use.model).inc(reused_runs)
         self._wait.observe(queue_seconds)
         self._generation.labels(use.model, use.strategy).observe(generation_seconds)
         self._steps.labels(use.model, use.strategy, "computed").inc(use.computed)
@@ -139,6 +152,7 @@ class Metrics:
         """
         self._expect_answers(model)
         self._images.labels(model)
+        self._reused_runs.labels(model)
         for strategy in ("none", cache):
             self._generation.labels(model, strategy)
             for outcome in ("computed", "reused"):

@@ -69,6 +69,12 @@ class Settings(BaseSettings):
         description="GiB of a GPU that a model and a request may take: a smaller card to try. Unset: what is free when "
         "the worker starts. By it is found what of a model waits in main memory, see docs/memory.md.",
     )
+    resume_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Main memory for the finished runs of each loaded model, which later requests of the same caller "
+        "go on from; 0 keeps none.",
+    )
     queue_size: int = Field(64, ge=1, description="Jobs that may wait; one more is answered 429.")
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Longest request body; a longer one is answered 413.")
     body_seconds: float = Field(30.0, gt=0, description="Time for a client to finish sending its body.")

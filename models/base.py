@@ -200,6 +200,7 @@ class GenerationParams:
     Stages beyond the first (`models/stages`) are off by default. `hires_upscaler` enlarges between the runs of
     hires-fix, None: Lanczos; `upscale` the finished pictures, which are larger than `width` × `height` then.
     `face_detector` is the operator's file for ADetailer.
+    `owner`: for whom the finished runs are kept, who alone goes on from them (`models/stages/kept.py`); None: nobody.
     """
 
     prompt: str
@@ -231,6 +232,7 @@ class GenerationParams:
     multiscale: Multiscale | None = None
     upscale: Upscaler | None = None
     preview: bool = False
+    owner: str | None = None
 
     def sampled_by(self, sampling: tuple[str, str] | None) -> GenerationParams:
         """The same with the sampler and scheduler that drew, where the request had left them to the model."""
@@ -275,6 +277,7 @@ class StageReport:
 
     `sizes`: with multi-scale, a letter for each denoiser call, F at full size, S small, which is `small_share` of it.
     `halves`: with guidance in a part of the run, B, T or N for each call (`models/guidance.py`).
+    `kept`: an earlier request had made it, and it was not made again.
     """
 
     name: str
@@ -285,6 +288,7 @@ class StageReport:
     sizes: str = ""
     halves: str = ""
     small_share: float = 1.0
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,11 @@ of them. A refiner goes on with the last run before it, which ends early for tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
-from typing import Protocol
+from itertools import accumulate, count
 
 import torch
 from PIL import Image
@@ -36,8 +35,9 @@ from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
 from .stages.detail import ADetailer
-from .stages.drawing import Clock, Drawing, Progress, SecondModel
+from .stages.drawing import Clock, Drawing, Progress, SecondModel, Stage
 from .stages.hires import HiresFix
+from .stages.kept import KeptRuns
 from .stages.model import Sizes
 from .stages.noise import FromNoise
 from .stages.picture import FromPicture
@@ -47,16 +47,6 @@ from .text.encoded import TextCache, key_of
 
 Conditioning = Mapping[str, torch.Tensor]
 """A pipeline's arguments for the text, by name; the first dimension is the batch."""
-
-
-class Stage(Protocol):
-    """Stateless: what belongs to a batch is in its Drawing."""
-
-    def steps(self, model: Sizes, params: GenerationParams) -> int:
-        """Denoising steps for one batch, as far as they are known before it is drawn. Raises TooFewSteps."""
-        ...
-
-    def run(self, drawing: Drawing) -> None: ...
 
 
 def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
@@ -74,17 +64,22 @@ def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
     return (first, *enlarged, *refined, Decode(), *detailed, *upscaled)
 
 
+_LOADS = count()  # tells models that were loaded one after the other under one name apart
+
+
 class LoadedModel:
     """A model and the way of a request through it: the text is encoded once, each batch goes through the stages.
 
-    Not thread-safe: a diffusers scheduler holds the step index.
+    Not thread-safe: a diffusers scheduler holds the step index. kept_bytes: of main memory, for finished runs.
     """
 
-    def __init__(self, model: PipelineModel) -> None:
+    def __init__(self, model: PipelineModel, kept_bytes: int = 0) -> None:
         self.model = model
         self.spec, self.pipeline, self.denoiser = model.spec, model.pipeline, model.denoiser
         self._texts = TextCache()
+        self._runs = KeptRuns(kept_bytes)
         self._refiner: LoadedModel | None = None
+        self._load = next(_LOADS)
 
     @contextmanager
     def refined_by(self, refiner: LoadedModel) -> Iterator[None]:
@@ -163,11 +158,14 @@ class LoadedModel:
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
+        asked = self._runs.asked(params)
+        if asked is not None and self._refiner is not None:
+            asked = {**asked, "refined by": self._refiner._load}
         with self._ready(params) as (applied, stages, steps):
             share = self._share(params, applied)
             progress = Progress(lambda each: on_step(*each), steps * len(batches))
             for seeds in batches:
-                self._batch(params, [share], [seeds], strategy, stages, progress)
+                self._batch(params, [share], [seeds], strategy, stages, progress, asked)
         share.warnings += self._told(before)
         return share.generation()
 
@@ -177,7 +175,8 @@ class LoadedModel:
         """What each of several requests makes, which differ in prompts and seeds alone; or why it was not drawn.
 
         Their images are one batch, or several where the texts differ in length; an error ends its batch alone. A
-        picture is what it would be without the others, but for the rounding that a batch's size brings.
+        picture is what it would be without the others, but for the rounding that a batch's size brings: so none of
+        their runs is kept, nor gone on from.
         """
         results: list[Generation | Exception | None] = [None] * len(requests)
         before = self._copied()
@@ -242,8 +241,9 @@ class LoadedModel:
         strategy: CacheStrategy,
         stages: Sequence[Stage],
         progress: Progress,
+        asked: Mapping[str, Hashable] | None = None,
     ) -> None:
-        """Draw the images of all `seeds` together and give each share its own."""
+        """Draw the images of all `seeds` together and give each share its own. asked: as KeptRuns.draw takes it."""
         model = self.model
         size = limits.render_size(model.spec, params.width, params.height)
         if params.hires_fix:
@@ -258,7 +258,9 @@ class LoadedModel:
             refiner = SecondModel(self._refiner.model, joined([share.refined for share in shares], counts))
         conditioning, clock = joined([share.conditioning for share in shares], counts), Clock(model.device)
         drawing = Drawing(model, params, flat, conditioning, strategy, size, clock, progress, refiner)
-        for one in stages:
+        decode = stages.index(Decode())
+        self._runs.draw(drawing, stages[:decode], asked)
+        for one in stages[decode:]:
             one.run(drawing)
         for share, part in zip(shares, items, strict=True):
             share.take(drawing, part)

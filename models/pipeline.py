@@ -142,6 +142,11 @@ class PipelineModel(ABC):
         finally:
             self.pipeline.vae.use_tiling = self.spec.vae_tiling
 
+    @property
+    def tiled(self) -> bool:
+        """Whether the autoencoder works in tiles at present."""
+        return bool(self.pipeline.vae.use_tiling)
+
     @contextmanager
     def freed(self, freeu: FreeU | None) -> Iterator[None]:
         """Within the context the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""

@@ -30,7 +30,8 @@ class Registry:
     for an unknown name. A model whose files have changed since it was loaded is loaded anew.
     `memory`: bytes that all loaded weights together may take; None sets no bound. A load that needs room drops the
     models that were used longest ago. `device_memory`: bytes that one model and a request of it may take on a GPU; None
-    puts each model there as a whole. `on_stage` hears the name of a model that is being loaded and which part of it.
+    puts each model there as a whole. `kept_bytes`: of main memory, for the finished runs of each model. `on_stage`
+    hears the name of a model that is being loaded and which part of it.
     Raises UnknownModel for a name that is not configured; ValueError for specs that contradict one another.
     """
 
@@ -44,6 +45,7 @@ class Registry:
         memory: int | None = None,
         device_memory: int | None = None,
         checkpoints: CheckpointFolder | None = None,
+        kept_bytes: int = 0,
     ) -> None:
         self._configured = tuple(specs)
         self._checkpoints = checkpoints
@@ -65,6 +67,7 @@ class Registry:
         self.device = device
         self.memory = memory
         self.device_memory = device_memory
+        self.kept_bytes = kept_bytes
         self.on_stage: Callable[[str, str], None] = lambda name, stage: None
         self._loaded: dict[str, LoadedModel] = {}  # the one used last is last
         self._sizes: dict[str, int] = {}  # bytes that the loaded ones take
@@ -142,7 +145,7 @@ class Registry:
             self._stamps[name] = _stamp(self.spec(name))
             hooks = LoadHooks(stage=lambda stage: self.on_stage(name, stage), room=room)
             pipeline = self.family(name).load(self.spec(name), self.device, hooks, self._left_by(beside))
-            model = LoadedModel(pipeline)
+            model = LoadedModel(pipeline, self.kept_bytes)
             self._sizes[name] = sum(sizes)
         self._loaded[name] = model
         return model

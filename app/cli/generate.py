@@ -52,7 +52,8 @@ Command = Callable[..., None]
 def with_fields(leave: str) -> Callable[[Command], Command]:
     """Gives a command an option for each field of a request that has a simple value and no name that matches `leave`.
 
-    Those that are given arrive as `fields`; the others are left to the request's defaults.
+    None for `rerender`, which stands in the prompt's place. Those that are given arrive as `fields`; the others are
+    left to the request's defaults.
     """
 
     def decorate(command: Command) -> Command:
@@ -60,7 +61,7 @@ def with_fields(leave: str) -> Callable[[Command], Command]:
         options = [
             option
             for name in GenerateRequest.model_fields
-            if not re.fullmatch(leave, name) and (option := _option(name)) is not None
+            if not re.fullmatch(f"rerender|{leave}", name) and (option := _option(name)) is not None
         ]
 
         @functools.wraps(command)

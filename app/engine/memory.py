@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
-from app.engine.types import Job, StepsListener
+from app.engine.types import DeviceMemory, Job, StepsListener
 from cache import CacheStrategy
 from models.base import Generation, GenerationCancelled, GenerationParams, Step, StepHook
 
@@ -194,6 +194,44 @@ def free_bytes(device: str) -> int:
     (free, total), allocated = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
     most = int(total * torch.cuda.get_per_process_memory_fraction(device))
     return min(free + torch.cuda.memory_reserved(device), most) - allocated
+
+
+def card_bytes(device: str, gigabytes: float | None) -> int | None:
+    """What a model and a request may take of a GPU, from now on no more than `gigabytes` GiB; None on the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if gigabytes is not None and (asked := int(gigabytes * 2**30)) < free:
+        torch.cuda.set_per_process_memory_fraction(asked / total, device)
+        return asked
+    return int(free)
+
+
+def total_bytes(device: str) -> int:
+    """Of the device, whether free or not."""
+    if not device.startswith("cuda"):
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def memory_of(device: str) -> DeviceMemory:
+    """As telemetry tells it; zeros on the CPU."""
+    if not device.startswith("cuda"):
+        return DeviceMemory()
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(
+        total=total,
+        used=total - free,
+        allocated=torch.cuda.memory_allocated(device),
+        reserved=torch.cuda.memory_reserved(device),
+        peak=torch.cuda.max_memory_allocated(device),
+    )
 
 
 def release(device: str) -> None:

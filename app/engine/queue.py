@@ -62,7 +62,8 @@ def kind_of(job: AnyJob) -> Hashable | None:
     alone = params.img2img is not None or params.adetailer or params.preview or params.compiled
     if alone or len(params.seeds) > params.batch_size:
         return None
-    kind = (job.model, job.strategy, replace(params, prompt="", negative_prompt="", seeds=(), batch_size=1))
+    alike = replace(params, prompt="", negative_prompt="", seeds=(), batch_size=1, owner=None)
+    kind = (job.model, job.strategy, alike)
     try:
         hash(kind)
     except TypeError:

@@ -15,16 +15,21 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from app import images
-from app.engine.memory import draw, draw_together, lighten, while_exhausted
+from app.engine.memory import (
+    card_bytes,
+    draw,
+    draw_together,
+    lighten,
+    memory_of,
+    total_bytes,
+    while_exhausted,
+)
 from app.engine.pipe import Condition
 from app.engine.types import (
     AnyJob,
     Branch,
     Catalogue,
-    DeviceMemory,
     Job,
     JobResult,
     ModelInfo,
@@ -165,7 +170,7 @@ class RegistryRunner:
         return Condition(
             kind=device.split(":")[0],
             name=self._device_name,
-            memory=_memory(device),
+            memory=memory_of(device),
             loaded=tuple(self._registry.loaded),
             plans=self._registry.plans,
         )
@@ -182,6 +187,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         for image, seed in zip(generation.images, params.seeds, strict=True)
     )
     said = [sentence for report in generation.reports for sentence in report.warnings]
+    kept = [one.cache for one in generation.stages if one.kept]
     return JobResult(
         images=pictures,
         cache=cache,
@@ -191,6 +197,8 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
         attention=generation.attention,
         sampling=generation.sampling,
         size=generation.images[0].size if params.upscale is not None else None,
+        reused_runs=len(kept),
+        spared_calls=(sum(report.computed for report in kept), sum(report.reused for report in kept)),
     )
 
 
@@ -294,11 +302,13 @@ def configured_runner(
     threads: int = 0,
     memory: float | None = None,
     device_memory: float | None = None,
+    kept_bytes: int = 0,
 ) -> RegistryRunner:
     """A runner of the configured models, None: those that come with the project; and of those in `checkpoints`.
 
     `device` may be `auto`; 0 threads: all cores but one. `memory`: GiB for all loaded weights together, None: nine
     tenths of what the device has. `device_memory`: GiB of a GPU that this process may take, None: what is free.
+    `kept_bytes`: of main memory for the finished runs of each model.
     """
     share_cores()
     if device != "cpu":
@@ -314,8 +324,8 @@ def configured_runner(
         raise CannotStart(f"WAVESPEED_DEVICES: torch has {torch.cuda.device_count()} CUDA devices and no {device!r}.")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     models = configuration or embedded()
-    room = int(memory * 2**30) if memory is not None else _total_bytes(device) * 9 // 10
-    most = _card_bytes(device, device_memory)
+    room = int(memory * 2**30) if memory is not None else total_bytes(device) * 9 // 10
+    most = card_bytes(device, device_memory)
     registry = Registry(
         models.specs,
         models.default,
@@ -324,29 +334,9 @@ def configured_runner(
         memory=room,
         device_memory=most,
         checkpoints=checkpoints,
+        kept_bytes=kept_bytes,
     )
     return RegistryRunner(registry, name)
-
-
-def _card_bytes(device: str, gigabytes: float | None) -> int | None:
-    """What a model and a request may take of a GPU, from now on no more than `gigabytes` GiB; None on the CPU."""
-    if not device.startswith("cuda"):
-        return None
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    if gigabytes is not None and (asked := int(gigabytes * 2**30)) < free:
-        torch.cuda.set_per_process_memory_fraction(asked / total, device)
-        return asked
-    return int(free)
-
-
-def _total_bytes(device: str) -> int:
-    if not device.startswith("cuda"):
-        return int(psutil.virtual_memory().total)
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def _info(row: dict[str, Any]) -> ModelInfo:
@@ -360,21 +350,6 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
         distilled=row.get("distilled"),
-    )
-
-
-def _memory(device: str) -> DeviceMemory:
-    if not device.startswith("cuda"):
-        return DeviceMemory()
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    return DeviceMemory(
-        total=total,
-        used=total - free,
-        allocated=torch.cuda.memory_allocated(device),
-        reserved=torch.cuda.memory_reserved(device),
-        peak=torch.cuda.max_memory_allocated(device),
     )
 
 
@@ -398,6 +373,7 @@ def runner_arguments(settings: Settings) -> dict[str, Any]:
         "threads": settings.threads,
         "memory": settings.model_memory,
         "device_memory": settings.device_memory,
+        "kept_bytes": settings.resume_bytes,
     }
 
 

@@ -133,7 +133,8 @@ class JobResult:
 
     `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
     them, so that the sum over all jobs counts it once. `sampling`: sampler and scheduler that drew, where it is known.
-    `size`: of the pictures, where that is not what was asked for.
+    `size`: of the pictures, where that is not what was asked for. `reused_runs`: runs of the denoiser that an earlier
+    job had made, and that were not made again; `spared_calls`: the calls in them, computed and reused.
     """
 
     images: tuple[bytes, ...]
@@ -144,6 +145,8 @@ class JobResult:
     attention: str = "sdpa"
     sampling: tuple[str, str] | None = None
     size: tuple[int, int] | None = None
+    reused_runs: int = 0
+    spared_calls: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,17 +271,6 @@ def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {model: why for model, why in reasons[0].items() if all(model in one for one in reasons)} if reasons else {}
 
 
-def settle(future: asyncio.Future[Outcome], outcome: Outcome | ServiceError) -> None:
-    """Nothing where whoever waited has cancelled it."""
-    if future.done():
-        return
-    if isinstance(outcome, ServiceError):
-        future.set_exception(outcome)
-        future.exception()  # the client may have left: nobody reading it is no fault
-    else:
-        future.set_result(outcome)
-
-
 _ages = itertools.count()
 
 
@@ -359,7 +351,13 @@ class JobHandle:
             self._timer.cancel()
         self._tell()
         self.on_step = self.on_change = None
-        settle(self.result, outcome)
+        if self.result.done():  # whoever waited has cancelled it
+            return
+        if isinstance(outcome, ServiceError):
+            self.result.set_exception(outcome)
+            self.result.exception()  # the client may have left: nobody reading it is no fault
+        else:
+            self.result.set_result(outcome)
 
     def _tell(self) -> None:
         if self.on_change is not None:

@@ -135,7 +135,7 @@ def _describe(app: FastAPI) -> None:
         document = framework()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         if "GenerateRequest" not in schemas:
-            request = request_schema()
+            request = request_schema(rerender=True)
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
             schemas.update(a1111.schemas(), **a1111_extras.schemas(), ImagesRequest=images_schema())

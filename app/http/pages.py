@@ -202,6 +202,7 @@ async def telemetry(request: Request) -> dict[str, object]:
         "max_batch_size": settings.max_batch_size,
         "max_images_per_group": settings.max_batch_size,
         "batch_timeout": settings.batch_timeout,
+        "reused_runs": metrics.reused_runs,
         "avg_processed_wait_s": round(metrics.average_wait_seconds, 4),
         "memory_info": await asyncio.to_thread(_memory_info, status),
         "devices": [_device(device) for device in status.devices],

@@ -52,6 +52,10 @@ class Report(BaseModel):
     steps: int = Field(description="Denoising steps.")
     warnings: list[str] = Field(description="Sentences on what was not quite as asked.")
     attention: str = Field(description="The kernel that computed attention: sdpa, sage or sparge.")
+    reused_run: bool = Field(
+        description="Whether it went on from a run that an earlier request of the caller had made, and that `cache` "
+        "tells of; see docs/passes.md."
+    )
     timings: Timing = Field(description="Where the time went.")
     cache: CacheAnswer = Field(description="What the cache did.")
 

@@ -12,8 +12,19 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from app.engine.types import Engine
-from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
-from app.http.resolve import MOST_PIXELS, Resolver
+from app.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    Cancelled,
+    Incompatible,
+    Invalid,
+    JobNotFound,
+    Unsupported,
+    shown,
+)
+from app.http.foreign import LIGHTDIFFUSION, translated
+from app.http.resolve import MOST_PIXELS, SEEDS, Resolver
+from app.http.schemas import GenerateRequest
 from app.images import read_texts
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord
@@ -23,6 +34,10 @@ from app.settings import Settings
 SMALL = 64 * 2**10
 """Bytes. A longer body waits for its turn, and is parsed in a thread, beside the event loop."""
 LARGEST_AT_ONCE = 4  # bodies of the longest size that are held at once
+OF_ONE_ANSWER = {"enable_preview", "deadline_seconds"}
+BESIDE_RERENDER = {"rerender", "seed", "hires_fix", "hires_upscaler", "adetailer", "upscale", "output_format"}
+CACHES = ("deepcache_", "fbcache_", "cache_")  # how the fields of caches begin
+RENAMED = {name: field for name, field in LIGHTDIFFUSION.items() if field.ours}
 
 
 class Uploads:
@@ -110,6 +125,46 @@ def interrupted(request: Request, api: str) -> None:
     jobs = service_of(request).jobs
     for record in jobs.of(owner_of(request), api)[:1]:
         jobs.leave(record)
+
+
+def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """The body; with `rerender` that of the job which it names, uncached, with what stands beside it put in.
+
+    Raises JobNotFound, Incompatible for a field that the job has said, Unsupported where the job's body is not kept.
+    """
+    if (identity := body.get("rerender")) is None:
+        return body
+    if not isinstance(identity, str):
+        raise Invalid("rerender is the id of a job, a string.", field="rerender")
+    given, _ = translated(body, RENAMED)
+    for name in given:
+        if name in GenerateRequest.model_fields and name not in BESIDE_RERENDER | OF_ONE_ANSWER:
+            raise Incompatible(
+                f"{name} is the job's to say: leave it out beside rerender, or leave rerender out and give all fields.",
+                field=name,
+            )
+    try:
+        asked_first = service_of(request).jobs.get(identity, owner_of(request)).request
+    except JobNotFound as error:
+        message = f"{error.message} Those of POST /api/jobs alone are kept."
+        raise JobNotFound(message, field="rerender") from None
+    if asked_first is None:
+        raise Unsupported(
+            "The fields of that job are not kept: they held a picture, or the server was restarted. Send them again.",
+            field="rerender",
+        )
+    first, _ = translated(asked_first, RENAMED)
+    gone = OF_ONE_ANSWER | {name for name in first if name.startswith(CACHES)}
+    whole = {name: value for name, value in first.items() if name not in gone} | {"fbcache_enabled": False}
+    if "seed" in given:
+        start = first.get("seed") or 0  # none: of a job that an older version promised, and that was not begun yet
+        seeds = [(start + index) % SEEDS for index in range(first.get("num_images", 1))]
+        if given["seed"] not in seeds:
+            raise Incompatible(
+                f"Beside rerender seed picks one of that job's pictures: {', '.join(map(str, seeds))}.", field="seed"
+            )
+        whole["num_images"] = 1
+    return whole | {name: value for name, value in given.items() if name != "rerender"}
 
 
 async def read_object(request: Request) -> dict[str, Any]:

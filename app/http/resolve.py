@@ -89,6 +89,8 @@ def resolve(
 
     same_aspect: an uploaded picture that would have to be cut is refused.
     """
+    if request.rerender is not None:
+        raise Unsupported("rerender is a field of POST /api/generate and POST /api/jobs alone.", field="rerender")
     model = pick_model(request, catalogue)
     _check_compatible(request, model)
     refiner = _refiner(request, model, catalogue)

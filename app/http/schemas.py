@@ -221,6 +221,12 @@ class GenerateRequest(BaseModel):
     output_format: OutputFormat = Field(
         "png", description="png carries the settings as text: AUTOMATIC1111's `parameters` and one JSON chunk."
     )
+    rerender: Name | None = Field(
+        None,
+        description="In prompt's place the id of a job of POST /api/jobs: its request once more, with the seed that it "
+        "got and no cache. Passes, output_format, enable_preview and deadline_seconds may stand beside it, and one of "
+        "its seeds for that picture alone.",
+    )
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -362,10 +368,17 @@ def _invalid(error: ValidationError) -> Invalid:
     return Invalid(message, field=field)
 
 
-def request_schema() -> dict[str, Any]:
-    """JSON Schema of the body, with the names of other APIs that it takes, for OpenAPI."""
+def request_schema(*, rerender: bool = False) -> dict[str, Any]:
+    """JSON Schema of the body, with the names of other APIs that it takes, for OpenAPI.
+
+    rerender: whether that can stand in the prompt's place.
+    """
     schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     ours = schema["properties"]
+    if rerender:
+        schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["rerender"]}]
+    else:
+        del ours["rerender"]
     foreign = {name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}
     schema["properties"] = {**ours, **foreign, **CfgFree.model_json_schema()["properties"]}
     return schema

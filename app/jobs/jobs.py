@@ -6,10 +6,12 @@ import asyncio
 import base64
 import json
 import logging
+import pickle
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ KEY_OWNER = "key:"
 """How the name of an owner begins that is an API key. Its jobs are seen by that key alone."""
 Resolve = Callable[[Mapping[str, Any], str], Awaitable[Job]]
 _LOST = "The server was restarted before the job was done. Send it again."
+_LONGEST_REQUEST = 64 * 2**10  # bytes of a body that is kept for as long as its job: without an upload it is shorter
 _PAUSE = 0.5  # seconds between two tries to hand a job of an earlier run to the engine
 _TRIM_SECONDS = 60.0  # for which a follower that lost its connection can come back to every event of an ended job
 
@@ -138,7 +141,7 @@ class Jobs:
                 self._keys[key] = record.id
             if record.saved is not None:
                 await self._promise(record, record.saved)
-            record.request = None  # it may hold a picture; on disk it stays for as long as a restart needs it
+            _forget_upload(record)  # on disk it stays for as long as a restart needs it
             return record
 
     async def _promise(self, record: JobRecord, saved: asyncio.Future[None]) -> None:
@@ -214,8 +217,12 @@ class Jobs:
             await asyncio.wait({watcher})
 
     def _hand_over(self, record: JobRecord, job: AnyJob, *, heard: bool = True, promised: bool = False) -> None:
+        if isinstance(job, Job):
+            job = replace(job, params=replace(job.params, owner=record.owner))
         on_step = partial(self._stepped, record, job) if heard or _log.isEnabledFor(logging.DEBUG) else None
         handle = record.handle = self._engine.submit(job, on_step, promised=promised)
+        if record.request is not None and isinstance(job, Job):
+            record.request = {**record.request, "model": job.model, "seed": job.params.seeds[0]}
         if not handle.settled:
             handle.on_change = partial(self._changed, record, handle)
             self._changed(record, handle)
@@ -286,7 +293,11 @@ class Jobs:
         if isinstance(outcome, Drawn):
             kind, figures = "ok", outcome.figures()
             self._metrics.generated(
-                outcome.cache_use, images=len(outcome.images), batches=outcome.batches, **outcome.seconds
+                outcome.cache_use,
+                images=len(outcome.images),
+                batches=outcome.batches,
+                reused_runs=outcome.reused_runs,
+                **outcome.seconds,
             )
             did = "cache" if outcome.job.model else "upscaled"
             words = " ".join([did, *(f"{name}={value}" for name, value in figures.items())])
@@ -314,6 +325,7 @@ class Jobs:
             del self._records[record.id]
             settle(record.outcome, outcome)
             return
+        _forget_upload(record)
         asyncio.get_running_loop().call_later(_TRIM_SECONDS, record.events.trim)
         self._forget_later(record)
         try:
@@ -323,7 +335,7 @@ class Jobs:
 
     async def _save(self, record: JobRecord) -> None:
         if self._store is not None:
-            await self._store.put(record, with_request=self._requeue and not record.ended)
+            await self._store.put(record, with_request=self._requeue)
 
     def _free_key(self, record: JobRecord) -> None:
         if record.key is not None and self._keys.get(record.key) == record.id:
@@ -364,8 +376,14 @@ class Jobs:
                     if record.ended:  # cancelled meanwhile
                         break
                     self._hand_over(record, job, promised=True)
-                    record.model, record.request = job.model, None
+                    record.model = job.model
+                    _forget_upload(record)
                 except NotReady:
                     await asyncio.sleep(_PAUSE)
                 except ServiceError as error:  # the model is gone, or an update refuses what was fine before
                     await self._end(record, error)
+
+
+def _forget_upload(record: JobRecord) -> None:
+    if record.request is not None and len(pickle.dumps(record.request)) > _LONGEST_REQUEST:  # quicker than JSON
+        record.request = None

@@ -92,12 +92,14 @@ async def spaced(events: AsyncIterator[Event], silence: float) -> AsyncIterator[
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A job that is done: its pictures, as files, and what is said about them. `batches` as in JobResult."""
+    """A job that is done: its pictures, as files, and what is said about them. The others as in JobResult."""
 
     job: AnyJob
     images: tuple[bytes, ...]
     report: Mapping[str, Any]
     batches: tuple[int, ...]
+    reused_runs: int = 0
+    spared_calls: tuple[int, int] = (0, 0)
 
     def answer(self) -> dict[str, object]:
         """The JSON that a client gets: its pictures in base64, and the report. Its size makes it a thread's work."""
@@ -114,9 +116,16 @@ class Drawn:
 
     @property
     def cache_use(self) -> CacheUse:
+        """Of the calls that were made for this job."""
         cache = self.report["cache"]
-        counts = {name: cache.get(name) or 0 for name in ("computed", "reused", "cache_bytes")}
-        return CacheUse(model=self.job.model or "none", strategy=self.job.strategy.name, **counts)
+        computed, reused = ((cache.get(name) or 0) for name in ("computed", "reused"))
+        return CacheUse(
+            model=self.job.model or "none",
+            strategy=self.job.strategy.name,
+            computed=computed - self.spared_calls[0],
+            reused=reused - self.spared_calls[1],
+            cache_bytes=cache.get("cache_bytes") or 0,
+        )
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -138,6 +147,7 @@ class Drawn:
             "computed": use.computed,
             "reused": use.reused,
             "hit_rate": round(use.hit_rate, 2),
+            **({"reused_runs": self.reused_runs} if self.reused_runs else {}),
             **{name: cache[name] for name in settings if cache.get(name) is not None},
             "images": len(self.images),
             **{name: getattr(self.job.params, name) for name in ("width", "height", "steps")},
@@ -160,11 +170,12 @@ def drawn(job: AnyJob, result: JobResult, *, queue_seconds: float, total_seconds
         "steps": job.params.steps,
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
+        "reused_run": result.reused_runs > 0,
         "timings": timings,
         "cache": dict(result.cache),
     }
     job = replace(job, params=job.params.sampled_by(result.sampling))
-    return Drawn(job, result.images, report, result.batches)
+    return Drawn(job, result.images, report, result.batches, result.reused_runs, result.spared_calls)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -174,7 +185,8 @@ class JobRecord:
     ephemeral: its request waits for it; nobody asks for it later, and nothing of it is kept. Then `outcome` is what it
         waits for: a Drawn, or the ServiceError that the client is answered with.
     api: by which of the APIs it came, where that matters. handle: the engine's, while it has the job.
-    request: the client's body, kept on disk only where a restart is to take the job up again.
+    request: the client's body, with the model and the seed that it left open; None for one that is too long to be kept.
+        On disk only where a restart is to take jobs up again.
     key, fingerprint: hashes of the idempotency key and of the body. `saved`: done when the promise is on disk.
     error: what a client that waited would have been answered.
     """

@@ -56,6 +56,8 @@ def _figures(drawn: Drawn) -> None:
                 width="content",
                 help="Denoising speed-up by counted operations; the seconds beside it are what it took.",
             )
+    if drawn.answer["reused_run"]:
+        st.caption("The run had been drawn before, and was gone on from: the seconds are what came after it.")
     st.html(strip.html(cache["decisions"]))
     st.caption(f"{strip.described(cache['decisions'])} (C computed, R reused). {drawn.settings()}")
 
@@ -74,12 +76,15 @@ def _beside(drawn: Drawn, plain: Drawn) -> None:
             alt=f"Difference of the two, {amplify} times amplified: {said}",
             caption=f"difference ×{amplify}: {said}",
         )
-    st.html(f'<p role="status"><strong>{_faster(drawn, plain)}</strong></p>')
+    st.html(f'<p role="status"><strong>{faster(drawn, plain)}</strong></p>')
     if drawn.body.get("enable_preview"):
         st.caption("Both times hold the previews, which no cache makes faster. Switch them off for a fair measurement.")
 
 
-def _faster(drawn: Drawn, plain: Drawn) -> str:
+def faster(drawn: Drawn, plain: Drawn) -> str:
+    """How the two compare in seconds, in a sentence."""
+    if drawn.answer["reused_run"] or plain.answer["reused_run"]:
+        return "One of the two had been drawn before and was not drawn again: there are no times to compare."
     speedup = plain.denoise_seconds / drawn.denoise_seconds if drawn.denoise_seconds else math.inf
     return (
         f"Denoising took {drawn.denoise_seconds:.2f} s with the cache and {plain.denoise_seconds:.2f} s without: "

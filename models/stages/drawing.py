@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from models import finite
 from models.base import GenerationParams, StageReport, Step
 from models.run import Begun, Run
 
-from .model import Model
+from .model import Model, Sizes
 from .multiscale import Scales
 from .preview import Previews
 
@@ -169,6 +170,16 @@ class Drawing:
         if self.latents is None:
             raise ValueError("there are no latents to decode: a stage that draws comes first")
         return self.model.decode(self.latents, *self.size)
+
+
+class Stage(Protocol):
+    """Stateless: what belongs to a batch is in its Drawing."""
+
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
+        """Denoising steps for one batch, as far as they are known before it is drawn. Raises TooFewSteps."""
+        ...
+
+    def run(self, drawing: Drawing) -> None: ...
 
 
 class Progress:

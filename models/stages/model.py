@@ -50,6 +50,9 @@ class Model(Sizes, Protocol):
     @property
     def preview_decoder(self) -> Decoder: ...
 
+    @property
+    def tiled(self) -> bool: ...
+
     def run(
         self,
         params: GenerationParams,

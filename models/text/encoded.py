@@ -5,12 +5,12 @@ What is kept is what the encoders made, so that a hit is bit-identical to readin
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.base import GenerationParams
+from models.loading.checkpoints import stamp_of
+from models.recent import Recent
 
 if TYPE_CHECKING:
     import torch
@@ -23,31 +23,25 @@ class TextCache:
     """Conditioning (see `Share`) by what it was made from; the one used longest ago goes when there is no room."""
 
     def __init__(self, entries: int = ENTRIES, most_bytes: int = BYTES) -> None:
-        self._entries = entries
-        self._most = most_bytes
-        self._kept: OrderedDict[Hashable, Mapping[str, torch.Tensor]] = OrderedDict()
-        self.bytes = 0
+        self._kept: Recent[Mapping[str, torch.Tensor]] = Recent(most_bytes, entries)
         self.hits = 0
         self.misses = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def bytes(self) -> int:
+        return self._kept.bytes
+
     def get(self, key: Hashable, encode: Callable[[], Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
         """The conditioning of `key`; made by `encode`, whose errors pass, if it is not there. Not to be written to."""
-        if key in self._kept:
+        if (known := self._kept.get(key)) is not None:
             self.hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
+            return known
         self.misses += 1
         made = encode()
-        size = _bytes(made)
-        if size <= self._most:
-            self._kept[key] = made
-            self.bytes += size
-        while self.bytes > self._most or len(self._kept) > self._entries:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= _bytes(dropped)
+        self._kept.put(key, made, sum(tensor.nbytes for tensor in made.values()))
         return made
 
 
@@ -64,15 +58,5 @@ def key_of(params: GenerationParams) -> Hashable:
         params.clip_skip,
         params.loras,
         params.embeddings,
-        tuple(map(_version, files)),
+        stamp_of(*files),
     )
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """Changes when the file is exchanged."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
-
-
-def _bytes(conditioning: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in conditioning.values())

@@ -115,7 +115,7 @@ def test_what_is_known_to_be_wrong_is_said_before_torch_is_imported(refusals: li
 def test_every_simple_field_of_a_request_is_an_option_with_its_description() -> None:
     told = " ".join(CliRunner().invoke(command_line.cli, ["generate", "--help"]).output.split())
     for name, field in GenerateRequest.model_fields.items():
-        if name not in ("prompt", "output_format", "enable_preview", "loras"):
+        if name not in ("prompt", "rerender", "output_format", "enable_preview", "loras"):
             assert f"--{name.replace('_', '-')}" in told, name
             assert str(field.description) in told
     for short in ("flux", "deepcache", "preset", "interval", "depth", "fbcache", "threshold", "lora NAME:WEIGHT"):

@@ -36,7 +36,7 @@ async def test_the_documents_request_is_answered_as_the_contract_says(client: ht
     body = response.json()
     assert set(body) == {
         "image", "request_id", "model", "seeds", "width", "height", "steps", "warnings", "timings", "cache",
-        "attention",
+        "attention", "reused_run",
     }  # fmt: skip
     image = picture(body["image"])
     assert (image.format, image.size) == ("PNG", (768, 512))

@@ -18,8 +18,10 @@ from app.http.schemas import PRESETS as API_PRESETS
 from app.http.schemas import parse
 from app.ui import strip
 from app.ui.difference import difference, psnr
+from app.ui.history import Drawn
 from app.ui.refusal import explained
 from app.ui.request import DEFAULTS, PRESETS, body, no_deepcache, no_fbcache, reuse_cost, uncached
+from app.ui.result import faster
 from app.ui.settings import PageSettings
 
 UNET: dict[str, Any] = {
@@ -138,3 +140,12 @@ def test_the_page_knows_of_the_service_its_client_alone() -> None:
     ]
     ours = {name for name in imports if name.partition(".")[0] in ("app", "benchmarks", "cache", "models")}
     assert {name for name in ours if not name.startswith("app.ui")} == {"app.client"}
+
+
+def test_a_run_that_was_not_drawn_again_is_no_measurement() -> None:
+    def shown(seconds: float, *, reused: bool = False) -> Drawn:
+        return Drawn({}, {}, {"timings": {"denoise_seconds": seconds}, "reused_run": reused}, ())
+
+    assert "2.00× as fast" in faster(shown(1.0), shown(2.0))
+    for pair in ((shown(1.0), shown(0.0, reused=True)), (shown(0.0, reused=True), shown(2.0))):
+        assert "no times to compare" in faster(*pair)

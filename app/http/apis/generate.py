@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 
 from app.errors import Incompatible
 from app.http.render import IMAGE_BODY, GenerateAnswer, accepted_image, bytes_answer, errors, json_body
-from app.http.request import asked, interrupted, owner_of, request_id_of, service_of, texts_of, waited
+from app.http.request import asked, interrupted, owner_of, repeated, request_id_of, service_of, texts_of, waited
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
 from app.infotext import drawn_with
@@ -51,7 +51,7 @@ async def _submitted(request: Request) -> tuple[JobRecord, bool]:
     """The job, and whether the answer is to be the picture itself. Nothing of the body outlives this call."""
     service = service_of(request)
     async with asked(request) as body:
-        fields = parse(body)
+        fields = parse(repeated(request, body))
         if (wanted := _picture_format(request, fields)) is not None:
             fields = fields.model_copy(update={"output_format": wanted})
         job = await service.resolver.job(fields, request_id_of(request))

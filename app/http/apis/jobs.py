@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from app.errors import Invalid
 from app.http.apis.generate import REQUEST_BODY
 from app.http.render import JobAnswer, errors
-from app.http.request import asked, owner_of, request_id_of, service_of
+from app.http.request import asked, owner_of, repeated, request_id_of, service_of
 from app.http.schemas import parse
 from app.jobs.record import JobRecord
 
@@ -48,10 +48,10 @@ async def submit(request: Request, idempotency_key: IdempotencyKey = None) -> Re
     service = service_of(request)
     async with asked(request) as body:
         key = _scoped(request, idempotency_key)
-        fields = parse(body)
-        job = await service.resolver.job(fields, request_id_of(request))
+        whole = repeated(request, body)
+        job = await service.resolver.job(parse(whole), request_id_of(request))
         fingerprint = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    record = await service.jobs.submit(job, owner_of(request), request=body, key=key, fingerprint=fingerprint)
+    record = await service.jobs.submit(job, owner_of(request), request=whole, key=key, fingerprint=fingerprint)
     return JSONResponse(record.shown(), status_code=202, headers={"Location": f"/api/jobs/{record.id}"})
 
 
