@@ -34,6 +34,11 @@ _log = logging.getLogger(__name__)
 START_FAILURES = 3  # so many in a row and those who wait are told, instead of waiting for ever
 
 
+def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The models that each of the workers has a reason for, with that of the first."""
+    return {model: why for model, why in reasons[0].items() if all(model in one for one in reasons)} if reasons else {}
+
+
 class QueueingEngine(Engine):
     """What every `Engine` does with the jobs that it accepts, whoever draws them."""
 
@@ -188,7 +193,7 @@ class LocalEngine(QueueingEngine):
         handle.fail(error, state)
 
     def _unavailable(self) -> dict[str, str]:
-        return types.in_all([slot.unavailable for slot in self._slots if slot.up])
+        return in_all([slot.unavailable for slot in self._slots if slot.up])
 
     def _dispatch(self) -> None:
         """Give waiting jobs to free workers, the oldest first and with it those that can be drawn together with it."""

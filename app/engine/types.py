@@ -266,9 +266,15 @@ class EngineStatus:
         return {name: plan for device in reversed(self.devices) for name, plan in device.plans.items()}
 
 
-def in_all(reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The models that each of the workers has a reason for, with that of the first."""
-    return {model: why for model, why in reasons[0].items() if all(model in one for one in reasons)} if reasons else {}
+def settle(future: asyncio.Future[Outcome], outcome: Outcome | ServiceError) -> None:
+    """Nothing where whoever waited has cancelled it."""
+    if future.done():
+        return
+    if isinstance(outcome, ServiceError):
+        future.set_exception(outcome)
+        future.exception()  # the client may have left: nobody reading it is no fault
+    else:
+        future.set_result(outcome)
 
 
 _ages = itertools.count()
@@ -351,13 +357,7 @@ class JobHandle:
             self._timer.cancel()
         self._tell()
         self.on_step = self.on_change = None
-        if self.result.done():  # whoever waited has cancelled it
-            return
-        if isinstance(outcome, ServiceError):
-            self.result.set_exception(outcome)
-            self.result.exception()  # the client may have left: nobody reading it is no fault
-        else:
-            self.result.set_result(outcome)
+        settle(self.result, outcome)
 
     def _tell(self) -> None:
         if self.on_change is not None:

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from app.engine import types
 from app.engine.pipe import in_own_thread
-from app.engine.supervisor import QueueingEngine
+from app.engine.supervisor import QueueingEngine, in_all
 from app.engine.types import Catalogue, DeviceStatus, EngineStatus, JobHandle, JobResult, JobState, WorkerState
 from app.errors import RETRY_SECONDS, NotReady, ServiceError, WorkerLost, leaving, queue_full, worker_lost
 from app.ray.replica import BEAT, NAMESPACE, SILENCE, Presence, Roster, Word, roster_name
@@ -220,9 +220,7 @@ class Fleet:
 
     @property
     def unavailable(self) -> Mapping[str, str]:
-        return types.in_all(
-            [one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up]
-        )
+        return in_all([one.status.unavailable for rank, (one, _) in self._present.items() if self._device(rank).up])
 
     def _device(self, rank: int) -> DeviceStatus:
         presence, heard = self._present[rank]
