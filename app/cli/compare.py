@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from PIL import Image
 from app import __version__
 from app.cli import INK, PALE, RULE, Canvas, wrapped
 from app.cli.generate import HERE, checked_early, runner_here, with_fields
+from app.engine.runner import processor
 from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import pick_model, resolve
 from app.http.schemas import PRESETS, parse
@@ -228,16 +228,6 @@ def _rows(added: Mapping[str, Mapping[str, Any]], results: Mapping[str, list[Job
         )
         rows.append(row)
     return tuple(rows)
-
-
-def processor() -> str:
-    """The CPU's name; Linux keeps it where `platform` does not look."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

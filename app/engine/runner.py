@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -42,6 +44,7 @@ from models.base import Generation, GenerationParams, StageReport, Step, Timings
 from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
+from models.tuning.profile import Profile
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,6 +68,16 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
+def processor() -> str:
+    """The CPU's name; Linux keeps it where `platform` does not look."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 class RegistryRunner:
     """A `Runner` over a model registry."""
 
@@ -72,13 +85,22 @@ class RegistryRunner:
         self._registry = registry
         self._device_name = device_name
 
+    @property
+    def device(self) -> str:
+        """The name of what computes here, as a profile's seconds were taken on it."""
+        return processor() if self._registry.device == "cpu" else self._device_name
+
     def catalogue(self) -> Catalogue:
         return Catalogue(
-            models={row["name"]: _info(row) for row in self._registry.describe()},
+            models={row["name"]: _info(row, self._profile(row)) for row in self._registry.describe()},
             default=self._registry.default,
             default_flux=self._registry.default_flux,
             unserved=self._registry.unserved,
         )
+
+    def _profile(self, row: dict[str, Any]) -> Profile:
+        costs = [branch["reuse_cost"] for branch in row["branches"]]
+        return self._registry.profile(row["name"], costs).seen_from(self.device)
 
     def refresh(self) -> bool:
         return self._registry.refresh()
@@ -349,7 +371,7 @@ def _total_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[1])
 
 
-def _info(row: dict[str, Any]) -> ModelInfo:
+def _info(row: dict[str, Any], profile: Profile) -> ModelInfo:
     same = ("name", "family", "size_multiple", "cache", "steps", "guidance_scale", "error")
     return ModelInfo(
         **{name: row[name] for name in same},
@@ -360,6 +382,7 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
         distilled=row.get("distilled"),
+        profile=profile,
     )
 
 
