@@ -161,7 +161,7 @@ def drawn(job: AnyJob, result: JobResult, *, queue_seconds: float, total_seconds
         "warnings": list(dict.fromkeys([*job.warnings, *result.warnings])),
         "attention": result.attention,
         "timings": timings,
-        "cache": dict(result.cache),
+        "cache": {**result.cache, **({} if job.chosen is None else {"chosen": dict(job.chosen)})},
     }
     job = replace(job, params=job.params.sampled_by(result.sampling))
     return Drawn(job, result.images, report, result.batches)
