@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.cli.compare import versions
-from app.engine.runner import processor
+from models.tuning.profile import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "DeepCache", "cache-dit", "locust")

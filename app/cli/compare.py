@@ -20,7 +20,6 @@ from PIL import Image
 from app import __version__
 from app.cli import INK, PALE, RULE, Canvas, wrapped
 from app.cli.generate import HERE, checked_early, runner_here, with_fields
-from app.engine.runner import processor
 from app.engine.types import Job, JobResult, ModelInfo
 from app.http.resolve import pick_model, resolve
 from app.http.schemas import PRESETS, parse
@@ -28,6 +27,7 @@ from app.images import encode, format_of
 from app.settings import Settings, default_threads, read_settings
 from models.base import Step
 from models.tuning.nearness import psnr
+from models.tuning.profile import processor
 
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -178,6 +179,16 @@ def _lines(made_for: str, known: Profile) -> Iterator[str]:
 def _rows(rows: Sequence[dict[str, Any]], indent: str) -> Iterator[str]:
     for left, row in enumerate(rows, start=1 - len(rows)):
         yield indent + json.dumps(row) + ("," if left else "")
+
+
+def processor() -> str:
+    """The CPU's name; Linux keeps it where `platform` does not look."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def borrowed(known: Profile, cache: CacheName, branch_costs: Sequence[float]) -> Profile:

@@ -12,14 +12,13 @@ from typer.testing import CliRunner
 
 import app.__main__ as command_line
 from app.engine import runner
-from app.engine.runner import processor
 from cache import DeepCache
 from models.base import GenerationParams, ModelSpec
 from models.families.sd import SD
 from models.generation import LoadedModel
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import Configuration
-from models.tuning.profile import Profile, file_of, read
+from models.tuning.profile import Profile, file_of, processor, read
 from tests.models.conftest import flux_folder, flux_spec, sd_folder, sd_spec
 
 __all__ = ["flux_folder", "flux_spec", "sd_folder", "sd_spec"]
