@@ -308,6 +308,8 @@ class Fields(TypedDict, total=False):
     fbcache_threshold: float
     fbcache_max_consecutive: int | None
     cache_forecast: bool
+    cache_speedup: float | None
+    cache_floor: float | None
     attention: Literal["auto", "sdpa", "sage", "sparge"]
     compile: bool
     stable_fast: bool

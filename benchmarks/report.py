@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from app.cli.compare import processor, versions
+from app.cli.compare import versions
+from models.tuning.profile import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "DeepCache", "cache-dit", "locust")

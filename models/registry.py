@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
 from .families import FAMILIES
 from .families.family import ModelFamily
 from .loading.checkpoints import CheckpointFolder, Stamp, stamp_of
+from .tuning import profile as profiles
 
 if TYPE_CHECKING:
     from .generation import LoadedModel
@@ -213,6 +214,14 @@ class Registry:
         if key not in self._costs:
             self._costs[key] = self.family(name).reuse_costs(spec)
         return self._costs[key]
+
+    def profile(self, name: str, branch_costs: Sequence[float]) -> profiles.Profile:
+        """What was found for the model by drawing; its fronts are another model's where it has none.
+
+        branch_costs: as `reuse_costs` gives them.
+        """
+        known = profiles.read(self.spec(name))
+        return known if known.fronts else profiles.borrowed(known, self.family(name).cache, branch_costs)
 
     def describe(self) -> list[dict[str, Any]]:
         """One JSON-ready row a model. Imports torch to count operations, but loads no weights.

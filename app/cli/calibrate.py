@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +18,7 @@ from app.errors import ServiceError
 from app.http.resolve import resolve
 from app.settings import read_settings
 from cache import FirstBlockCache
-from models.base import Step
+from models.base import GenerationParams, Step
 
 PROMPTS = ("a snowy island at noon", "misty mountains at sunset", "a clear desert at dawn", "a stormy forest at night")
 THRESHOLD_PROMPTS = (
@@ -25,66 +29,87 @@ THRESHOLD_PROMPTS = (
 )
 FIRST_SEED = 100
 # What the search sets itself, and what it has no use for.
-_LEFT_OUT = "deepcache_.*|fbcache_(enabled|threshold)|prompt|model|num_images|batch_size|output_format|enable_preview"
+_LEFT_OUT = (
+    "deepcache_.*|fbcache_(enabled|threshold)|cache_(speedup|floor)|prompt|model|num_images|batch_size|output_format|"
+    "enable_preview"
+)
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A UNet model's name, as `models` lists it.")],
-    sampler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["euler"],  # noqa: B006
-    scheduler: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["normal"],  # noqa: B006
-    steps: Annotated[list[int], typer.Option(min=2, help="Repeat for several.")] = [20],  # noqa: B006
-    interval: Annotated[list[int], typer.Option(min=2, max=10, help="Repeat for several.")] = [2, 3, 5],  # noqa: B006
-    depth: Annotated[int, typer.Option(min=0, max=12, help="DeepCache's depth.")] = 2,
+    model: Annotated[str, typer.Argument(help="A model's name, as `models` lists it.")],
+    sampler: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: the model's own.")] = None,
+    scheduler: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: as saved.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=2, help="Repeat for several. Default: the model's.")] = None,
+    interval: Annotated[
+        list[int], typer.Option(min=2, max=10, help="Whose computed steps are placed. Repeat for several.")
+    ] = [2, 3, 5],  # noqa: B006
+    depth: Annotated[int, typer.Option(min=0, max=12, help="DeepCache's depth, at which they are placed.")] = 2,
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat for several. Default: four landscapes.")] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Of each prompt, denoised together.")] = 2,
     width: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Default: the model's own size.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the model's.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Then it stops. Called again, it goes on from there.")] = 60,
 ) -> None:
-    """Find where DeepCache's computed steps lie best and keep it for the model, for `deepcache_schedule: auto`."""
+    """Find where computed steps lie best and which settings give which speed; keep it in the model's profile."""
     settings = read_settings()
-    combinations = [(one, other, count) for one in sampler for other in scheduler for count in steps]
-    for one, other, count in combinations:
-        checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other, "steps": count}, settings)
+    own: list[str | None] = [None]
+    sampling = list(product(sampler or own, scheduler or own))
+    for one, other in sampling:
+        checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other}, settings)
     with runner_here(settings) as (progress, runner):
-        from cache import UNetDenoiser
-        from models.base import GenerationParams
-        from models.tuning import calibration, placements
+        from models.tuning.halving import OutOfTime
+        from models.tuning.kept import Kept
+        from models.tuning.measuring import Measuring
+        from models.tuning.profile import file_of, of_user
 
         info = runner.catalogue().models[model]
         loaded = runner.model(model)
-        if not isinstance(loaded.denoiser, UNetDenoiser):
-            raise ServiceError(f"{model} has no UNet: DeepCache, and so its calibration, is for UNet models.")
-        path = placements.file_of(loaded.spec)
+        path = file_of(loaded.spec)
+        of_user(loaded.spec)  # one that is damaged is told of before anything is drawn
+        kept = Kept(path.with_name(f"{path.name}.unfinished"))
         if width is None and height is None:
             width, height = info.native_size
-        rounds = calibration.rounds(interval)
-        for done, (one, other, count) in enumerate(combinations):
-            progress.show(total=len(combinations) * rounds, completed=done * rounds)
-            params = GenerationParams(
-                prompt="",
-                width=width or height or 0,
-                height=height or width or 0,
-                steps=count,
-                guidance_scale=info.guidance_scale if guidance_scale is None else guidance_scale,
-                seeds=tuple(range(FIRST_SEED, FIRST_SEED + pictures)),
-                batch_size=pictures,
-                sampler=one,
-                scheduler=other,
-            )
-            found = calibration.calibrate(
-                calibration.generated(loaded, params, prompt or PROMPTS),
-                loaded.denoiser,
-                loaded.pipeline.scheduler,
-                sampler=(one, other),
-                steps=count,
-                intervals=interval,
-                depth=depth,
-                progress=partial(progress.reach, f"{one}, {other}, {count} steps"),
-            )
-            placements.write(loaded.spec, found)  # each when it is found
-        progress.show("done", completed=len(combinations) * rounds)
+        given: dict[str, Any] = {
+            "prompt": "",
+            "width": width or height,
+            "height": height or width,
+            "guidance_scale": info.guidance_scale if guidance_scale is None else guidance_scale,
+            "seeds": tuple(range(FIRST_SEED, FIRST_SEED + pictures)),
+            "batch_size": pictures,
+        }
+        whole = [
+            GenerationParams(**given, sampler=one, scheduler=other, steps=count)
+            for (one, other), count in product(sampling, steps or [info.steps])
+        ]
+        end = time.monotonic() + 60 * minutes
+
+        def tick(work: str, stage: str) -> None:
+            if time.monotonic() > end:
+                raise OutOfTime
+            progress.reach(work, stage)
+
+        every = [
+            Measuring(loaded, params, prompt or PROMPTS, runner.device, kept, partial(tick, _name(params)))
+            for params in whole
+        ]
+        progress.show(total=sum(each.most(interval) for each in every), completed=0)
+        finished = False
+        with suppress(OutOfTime):
+            for each in every:
+                each.placements(interval, depth)
+                each.front()
+            kept.forget()
+            finished = True
+        progress.show("done" if finished else "out of time", completed=progress.task.total if finished else None)
     print(path)
+    if not finished:
+        print(f"stopped after {minutes:g} minutes; the same command goes on from there", file=sys.stderr)
+
+
+def _name(params: GenerationParams) -> str:
+    names = [name for name in (params.sampler, params.scheduler) if name is not None]
+    return ", ".join([*names, f"{params.steps} steps"])
 
 
 @with_fields(leave=_LEFT_OUT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from app.images import encode, format_of
 from app.settings import Settings, default_threads, read_settings
 from models.base import Step
 from models.tuning.nearness import psnr
+from models.tuning.profile import processor
 
 THRESHOLDS = (0.05, 0.1, 0.2)
 WARM_UP_STEPS = 4  # enough for a forecast of every kind to have run once
@@ -228,16 +228,6 @@ def _rows(added: Mapping[str, Mapping[str, Any]], results: Mapping[str, list[Job
         )
         rows.append(row)
     return tuple(rows)
-
-
-def processor() -> str:
-    """The CPU's name; Linux keeps it where `platform` does not look."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

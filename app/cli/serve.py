@@ -47,7 +47,8 @@ def models() -> None:
 
     with bar("reading the models"):
         catalogue = runner_factory(read_settings())("cpu").catalogue()
-    print(json.dumps([asdict(info) for info in catalogue.models.values()], indent=2))
+    rows = [asdict(info) for info in catalogue.models.values()]
+    print(json.dumps([{name: value for name, value in row.items() if name != "profile"} for row in rows], indent=2))
 
 
 def check_devices(devices: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ from models.base import Generation, GenerationParams, StageReport, Step, Timings
 from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
 from models.models_file import BadModelsFile, Configuration, embedded, read
+from models.tuning.profile import Profile, processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,13 +78,22 @@ class RegistryRunner:
         self._registry = registry
         self._device_name = device_name
 
+    @property
+    def device(self) -> str:
+        """The name of what computes here, as a profile's seconds were taken on it."""
+        return processor() if self._registry.device == "cpu" else self._device_name
+
     def catalogue(self) -> Catalogue:
         return Catalogue(
-            models={row["name"]: _info(row) for row in self._registry.describe()},
+            models={row["name"]: _info(row, self._profile(row)) for row in self._registry.describe()},
             default=self._registry.default,
             default_flux=self._registry.default_flux,
             unserved=self._registry.unserved,
         )
+
+    def _profile(self, row: dict[str, Any]) -> Profile:
+        costs = [branch["reuse_cost"] for branch in row["branches"]]
+        return self._registry.profile(row["name"], costs).seen_from(self.device)
 
     def refresh(self) -> bool:
         return self._registry.refresh()
@@ -339,7 +349,7 @@ def configured_runner(
     return RegistryRunner(registry, name)
 
 
-def _info(row: dict[str, Any]) -> ModelInfo:
+def _info(row: dict[str, Any], profile: Profile) -> ModelInfo:
     same = ("name", "family", "size_multiple", "cache", "steps", "guidance_scale", "error")
     return ModelInfo(
         **{name: row[name] for name in same},
@@ -350,6 +360,7 @@ def _info(row: dict[str, Any]) -> ModelInfo:
         attention=row.get("attention", {}),
         compilation=row.get("compilation"),
         distilled=row.get("distilled"),
+        profile=profile,
     )
 
 

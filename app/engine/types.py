@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -17,6 +17,7 @@ from app.errors import ServiceError
 from app.images import OutputFormat
 from cache import CacheStrategy, NoCache
 from models.base import CacheName, Enlargement, GenerationParams, Step, Timings
+from models.tuning.profile import Profile
 
 ATTEMPTS = 2  # a job whose worker is lost is tried once more: the loss may not have been its doing
 NOT_LOADED = "Its files do not load; the server's log says why."
@@ -84,7 +85,8 @@ def moved(moves: Mapping[State, frozenset[State]], old: State, new: State) -> St
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One validated request. `warnings` are sentences that validation has for the user already.
+    """One validated request. `warnings` are sentences that validation has for the user already; `chosen` is what it
+    says of steps and a strategy that it chose for a wished speed.
 
     `deadline_seconds` after it was accepted a job is given up, wherever it is by then; None: never.
     """
@@ -94,6 +96,7 @@ class Job:
     params: GenerationParams
     strategy: CacheStrategy
     output_format: OutputFormat = "png"
+    chosen: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     deadline_seconds: float | None = None
 
@@ -164,7 +167,7 @@ class ModelInfo:
     Sizes are in pixels, (width, height); `render_sizes` are those it draws at before resampling, if it is so bound.
     `attention` says for each kernel why it cannot run the model here, and `compilation` why it cannot be compiled; None
     where nothing stands in the way. `distilled`: by what it draws in few steps, if it does. `error` says why its files
-    do not load, if they do not.
+    do not load, if they do not. `profile` has the seconds of this device alone.
     """
 
     name: str
@@ -181,6 +184,7 @@ class ModelInfo:
     compilation: str | None = None
     distilled: str | None = None
     error: str | None = None
+    profile: Profile = field(default_factory=Profile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

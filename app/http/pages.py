@@ -162,7 +162,7 @@ async def models(request: Request) -> dict[str, object]:
 def _row(model: ModelInfo, status: EngineStatus) -> dict[str, object]:
     """`reason` says why a model is not available; `plan` where a loaded one's networks lie on a GPU."""
     row = asdict(model)
-    del row["error"]
+    del row["error"], row["profile"]
     reason = status.quarantined.get(model.name) or _not_loaded(model, status)
     return {
         **row,

@@ -23,6 +23,20 @@ class Timing(BaseModel):
     total_seconds: float = Field(description="From the job's arrival to its end.")
 
 
+class Chosen(BaseModel):
+    """The settings that cache_speedup came to, beside those that the cache reports itself, and what they promise."""
+
+    asked_speedup: float = Field(description="cache_speedup.")
+    asked_steps: int = Field(description="Of the uncached pictures that it is measured by.")
+    floor_db: float | None = Field(description="cache_floor.")
+    steps: int = Field(description="Denoising steps that were taken.")
+    speedup: float = Field(description="Of the denoising, over asked_steps uncached ones.")
+    by: Literal["seconds", "operations"] = Field(description="What that was measured in: seconds of this device.")
+    psnr_db: float | None = Field(description="To the uncached pictures, in the mean; null: the same, or not known.")
+    psnr_interval: tuple[float, float] | None = Field(description="95 % interval of that mean.")
+    measured: str | None = Field(description="On what; null where the model has no profile of its own.")
+
+
 class CacheAnswer(BaseModel):
     """What the cache did; the strategy's own settings stand beside these fields."""
 
@@ -36,6 +50,7 @@ class CacheAnswer(BaseModel):
     reuse_cost: float | None = Field(description="A reuse call's share of a full call's operations.")
     predicted_speedup: float | None = Field(description="Denoising speed-up that the operations promise.")
     cache_bytes: int = Field(description="Most bytes kept between two calls.")
+    chosen: Chosen | None = Field(None, description="With cache_speedup: what it came to.")
     passes: list[dict[str, Any]] | None = Field(
         None, description="The same for each pass by name, where there is more than the plain run; see docs/passes.md."
     )

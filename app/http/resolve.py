@@ -36,6 +36,7 @@ from models.limits import fit
 from models.sampling.samplers import check as check_sampler
 from models.text.prompt import BadPrompt
 from models.text.prompt import parse as parse_prompt
+from models.tuning.choice import Choice, Wish, choose, faults
 
 SEEDS = 2**32
 SMALLEST_PICTURE = 32  # pixels a side of an upload
@@ -108,13 +109,20 @@ def resolve(
         batch_size = settings.max_batch_size
         warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
     first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
+    guidance_scale = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    strategy, chosen = _strategy(request, model), None
+    if (choice := _wished(request, model, steps, guidance_scale, sampler, scheduler)) is not None:
+        steps, strategy, chosen = choice.steps, choice.strategy, choice.report
+        warnings += choice.warnings
+    if strategy != NoCache():
+        warnings += faults(model.name, model.profile)
     params = GenerationParams(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         width=request.width,
         height=request.height,
         steps=steps,
-        guidance_scale=model.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        guidance_scale=guidance_scale,
         seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
         batch_size=batch_size,
         sampler=sampler,
@@ -142,7 +150,8 @@ def resolve(
         id=job_id,
         model=model.name,
         params=params,
-        strategy=_strategy(request, model),
+        strategy=strategy,
+        chosen=chosen,
         output_format=request.output_format,
         warnings=tuple(warnings),
         deadline_seconds=_deadline(request, settings),
@@ -251,6 +260,12 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         raise Incompatible(
             "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
         )
+    if request.cache_speedup is not None and request.img2img_enabled:
+        raise Incompatible(
+            "cache_speedup is measured on pictures that begin in noise, and img2img begins in a picture. Leave "
+            "cache_speedup out; fewer steps, or a larger fbcache_threshold on a transformer, make img2img faster.",
+            field="cache_speedup",
+        )
     if request.stable_fast and is_flux:
         raise Incompatible(
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
@@ -346,6 +361,24 @@ def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
     return NoCache()
 
 
+def _wished(
+    request: GenerateRequest, model: ModelInfo, steps: int, guidance_scale: float, *sampling: str | None
+) -> Choice | None:
+    """What `cache_speedup` becomes, None without it."""
+    if request.cache_speedup is None:
+        return None
+    sampler, scheduler = sampling
+    wish = Wish(
+        speedup=request.cache_speedup,
+        floor=request.cache_floor,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        scheduler=scheduler,
+    )
+    return choose(wish, model.name, model.cache, model.profile)
+
+
 def _given(**settings: Any) -> dict[str, Any]:
     """Those that the request names; the others are the strategy's to choose."""
     return {name: value for name, value in settings.items() if value is not None}
@@ -372,6 +405,7 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
     unless(request.hires_fix, named & {"hires_upscaler"}, "hires_fix is not true")
     unless(request.freeu, named & {f"freeu_{name}" for name in request.freeu_factors}, "freeu is not true")
+    unless(request.cache_speedup is not None, named & {"cache_floor"}, "cache_speedup is not given")
     unless(not isinstance(_strategy(request, model), NoCache), named & {"cache_forecast"}, "no cache is on")
     return warnings
 

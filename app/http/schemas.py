@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -73,6 +74,7 @@ class GenerateRequest(BaseModel):
     )
     _preset_fields: ClassVar[tuple[str, ...]] = tuple(PRESETS["balanced"])
     _left_out: tuple[str, ...] = PrivateAttr(())
+    _chosen_by_speedup: ClassVar[re.Pattern[str]] = re.compile("(deepcache|fbcache)_|cache_forecast")
 
     prompt: Prompt = Field(
         description="What the picture shows. UNet models read it whole, however long, and take weights: (word:1.3), "
@@ -181,6 +183,16 @@ class GenerateRequest(BaseModel):
         "before it got wrong, for samplers that draw no noise and call the denoiser once a step; false is the "
         "published cache, which repeats the last value.",
     )
+    cache_speedup: float | None = Field(
+        None,
+        ge=1,
+        le=6,
+        description="Draw what `steps` uncached steps would, so many times faster, as near to it as the model's "
+        "profile allows; the report's `chosen` says how. Of the other cache fields only cache_floor goes with it.",
+    )
+    cache_floor: float | None = Field(
+        None, gt=0, le=100, description="PSNR to the uncached picture, dB, that cache_speedup is not to fall below."
+    )
 
     attention: Literal["auto", "sdpa", "sage", "sparge"] = Field(
         "auto", description="Attention kernel; auto takes the best that the model and device can run."
@@ -267,6 +279,10 @@ class GenerateRequest(BaseModel):
             for field in self._preset_fields:
                 if field in self.model_fields_set:
                     raise _located(field, f"is set by deepcache_preset {self.deepcache_preset!r} already; give one")
+        if self.cache_speedup is not None:
+            for field in self.model_fields_set:
+                if self._chosen_by_speedup.match(field) and getattr(self, field) is not None:
+                    raise _located(field, "is chosen by cache_speedup; leave one of the two out")
         if self.deepcache_start_step > self.deepcache_end_step:
             raise _located("deepcache_start_step", "must not be greater than deepcache_end_step; swap them")
         if self.guidance_start > self.guidance_end:

@@ -15,7 +15,8 @@ from models.pipeline import PipelineModel
 from models.sampling.samplers import DIFFUSION, Sampler
 from models.text.clip import MOST_WINDOWS, encoders, left_out, plain_enough, states
 from models.text.prompt import parse, plain, remarks
-from models.tuning.placements import Calibrated, place, read
+from models.tuning.placements import Calibrated, place
+from models.tuning.profile import read
 
 from .family import ModelFamily
 
@@ -49,17 +50,17 @@ class StableDiffusionModel(PipelineModel):
         pipeline: Any,
         denoiser: UNetDenoiser,
         choices: Mapping[str, Sampler],
-        calibrated: tuple[Calibrated, ...] = (),
+        placements: tuple[Calibrated, ...] = (),
     ) -> None:
         super().__init__(spec, pipeline, denoiser, choices)
-        self._calibrated = calibrated
+        self.placements = placements
 
     def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> UNetDenoiser:
         from cache.solver import timesteps_of
 
         def rule(timestep: float, interval: int, branch: int | None) -> Placement | None:
             timesteps = timesteps_of(scheduler, timestep)
-            return None if timesteps is None else place(self._calibrated, *sampling, timesteps, interval, branch)
+            return None if timesteps is None else place(self.placements, *sampling, timesteps, interval, branch)
 
         return self.denoiser.ruled(rule, guided=guidance.acts)
 
@@ -168,7 +169,7 @@ class UNetFamily(ModelFamily):
 
         pipeline.unet.to(memory_format=torch.channels_last)
         denoiser = UNetDenoiser(pipeline.unet, num_train_timesteps=int(pipeline.scheduler.config.num_train_timesteps))
-        return self.model_class(spec, pipeline, denoiser, self.table, read(spec))
+        return self.model_class(spec, pipeline, denoiser, self.table, read(spec).placements)
 
 
 SD = UNetFamily(name="sd", native_size=512)

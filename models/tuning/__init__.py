@@ -1,1 +1,1 @@
-"""What is found for a model by drawing: where DeepCache's compute calls lie, a first-block threshold."""
+"""What is found for a model by drawing: its profile, and a first-block threshold."""

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ CAUTION = 1.4  # standard errors by which a gain has to exceed zero: one chance 
 LONGEST = 2.5  # gap between computed calls, in intervals
 
 Draw = Callable[[CacheStrategy], Sequence[ArrayLike]]  # the same 8-bit pictures each time, under that strategy
+Known = Callable[[str, Callable[[], Any]], Any]
 
 
 def calibrate(
@@ -51,11 +53,13 @@ def calibrate(
     intervals: Sequence[int],
     depth: int = 2,
     progress: Callable[[str], None] = lambda stage: None,
+    known: Known = lambda name, measure: measure(),
 ) -> list[Calibrated]:
     """One entry an interval.
 
     scheduler: the model's own, for its noise schedule and prediction type. sampler: the names of the one that `draw`
-    uses and of its scheduler, for the entries. progress: told before each round of pictures what it is for.
+    uses and of its scheduler, for the entries. progress: told before each round of pictures what it is for; what it
+    raises passes. known: gives a measurement by its name, or makes it (`kept.py`).
     """
     branch = deepest_branch(view.branch_costs, depth)
     recorder = BranchRecorder(branch)
@@ -71,10 +75,17 @@ def calibrate(
         proposed += [warped(calls, interval, growth, recorder.timesteps) for growth in GROWTHS]
         uniform = tuple(range(0, calls, interval))
         nearness: dict[tuple[int, ...], list[float]] = {}
-        for computed in dict.fromkeys([uniform, *filter(None, proposed)]):
-            progress(f"interval {interval}, placement {len(nearness) + 1}")
-            drawn = draw(DeepCache(interval, depth, schedule=computed))
-            nearness[computed] = [psnr(*pair) for pair in zip(reference, drawn, strict=True)]
+
+        def drawn(computed: tuple[int, ...], interval: int = interval, number: int = 0) -> list[float]:
+            progress(f"interval {interval}, placement {number}")
+            pictures = draw(DeepCache(interval, depth, schedule=computed))
+            return [psnr(*pair) for pair in zip(reference, pictures, strict=True)]
+
+        for number, computed in enumerate(dict.fromkeys([uniform, *filter(None, proposed)]), start=1):
+            name = (
+                f"{sampler}, {steps} steps, interval {interval}, depth {depth}, {len(reference)} pictures, {computed}"
+            )
+            nearness[computed] = known(name, partial(drawn, computed, interval, number))
         best, gain = chosen(uniform, nearness)
         found.append(
             Calibrated(

@@ -45,6 +45,7 @@ from models.base import (
     UnknownModel,
 )
 from models.text.clip import TooFewLayers
+from models.tuning.profile import Profile
 
 SAMPLERS = {"euler": ["normal", "karras"], "ddim": ["normal"]}
 STEP_SECONDS = 0.02
@@ -241,6 +242,9 @@ class FakeRegistry:
 
     def describe(self) -> list[dict[str, Any]]:
         return [_row(name) for name in (*MODELS, "broken")]
+
+    def profile(self, name: str, branch_costs: Sequence[float]) -> Profile:
+        return Profile()
 
 
 def _row(name: str) -> dict[str, Any]:

@@ -68,13 +68,17 @@ OUT_OF_BOUNDS = [
     ("fbcache_threshold", "2", "1"),
     ("fbcache_max_consecutive", "0", "1"),
     ("fbcache_max_consecutive", "51", "50"),
+    ("cache_speedup", "0.99", "1"),
+    ("cache_speedup", "6.01", "6"),
+    ("cache_floor", "-0.0", "0"),
+    ("cache_floor", "101", "100"),
     ("img2img_denoise", "1.5", "1"),
     ("multiscale_factor", "0", "0"),
     ("multiscale_fullres_start", "-1", "0"),
 ]
 NOT_A_NUMBER = [
-    (field, value, "finite" if field.endswith(("scale", "threshold")) else "integer")
-    for field in ("guidance_scale", "fbcache_threshold", "width", "seed", "deepcache_interval")
+    (field, value, "finite" if field.endswith(("scale", "threshold", "speedup")) else "integer")
+    for field in ("guidance_scale", "fbcache_threshold", "cache_speedup", "width", "seed", "deepcache_interval")
     for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999")
 ]
 WRONG_TYPE = [
@@ -105,6 +109,8 @@ WRONG_TYPE = [
     ("cache_forecast", "1", "boolean"),
     ("cache_forecast", "null", "boolean"),
     ("cache_correction", "true", "cache_forecast"),
+    ("cache_speedup", '"2"', "number"),
+    ("cache_speed", "2", "cache_speedup"),
     ("deepcache_schedule", '"best"', "uniform"),
     ("deepcache_guidance", '"half"', "reuse"),
     ("attention", '"flash"', "sdpa"),

@@ -1,8 +1,7 @@
-"""Where the compute calls of a model lie: what its file says, and what a run takes from it."""
+"""Where the compute calls of a model lie: what a run takes from its profile."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -16,16 +15,18 @@ from hypothesis import strategies as st
 
 from cache import DeepCache
 from cache.deepcache.schedule import GROWTH, Placement, budget, warped
-from models.base import GenerationParams, Hub, LoadFailed, ModelSpec, Step
+from models.base import GenerationParams, ModelSpec, Step
 from models.embedded import DEFAULT, SPECS
 from models.families.sd import SD
 from models.generation import LoadedModel
-from models.tuning.placements import Calibrated, place, read, stretched, write
+from models.tuning.placements import Calibrated, place, stretched
+from models.tuning.profile import read, write
 from tests.models.conftest import BETAS
 
 FOUND = Calibrated(
     sampler="ddim", scheduler="normal", steps=6, interval=3, branch=0, calls=6, computed=(0, 1), gain_db=1.5, pictures=8
 )
+OWN = ("ddim", "normal")
 LONGER = replace(FOUND, steps=12, calls=12, computed=(0, 1, 2, 7))
 
 
@@ -91,68 +92,12 @@ def test_stretched_to_its_own_length_a_placement_is_itself(calls: int, interval:
     assert stretched(computed, calls, calls, interval) == computed
 
 
-def test_what_is_written_is_read_and_replaced(tmp_path: Path) -> None:
-    spec = ModelSpec(name="mine", family="sd", source=tmp_path)
-    assert read(spec) == ()
-    write(spec, [FOUND, LONGER])
-    better = replace(FOUND, computed=(0, 2))
-    path = write(spec, [better])
-    assert read(spec) == (better, LONGER)
-    assert len(json.loads(path.read_text())["placements"]) == 2
-    single = replace(spec, source=tmp_path / "model.safetensors")
-    assert write(single, [FOUND]).name == "model.placements.json"
-    assert read(single) == (FOUND,)
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        (SPECS[0].source, "tiny-sd.json"),
-        (Hub("some/model", "refs/pr/3"), "some--model@refs--pr--3.json"),
-    ],
-    ids=["embedded", "hub"],
-)
-def test_what_a_user_calibrates_of_a_model_that_is_not_theirs_lies_in_their_own_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path | Hub, name: str
-) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    spec = replace(SPECS[0], source=source)
-    brought = read(spec)
-    assert bool(brought) == isinstance(source, Path)
-    shipped = SPECS[0].source / "placements.json"
-    before = shipped.read_bytes()
-    mine = replace(FOUND, steps=20, calls=20, computed=(0, 2, 4, 6, 8, 10, 12))
-    assert write(spec, [mine]) == tmp_path / "wavespeed" / "placements" / name
-    assert shipped.read_bytes() == before
-    assert place(read(spec), "ddim", "normal", evenly(20), 3, 0).computed == mine.computed
-    others = {one.key: one for one in brought if one.key != mine.key}
-    assert {one.key: one for one in read(spec)} == others | {mine.key: mine}
-    monkeypatch.setenv("XDG_DATA_HOME", "/dev/null")  # a home that cannot be looked into serves what was brought
-    assert read(spec) == brought
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "no json",
-        "[]",
-        '{"placements": [{"sampler": "ddim"}]}',
-        '{"placements": [{"sampler": "ddim", "scheduler": "normal", "steps": 6, "interval": 3, "branch": 0, '
-        '"calls": 6, "computed": [0, 1, 2], "gain_db": 1, "pictures": 8}]}',  # three, where the budget is two
-    ],
-)
-def test_a_broken_file_is_a_model_that_cannot_be_loaded(tmp_path: Path, content: str) -> None:
-    (tmp_path / "placements.json").write_text(content)
-    with pytest.raises(LoadFailed, match="app calibrate mine"):
-        read(ModelSpec(name="mine", family="sd", source=tmp_path))
-
-
 def test_a_run_computes_where_its_models_file_says(sd_spec: ModelSpec, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(sd_spec.source, folder)
     spec = replace(sd_spec, source=folder)
     branch_0 = replace(FOUND, calls=6, computed=(0, 1))
-    write(spec, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))])
+    write(spec, OWN, [branch_0, replace(FOUND, sampler="heun", calls=11, computed=(0, 1, 2, 3))])
     model = LoadedModel(SD.load(spec, "cpu"))
     params = GenerationParams(prompt="a", width=64, height=64, steps=6)
     expected = {None: "CCRRRR", "ddim": "CCRRRR", "heun": "CCCCRRRRRRR"}  # saved with DDIM
@@ -171,7 +116,7 @@ def test_a_model_saved_with_karras_is_placed_by_it(small_folders: dict[str, Path
     index.write_text(index.read_text().replace("DDIMScheduler", "EulerDiscreteScheduler"))
     spec = ModelSpec(name="karras", family="sd", source=folder)
     plain = replace(FOUND, sampler="euler")
-    write(spec, [plain, replace(plain, scheduler="karras", computed=(0, 4))])
+    write(spec, ("euler", "karras"), [plain, replace(plain, scheduler="karras", computed=(0, 4))])
     model = LoadedModel(SD.load(spec, "cpu"))
     for sampler in (None, "euler"):
         params = GenerationParams(prompt="a", width=64, height=64, steps=6, sampler=sampler)
@@ -184,7 +129,7 @@ def test_a_model_saved_with_karras_is_placed_by_it(small_folders: dict[str, Path
 
 def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
     page = (Path(__file__).parents[3] / "docs" / "caching.md").read_text(encoding="utf-8")
-    known = read(next(spec for spec in SPECS if spec.name == DEFAULT))
+    known = read(next(spec for spec in SPECS if spec.name == DEFAULT)).placements
     for interval in (2, 3, 5):
         places = place(known, "ddim", "normal", evenly(20), interval, 0)
         assert places.source == "calibrated: ddim, normal, 20 steps"
@@ -197,7 +142,7 @@ def test_the_page_draws_the_places_that_tiny_sd_brings() -> None:
 
 def test_the_placements_that_tiny_sd_brings_keep_the_budget_and_are_no_loss() -> None:
     (spec,) = (spec for spec in SPECS if spec.name == DEFAULT)
-    found = read(spec)
+    found = read(spec).placements
     assert {(one.sampler, one.steps) for one in found} >= set(product(("euler", "ddim", "dpmpp_2m"), (10, 20)))
     for one in found:
         assert len(one.computed) == budget(one.calls, one.interval)
