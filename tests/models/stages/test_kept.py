@@ -20,7 +20,7 @@ from models.families.sd import SD
 from models.generation import LoadedModel
 from models.registry import Registry
 from models.stages.kept import AFTER, OF_HIRES, OF_NO_PICTURE, TOLD_OTHERWISE, exactly
-from tests.models.stages.test_stages import picture
+from tests.models.stages.test_stages import picture, spelled
 from tests.models.test_generation import ignore, pixels
 
 MEGABYTE = 2**20
@@ -86,7 +86,7 @@ LATER: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "passes"), LATER, ids=str)
+@pytest.mark.parametrize(("changes", "passes"), LATER, ids=spelled)
 @pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
 def test_every_later_pass_goes_on_as_if_the_whole_had_been_drawn(
     fresh: Callable[[], LoadedModel], changes: dict[str, Any], passes: list[str], sampler: str
@@ -112,7 +112,7 @@ def test_every_later_pass_goes_on_as_if_the_whole_had_been_drawn(
         ("sdxl", NoCache(), {"adetailer": True}),
         ("sd", DeepCache(2, 2), {"hires_fix": True, "width": 128, "height": 128}),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_every_family_does(
     family: str, strategy: CacheStrategy, changes: dict[str, Any], request: pytest.FixtureRequest

@@ -34,7 +34,7 @@ from models.generation import LoadedModel
 from models.libraries import quiet
 from models.run import Begun
 from models.sampling import samplers
-from tests.models.stages.test_stages import ignore, picture, pixels
+from tests.models.stages.test_stages import ignore, picture, pixels, spelled
 from tests.models.test_together import levels
 
 SWITCH = 0.6
@@ -101,7 +101,7 @@ def ensemble(base: LoadedModel, refiner: LoadedModel, params: GenerationParams) 
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"negative_prompt": "rain", "width": 96}, {"guidance_scale": 1.0}, KARRAS], ids=str
+    "changes", [{}, {"negative_prompt": "rain", "width": 96}, {"guidance_scale": 1.0}, KARRAS], ids=spelled
 )
 def test_it_is_diffusers_own_pair_of_pipelines(
     pair: LoadedModel, refiner: LoadedModel, changes: dict[str, Any]
@@ -138,7 +138,7 @@ def test_the_steps_are_shared_whole(pair: LoadedModel, sampler: str) -> None:
         {"img2img": Img2Img(picture=picture(64, 64), denoise=0.7)},
         {"hires_fix": True, "width": 96, "height": 96},
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_a_model_that_goes_on_with_its_own_latents_draws_what_it_draws_at_once(
     sdxl: LoadedModel, again: LoadedModel, changes: dict[str, Any]
@@ -238,7 +238,7 @@ def test_guidance_acts_in_its_share_of_both_parts_together(pair: LoadedModel, st
         ({"img2img": Img2Img(picture=picture(64, 64), denoise=0.3)}, "no step of 3 to the model itself"),
         ({"hires_fix": True, "width": 96, "height": 96, "refiner": Refiner(model="r", switch=0.4)}, "a higher one"),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_a_part_without_a_step_is_refused_before_anything_is_drawn(
     pair: LoadedModel, changes: dict[str, Any], words: str

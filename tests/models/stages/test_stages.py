@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def ignore(step: Step) -> None:
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
+
+
+def spelled(value: object) -> str:
+    """A test's name, the same in every process: how a picture is written holds its address."""
+    return re.sub("<PIL.*?>", "a picture", str(value))
 
 
 def picture(width: int, height: int) -> Image.Image:
