@@ -65,7 +65,7 @@ class Run(ABC):
             output, decision = self.step(call, lane)
             if self._correction is not None:
                 output = self._correction.after(lane.calls, decision, output, lane.ledger)
-                self.report.settings["correction"] = self._correction.responses is not None
+                self.report.settings["correction"] = self._correction.acted
         except BaseException:  # also a cancel: whatever stopped the call, what it leaves is not to be reused
             self.lanes.clear()
             raise

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
 from .transfer import upload
-from .views.base import Decision, Responses, answer_of
+from .views.base import Decision, Response, Responses, answer_of
 
 # Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
 SPREAD = 0.5
@@ -36,11 +36,17 @@ SMALL = 1e-3  # a prediction that no scheduler clips
 EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
 LIGHTEST = 2.0  # a call repays others that weigh up to so many times as much, in the mean
+LONG = 3  # reused calls in a row
+# Of a long row, what is repaid to a multistep sampler. One of second order takes a changed prediction 3/2 times in its
+# next step and takes half of it back in the one after (Adams and Bashforth), so that 2/3 of what is owed moves the next
+# call's latents by all of it. By measurement: whole in shorter rows. docs/decisions/responses.md.
+SHARE = 2 / 3
 ANCHORS = 2  # computed predictions that are kept; with the new one, a parabola
 PACE = 0.7  # of the coordinate, by measurement: docs/decisions/correction.md
 
-# Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either. LMS
-# does too, but weighs four predictions with alternating signs, and gained nothing: docs/decisions/responses.md.
+# Of diffusers' schedulers those that step by the predictions alone, as far as their settings draw no noise either. Two
+# more do: LMS weighs four predictions with alternating signs, and gained nothing; DPM2's calls move the result to and
+# fro, so that none repays its neighbours: docs/decisions/responses.md.
 FOLLOWING = {
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -49,7 +55,6 @@ FOLLOWING = {
     "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
     "UniPCMultistepScheduler",
 }
 
@@ -88,8 +93,8 @@ def follows(scheduler: Any) -> bool:
     return not noisy and not setting(scheduler, "thresholding")  # which looks at all of a picture
 
 
-def responses(scheduler: Any) -> tuple[float, ...] | None:
-    """By how much a change of each remaining call's prediction moves the final latent.
+def responses(scheduler: Any) -> Response | None:
+    """By how much a change of each remaining call's prediction moves the final latent, and by what kind of sampler.
 
     What the later calls make of it counts: a network takes a part of the change for noise and removes it. How much is
     here what the best network for Gaussian pictures of spread SPREAD does. In noise σ ≫ SPREAD a change shrinks as the
@@ -119,7 +124,8 @@ def responses(scheduler: Any) -> tuple[float, ...] | None:
         output[:, call] += SMALL
         sample = stepper.step(output, timestep, sample, return_dict=False)[0]
     found = sample.flatten() / SMALL
-    return tuple(found.tolist()) if found.isfinite().all() else None
+    multistep = (setting(scheduler, "solver_order") or 1) > 1
+    return Response(tuple(found.tolist()), multistep) if found.isfinite().all() else None
 
 
 def _likely(level: Level) -> float:
@@ -171,26 +177,28 @@ class Ledger:
 class Correction:
     """Remembers what a run's reused calls answered, and changes what its computed ones do.
 
-    responses: asked after the run's first call, when the sampler knows its steps and has not made one.
+    responses: asked after the run's first call, when the sampler knows its steps and has not made one. acted: whether
+    any call has repaid something.
     """
 
     def __init__(self, responses: Responses) -> None:
         self._ask = responses
+        self.acted = False
 
     @cached_property
-    def responses(self) -> Sequence[float] | None:
-        """By how much each call's prediction moves the result; None where that is not known, and nothing corrected."""
+    def response(self) -> Response | None:
+        """Of this run's sampler; None where it is not known, and nothing is corrected."""
         return self._ask()
 
     def after(self, number: int, decision: Decision, output: Any, ledger: Ledger) -> Any:
         """What call `number` of a lane is to answer instead of `output`; noted in that lane's `ledger`."""
-        responses = self.responses
-        if responses is None:
+        response = self.response
+        if response is None:
             return output
         prediction = output[0].detach()  # of a tuple or of diffusers' output, which can be indexed as one
         if ledger.shape != prediction.shape:
             ledger.shape, ledger.began, ledger.items = prediction.shape, number, [_Items()]
-        if number >= len(responses):
+        if number >= len(response.moves):
             return output
         if len(decision) > 1:
             ledger.items = [part for items in ledger.items for part in _parts(items, decision)]
@@ -198,43 +206,46 @@ class Correction:
         for items in ledger.items:
             own = prediction if items.index is None else prediction[items.index]
             if not decision[0 if items.rows is None else items.rows[0]]:
-                _note(items, number, own, responses)
-            elif (repaid := _repaid(items, number, ledger.began, own, responses)) is not None:
+                _note(items, number, own, response.moves)
+            elif (repaid := _repaid(items, number, ledger.began, own, response)) is not None:
                 answer = repaid if items.index is None else answer.index_copy(0, items.index, repaid)
+                self.acted = True
         return output if answer is prediction else answer_of(type(output), answer)
 
 
-def _note(items: _Items, number: int, prediction: Tensor, responses: Sequence[float]) -> None:
+def _note(items: _Items, number: int, prediction: Tensor, moves: Sequence[float]) -> None:
     """Remember what the reused call `number` answered."""
     if items.owed is None:
-        items.owed = responses[number] * prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        items.owed = moves[number] * prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     else:
-        items.owed.add_(prediction, alpha=responses[number])
+        items.owed.add_(prediction, alpha=moves[number])
     items.reused.append(number)
 
 
-def _can_repay(reused: Sequence[int], number: int, responses: Sequence[float]) -> bool:
+def _can_repay(reused: Sequence[int], number: int, moves: Sequence[float]) -> bool:
     """Whether call `number` acts as the reused ones did: between the calls of a second-order step signs change.
 
     A call whose own weight is small would have to exaggerate: its prediction would be no picture's any more.
     """
-    own = responses[number]
-    weights = [responses[call] * own for call in reused]
+    own = moves[number]
+    weights = [moves[call] * own for call in reused]
     return min(weights) > 0 and sum(weights) <= LIGHTEST * len(weights) * own**2
 
 
-def _repaid(items: _Items, number: int, began: int, prediction: Tensor, responses: Sequence[float]) -> Tensor | None:
+def _repaid(items: _Items, number: int, began: int, prediction: Tensor, response: Response) -> Tensor | None:
     """Keep the computed call's `prediction`; return what is to be answered in its place, if anything is owed."""
     known, anchors = [number, *items.computed], [prediction, *items.anchors]
+    moves = response.moves
     answer: Tensor | None = None
-    if items.owed is not None and items.computed and _can_repay(items.reused, number, responses):
+    if items.owed is not None and items.computed and _can_repay(items.reused, number, moves):
         owed = items.owed.neg_()
         places = [_place(call - began) for call in known]
         shares = [lagrange(places, _place(call - began)) for call in items.reused]
         for node, anchor in enumerate(anchors):
-            weight = sum(responses[call] * share[node] for call, share in zip(items.reused, shares, strict=True))
+            weight = sum(moves[call] * share[node] for call, share in zip(items.reused, shares, strict=True))
             owed.add_(anchor, alpha=weight)
-        answer = owed.div_(responses[number]).add_(prediction).to(prediction.dtype)
+        part = SHARE if response.multistep and len(items.reused) >= LONG else 1.0
+        answer = owed.div_(moves[number] / part).add_(prediction).to(prediction.dtype)
     items.owed = None
     items.reused = []
     # The caller may write into what it is given, so that what is kept is not that very tensor.

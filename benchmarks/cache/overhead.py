@@ -20,6 +20,7 @@ from benchmarks.cache.peers import published_deepcache, twin
 from benchmarks.cache.settings import OURS, PUBLISHED
 from cache import DeepCache, UNetDenoiser
 from cache.patching import shadowed
+from cache.views.base import Response
 
 WARM_UP = 2  # pairs of a computed and a reused call; a forecast begins with the second
 
@@ -31,7 +32,8 @@ def overhead(pipeline: Any, branch: int, depth: int, repeats: int, size: tuple[i
     """
     unet, scheduler = pipeline.unet, type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(2 * (repeats + WARM_UP))
-    bare, own = UNetDenoiser(twin(unet)), UNetDenoiser(twin(unet)).sampled(lambda: [1.0] * len(scheduler.timesteps))
+    even = Response([1.0] * len(scheduler.timesteps))
+    bare, own = UNetDenoiser(twin(unet)), UNetDenoiser(twin(unet)).sampled(lambda: even)
     host = SimpleNamespace(unet=unet, scheduler=scheduler)
     generator, like = torch.Generator().manual_seed(0), next(unet.parameters())
     latents = torch.randn(2, unet.config.in_channels, *size, generator=generator).to(like)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,18 @@ def intercepted(root: nn.Module, handle: Callable[[Call], Any]) -> Iterator[None
 Decision = tuple[bool, ...]
 """Of a call: whether it computed; or whether each item of its batch did, where those decide apart."""
 
-Responses = Callable[[], Sequence[float] | None]
+
+class Response(NamedTuple):
+    """What a run's sampler makes of the predictions.
+
+    moves: by how much each call's moves the final latent. multistep: whether a step extrapolates from earlier ones.
+    """
+
+    moves: Sequence[float]
+    multistep: bool = False
+
+
+Responses = Callable[[], Response | None]
 """Asked once in a run, after its first call; None where nobody knows the sampler."""
 
 
@@ -154,7 +165,7 @@ class Denoiser:
         return float(timestep.reshape(-1)[0] if isinstance(timestep, Tensor) else timestep)
 
     def sampled(self, responses: Responses) -> Self:
-        """The same view for a run of a sampler with these responses: by how much each prediction moves its result."""
+        """The same view for a run of a sampler with these responses."""
         other = copy.copy(self)
         other.responses = responses
         return other

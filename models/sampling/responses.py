@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache.views.base import Response
 
 REMEMBERED = 64  # a few numbers each
 
 
 class Responses:
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[float, ...] | None] = {}
+        self._known: dict[tuple[Any, ...], Response | None] = {}
 
-    def __call__(self, scheduler: Any) -> tuple[float, ...] | None:
+    def __call__(self, scheduler: Any) -> Response | None:
         """Of a scheduler whose timesteps are set."""
         import torch
 

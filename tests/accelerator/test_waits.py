@@ -90,6 +90,8 @@ def test_responses_are_known_wherever_a_scheduler_has_its_tables(device: Acceler
 
 
 def test_the_correction_acts_off_the_cpu(run: Any) -> None:
-    for sampler in ("euler", "dpmpp_2m", "unipc", "ddim"):
-        assert run(SD15, DeepCache(interval=2), sampler=sampler).generation.reports[0].settings["correction"] is True
-    assert run(FLUX_DEV, FirstBlockCache(), sampler="euler").generation.reports[0].settings["correction"] is True
+    cases = [(SD15, DeepCache(interval=2), sampler) for sampler in ("euler", "dpmpp_2m", "unipc", "ddim")]
+    for geometry, strategy, sampler in [*cases, (FLUX_DEV, FirstBlockCache(max_consecutive=1), "euler")]:
+        (report,) = run(geometry, strategy, sampler=sampler, steps=4).generation.reports
+        assert report.decisions == "CRCR"
+        assert report.settings["correction"] is True

@@ -14,12 +14,15 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
 
@@ -27,7 +30,7 @@ from cache import CacheReport, DeepCache, Denoiser, FirstBlockCache, attach, sol
 from cache.patching import shadowed
 from cache.run import Lane, Run
 from cache.solver import SPREAD, Correction, Ledger, lagrange, responses
-from cache.views.base import Call, Decision
+from cache.views.base import Call, Decision, Response
 from tests.cache.networks import denoise_flux, denoise_unet, small_flux, small_unet
 
 pytestmark = [  # diffusers' schedulers on NumPy 2
@@ -66,7 +69,8 @@ class Scripted(Run):
     """Computes where `letters` say C, one letter for each item, and repeats its last answer where they say R."""
 
     def __init__(self, letters: list[str], truth: Callable[[int], Tensor], weights: Sequence[float] | None) -> None:
-        view = Denoiser(nn.Identity()).sampled(lambda: weights)
+        known = None if weights is None else Response(weights)
+        view = Denoiser(nn.Identity()).sampled(lambda: known)
         super().__init__(view, CacheReport("test"), corrects=True)
         self.letters, self.truth = letters, truth
         self.last = torch.tensor(torch.nan)
@@ -81,9 +85,9 @@ class Scripted(Run):
         return answer
 
 
-def corrected(letters: str, predictions: Sequence[Tensor], weights: Sequence[float] | None) -> list[Tensor]:
+def corrected(letters: str, predictions: Sequence[Tensor], known: Response | None) -> list[Tensor]:
     """What is answered in place of one lane's predictions."""
-    correction, ledger = Correction(lambda: weights), Ledger()
+    correction, ledger = Correction(lambda: known), Ledger()
     calls = enumerate(zip(letters, predictions, strict=True))
     return [correction.after(number, (letter == "C",), (own,), ledger)[0] for number, (letter, own) in calls]
 
@@ -114,7 +118,7 @@ def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None
     assert scheduler.step_index is None if hasattr(scheduler, "step_index") else True
     for changed in range(CALLS):
         change = sampled(scheduler, partial(predicted, changed=changed), start) - plain
-        torch.testing.assert_close(change, torch.full_like(change, found[changed]), rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(change, torch.full_like(change, found.moves[changed]), rtol=2e-2, atol=1e-3)
 
 
 class Unknown(DDIMScheduler):
@@ -172,6 +176,7 @@ def test_what_watches_a_schedulers_steps_stays_behind() -> None:
         partial(FlowMatchEulerDiscreteScheduler, stochastic_sampling=True),
         partial(DDIMScheduler, thresholding=True),
         HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
         partial(EulerDiscreteScheduler, use_karras_sigmas=True),
         Unknown,
         object,
@@ -183,6 +188,7 @@ def test_what_watches_a_schedulers_steps_stays_behind() -> None:
         "stochastic",
         "thresholds",
         "calls twice at a timestep",
+        "every other call moves it back",
         "unevenly",
         "steps in a way of its own",
         "is no scheduler",
@@ -197,13 +203,57 @@ def test_where_the_responses_are_not_known_nothing_is_corrected(kind: Callable[[
     assert all(map(operator.is_, corrected("CRCR", answers, None), answers))
 
 
-@pytest.mark.parametrize("known", [None, [1.0] * 4])
-def test_the_report_says_whether_a_run_was_corrected(known: list[float] | None) -> None:
-    run = Scripted(["C", "R", "C", "C"], lambda number: torch.ones(1, 1, 2, 2), known)
-    assert run.report.settings == {"correction": False}
+@pytest.mark.parametrize(
+    ("letters", "weights", "said"),
+    [
+        ("CRCC", None, [False] * 4),
+        ("CRCC", [1.0] * 4, [False, False, True, True]),
+        ("CCRR", [1.0] * 4, [False] * 4),
+        ("CRCR", [1.0, -1.0, 1.0, -1.0], [False] * 4),
+    ],
+    ids=["not known", "repaid", "nothing computes afterwards", "weights of either sign"],
+)
+def test_the_report_says_whether_a_call_has_repaid(letters: str, weights: list[float] | None, said: list[bool]) -> None:
+    run = Scripted(list(letters), lambda number: torch.ones(1, 1, 2, 2), weights)
+    assert run.report.settings["correction"] is False
+    found = []
     for number in range(4):
         run(number, torch.zeros(1))
-    assert run.report.settings == {"correction": known is not None}
+        found.append(run.report.settings["correction"])
+    assert found == said
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "multistep"),
+    [
+        (EulerDiscreteScheduler(), False),
+        (EulerDiscreteScheduler.from_config(DPMSolverMultistepScheduler().config), False),
+        (FlowMatchEulerDiscreteScheduler(), False),
+        (DDIMScheduler(), False),
+        (DPMSolverMultistepScheduler(), True),
+        (DPMSolverMultistepScheduler(solver_order=1), False),
+        (UniPCMultistepScheduler(), True),
+        (DEISMultistepScheduler(), True),
+    ],
+    ids=lambda one: str(one) if isinstance(one, bool) else type(one).__name__,
+)
+def test_what_extrapolates_is_told_by_its_order(scheduler: Any, multistep: bool) -> None:
+    scheduler.set_timesteps(6)
+    found = responses(scheduler)
+    assert found is not None
+    assert found.multistep is multistep
+
+
+@pytest.mark.parametrize(("letters", "share"), [("CRC", 1.0), ("CRRC", 1.0), ("CRRRC", 2 / 3), ("CRRRRC", 2 / 3)])
+def test_a_multistep_sampler_is_repaid_a_part_of_a_long_row(letters: str, share: float) -> None:
+    """Two thirds of it, as an extrapolation takes a change 3/2 times at first."""
+    answers = torch.randn(len(letters), 1, 1, 2, 2, dtype=torch.float64)
+    whole, part = (
+        corrected(letters, list(answers), Response([1.0] * len(letters), multistep))[-1] for multistep in (False, True)
+    )
+    assert not torch.equal(whole, answers[-1])
+    torch.testing.assert_close(part - answers[-1], share * (whole - answers[-1]), rtol=1e-12, atol=1e-12)
+    assert torch.equal(part, whole) is (share == 1)
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
@@ -247,7 +297,7 @@ def test_items_that_decide_apart_are_corrected_as_if_they_were_alone() -> None:
 def test_what_a_stopped_call_leaves_is_forgotten() -> None:
     """The run that follows in the same context starts from nothing, its numbers included."""
     truths = torch.randn(4, 1, 1, 2, 2)
-    expected = corrected("CRCC", [truths[0], truths[0], truths[2], truths[3]], [1.0] * 4)
+    expected = corrected("CRCC", [truths[0], truths[0], truths[2], truths[3]], Response([1.0] * 4))
     stops = [1, 2, 3]  # each once
 
     def truth(number: int) -> Tensor:
@@ -281,9 +331,9 @@ def test_the_weights_are_those_of_the_polynomial_through_the_nodes() -> None:
 def test_it_belongs_to_the_forecast(forecast: bool) -> None:
     for network, denoise, kind in (
         (small_unet(), denoise_unet, DeepCache),
-        (small_flux(), denoise_flux, FirstBlockCache),
+        (small_flux(), denoise_flux, partial(FirstBlockCache, threshold=1.0, max_consecutive=1)),
     ):
-        known = view_of(network).sampled(lambda: [1.0] * 6)
+        known = view_of(network).sampled(lambda: Response([1.0] * 6))
         with attach(known, kind(forecast=forecast)) as report:
             list(denoise(network))
         assert report.settings["correction"] is forecast
@@ -293,6 +343,6 @@ def test_it_belongs_to_the_forecast(forecast: bool) -> None:
 def test_what_weighs_more_than_its_call_can_carry_is_not_repaid(letters: str, repaid: bool) -> None:
     """Each call weighs 1.3 times as much as the next: two reused ones 3 times the computed one, nine 42 times."""
     answers = [torch.randn(1, 1, 2, 2) for _ in letters]
-    found = corrected(letters, answers, [1.3 ** (20 - call) for call in range(len(letters))])
+    found = corrected(letters, answers, Response([1.3 ** (20 - call) for call in range(len(letters))]))
     assert all(map(operator.is_, found[:-1], answers[:-1]))
     assert torch.equal(found[-1], answers[-1]) is not repaid

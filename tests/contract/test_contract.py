@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cache import AlreadyAttached, CacheStrategy, DeepCache, Denoiser, FirstBlockCache, NoCache, attach
+from cache.views.base import Response
 from tests.cache.networks import Family
 
 STEPS = 6  # of `Family.denoise`
@@ -25,7 +26,7 @@ class Stopped(BaseException):
 
 def view(family: Family, network: nn.Module) -> Denoiser:
     """For a run of a sampler whose every call weighs the same."""
-    return family.view(network).sampled(lambda: [1.0] * 100)
+    return family.view(network).sampled(lambda: Response([1.0] * 100))
 
 
 def deepest_that_always_runs(family: Family, network: nn.Module) -> nn.Module:

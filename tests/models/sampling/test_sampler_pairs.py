@@ -109,7 +109,7 @@ def test_every_pair_of_flux_draws_with_the_first_block_cache_off_and_on(
 
 
 FOLLOWED = ("euler", "dpmpp_2m", "ddim", "unipc", "deis")
-"""Those that draw no noise and call once at a timestep, evenly: the correction acts. dpm2's calls are not even."""
+"""Those that draw no noise and call once at a timestep, evenly, of first order or multistep: the correction acts."""
 
 
 @pytest.mark.parametrize("sampler", samplers.DIFFUSION)
