@@ -35,7 +35,7 @@ SMALL = 64 * 2**10
 """Bytes. A longer body waits for its turn, and is parsed in a thread, beside the event loop."""
 LARGEST_AT_ONCE = 4  # bodies of the longest size that are held at once
 OF_ONE_ANSWER = {"enable_preview", "deadline_seconds"}
-BESIDE_RERENDER = {"rerender", "seed", "hires_fix", "hires_upscaler", "adetailer", "upscale", "output_format"}
+BESIDE_RERENDER = {"seed", "hires_fix", "hires_upscaler", "adetailer", "upscale", "output_format"}
 CACHES = ("deepcache_", "fbcache_", "cache_")  # how the fields of caches begin
 RENAMED = {name: field for name, field in LIGHTDIFFUSION.items() if field.ours}
 
@@ -128,15 +128,15 @@ def interrupted(request: Request, api: str) -> None:
 
 
 def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """The body; with `rerender` that of the job which it names, uncached, with what stands beside it put in.
+    """The body by our names; with `rerender` that of the job which it names, uncached, what stands beside it put in.
 
     Raises JobNotFound, Incompatible for a field that the job has said, Unsupported where the job's body is not kept.
     """
-    if (identity := body.get("rerender")) is None:
-        return body
+    given, _ = translated(body, RENAMED)
+    if (identity := given.pop("rerender", None)) is None:
+        return given
     if not isinstance(identity, str):
         raise Invalid("rerender is the id of a job, a string.", field="rerender")
-    given, _ = translated(body, RENAMED)
     for name in given:
         if name in GenerateRequest.model_fields and name not in BESIDE_RERENDER | OF_ONE_ANSWER:
             raise Incompatible(
@@ -144,16 +144,15 @@ def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
                 field=name,
             )
     try:
-        asked_first = service_of(request).jobs.get(identity, owner_of(request)).request
+        first = service_of(request).jobs.get(identity, owner_of(request)).request
     except JobNotFound as error:
         message = f"{error.message} Those of POST /api/jobs alone are kept."
         raise JobNotFound(message, field="rerender") from None
-    if asked_first is None:
+    if first is None:
         raise Unsupported(
             "The fields of that job are not kept: they held a picture, or the server was restarted. Send them again.",
             field="rerender",
         )
-    first, _ = translated(asked_first, RENAMED)
     gone = OF_ONE_ANSWER | {name for name in first if name.startswith(CACHES)}
     whole = {name: value for name, value in first.items() if name not in gone} | {"fbcache_enabled": False}
     if "seed" in given:
@@ -164,7 +163,7 @@ def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
                 f"Beside rerender seed picks one of that job's pictures: {', '.join(map(str, seeds))}.", field="seed"
             )
         whole["num_images"] = 1
-    return whole | {name: value for name, value in given.items() if name != "rerender"}
+    return whole | given
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -26,7 +26,10 @@ FAST: dict[str, Any] = {
     "cfg_scale": 3.0, "sampler": "ddim", "deepcache_enabled": True, "deepcache_preset": "max_speed",
     "deepcache_guidance": "reuse", "cache_forecast": False, "enable_preview": True, "deadline_seconds": 5.0,
 }  # fmt: skip
-FLUX: dict[str, Any] = {"prompt": "a", "flux_enabled": True, "residual_diff_threshold": 0.3, "seed": -1}
+FLUX: dict[str, Any] = {
+    "prompt": "a", "model_path": "flux", "hiresfix": True, "flux_enabled": True, "residual_diff_threshold": 0.3,
+    "seed": -1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -88,7 +91,8 @@ async def test_passes_and_the_form_of_the_answer_may_stand_beside_it(
         ({"prompt": "b"}, 422, "incompatible", "prompt", "leave it out beside rerender"),
         ({"width": 64}, 422, "incompatible", "width", "leave it out"),
         ({"deepcache_enabled": True}, 422, "incompatible", "deepcache_enabled", "leave it out"),
-        ({"cfg_scale": 7.5}, 422, "incompatible", "cfg_scale", "leave it out"),
+        ({"cfg_scale": 7.5}, 422, "incompatible", "guidance_scale", "leave it out"),
+        ({"hiresfix": True, "hires_fix": True}, 422, "invalid", "hiresfix", "the same field"),
         ({"seed": 5}, 422, "incompatible", "seed", "picks one of that job's pictures: 7, 8."),
         ({"seed": None}, 422, "incompatible", "seed", "7, 8"),
         ({"seed": 7.0}, 422, "invalid", "seed", "integer"),
