@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import gc
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,13 +215,22 @@ class Registry:
             self._costs[key] = self.family(name).reuse_costs(spec)
         return self._costs[key]
 
-    def profile(self, name: str, branch_costs: Sequence[float]) -> profiles.Profile:
+    def profile(self, name: str, device: str) -> profiles.Profile:
         """What was found for the model by drawing; its fronts are another model's where it has none.
 
-        branch_costs: as `reuse_costs` gives them.
+        device: the name of the one whose seconds count.
         """
         known = profiles.read(self.spec(name))
-        return known if known.fronts else profiles.borrowed(known, self.family(name).cache, branch_costs)
+        if not known.fronts:
+            known = profiles.borrowed(known, self.family(name).cache, self._counted(name)[0])
+        return known.seen_from(device)
+
+    def _counted(self, name: str) -> tuple[tuple[float, ...], str | None]:
+        """`reuse_costs`, and why there are none where the model's files are at fault."""
+        try:
+            return self.reuse_costs(name), None
+        except Exception as failure:  # noqa: BLE001  # what is wrong with one model must not cost the others
+            return (), str(failure)
 
     def describe(self) -> list[dict[str, Any]]:
         """One JSON-ready row a model. Imports torch to count operations, but loads no weights.
@@ -233,12 +242,7 @@ class Registry:
     def _row(self, name: str) -> dict[str, Any]:
         spec, family = self.spec(name), self.family(name)
         width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
-        error: str | None = None
-        costs: tuple[float, ...] = ()
-        try:
-            costs = self.reuse_costs(name)
-        except Exception as failure:  # noqa: BLE001  # what is wrong with one model must not cost the others
-            error = str(failure)
+        costs, error = self._counted(name)
         return {
             "name": name,
             "family": spec.family,

@@ -84,16 +84,13 @@ class RegistryRunner:
         return processor() if self._registry.device == "cpu" else self._device_name
 
     def catalogue(self) -> Catalogue:
+        rows = {row["name"]: row for row in self._registry.describe()}
         return Catalogue(
-            models={row["name"]: _info(row, self._profile(row)) for row in self._registry.describe()},
+            models={name: _info(row, self._registry.profile(name, self.device)) for name, row in rows.items()},
             default=self._registry.default,
             default_flux=self._registry.default_flux,
             unserved=self._registry.unserved,
         )
-
-    def _profile(self, row: dict[str, Any]) -> Profile:
-        costs = [branch["reuse_cost"] for branch in row["branches"]]
-        return self._registry.profile(row["name"], costs).seen_from(self.device)
 
     def refresh(self) -> bool:
         return self._registry.refresh()

@@ -110,18 +110,17 @@ def resolve(
         warnings.append(f"This server denoises at most {batch_size} images together; batch_size was lowered to it.")
     first = request.seed if request.seed is not None and request.seed >= 0 else secrets.randbelow(SEEDS)
     guidance_scale = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    strategy, chosen = _strategy(request, model), None
-    if (choice := _wished(request, model, steps, guidance_scale, sampler, scheduler)) is not None:
-        steps, strategy, chosen = choice.steps, choice.strategy, choice.report
-        warnings += choice.warnings
-    if strategy != NoCache():
-        warnings += faults(model.name, model.profile)
+    choice = Choice(steps, _strategy(request, model))
+    if request.cache_speedup is not None:
+        wish = Wish(request.cache_speedup, request.cache_floor, steps, guidance_scale, sampler, scheduler)
+        choice = choose(wish, model.name, model.cache, model.profile)
+    warnings += [*choice.warnings, *faults(model.name, model.profile, choice.strategy)]
     params = GenerationParams(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         width=request.width,
         height=request.height,
-        steps=steps,
+        steps=choice.steps,
         guidance_scale=guidance_scale,
         seeds=tuple((first + index) % SEEDS for index in range(request.num_images)),
         batch_size=batch_size,
@@ -150,8 +149,8 @@ def resolve(
         id=job_id,
         model=model.name,
         params=params,
-        strategy=strategy,
-        chosen=chosen,
+        strategy=choice.strategy,
+        chosen=choice.report,
         output_format=request.output_format,
         warnings=tuple(warnings),
         deadline_seconds=_deadline(request, settings),
@@ -262,8 +261,7 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         )
     if request.cache_speedup is not None and request.img2img_enabled:
         raise Incompatible(
-            "cache_speedup is measured on pictures that begin in noise, and img2img begins in a picture. Leave "
-            "cache_speedup out; fewer steps, or a larger fbcache_threshold on a transformer, make img2img faster.",
+            "cache_speedup is measured on pictures that begin in noise. Leave cache_speedup out and give fewer steps.",
             field="cache_speedup",
         )
     if request.stable_fast and is_flux:
@@ -359,24 +357,6 @@ def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
     if model.cache == "first_block" and request.fbcache_enabled is not False:
         return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, forecast)
     return NoCache()
-
-
-def _wished(
-    request: GenerateRequest, model: ModelInfo, steps: int, guidance_scale: float, *sampling: str | None
-) -> Choice | None:
-    """What `cache_speedup` becomes, None without it."""
-    if request.cache_speedup is None:
-        return None
-    sampler, scheduler = sampling
-    wish = Wish(
-        speedup=request.cache_speedup,
-        floor=request.cache_floor,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        scheduler=scheduler,
-    )
-    return choose(wish, model.name, model.cache, model.profile)
 
 
 def _given(**settings: Any) -> dict[str, Any]:

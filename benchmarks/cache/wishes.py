@@ -32,14 +32,7 @@ COLUMNS = "setting | steps | in time | in operations | PSNR dB | 95 % | over few
 def wished(info: ModelInfo, bench: Bench, wish: float) -> Setting:
     """What a request would get."""
     params = bench.params
-    asked = Wish(
-        speedup=wish,
-        floor=None,
-        steps=params.steps,
-        guidance_scale=params.guidance_scale,
-        sampler=params.sampler,
-        scheduler=params.scheduler,
-    )
+    asked = Wish(wish, None, params.steps, params.guidance_scale, params.sampler, params.scheduler)
     choice = choose(asked, info.name, info.cache, info.profile)
     return Setting(WISHED, f"{wish:g}", steps=choice.steps, make=ours(choice.strategy))
 

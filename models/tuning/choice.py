@@ -21,7 +21,7 @@ _FAULTS: Mapping[str | None, str] = {
 _REMEDY = "`python -m app calibrate {model}` on the server makes one for it."
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Wish:
     """What a request asks for: `cache_speedup`, `cache_floor` (dB), and the uncached `steps` that it is measured by.
 
@@ -38,12 +38,12 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a wish becomes. report: JSON-ready, for the answer. warnings: sentences on what was not quite as wished."""
+    """What is drawn. report: of what a wish became, JSON-ready. warnings: sentences on what was not quite as wished."""
 
     steps: int
     strategy: CacheStrategy
-    report: Mapping[str, Any]
-    warnings: tuple[str, ...]
+    report: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def choose(wish: Wish, model: str, cache: CacheName, profile: Profile) -> Choice:
@@ -126,8 +126,8 @@ def _conditions(front: Front) -> str:
     )
 
 
-def faults(model: str, profile: Profile) -> list[str]:
-    """What to say of a profile that could not be read, whichever cache acts."""
-    if profile.fault is None:
+def faults(model: str, profile: Profile, strategy: CacheStrategy) -> list[str]:
+    """What to say of a profile that could not be read, wherever a cache acts."""
+    if profile.fault is None or strategy == NoCache():
         return []
     return [f"{_FAULTS[profile.fault]} {_REMEDY}".format(model=model)]

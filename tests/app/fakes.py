@@ -243,7 +243,7 @@ class FakeRegistry:
     def describe(self) -> list[dict[str, Any]]:
         return [_row(name) for name in (*MODELS, "broken")]
 
-    def profile(self, name: str, branch_costs: Sequence[float]) -> Profile:
+    def profile(self, name: str, device: str) -> Profile:
         return Profile()
 
 
