@@ -223,8 +223,9 @@ class Registry:
         width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
         error: str | None = None
         costs: tuple[float, ...] = ()
+        inpaints = False
         try:
-            costs = self.reuse_costs(name)
+            costs, inpaints = self.reuse_costs(name), family.inpaints(spec)
         except Exception as failure:  # noqa: BLE001  # what is wrong with one model must not cost the others
             error = str(failure)
         return {
@@ -240,6 +241,7 @@ class Registry:
             "loaded": name in self._loaded,
             "default": name in (self.default, self.default_flux),
             "cache": family.cache,
+            "inpaints": inpaints,
             "branches": [{"branch": branch, "reuse_cost": cost} for branch, cost in enumerate(costs)],
             "samplers": {sampler: list(schedulers) for sampler, schedulers in family.samplers.items()},
             "attention": self._attention(spec),

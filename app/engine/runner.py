@@ -350,7 +350,7 @@ def _total_bytes(device: str) -> int:
 
 
 def _info(row: dict[str, Any]) -> ModelInfo:
-    same = ("name", "family", "size_multiple", "cache", "steps", "guidance_scale", "error")
+    same = ("name", "family", "size_multiple", "cache", "inpaints", "steps", "guidance_scale", "error")
     return ModelInfo(
         **{name: row[name] for name in same},
         native_size=(row["native_width"], row["native_height"]),
