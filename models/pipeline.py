@@ -168,13 +168,13 @@ class PipelineModel(ABC):
         """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
         They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
-        diffusers' img2img pipelines, with a mask (`masks.cells`) as in those for inpainting, or as they were `begun`;
-        they end with the steps that begin before `until` of the schedule is over. A checkpoint that was trained to
-        inpaint has all masked without a mask. Raises AttentionUnavailable and CompilationFailed.
+        diffusers' img2img or, within a mask, inpaint pipelines, or as they were `begun`; they end with the steps that
+        begin before `until` of the schedule is over. A checkpoint for inpainting has all masked without a mask. Raises
+        AttentionUnavailable and CompilationFailed.
         """
         if self.inpaints and mask is None:
             mask, pictures = masks.everything(size), pictures or [masks.nothing(size)] * len(seeds)
-        pipeline = self.sibling("Inpaint" if mask else "Img2Img") if pictures or begun else self.pipeline
+        pipeline = self.sibling("Img2Img" if mask is None else "Inpaint") if pictures or begun else self.pipeline
         takes = inspect.signature(type(pipeline).__call__).parameters
         wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
         wanted |= self.guidance(params)
@@ -187,8 +187,7 @@ class PipelineModel(ABC):
         elif begun is not None:
             whole, part = begun.whole, range(begun.steps, begun.whole)
             wanted |= {"image": begun.latents, "latents": begun.latents}
-        if mask is not None:
-            wanted["mask_image"] = masks.cells(mask, size, pipeline.vae_scale_factor)
+        wanted |= {} if mask is None else {"mask_image": masks.cells(mask, size, pipeline.vae_scale_factor)}
         dtype = str(self.denoiser.root.dtype).removeprefix("torch.")
         with (
             self._scheduled(pipeline, params, seeds, begun) as scheduler,
@@ -198,9 +197,7 @@ class PipelineModel(ABC):
             if begun is not None or (pictures and timesteps is not None):
                 calls = params.steps if timesteps is None else scheduler.order * (params.steps - 1) + 1
                 skipped = params.steps - whole + part.start
-                wanted["strength"] = min(
-                    1.0, (calls - skipped + 0.5) / calls
-                )  # cut to steps there; of a list, to its calls
+                wanted["strength"] = min(1.0, (calls - skipped + 0.5) / calls)  # cut to steps; of a list, to its calls
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
             guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))

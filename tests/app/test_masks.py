@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 from app.images import read_mask
 from models.base import GenerationParams, Inpaint
 from models.masks import hard
+from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 from tests.app.test_passes import bomb, upload
 
@@ -176,3 +178,14 @@ async def test_a_setting_without_a_mask_is_said(client: httpx.AsyncClient, engin
     assert warnings[0] == "mask_blur had no effect: there is no mask."
     _, warnings = await params_of(client, engine, mask=sent(MASK), inpaint_padding=8)
     assert warnings[0] == "inpaint_padding had no effect: inpaint_area is not masked."
+
+
+@pytest.mark.parametrize("field", ["deepcache_enabled", "multiscale_enabled"])
+async def test_a_checkpoint_for_inpainting_refuses_what_does_not_go_with_it(field: str) -> None:
+    engine = FakeEngine()
+    models = {name: replace(info, inpaints=True) for name, info in engine.models.models.items()}
+    async with client_of(replace(engine, models=replace(engine.models, models=models))) as client:
+        refused = await client.post("/api/generate", json={"prompt": "a", field: True})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (422, "incompatible")
+        assert refused.json()["error"]["field"] == field
+        assert (await client.post("/api/generate", json={"prompt": "a"})).status_code == 200

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from cache import FirstBlockCache, NoCache
 from models import faces, limits, masks
 from models.base import Fill, GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
+from models.embedded import SPECS
 from models.families import FAMILIES
 from models.families.flux import FluxModel
 from models.generation import LoadedModel
@@ -104,6 +105,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedMod
         name: LoadedModel(FAMILIES[name].load(ModelSpec(name=name, family=name, source=path), "cpu"))
         for name, path in made.items()
     }
+
+
+@pytest.fixture(scope="module")
+def tiny_sd() -> LoadedModel:
+    (spec,) = [spec for spec in SPECS if spec.name == "tiny-sd"]
+    return LoadedModel(FAMILIES[spec.family].load(spec, "cpu"))
 
 
 @pytest.fixture(params=["sd", "sdxl", "flux"])
@@ -268,3 +275,16 @@ def test_a_border_repeats_the_edge() -> None:
     start = np.arange(6, dtype=np.uint8).reshape(2, 3)
     wide = np.asarray(masks.extended(Image.fromarray(start), 1, 0, 2, 1))
     assert wide.tolist() == [[0, 0, 1, 2, 2, 2], [3, 3, 4, 5, 5, 5], [3, 3, 4, 5, 5, 5]]
+
+
+@pytest.mark.parametrize("size", [(160, 96), (128, 256)], ids=str)
+def test_a_model_of_other_latents_and_of_its_own_sizes_leaves_what_the_mask_keeps(
+    tiny_sd: LoadedModel, size: tuple[int, int]
+) -> None:
+    """tiny-sd's latents have eight channels, which diffusers' pipeline does not take by itself."""
+    kept, mask = picture(*size), box(40, 30, 99, 69, size=size)
+    over = Img2Img(picture=kept, inpaint=Inpaint(mask=mask, blur=0))
+    params = replace(PARAMS, width=size[0], height=size[1], seeds=(7,), steps=4, img2img=over)
+    drawn = tiny_sd.generate(params, NoCache(), ignore)
+    assert np.array_equal(pixels(drawn.images)[0], under(mask, kept, pixels(drawn.images)[0]))
+    assert (pixels(drawn.images)[0][30:70, 40:100] != np.asarray(kept)[30:70, 40:100]).any(-1).mean() > 0.9
