@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from app.engine.types import Engine
 from app.errors import BodyTimeout, BodyTooLarge, Cancelled, Invalid, shown
-from app.http.resolve import MOST_PIXELS, Resolver
+from app.http.pictures import MOST_PIXELS
+from app.http.resolve import Resolver
 from app.images import read_texts
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord

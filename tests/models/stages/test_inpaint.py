@@ -17,7 +17,7 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 
-from cache import FirstBlockCache, NoCache
+from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces, limits, masks
 from models.base import Fill, GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
 from models.embedded import SPECS
@@ -156,6 +156,15 @@ def test_checkpoints_for_inpainting_draw_as_diffusers_lets_them(checkpoints: dic
     )
     over = replace(plain, img2img=Img2Img(picture=picture(SIDE, SIDE), denoise=0.5))
     assert np.array_equal(pixels(model.generate(over, NoCache(), ignore).images), by_diffusers(model, over, everything))
+
+
+@pytest.mark.parametrize(("name", "cache"), [("sd", DeepCache(interval=2)), ("flux-fill", FirstBlockCache(1.0))])
+def test_checkpoints_for_inpainting_run_under_their_caches(
+    checkpoints: dict[str, LoadedModel], name: str, cache: CacheStrategy
+) -> None:
+    """As a worker does that warms its model up; a request with a mask may have the first-block cache alone."""
+    drawn = checkpoints[name].generate(replace(PARAMS, seeds=(7,)), cache, ignore)
+    assert drawn.reports[0].hit_rate > 0
 
 
 @pytest.mark.parametrize("blur", [0, 2])
