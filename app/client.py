@@ -318,6 +318,15 @@ class Fields(TypedDict, total=False):
     img2img_denoise: float
     refiner_model: str | None
     refiner_switch: float
+    mask: str | None
+    mask_blur: int
+    mask_fill: Literal["original", "noise"]
+    inpaint_area: Literal["whole", "masked"]
+    inpaint_padding: int
+    outpaint_left: int
+    outpaint_top: int
+    outpaint_right: int
+    outpaint_bottom: int
     hires_fix: bool
     hires_upscaler: str | None
     adetailer: bool

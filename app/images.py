@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ _QUALITY = 95
 _READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever the bytes pose as
 _REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
 _DATA_URLS = ("image/png", "image/jpeg", "image/jpg", "image/webp")  # jpg is no media type, and what many write
+_NOISE = 8  # levels
 _SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
 _LONGEST_TEXTS = 2**20  # characters; a few bytes unfold to so many
 _UPRIGHT = {
@@ -62,13 +63,26 @@ def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:
     behind it; of 16 bits a channel the upper 8 are kept; EXIF that cannot be read orients nothing. Raises Invalid, or
     PictureTooLarge, read from the header, for more than `max_pixels`; both name `field`.
     """
+    return _read(text, field, max_pixels, _rgb)
+
+
+def read_mask(text: str, *, field: str, max_pixels: int) -> Image.Image:
+    """The picture in `text` as a mask, L: 255 is painted over. Otherwise as `read_picture`, and raises the same.
+
+    Luminance tells, and what is transparent is black. A picture that is black wherever it is not transparent is
+    somebody's drawing on nothing: there the opaque is painted over.
+    """
+    return _read(text, field, max_pixels, _luminance)
+
+
+def _read(text: str, field: str, max_pixels: int, converted: Callable[[Image.Image], Image.Image]) -> Image.Image:
     with _opened(text, field, max_pixels) as (file, data):
         if file.format in ("PNG", "WEBP") and getattr(file, "is_animated", False):
             raise Invalid(f"{field} is animated; send one of its frames.", field=field)
         if file.format == "JPEG" and data.count(b"\xff\xda") > _SCANS:
             raise Invalid(f"{field} is a JPEG of more than {_SCANS} scans; save it again.", field=field)
         file.load()
-        return _upright(file, _rgb(file))
+        return _upright(file, converted(file))
 
 
 def read_texts(text: str, *, field: str, max_pixels: int) -> dict[str, str]:
@@ -153,9 +167,29 @@ def _too_large(field: str, max_pixels: int) -> PictureTooLarge:
     )
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")  # a plain conversion would clip
+        return image.convert("I").point(lambda value: value / 256).convert("L")  # a plain conversion would clip
+    return image
+
+
+def _luminance(image: Image.Image) -> Image.Image:
+    image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("L").point(_clear)
+    layers = image.convert("RGBA")
+    seen = Image.alpha_composite(Image.new("RGBA", layers.size, "black"), layers).convert("L").point(_clear)
+    alpha = layers.getchannel("A")
+    return seen if seen.getbbox() or alpha.getextrema()[0] == 255 else alpha.point(_clear)
+
+
+def _clear(level: int) -> int:
+    """A level of a mask. What lies so near to black or white is JPEG's noise."""
+    return 0 if level < _NOISE else 255 if level > 255 - _NOISE else level
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = _eight_bits(image)
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import FreeU, GenerationParams, Lora, Upscaler
+from models.base import FreeU, GenerationParams, Inpaint, Lora, Upscaler
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,7 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Size": f"{width}x{height}",
         "Model": model,
         "Denoising strength": f"{img2img.denoise:g}" if img2img is not None else "0.5" if hires else None,
+        **(_inpaint(img2img.inpaint) if img2img is not None and img2img.inpaint is not None else {}),
         "Clip skip": params.clip_skip,
         "Skip Early CFG": f"{params.guidance_start:g}" if params.guidance_start else None,
         "Guidance end": f"{params.guidance_end:g}" if params.guidance_end < 1 else None,
@@ -173,6 +174,17 @@ def _quoted(name: str) -> str:
     """In quotation marks where a reader would take a part of it for a setting."""
     name = _one_line(name)
     return json.dumps(name) if set(name) & set(',:"') else name
+
+
+def _inpaint(inpaint: Inpaint) -> dict[str, str | int | None]:
+    """What AUTOMATIC1111 writes of a mask; its defaults are left out, but for the blur."""
+    masked = inpaint.padding is not None
+    return {
+        "Mask blur": inpaint.blur,
+        "Masked content": "latent noise" if inpaint.fill == "noise" else None,
+        "Inpaint area": "Only masked" if masked else None,
+        "Masked area padding": inpaint.padding,
+    }
 
 
 def _freeu(freeu: FreeU | None) -> dict[str, str]:

@@ -21,6 +21,7 @@ Offload = Literal["none", "text", "model", "group", "sequential"]
 Quantization = Literal["fp8", "int8", "nf4"]
 Prediction = Literal["epsilon", "v_prediction"]
 Distilled = Literal["turbo", "lightning", "lcm", "hyper"]
+Fill = Literal["original", "noise"]
 
 
 class ModelError(Exception):
@@ -143,14 +144,31 @@ class Enlargement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Inpaint:
+    """Draw a part of a picture anew and leave the rest as it is.
+
+    `mask` is L and of the picture's aspect; where it is 128 or more is drawn. How much of that shows is the mask
+    itself, softened by a Gaussian of `blur` pixels of the answer. `fill`: what the part begins from. `padding`: the
+    pixels around the mask that are drawn with it at the request's size; None draws the whole picture.
+    """
+
+    mask: Image.Image
+    blur: int = 4
+    fill: Fill = "original"
+    padding: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Img2Img:
     """Begin from a picture: the last `denoise` of the noise schedule is run on it, above 0 and up to 1.
 
-    `picture` is RGB and of any size; it is scaled to cover the drawing, and the overhang is cut evenly.
+    `picture` is RGB and of any size; it is scaled to cover the drawing, and the overhang is cut evenly. `inpaint`: a
+    part of it alone is drawn.
     """
 
     picture: Image.Image
     denoise: float = 0.75
+    inpaint: Inpaint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,10 @@
 This is the one module that knows both the models and the stages. The order:
 
     from noise or a picture (multi-scale acts in it) → hires → refine → decode, resample to the size asked for
-    → detail → upscale
+    → detail → put back what a mask keeps → upscale
 
-Each but decode and upscale is a run of a denoiser with a scheduler and a cache run of its own; previews come from all
-of them. A refiner goes on with the last run before it, which ends early for that.
+Each but decode, put back and upscale is a run of a denoiser with a scheduler and a cache run of its own; previews come
+from all of them. A refiner goes on with the last run before it, which ends early for that.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .stages.decode import Decode
 from .stages.detail import ADetailer
 from .stages.drawing import Clock, Drawing, Progress, SecondModel, Stage
 from .stages.hires import HiresFix
+from .stages.inpaint import PutBack, WithinMask
 from .stages.kept import KeptRuns
 from .stages.model import Sizes
 from .stages.noise import FromNoise
@@ -55,13 +56,17 @@ def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
     small, full = hires.sizes(model, params) if params.hires_fix else ((0, 0), (0, 0))
     until = switch if small == full else 1.0
     first: Stage = FromNoise(until) if params.img2img is None else FromPicture(params.img2img, until)
+    put_back: tuple[Stage, ...] = ()
+    if params.img2img is not None and params.img2img.inpaint is not None:
+        first = WithinMask(params.img2img, until, inpaint=params.img2img.inpaint)
+        put_back = (PutBack(params.img2img.picture),)
     enlarger = None if params.hires_upscaler is None else upscaling.load(params.hires_upscaler)
     enlarged = (HiresFix(enlarger, switch),) if params.hires_fix else ()
     drawn = hires.STRENGTH if small != full else 1.0 if params.img2img is None else params.img2img.denoise
     refined = (Refine(switch, drawn),) if params.refiner is not None else ()
     detailed = (ADetailer(faces.finder(params.face_detector)),) if params.adetailer else ()
     upscaled = (Upscale(upscaling.load(params.upscale)),) if params.upscale is not None else ()
-    return (first, *enlarged, *refined, Decode(), *detailed, *upscaled)
+    return (first, *enlarged, *refined, Decode(), *detailed, *put_back, *upscaled)
 
 
 _LOADS = count()  # tells models that were loaded one after the other under one name apart

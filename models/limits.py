@@ -37,16 +37,20 @@ def need_two(params: GenerationParams, name: str) -> None:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale `image` (Lanczos) until it covers width × height, and cut the overhang evenly from both sides."""
+    """Scale `image` until it covers width × height, and cut the overhang evenly from both sides.
+
+    By Lanczos; a mask, L, by a filter that rings at no edge.
+    """
     from PIL import Image
 
+    resampling = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
     kept_width, kept_height = width / scale, height / scale
     left, top = (image.width - kept_width) / 2, (image.height - kept_height) / 2
     box = (left, top, left + kept_width, top + kept_height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return image.resize((width, height), resampling, box=box)
 
 
 def unknown_words(spec: ModelSpec, prompt: str) -> list[str]:

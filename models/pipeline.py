@@ -10,12 +10,12 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from . import finite
+from . import finite, masks
 from .acceleration import attention, compilation
 from .base import UNWATCHED, FreeU, GenerationParams, LoadFailed, LoadHooks, ModelSpec
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
-from .run import Begun, Run
+from .run import Begun, Kind, Run, sibling_of
 from .sampling import samplers
 from .sampling.responses import Responses
 
@@ -168,14 +168,18 @@ class PipelineModel(ABC):
         strength: float = 1.0,
         until: float = 1.0,
         begun: Begun | None = None,
+        mask: Image.Image | None = None,
     ) -> Iterator[Run]:
         """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
         They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
-        diffusers' img2img pipelines, or as they were `begun`; they end with the steps that begin before `until` of the
-        schedule is over. Raises AttentionUnavailable and CompilationFailed.
+        diffusers' img2img or, within a mask, inpaint pipelines, or as they were `begun`; they end with the steps that
+        begin before `until` of the schedule is over. A checkpoint for inpainting has all masked without a mask. Raises
+        AttentionUnavailable and CompilationFailed.
         """
-        pipeline = self.from_pictures() if pictures or begun else self.pipeline
+        if self.inpaints and mask is None:
+            mask, pictures = masks.everything(size), pictures or [masks.nothing(size)] * len(seeds)
+        pipeline = self.sibling("Img2Img" if mask is None else "Inpaint") if pictures or begun else self.pipeline
         takes = inspect.signature(type(pipeline).__call__).parameters
         wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
         wanted |= self.guidance(params)
@@ -188,6 +192,7 @@ class PipelineModel(ABC):
         elif begun is not None:
             whole, part = begun.whole, range(begun.steps, begun.whole)
             wanted |= {"image": begun.latents, "latents": begun.latents}
+        wanted |= {} if mask is None else {"mask_image": masks.cells(mask, size, pipeline.vae_scale_factor)}
         dtype = str(self.denoiser.root.dtype).removeprefix("torch.")
         with (
             self._scheduled(pipeline, params, seeds, begun) as scheduler,
@@ -197,7 +202,7 @@ class PipelineModel(ABC):
             if begun is not None or (pictures and timesteps is not None):
                 calls = params.steps if timesteps is None else scheduler.order * (params.steps - 1) + 1
                 skipped = params.steps - whole + part.start
-                wanted["strength"] = (calls - skipped + 0.5) / calls  # cut to steps there; of a list, to its calls
+                wanted["strength"] = min(1.0, (calls - skipped + 0.5) / calls)  # cut to steps; of a list, to its calls
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
             guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
@@ -236,20 +241,15 @@ class PipelineModel(ABC):
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
 
-    def from_pictures(self) -> Any:
-        """diffusers' img2img pipeline for this one, made of the same components."""
-        import diffusers
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser takes a mask and the masked picture beside the latents."""
+        root: Any = self.denoiser.root
+        return root.config.in_channels in masks.INPAINTING
 
-        # By name: diffusers' AutoPipelineForImage2Image would import every pipeline that there is.
-        cls = getattr(diffusers, type(self.pipeline).__name__.replace("Pipeline", "Img2ImgPipeline"))
-        settings = {**self.pipeline.config, **self.pipeline.components}
-        wanted = inspect.signature(cls.__init__).parameters
-        parts = {name: value for name, value in settings.items() if name in wanted}
-        # StableDiffusionImg2ImgPipeline compares a UNet's sample_size with 64; that of oblong pictures is a list.
-        pipeline = cls(**{name: None if name == "unet" else value for name, value in parts.items()})
-        pipeline.register_modules(**{name: value for name, value in parts.items() if name == "unet"})
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    def sibling(self, kind: Kind) -> Any:
+        """diffusers' pipeline of that kind for this one, made of the same components."""
+        return sibling_of(self.pipeline, kind)
 
     def partial_steps(self, steps: int, strength: float) -> int:
         """How many of `steps` that pipeline takes at `strength`."""

@@ -256,6 +256,7 @@ class Registry:
             "loaded": name in self._loaded,
             "default": name in (self.default, self.default_flux),
             "cache": family.cache,
+            "inpaints": error is None and family.inpaints(spec),
             "branches": [{"branch": branch, "reuse_cost": cost} for branch, cost in enumerate(costs)],
             "samplers": {sampler: list(schedulers) for sampler, schedulers in family.samplers.items()},
             "attention": self._attention(spec),

@@ -1,10 +1,11 @@
-"""One run of a diffusers pipeline under a cache: its call, and its callbacks turned into steps."""
+"""One run of a diffusers pipeline, or of a sibling of it, under a cache: its call, its callbacks turned into steps."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -14,6 +15,25 @@ if TYPE_CHECKING:
     from .acceleration.attention import Attention
     from .acceleration.compilation import Compilation
     from .guidance import Guidance
+
+Kind = Literal["Img2Img", "Inpaint"]
+
+
+def sibling_of(pipeline: Any, kind: Kind) -> Any:
+    """diffusers' pipeline of that kind, made of the components of `pipeline`; FluxFillPipeline inpaints itself."""
+    import diffusers
+
+    # By name: diffusers' AutoPipelineForImage2Image would import every pipeline that there is.
+    own = type(pipeline)
+    cls = getattr(diffusers, own.__name__.replace("Img2Img", "").replace("Pipeline", f"{kind}Pipeline"), own)
+    settings = {**pipeline.config, **pipeline.components}
+    wanted = inspect.signature(cls.__init__).parameters
+    parts = {name: value for name, value in settings.items() if name in wanted}
+    # StableDiffusionImg2ImgPipeline compares a UNet's sample_size with 64; that of oblong pictures is a list.
+    sibling = cls(**{name: None if name == "unet" else value for name, value in parts.items()})
+    sibling.register_modules(**{name: value for name, value in parts.items() if name == "unet"})
+    sibling.set_progress_bar_config(disable=True)
+    return sibling
 
 
 @dataclass(frozen=True, slots=True)

@@ -347,7 +347,7 @@ def configured_runner(
 
 
 def _info(row: dict[str, Any], profile: Profile) -> ModelInfo:
-    same = ("name", "family", "size_multiple", "cache", "steps", "guidance_scale", "error")
+    same = ("name", "family", "size_multiple", "cache", "inpaints", "steps", "guidance_scale", "error")
     return ModelInfo(
         **{name: row[name] for name in same},
         native_size=(row["native_width"], row["native_height"]),

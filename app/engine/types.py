@@ -166,8 +166,9 @@ class ModelInfo:
 
     Sizes are in pixels, (width, height); `render_sizes` are those it draws at before resampling, if it is so bound.
     `attention` says for each kernel why it cannot run the model here, and `compilation` why it cannot be compiled; None
-    where nothing stands in the way. `distilled`: by what it draws in few steps, if it does. `error` says why its files
-    do not load, if they do not. `profile` has the seconds of this device alone.
+    where nothing stands in the way. `inpaints`: its network was trained to draw within a mask. `distilled`: by what it
+    draws in few steps, if it does. `error` says why its files do not load, if they do not. `profile` has the seconds of
+    this device alone.
     """
 
     name: str
@@ -180,6 +181,7 @@ class ModelInfo:
     samplers: Mapping[str, tuple[str, ...]]
     branches: tuple[Branch, ...] = ()
     render_sizes: tuple[tuple[int, int], ...] = ()
+    inpaints: bool = False
     attention: Mapping[str, str | None] = field(default_factory=dict)
     compilation: str | None = None
     distilled: str | None = None

@@ -23,7 +23,8 @@ from app.errors import (
     shown,
 )
 from app.http.foreign import LIGHTDIFFUSION, translated
-from app.http.resolve import MOST_PIXELS, SEEDS, Resolver
+from app.http.pictures import MOST_PIXELS
+from app.http.resolve import SEEDS, Resolver
 from app.http.schemas import GenerateRequest
 from app.images import read_texts
 from app.jobs.jobs import Jobs

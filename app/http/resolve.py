@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -13,34 +12,21 @@ from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
+from app.http import pictures
 from app.http.schemas import GenerateRequest
-from app.images import read_picture
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import (
-    Embedding,
-    FreeU,
-    GenerationParams,
-    Img2Img,
-    Lora,
-    Multiscale,
-    Refiner,
-    UnsupportedSampler,
-    Upscaler,
-)
+from models.base import Embedding, FreeU, GenerationParams, Lora, Multiscale, Refiner, UnsupportedSampler, Upscaler
 from models.families import FAMILIES
-from models.limits import fit
 from models.sampling.samplers import check as check_sampler
 from models.text.prompt import BadPrompt
 from models.text.prompt import parse as parse_prompt
 from models.tuning.choice import Choice, Wish, choose, faults
 
 SEEDS = 2**32
-SMALLEST_PICTURE = 32  # pixels a side of an upload
-MOST_PIXELS = 2**24  # of one
 
 _OF_DEEPCACHE = {name for name in GenerateRequest.model_fields if name.startswith("deepcache_")}
 
@@ -99,7 +85,7 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = _img2img(request, steps, same_aspect)
+    img2img = pictures.img2img(request, steps, same_aspect)
     warnings = _warnings(request, model)
     adapters = Adapters(settings)
     embeddings, said = adapters.mentioned(request, model)
@@ -239,6 +225,11 @@ def _refiner(request: GenerateRequest, model: ModelInfo, catalogue: Catalogue) -
             f"{' or '.join(sorted(fitting))}. There is: {', '.join(others) or 'none'}.",
             field="refiner_model",
         )
+    if second.inpaints:
+        raise Incompatible(
+            f"{second.name} was trained to inpaint, and goes on with nothing. Name another refiner_model.",
+            field="refiner_model",
+        )
     return Refiner(model=second.name, switch=request.refiner_switch)
 
 
@@ -259,10 +250,22 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
         raise Incompatible(
             "DeepCache can cause artifacts in img2img. Set deepcache_enabled to false.", field="deepcache_enabled"
         )
-    if request.cache_speedup is not None and request.img2img_enabled:
+    if request.cache_speedup is not None and (request.img2img_enabled or model.inpaints):
         raise Incompatible(
             "cache_speedup is measured on pictures that begin in noise. Leave cache_speedup out and give fewer steps.",
             field="cache_speedup",
+        )
+    if request.deepcache_enabled and model.inpaints:
+        raise Incompatible(
+            f"DeepCache can cause artifacts in inpainting, which is all that {model.name} was trained for. Set "
+            "deepcache_enabled to false.",
+            field="deepcache_enabled",
+        )
+    if request.multiscale_enabled and model.inpaints:
+        raise Incompatible(
+            f"{model.name} was trained to inpaint and is shown the mask beside the latents, which small steps have not "
+            "got. Set multiscale_enabled to false, or take a model that was not.",
+            field="multiscale_enabled",
         )
     if request.stable_fast and is_flux:
         raise Incompatible(
@@ -291,37 +294,6 @@ def _check_size(request: GenerateRequest, model: ModelInfo) -> None:
                 f"{below} would be one, or {below + multiple}.",
                 field=field,
             )
-
-
-def _img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img | None:
-    """Decodes the upload, which may take seconds and can raise PictureTooLarge: last, when all else is in order."""
-    if not request.img2img_enabled:
-        return None
-    if request.img2img_image is None:
-        raise Invalid(
-            "img2img_enabled needs a picture in img2img_image, as base64 or a data URL.", field="img2img_image"
-        )
-    if int(steps * request.img2img_denoise) < 1:
-        raise Invalid(
-            f"img2img_denoise {request.img2img_denoise:g} of {steps} steps leaves no step to run. "
-            f"Give at least {math.ceil(1000 / steps) / 1000:g}, or more steps.",
-            field="img2img_denoise",
-        )
-    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=MOST_PIXELS)
-    if min(picture.size) < SMALLEST_PICTURE:
-        raise Invalid(
-            f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
-            f"{SMALLEST_PICTURE} a side. Send a larger picture.",
-            field="img2img_image",
-        )
-    if same_aspect and picture.width * request.height != picture.height * request.width:
-        raise Invalid(
-            f"The picture's {picture.width}×{picture.height} pixels have another aspect than "
-            f"{request.width}×{request.height}. It is cut to it here: set resize_mode to 1, or send one that fits.",
-            field="resize_mode",
-        )
-    # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
-    return Img2Img(picture=fit(picture, request.width, request.height), denoise=request.img2img_denoise)
 
 
 def _freeu(request: GenerateRequest, model: ModelInfo) -> FreeU | None:
@@ -381,6 +353,10 @@ def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:
     first_block = given & {"fbcache_threshold", "fbcache_max_consecutive"}
     unless(has_fbcache and request.fbcache_enabled is not False, first_block, reason)
     unless(request.img2img_enabled, changed & {"img2img_image", "img2img_denoise"}, "img2img_enabled is not true")
+    masked = changed & {"mask_blur", "mask_fill", "inpaint_area", "inpaint_padding"}
+    unless(pictures.inpaints(request), masked, "there is no mask")
+    padding = changed & {"inpaint_padding"} if pictures.inpaints(request) else set()
+    unless(request.inpaint_area == "masked", padding, "inpaint_area is not masked")
     multiscale = changed & {f"multiscale_{name}" for name in request.multiscale}
     unless(request.multiscale_enabled, multiscale, "multiscale_enabled is not true")
     unless(request.hires_fix, named & {"hires_upscaler"}, "hires_fix is not true")

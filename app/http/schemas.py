@@ -212,6 +212,20 @@ class GenerateRequest(BaseModel):
     refiner_switch: float = Field(
         0.8, gt=0, lt=1, description="The share of the noise schedule after which refiner_model goes on."
     )
+    mask: str | None = Field(
+        None, description="Draw a part of img2img_image alone: a picture of its aspect, white there, as it is sent."
+    )
+    mask_blur: int = Field(4, ge=0, le=64, description="Softens the mask's edge: pixels of a Gaussian's sigma.")
+    mask_fill: Literal["original", "noise"] = Field("original", description="What the masked part begins from.")
+    inpaint_area: Literal["whole", "masked"] = Field(
+        "whole",
+        description="What is drawn at width × height: the picture, or a close-up of the mask, which is put back.",
+    )
+    inpaint_padding: int = Field(32, ge=0, le=1024, description="Pixels around the mask that the close-up shows too.")
+    outpaint_left: int = Field(0, ge=0, le=2048, description="Draw so many pixels of the width beside img2img_image.")
+    outpaint_top: int = Field(0, ge=0, le=2048, description="The same above it.")
+    outpaint_right: int = Field(0, ge=0, le=2048, description="The same on its other side.")
+    outpaint_bottom: int = Field(0, ge=0, le=2048, description="The same below it.")
     hires_fix: bool = Field(False, description="Draw at half the size first, then enlarge and refine.")
     hires_upscaler: Name | None = Field(
         None, description="What enlarges in between: an upscaler of GET /api/adapters; null is Lanczos."

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .family import ModelFamily
-from .flux import FLUX, FLUX_DEV, FLUX_SCHNELL
+from .flux import FLUX, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
 from .sd import SD, SD15, SD21
 from .sdxl import SDXL, SDXL_REFINER
 
-_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, SDXL_REFINER, FLUX, FLUX_SCHNELL, FLUX_DEV)
+_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, SDXL_REFINER, FLUX, FLUX_SCHNELL, FLUX_DEV, FLUX_FILL)
 FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})

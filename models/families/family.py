@@ -10,7 +10,8 @@ from typing import Any
 from models.base import UNWATCHED, CacheName, DtypeName, FreeU, LoadHooks, ModelSpec
 from models.libraries import quiet
 from models.loading.file import check_family, single_file
-from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline
+from models.loading.folder import check_class, check_traits, dtype_for, load_pipeline, read_json
+from models.masks import INPAINTING
 from models.pipeline import PipelineModel
 from models.sampling.samplers import Sampler, choices
 
@@ -65,6 +66,10 @@ class ModelFamily(ABC):
         """
         self.check(spec)
         return ()
+
+    def inpaints(self, spec: ModelSpec) -> bool:
+        """Whether its network takes a mask and the masked picture beside the latents. Raises LoadFailed."""
+        return read_json(spec, f"{self.network}/config.json").get("in_channels") in INPAINTING
 
     def load(
         self, spec: ModelSpec, device: str, hooks: LoadHooks = UNWATCHED, memory: int | None = None

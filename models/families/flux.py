@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.pipeline import PipelineModel
+from models.run import Kind
 from models.sampling.samplers import FLOW_MATCHING, Sampler
 from models.text.prompt import remarks
 
@@ -54,6 +55,13 @@ FLUX_SCHNELL = FluxFamily(
     guidance_scale=0.0,  # distilled to few steps; a scale above 1 would run it twice a step
 )
 FLUX_DEV = FluxFamily(name="flux-dev", traits={"guidance_embeds": True})
+FLUX_FILL = FluxFamily(
+    name="flux-fill",
+    pipeline="FluxFillPipeline",
+    traits={"guidance_embeds": True, "in_channels": 384},
+    steps=50,
+    guidance_scale=30.0,
+)
 
 
 class FluxModel(PipelineModel):
@@ -111,11 +119,11 @@ class FluxModel(PipelineModel):
             return {"guidance_scale": scale}
         return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
 
-    def from_pictures(self) -> Any:
+    def sibling(self, kind: Kind) -> Any:
         """With steps counted as steps, where diffusers' pipeline takes a second-order scheduler's calls for them, and
         with the lanes that it does not name.
         """
-        pipeline = super().from_pictures()
+        pipeline = super().sibling(kind)
 
         def get_timesteps(calls: int, strength: float, device: object) -> tuple[torch.Tensor, int]:
             scheduler = pipeline.scheduler

@@ -12,6 +12,7 @@ from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.libraries import first_line, quiet
 from models.loading.folder import damaged, read_json
 from models.pipeline import PipelineModel
+from models.run import Kind
 from models.sampling.samplers import DIFFUSION, Sampler
 from models.text.clip import MOST_WINDOWS, encoders, left_out, plain_enough, states
 from models.text.prompt import parse, plain, remarks
@@ -63,6 +64,13 @@ class StableDiffusionModel(PipelineModel):
             return None if timesteps is None else place(self.placements, *sampling, timesteps, interval, branch)
 
         return self.denoiser.ruled(rule, guided=guidance.acts)
+
+    def sibling(self, kind: Kind) -> Any:
+        """With a UNet that diffusers' pipelines for inpainting take for one of four channels, whatever its latents."""
+        pipeline = super().sibling(kind)
+        if kind == "Inpaint" and not self.inpaints:
+            pipeline.__dict__["unet"] = _OfFour(pipeline.unet)
+        return pipeline
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
@@ -120,6 +128,20 @@ class StableDiffusionModel(PipelineModel):
         if params.guidance_rescale and params.guidance_scale <= 1:
             sentences.append("guidance_rescale has no effect at a guidance scale of 1 or less.")
         return sentences
+
+
+class _OfFour:
+    """A UNet to pipelines that refuse to blend latents of any other number of channels, and do nothing else with it."""
+
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
+        self.config = type(unet.config)({**unet.config, "in_channels": 4})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return self._unet(*args, **inputs)
 
 
 @lru_cache(maxsize=32)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.base import FreeU, GenerationParams
+from models.run import Kind
 from models.sampling.samplers import AYS_TIMESTEPS_XL
 from models.text.clip import encoders, plain_enough, states
 from models.text.prompt import parse, plain, windows
@@ -61,8 +62,8 @@ class SDXLModel(StableDiffusionModel):
 class SDXLRefinerModel(SDXLModel):
     """The pipeline itself adds the scores that it was published with: 6, and 2.5 without text."""
 
-    def from_pictures(self) -> Any:
-        return self.pipeline
+    def sibling(self, kind: Kind) -> Any:
+        return self.pipeline if kind == "Img2Img" else super().sibling(kind)
 
 
 SDXL = UNetFamily(

@@ -14,6 +14,7 @@ from typing import Any
 from models.base import Hub, ModelSpec
 
 from .file import SUFFIXES
+from .folder import plain_class
 from .header import UNSAFE, BadFile
 from .recognise import PARTS, WORDS, FewSteps, Role, few_steps, recognise_file
 from .shapes import unusual
@@ -24,7 +25,7 @@ _LINK = (
     "WAVESPEED_CHECKPOINT_FOLDER name where it lies"
 )
 _REFINER = "StableDiffusionXLImg2ImgPipeline"
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", _REFINER, "FluxPipeline")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", _REFINER, "FluxPipeline", "FluxFillPipeline")
 Stamp = tuple[tuple[int, int], ...]
 """When each of a model's files was changed, in nanoseconds, and its bytes."""
 
@@ -211,9 +212,11 @@ def _read(path: Path, stamp: Stamp, reason: str) -> _Entry:
 def _family_of_folder(folder: Path) -> str:
     """Raises BadFile."""
     index = _json(folder / "model_index.json")
-    named = index.get("_class_name")
+    named = plain_class(index)
     if named not in _PIPELINES:
         raise BadFile(f"is a {named}, and of diffusers folders {', '.join(_PIPELINES)} are served")
+    if named == "FluxFillPipeline":
+        return "flux-fill"
     if named == "FluxPipeline":
         return "flux-dev" if _json(folder / "transformer" / "config.json").get("guidance_embeds") else "flux-schnell"
     if named == "StableDiffusionXLPipeline":

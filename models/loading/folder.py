@@ -182,9 +182,14 @@ def check_traits(spec: ModelSpec, path: str, traits: Mapping[str, object]) -> No
             )
 
 
+def plain_class(index: Mapping[str, Any]) -> str:
+    """The pipeline class that a folder's index names; for one that inpaints, that from noise of the same components."""
+    return str(index.get("_class_name")).replace("InpaintPipeline", "Pipeline")
+
+
 def check_class(spec: ModelSpec, expected: str) -> None:
-    """Raise LoadFailed unless the folder's index names the pipeline class `expected`."""
-    declared = read_json(spec, "model_index.json").get("_class_name")
+    """Raise LoadFailed unless the folder's index names the pipeline class `expected`, or its sibling that inpaints."""
+    declared = plain_class(read_json(spec, "model_index.json"))
     if declared != expected:
         raise LoadFailed(
             f"The model {spec.name!r} at {spec.source} is a {declared}, but its family {spec.family!r} loads "

@@ -31,6 +31,7 @@ PARTS: Mapping[str, Mapping[str, Role]] = MappingProxyType(
         "sdxl-refiner": {"unet": "unet", "text_encoder_2": "clip_g", "vae": "vae4"},
         "flux-schnell": {"transformer": "flux", "text_encoder": "clip_l", "text_encoder_2": "t5", "vae": "vae16"},
         "flux-dev": {"transformer": "flux", "text_encoder": "clip_l", "text_encoder_2": "t5", "vae": "vae16"},
+        "flux-fill": {"transformer": "flux", "text_encoder": "clip_l", "text_encoder_2": "t5", "vae": "vae16"},
     }
 )
 """Family → component of its pipeline → the network that it is."""
@@ -254,14 +255,12 @@ def _unet_family(unet: Network) -> str:
     family = ("sdxl-refiner" if deepest == 12 else "sdxl") if labelled else "sd21" if linear else "sd15"
     if any(".time_stack." in name or "motion_modules." in name for name in unet.tensors):
         raise BadFile("is a video model, which is not served here")
-    if channels == 9:
-        raise BadFile("is an inpainting model (its UNet takes 9 channels): masks are not served here")
     if channels in _FURTHER:
         raise BadFile(f"is {_FURTHER[channels]} (its UNet takes {channels} channels), which is not served here")
     if labelled and "input_blocks.1.1.proj_in.weight" in unet.tensors:  # SDXL's first level does not attend
         raise BadFile("is an unCLIP of Stable Diffusion 2 (its UNet takes a picture's embedding), not served here")
-    if channels != 4:
-        raise BadFile(f"has a UNet of {channels} channels, and those served here take 4")
+    if channels not in (4, 9):  # 9: with a mask and the masked picture's latents, for inpainting
+        raise BadFile(f"has a UNet of {channels} channels, and those served here take 4, or 9 to inpaint")
     if "time_embed.cond_proj.weight" in unet.tensors:
         raise BadFile("is a latent consistency model as one file, which is not served here: bring its diffusers folder")
     return family
@@ -269,8 +268,10 @@ def _unet_family(unet: Network) -> str:
 
 def _flux_family(flux: Network) -> str:
     channels = flux.ending("img_in.weight", "x_embedder.weight").shape[-1]
-    if channels in (128, 384, 448):
-        raise BadFile(f"is a Flux for filling, depth or edges (it takes {channels} numbers a token), not served here")
+    if channels == 384:
+        return "flux-fill"
+    if channels in (128, 448):
+        raise BadFile(f"is a Flux for depth or edges (it takes {channels} numbers a token), not served here")
     distilled = any(name.startswith(("guidance_in.", "time_text_embed.guidance_embedder.")) for name in flux.tensors)
     return "flux-dev" if distilled else "flux-schnell"
 

@@ -93,7 +93,11 @@ def _unet(network: Network, config: Configuration) -> Configuration:
         network.tensors[f"input_blocks.{1 + level * step}.0.out_layers.3.weight"].shape[0] for level in range(levels)
     ]
     text = network.ending("attn2.to_k.weight")
-    read: Configuration = {"block_out_channels": widths, "cross_attention_dim": text.shape[1]}
+    read: Configuration = {
+        "in_channels": network.tensors["input_blocks.0.0.weight"].shape[1],
+        "block_out_channels": widths,
+        "cross_attention_dim": text.shape[1],
+    }
     if isinstance(config["attention_head_dim"], list):
         read["attention_head_dim"] = [max(1, width // HEAD) for width in widths]
     if "projection_class_embeddings_input_dim" in config:
@@ -126,6 +130,7 @@ def _flux(network: Network, config: Configuration) -> Configuration:
     width, channels = tensors[f"{image}.weight"].shape
     return {
         "in_channels": channels,
+        "out_channels": tensors["final_layer.linear.weight" if published else "proj_out.weight"].shape[0],
         "num_attention_heads": width // config["attention_head_dim"],
         "joint_attention_dim": tensors[f"{text}.weight"].shape[1],
         "pooled_projection_dim": tensors[f"{pooled}.weight"].shape[1],

@@ -17,6 +17,7 @@ from models.base import GenerationParams
 
 from .drawing import Drawing
 from .model import Sizes
+from .region import Frame, Region, framed
 
 STRENGTH = 0.4
 CONTEXT = 2.0  # side of the crop by the face's longer side
@@ -38,30 +39,36 @@ class ADetailer:
     def run(self, drawing: Drawing) -> None:
         model, params = drawing.model, drawing.params
         with drawing.clock("decode"):
-            found = [self.find(image)[:MOST_FACES] for image in drawing.images]
+            found = [self._faces(drawing, image)[:MOST_FACES] for image in drawing.images]
         steps = model.partial_steps(params.steps, strength(params))
         drawing.progress.total += steps * sum(map(len, found))
+        part = "the picture" if drawing.region is None else "what was drawn of the picture"
         for index, boxes in enumerate(found):
             if not boxes:
                 drawing.warnings.append(
-                    f"ADetailer found no face in the picture of seed {drawing.seeds[index]}; it is as it was drawn."
+                    f"ADetailer found no face in {part} of seed {drawing.seeds[index]}; it is as it was drawn."
                 )
             for box in boxes:
                 drawing.images[index] = self._redrawn(drawing, index, box)
 
+    def _faces(self, drawing: Drawing, image: Image.Image) -> list[faces.Box]:
+        """Those of which something will show."""
+        found = self.find(image)
+        if drawing.region is None:
+            return found
+        shown = drawing.region.weights.resize(image.size)
+        return [box for box in found if shown.crop(corners(box)).getbbox()]
+
     def _redrawn(self, drawing: Drawing, index: int, box: faces.Box) -> Image.Image:
         image = drawing.images[index]
         frame = around(box, image.size)
-        crop = image.crop(frame)
-        size = drawing_size(drawing.model, crop.size)
-        enlarged = crop.resize(size, Image.Resampling.LANCZOS)
+        region = Region(frame, feathered(box, frame))
+        size = drawing_size(drawing.model, region.size)
+        enlarged = region.cut(image, size)
         latents = drawing.from_pictures("adetailer", [enlarged], strength(drawing.params), only=index)
         with drawing.clock("decode"):
             (drawn,) = drawing.model.decode(latents, *size)
-            drawn = drawn.resize(crop.size, Image.Resampling.LANCZOS)
-            result = image.copy()
-            result.paste(drawn, frame[:2], feathered(box, frame))
-        return result
+            return region.put_back(image, drawn)
 
 
 def strength(params: GenerationParams) -> float:
@@ -69,15 +76,14 @@ def strength(params: GenerationParams) -> float:
     return max(STRENGTH, 1 / params.steps)
 
 
-def around(box: faces.Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a square around the face, moved and cut to lie within a picture of `size`."""
+def corners(box: faces.Box) -> Frame:
+    return box.left, box.top, box.left + box.width, box.top + box.height
+
+
+def around(box: faces.Box, size: tuple[int, int]) -> Frame:
+    """A square around the face, moved and cut to lie within a picture of `size`."""
     side = round(CONTEXT * max(box.width, box.height))
-    edges = []
-    for start, length, whole in ((box.left, box.width, size[0]), (box.top, box.height, size[1])):
-        kept = min(side, whole)
-        edges.append((min(max(start + (length - kept) // 2, 0), whole - kept), kept))
-    (left, width), (top, height) = edges
-    return left, top, left + width, top + height
+    return framed(corners(box), (side, side), size)
 
 
 def drawing_size(model: Sizes, crop: tuple[int, int]) -> tuple[int, int]:
@@ -92,13 +98,13 @@ def drawing_size(model: Sizes, crop: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def feathered(box: faces.Box, frame: tuple[int, int, int, int]) -> Image.Image:
+def feathered(box: faces.Box, frame: Frame) -> Image.Image:
     """How much of the new crop shows, 0 … 255: all of it on the face, nothing at the crop's edge."""
     width, height = frame[2] - frame[0], frame[3] - frame[1]
     radius = FEATHER * max(box.width, box.height)
     middle = (box.left - frame[0] + box.width / 2, box.top - frame[1] + box.height / 2)
     half = (MASK * box.width / 2, MASK * box.height / 2)
     mask = Image.new("L", (width, height))
-    corners = [middle[0] - half[0], middle[1] - half[1], middle[0] + half[0], middle[1] + half[1]]
-    ImageDraw.Draw(mask).rounded_rectangle(corners, radius=2 * radius, fill=255)
+    box_of_mask = [middle[0] - half[0], middle[1] - half[1], middle[0] + half[0], middle[1] + half[1]]
+    ImageDraw.Draw(mask).rounded_rectangle(box_of_mask, radius=2 * radius, fill=255)
     return mask.filter(ImageFilter.GaussianBlur(radius))

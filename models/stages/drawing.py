@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,12 +14,14 @@ from PIL import Image
 from cache import CacheStrategy
 from cache.prediction import prediction_of
 from models import finite
-from models.base import GenerationParams, StageReport, Step
+from models.base import Fill, GenerationParams, StageReport, Step
 from models.run import Begun, Run
 
+from .fill import noise_within
 from .model import Model, Sizes
 from .multiscale import Scales
 from .preview import Previews
+from .region import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Drawing:
     conditioning: the pipeline's arguments for the text, each with a row an image. size: (width, height), pixels.
     generators: one an image, on the CPU, seeded once and drawn from by all stages in turn, so that a picture is the
         same on every device and whatever it is batched with.
+    region: what of the answer is drawn, where it is a part: `images` show its frame until it is put back. mask: what is
+        drawn anew in the frame, hard, at the drawing's aspect.
     sampling: sampler and scheduler by name, of the last run. kernels: what computed the attention of each run.
     """
 
@@ -50,6 +54,8 @@ class Drawing:
     progress: Progress
     refiner: SecondModel | None = None
     latents: torch.Tensor | None = None
+    region: Region | None = None
+    mask: Image.Image | None = None
     images: list[Image.Image] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -85,14 +91,17 @@ class Drawing:
         *,
         until: float = 1.0,
         only: int | None = None,
+        mask: Image.Image | None = None,
+        fill: Fill = "original",
     ) -> torch.Tensor:
         """Latents drawn over `pictures`, which are of one size that the model can draw at.
 
         They are encoded and noised to where the last `strength` of the schedule begins, and denoised from there. There
-        is one an image of the batch, or a single one for the image `only`.
+        is one an image of the batch, or a single one for the image `only`. mask: what of them is drawn, a hard one of
+        their aspect; it begins from them or from noise alone (`fill`).
         """
         images = slice(None) if only is None else slice(only, only + 1)
-        return self._denoise(name, images, pictures[0].size, pictures, strength, until)
+        return self._denoise(name, images, pictures[0].size, pictures, strength, until, mask=mask, fill=fill)
 
     def _denoise(
         self,
@@ -103,6 +112,8 @@ class Drawing:
         strength: float = 1.0,
         until: float = 1.0,
         begun: Begun | None = None,
+        mask: Image.Image | None = None,
+        fill: Fill = "original",
     ) -> torch.Tensor:
         """One run of the cache, reported under the stage's `name`: latents, one row for each of `images`."""
         params, seeds = self.params, self.seeds[images]
@@ -111,7 +122,8 @@ class Drawing:
         decoder = self.model.preview_decoder if params.preview else None
         with (
             self.clock("denoise"),
-            model.run(params, seeds, self.strategy, size, pictures, strength, until, begun) as run,
+            model.run(params, seeds, self.strategy, size, pictures, strength, until, begun, mask) as run,
+            noise_within(run, self.generators[images]) if fill == "noise" else nullcontext(),
             self._scales(run) as scales,
             Previews(decoder, run.steps).watching(run, model.layout) as previews,
         ):

@@ -54,7 +54,7 @@ class HiresFix:
                 pictures = [self.enlarge(image, drawing.model.device) for image in pictures]
             pictures = [image.resize(full, Image.Resampling.LANCZOS) for image in pictures]
         drawing.size = full
-        drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH, until=self.until)
+        drawing.latents = drawing.from_pictures("hires_fix", pictures, STRENGTH, until=self.until, mask=drawing.mask)
 
 
 def sizes(model: Sizes, params: GenerationParams) -> tuple[tuple[int, int], tuple[int, int]]:

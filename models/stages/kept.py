@@ -23,10 +23,12 @@ from models.recent import Recent
 from . import hires
 from .drawing import Drawing, Stage
 from .hires import HiresFix
+from .region import Region
 
 OF_HIRES = {"hires_fix", "hires_upscaler"}
 AFTER = {"adetailer", "face_detector", "upscale"}
 TOLD_OTHERWISE = {"width", "height", "seeds", "batch_size", "vae_tiling"}  # by the drawing: its sizes, its own seeds
+OF_FRAME = {"width", "height"}  # of a mask, which lies on a picture of the size that was asked for
 OF_NO_PICTURE = {"preview"}
 
 
@@ -37,6 +39,8 @@ class KeptRun:
     latents: torch.Tensor
     generators: tuple[torch.Tensor, ...]
     size: tuple[int, int]
+    region: Region | None
+    mask: Image.Image | None
     stages: tuple[StageReport, ...]
     warnings: tuple[str, ...]
     kernels: tuple[str, ...]
@@ -51,6 +55,8 @@ class KeptRun:
             latents=drawing.latents.to("cpu", copy=True),
             generators=tuple(generator.get_state() for generator in drawing.generators),
             size=drawing.size,
+            region=drawing.region,
+            mask=drawing.mask,
             stages=tuple(replace(one, kept=True) for one in drawing.stages),
             warnings=tuple(drawing.warnings),
             kernels=tuple(drawing.kernels),
@@ -63,13 +69,16 @@ class KeptRun:
         for generator, state in zip(drawing.generators, self.generators, strict=True):
             generator.set_state(state)
         drawing.size, drawing.sampling = self.size, self.sampling
+        drawing.region, drawing.mask = self.region, self.mask
         drawing.stages = list(self.stages)
         drawing.warnings, drawing.kernels = list(self.warnings), list(self.kernels)
 
     @property
     def bytes(self) -> int:
         tensors = (self.latents, *self.generators)
-        return sum(tensor.nbytes for tensor in tensors) + len(pickle.dumps((self.stages, self.warnings)))
+        return sum(tensor.nbytes for tensor in tensors) + len(
+            pickle.dumps((self.stages, self.warnings, self.region, self.mask))
+        )
 
 
 class KeptRuns:
@@ -132,7 +141,9 @@ def _key(drawing: Drawing, asked: Mapping[str, Hashable], stages: Sequence[Stage
     enlarged = any(isinstance(one, HiresFix) for one in stages)
     # Where a refiner goes on with the first run follows from whether a second one comes, and at which size.
     enlarged = enlarged or (drawing.refiner is not None and drawing.params.hires_fix)
-    later = AFTER | TOLD_OTHERWISE | OF_NO_PICTURE | (set() if enlarged else OF_HIRES)
+    masked = drawing.params.img2img is not None and drawing.params.img2img.inpaint is not None
+    told = TOLD_OTHERWISE - (OF_FRAME if masked else set())
+    later = AFTER | told | OF_NO_PICTURE | (set() if enlarged else OF_HIRES)
     return (
         len(stages),
         drawing.strategy,

@@ -63,6 +63,7 @@ class Model(Sizes, Protocol):
         strength: float = 1.0,
         until: float = 1.0,
         begun: Begun | None = None,
+        mask: Image.Image | None = None,
     ) -> AbstractContextManager[Run]: ...
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]: ...

@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, SD15, SD21, SDXL, Geometry
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces
-from models.base import Generation, GenerationParams, Img2Img, Lora, Multiscale, Step
+from models.base import Generation, GenerationParams, Img2Img, Inpaint, Lora, Multiscale, Step
 from models.generation import LoadedModel
 from tests.accelerator.conftest import Load
 from tests.accelerator.device import NAME, Accelerator
@@ -59,6 +59,16 @@ def test_from_a_picture(load: Load, geometry: Geometry) -> None:
     for sampler in ("euler", "heun") if geometry is FLUX_DEV else ("euler", "ddim", "dpmpp_2m", "lcm"):
         made = draw(load(geometry), replace(request, sampler=sampler), cache(geometry))
         assert [one.name for one in made.stages] == ["img2img"]
+
+
+@BIG
+def test_within_a_mask(load: Load, geometry: Geometry) -> None:
+    mask = Image.new("L", (300, 200))
+    mask.paste(255, (100, 50, 200, 150))
+    for fill in ("original", "noise"):
+        over = Img2Img(picture=Image.new("RGB", (300, 200)), inpaint=Inpaint(mask=mask, fill=fill))  # type: ignore[arg-type]
+        made = draw(load(geometry), params(geometry, steps=4, img2img=over))
+        assert [one.name for one in made.stages] == ["inpaint"]
 
 
 @pytest.mark.parametrize("geometry", [SD15, FLUX_SCHNELL], ids=lambda one: one.name)

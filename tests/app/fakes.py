@@ -257,6 +257,7 @@ def _row(name: str) -> dict[str, Any]:
         "size_multiple": 16 if flux else 8,
         "render_sizes": [],
         "steps": 4 if flux else 20,
+        "inpaints": False,
         "guidance_scale": 3.5 if flux else 7.5,
         "cache": "first_block" if flux else "deepcache",
         "branches": [] if flux else [{"branch": 0, "reuse_cost": 0.1}, {"branch": 1, "reuse_cost": 0.25}],

@@ -15,7 +15,7 @@ from app import infotext as written
 from app.engine.types import Catalogue
 from app.http.apis.a1111_payload import Options, read_payload
 from app.infotext import SAMPLERS, SCHEDULERS, drawn_with, infotext, text_chunks
-from models.base import FreeU, GenerationParams, Img2Img, Lora, Upscaler
+from models.base import FreeU, GenerationParams, Img2Img, Inpaint, Lora, Upscaler
 from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
 
@@ -115,6 +115,19 @@ def test_hires_fix_is_told_as_there_by_the_first_size() -> None:
 def test_img2img_tells_its_strength() -> None:
     drawn = params(img2img=Img2Img(picture=Image.new("RGB", (8, 8)), denoise=0.75))
     assert restored(infotext(drawn, 0, "m", "none"))["Denoising strength"] == "0.75"
+
+
+def test_a_mask_is_told_by_the_names_it_has_there() -> None:
+    picture = Image.new("RGB", (8, 8))
+    told = {"Mask blur": "4"}
+    closer = {"Mask blur": "0", "Masked content": "latent noise", "Inpaint area": "Only masked"}
+    closer |= {"Masked area padding": "0"}
+    for inpaint, expected in (
+        (Inpaint(mask=picture), told),
+        (Inpaint(mask=picture, blur=0, fill="noise", padding=0), closer),
+    ):
+        found = restored(infotext(params(img2img=Img2Img(picture=picture, inpaint=inpaint)), 0, "m", "none"))
+        assert {name: text for name, text in found.items() if "ask" in name or "paint" in name} == expected
 
 
 def test_guidance_in_a_part_is_told_by_the_name_it_has_there() -> None:

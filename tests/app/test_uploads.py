@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from app import images
-from app.http import resolve
+from app.http import pictures
 from app.http.request import Uploads
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
@@ -52,9 +52,9 @@ async def test_what_waits_is_no_larger_than_what_is_drawn_and_is_gone_when_it_is
     nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the help of the garbage collector, which may come late."""
-    decoded, shrunk = Remembering(images.read_picture), Remembering(resolve.fit)
-    monkeypatch.setattr(resolve, "read_picture", decoded)
-    monkeypatch.setattr(resolve, "fit", shrunk)
+    decoded, shrunk = Remembering(images.read_picture), Remembering(pictures.fit)
+    monkeypatch.setattr(pictures, "read_picture", decoded)
+    monkeypatch.setattr(pictures, "fit", shrunk)
     gc.collect()
     gc.disable()
     try:
@@ -78,7 +78,7 @@ async def test_a_full_queue_is_said_before_the_picture_is_decoded(monkeypatch: p
     def never(*args: object, **options: object) -> Image.Image:
         raise AssertionError("it was decoded")
 
-    monkeypatch.setattr(resolve, "read_picture", never)
+    monkeypatch.setattr(pictures, "read_picture", never)
     async with client_of(FakeEngine(capacity=0)) as client:
         refused = await client.post("/api/generate", json={**UPLOAD, "img2img_image": upload()})
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "queue_full")
@@ -95,7 +95,7 @@ async def test_small_requests_need_no_thread_that_uploads_have(
         release.wait(60)
         return images.read_picture(*args, **options)
 
-    monkeypatch.setattr(resolve, "read_picture", slow)
+    monkeypatch.setattr(pictures, "read_picture", slow)
     async with served(nursery) as client:
         nursery.gate.open(1000)
         body = {**UPLOAD, "img2img_image": upload()}

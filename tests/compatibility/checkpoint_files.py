@@ -184,6 +184,10 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
     _served("the transformer in diffusers' names", "flux-dev", flux_of_diffusers, "x_embedder.weight", "BF16", PARTS),
     _served("everything in one file, of ComfyUI", "flux-dev", flux_whole, UNET + Q, "fp8 e4m3fn"),
     _served("the transformer alone", "flux-schnell", flux, Q, "BF16", PARTS),
+    _served("for filling, the transformer alone", "flux-fill", flux, "img_in.weight", "BF16", PARTS),
+    _served("for inpainting", "sd15", widened(9), INPUT),
+    _served("for inpainting", "sd21", widened(9), INPUT),
+    _served("for inpainting", "sdxl", widened(9), INPUT),
     _refused(
         "Stable Diffusion 1.5 without its autoencoder, and none beside",
         "sd15",
@@ -198,20 +202,6 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         Q,
         f"lacks a text encoder CLIP-L and a text encoder T5-XXL and an autoencoder of 16 channels (Flux's): {MISSING}, "
         "or name it as `text_encoder` and `text_encoder_2` and `vae` in the models file",
-    ),
-    _refused(
-        "Stable Diffusion 1.5 for inpainting",
-        "sd15",
-        widened(9),
-        INPUT,
-        "is an inpainting model (its UNet takes 9 channels): masks are not served here",
-    ),
-    _refused(
-        "SDXL for inpainting",
-        "sdxl",
-        widened(9),
-        INPUT,
-        "is an inpainting model (its UNet takes 9 channels): masks are not served here",
     ),
     _refused(
         "InstructPix2Pix",
@@ -272,11 +262,11 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         "was trained in EDM's parametrisation (its keys say so), which no sampler here has",
     ),
     _refused(
-        "Flux for filling",
+        "Flux for edges",
         "flux-dev",
-        holding({"img_in.weight": (3072, 384)}, flux),
+        holding({"img_in.weight": (3072, 128)}, flux),
         "img_in.weight",
-        "is a Flux for filling, depth or edges (it takes 384 numbers a token), not served here",
+        "is a Flux for depth or edges (it takes 128 numbers a token), not served here",
     ),
     _refused(
         "Chroma",

@@ -164,6 +164,7 @@ def widened(channels: int) -> Layout:
 
     def layout(made: Any) -> Tensors:
         tensors = original.stable_diffusion(made)
-        return tensors | {INPUT: torch.zeros(len(tensors[INPUT]), channels, 3, 3)}
+        own = tensors[INPUT]
+        return tensors if own.shape[1] == channels else tensors | {INPUT: torch.full((len(own), channels, 3, 3), 0.5)}
 
     return layout

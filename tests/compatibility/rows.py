@@ -62,6 +62,7 @@ class FileRow:
 LORA = {"loras": [{"name": WEIGHTS, "weight": 0.8}]}
 EMBEDDING = {"prompt": f"a forest in {WEIGHTS}", "negative_prompt": f"({WEIGHTS}:1.2)"}
 IMG2IMG = {"img2img_enabled": True, "img2img_image": PICTURE}
+INPAINT = {**IMG2IMG, "mask": PICTURE}
 MULTISCALE = {"multiscale_enabled": True, "multiscale_fullres_start": 1, "multiscale_fullres_end": 1}
 HIRES = {"hires_fix": True, "width": 256, "height": 256}
 ATTENTION = {"attention": "auto"}
@@ -156,6 +157,13 @@ ROWS = (
         fields=(IMG2IMG,),
         remedy=("deepcache_enabled", "Set deepcache_enabled to false"),
     ),
+    Row(
+        cache="DeepCache",
+        beside="Inpainting (a mask is img2img)",
+        models=("tiny-sd",),
+        fields=(INPAINT,),
+        remedy=("deepcache_enabled", "Set deepcache_enabled to false"),
+    ),
     Row(cache="FBCache", beside="Flux models", models=(*TRANSFORMERS, "tiny-flux")),
     Row(
         cache="FBCache",
@@ -176,6 +184,13 @@ ROWS = (
         models=("flux-dev",),
         fields=(COMPILED, {**COMPILED, **LORA}),
         note="without code generation in the tests",
+    ),
+    Row(
+        cache="FBCache",
+        beside="Inpainting",
+        models=("flux-schnell", "tiny-flux"),
+        fields=(INPAINT, {**INPAINT, "inpaint_area": "masked", "mask_fill": "noise"}),
+        passes=("inpaint",),
     ),
     Row(
         cache="FBCache",

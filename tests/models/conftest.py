@@ -13,6 +13,7 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -120,13 +121,15 @@ def save_sd(folder: Path, unet: dict[str, Any], text: dict[str, object], schedul
     return folder
 
 
-def save_flux(folder: Path, guidance: bool) -> Path:
+def save_flux(folder: Path, guidance: bool, fills: bool = False) -> Path:
+    """fills: a FluxFillPipeline, of the published width of its latents."""
     text_encoder, tokenizer = clip()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
-    FluxPipeline(
+    pipeline, channels = (FluxFillPipeline, 16) if fills else (FluxPipeline, 4)
+    pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
-        vae=autoencoder(4, 0.1),
+        vae=autoencoder(channels, 0.1),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(
@@ -134,7 +137,8 @@ def save_flux(folder: Path, guidance: bool) -> Path:
         ),
         tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH),
         transformer=FluxTransformer2DModel(
-            in_channels=16,
+            in_channels=384 if fills else 4 * channels,
+            out_channels=4 * channels,
             num_layers=2,
             num_single_layers=2,
             attention_head_dim=8,
@@ -148,7 +152,7 @@ def save_flux(folder: Path, guidance: bool) -> Path:
     return folder
 
 
-def save_sdxl(folder: Path) -> Path:
+def save_sdxl(folder: Path, in_channels: int = 4) -> Path:
     """Three levels with 1, 2 and 10 transformer layers (none, two, ten where the blocks attend), text_time."""
     text_encoder, tokenizer = clip()
     wide, _ = clip_config(hidden_size=24, hidden_act="gelu", projection_dim=20)
@@ -160,6 +164,7 @@ def save_sdxl(folder: Path) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
+            in_channels=in_channels,
             sample_size=8,
             block_out_channels=(8, 16, 32),
             layers_per_block=2,

@@ -20,9 +20,10 @@ from app.engine.types import UpscaleJob
 from app.errors import Invalid
 from app.http.apis.a1111 import API
 from app.http.foreign import Foreign, translated
+from app.http.pictures import MOST_PIXELS, SMALLEST_PICTURE
 from app.http.render import errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
-from app.http.resolve import MOST_PIXELS, SMALLEST_PICTURE, Adapters
+from app.http.resolve import Adapters
 from app.http.schemas import Name, validated
 from app.images import read_picture
 from app.jobs.record import Drawn
