@@ -16,7 +16,7 @@ from app.cli.plot import plot
 from app.cli.serve import models, serve
 from app.client import ClientError
 from app.errors import CannotStart, ServiceError
-from models.base import ModelError
+from models.errors import ModelError
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Image generation with feature caching."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .base import ModelError
+from .errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

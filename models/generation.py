@@ -26,7 +26,8 @@ from cache.patching import shadowed
 from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
-from .base import Generation, GenerationParams, NeedsPicture, StageReport, Step, StepHook, StepsHook, Timings
+from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
+from .errors import NeedsPicture
 from .families import FAMILIES
 from .libraries import quiet
 from .loading.plan import Plan, Work, choose

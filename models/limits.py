@@ -6,7 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING
 
-from .base import GenerationParams, ModelSpec, TooFewSteps
+from .base import GenerationParams, ModelSpec
+from .errors import TooFewSteps
 
 if TYPE_CHECKING:
     from PIL import Image

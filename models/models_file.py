@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from .base import Distilled, DtypeName, Hub, ModelError, ModelSpec, Offload, Prediction, Quantization
+from .base import Distilled, DtypeName, Hub, ModelSpec, Offload, Prediction, Quantization
 from .embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from .errors import ModelError
 from .families import FAMILIES
 from .loading.checkpoints import CheckpointFolder
 from .loading.file import SUFFIXES

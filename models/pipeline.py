@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import finite, masks
 from .acceleration import attention, compilation
-from .base import UNWATCHED, FreeU, GenerationParams, LoadFailed, LoadHooks, ModelSpec
+from .base import UNWATCHED, FreeU, GenerationParams, LoadHooks, ModelSpec
+from .errors import LoadFailed
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
 from .run import Begun, Kind, Run, sibling_of
@@ -51,8 +52,7 @@ class PipelineModel(ABC):
     @cached_property
     def device(self) -> torch.device:
         """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
-        device: torch.device = self.pipeline._execution_device
-        return device
+        return cast("torch.device", self.pipeline._execution_device)
 
     @property
     def decode_dtype(self) -> torch.dtype:
@@ -184,8 +184,7 @@ class PipelineModel(ABC):
         wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
         wanted |= self.guidance(params)
         timesteps = samplers.custom_timesteps(params.scheduler, params.steps, self.published_timesteps)
-        if timesteps is not None:
-            wanted["timesteps"] = timesteps
+        wanted |= {} if timesteps is None else {"timesteps": timesteps}
         whole, part = self.partial_steps(params.steps, strength), range(self.steps_before(params, strength, until))
         if pictures:
             wanted |= {"image": list(pictures), "strength": strength}
@@ -294,9 +293,8 @@ class PipelineModel(ABC):
     ) -> Iterator[Any]:
         """`pipeline` with a scheduler of one run's own, which is yielded; the saved one is back afterwards.
 
-        What another model has begun is gone on with on its schedule; what the network predicts is its own.
-
-        The denoiser may be called with tensors on the CPU, as that scheduler's timesteps are.
+        What another model has begun is gone on with on its schedule; what the network predicts is its own. The denoiser
+        may be called with tensors on the CPU, as that scheduler's timesteps are.
         """
         from cache.patching import shadowed
         from cache.transfer import uploading
@@ -360,8 +358,7 @@ class PipelineModel(ABC):
         import torch
 
         def decoded(latents: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W), -1 … 1
-            pixels: torch.Tensor = vae.decode(self.clean(latents, width, height), return_dict=False)[0]
-            return pixels
+            return cast("torch.Tensor", vae.decode(self.clean(latents, width, height), return_dict=False)[0])
 
         vae = self.pipeline.vae
         if self.residence is not None:
@@ -376,8 +373,7 @@ class PipelineModel(ABC):
                 finally:
                     vae.to(dtype=dtype)
         finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
-        images: list[Image.Image] = self.pipeline.image_processor.postprocess(pixels, output_type="pil")
-        return images
+        return cast("list[Image.Image]", self.pipeline.image_processor.postprocess(pixels, output_type="pil"))
 
     def _tiles(self, width: int, height: int) -> AbstractContextManager[None]:
         """The autoencoder with tiles for such a picture, should it decode in tiles."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .acceleration import attention, compilation
-from .base import LoadFailed, LoadHooks, ModelSpec, UnknownModel
+from .base import LoadHooks, ModelSpec
+from .errors import LoadFailed, UnknownModel
 from .families import FAMILIES
 from .families.family import ModelFamily
 from .loading.checkpoints import CheckpointFolder, Stamp, stamp_of

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import finite
-from .base import Enlargement, ResamplingName, Upscaler, UpscalerFailed
+from .base import Enlargement, ResamplingName, Upscaler
+from .errors import UpscalerFailed
 from .libraries import first_line, quiet
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import psutil
 
 from app.engine.types import DeviceMemory, Job, StepsListener
 from cache import CacheStrategy
-from models.base import Generation, GenerationCancelled, GenerationParams, Step, StepHook
+from models.base import Generation, GenerationParams, Step, StepHook
+from models.errors import GenerationCancelled
 
 if TYPE_CHECKING:
     from models.generation import LoadedModel

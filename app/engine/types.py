@@ -29,10 +29,7 @@ StepsListener = Callable[[Mapping[str, Step]], None]
 
 
 class WorkerState(StrEnum):
-    """`failed`: the process is gone, and another one is started after a pause.
-
-    `draining`: what was accepted is finished, nothing else is.
-    """
+    """`failed`: gone, and another is started after a pause. `draining`: what was accepted is finished, nothing else."""
 
     STARTING = "starting"
     LOADING = "loading"
@@ -67,9 +64,7 @@ WORKER_MOVES: Mapping[WorkerState, frozenset[WorkerState]] = {
 JOB_MOVES: Mapping[JobState, frozenset[JobState]] = {
     _J.QUEUED: frozenset({_J.RUNNING, _J.FAILED, _J.CANCELLED}),
     _J.RUNNING: frozenset({_J.QUEUED, _J.DONE, _J.FAILED, _J.CANCELLED}),  # queued again: its worker was lost
-    _J.DONE: frozenset(),
-    _J.FAILED: frozenset(),
-    _J.CANCELLED: frozenset(),
+    **dict.fromkeys((_J.DONE, _J.FAILED, _J.CANCELLED), frozenset()),
 }
 
 State = TypeVar("State", WorkerState, JobState)

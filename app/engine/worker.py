@@ -22,7 +22,8 @@ from app.engine.memory import is_exhaustion, lighten
 from app.engine.pipe import Condition, Plan
 from app.engine.types import NOT_LOADED, AnyJob, Catalogue, JobResult, StepsListener
 from cache import CacheError
-from models.base import GenerationCancelled, LoadFailed, ModelError, RefinerFailed, Step, UnknownModel
+from models.base import Step
+from models.errors import GenerationCancelled, LoadFailed, ModelError, RefinerFailed, UnknownModel
 
 LOOK_SECONDS = 2.0  # between two looks at the folder of checkpoints
 WARMING = "a first picture, for nobody"

@@ -20,8 +20,7 @@ from app import __version__
 from app.engine.types import Engine, Job
 from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
 from app.http import pages
-from app.http.apis import a1111, a1111_extras, generate, openai
-from app.http.apis import jobs as jobs_api
+from app.http.apis import a1111, a1111_extras, openai, wavespeed
 from app.http.apis.openai import images_schema
 from app.http.middleware import Guard, RequestContext, error_response
 from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
@@ -86,7 +85,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    for module in (generate, jobs_api, openai, a1111, a1111_extras, pages):
+    for module in (wavespeed, openai, a1111, a1111_extras, pages):
         app.include_router(module.router)
     _describe(app)
     return app

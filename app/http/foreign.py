@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from app.errors import Invalid, Unsupported
 
 
@@ -136,3 +138,12 @@ LIGHTDIFFUSION = {
     "fp8_inference": Foreign((False,), _KEPT_WEIGHTS),
 }
 """LightDiffusion-Next's names that POST /api/generate takes beside its own: GenerateRequest of its server.py."""
+
+
+class CfgFree(BaseModel):
+    """LightDiffusion's words for `guidance_end`: guidance fades out from there on; here it ends."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    cfg_free_enabled: bool = Field(False, description="Whether cfg_free_start_percent is read.")
+    cfg_free_start_percent: float = Field(70.0, ge=0, le=100, description="guidance_end, in percent.")

@@ -19,7 +19,8 @@ from app.settings import Settings
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
-from models.base import Embedding, FreeU, GenerationParams, Lora, Multiscale, Refiner, UnsupportedSampler, Upscaler
+from models.base import Embedding, FreeU, GenerationParams, Lora, Multiscale, Refiner, Upscaler
+from models.errors import UnsupportedSampler
 from models.families import FAMILIES
 from models.sampling.samplers import check as check_sampler
 from models.text.prompt import BadPrompt

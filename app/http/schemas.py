@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from app.errors import Invalid, shown
-from app.http.foreign import LIGHTDIFFUSION, translated
+from app.http.foreign import LIGHTDIFFUSION, CfgFree, translated
 from app.images import OutputFormat
 
 EXAMPLE: dict[str, JsonValue] = {
@@ -281,10 +281,8 @@ class GenerateRequest(BaseModel):
     @field_validator("loras")
     @classmethod
     def _once(cls, value: list[Lora]) -> list[Lora]:
-        names = [lora.name for lora in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise PydanticCustomError("twice", "name each adapter once; add their weights up")
+        if len({lora.name for lora in value}) < len(value):
+            raise PydanticCustomError("twice", "name each adapter once; add their weights up")
         return value
 
     @model_validator(mode="after")
@@ -330,15 +328,6 @@ class GenerateRequest(BaseModel):
         """Multi-scale's settings, by the names of models.base.Multiscale."""
         names = ("factor", "fullres_start", "fullres_end", "intermittent")
         return {name: getattr(self, f"multiscale_{name}") for name in names}
-
-
-class CfgFree(BaseModel):
-    """LightDiffusion's words for `guidance_end`: guidance fades out from there on; here it ends."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    cfg_free_enabled: bool = Field(False, description="Whether cfg_free_start_percent is read.")
-    cfg_free_start_percent: float = Field(70.0, ge=0, le=100, description="guidance_end, in percent.")
 
 
 KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION, *CfgFree.model_fields)
@@ -399,10 +388,7 @@ def _invalid(error: ValidationError) -> Invalid:
 
 
 def request_schema(*, rerender: bool = False) -> dict[str, Any]:
-    """JSON Schema of the body, with the names of other APIs that it takes, for OpenAPI.
-
-    rerender: whether that can stand in the prompt's place.
-    """
+    """JSON Schema of the body, other APIs' names included. rerender: whether it can stand in the prompt's place."""
     schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     ours = schema["properties"]
     if rerender:

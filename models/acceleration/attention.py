@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from models.base import ModelError
+from models.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

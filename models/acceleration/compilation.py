@@ -15,7 +15,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from models.base import ModelError, Offload, Quantization
+from models.base import Offload, Quantization
+from models.errors import ModelError
 
 if TYPE_CHECKING:
     from cache import Denoiser

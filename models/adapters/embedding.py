@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import AdapterFailed, Embedding
+from models.base import Embedding
+from models.errors import AdapterFailed
 from models.finite import is_finite
 from models.libraries import first_line
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from models.base import AdapterFailed, Lora
+from models.base import Lora
+from models.errors import AdapterFailed
 from models.finite import is_finite
 from models.libraries import first_line
 

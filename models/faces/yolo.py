@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import DetectorFailed
+from models.errors import DetectorFailed
 
 from .cascade import Box
 

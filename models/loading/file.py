@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.base import Hub, LoadFailed, ModelSpec, Quantization
+from models.base import Hub, ModelSpec, Quantization
+from models.errors import LoadFailed
 
 from . import gguf
 from .header import BadFile

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from models.base import DtypeName, Hub, LoadFailed, LoadHooks, ModelSpec
+from models.base import DtypeName, Hub, LoadHooks, ModelSpec
+from models.errors import LoadFailed
 from models.libraries import first_line
 
 from .file import Part, contents, load_part, missing_part, parts_of, predicts, single_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.base import ModelError
+from models.errors import ModelError
 
 from . import gguf
 

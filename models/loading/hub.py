@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from models.base import Hub, LoadFailed, ModelSpec
+from models.base import Hub, ModelSpec
+from models.errors import LoadFailed
 
 TELL_SECONDS = 15.0  # between two words on how far a download has come
 

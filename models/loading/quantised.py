@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.base import LoadFailed, Quantization
+from models.base import Quantization
+from models.errors import LoadFailed
 
 from . import gguf
 

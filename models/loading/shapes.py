@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from models.base import Distilled, LoadFailed
+from models.base import Distilled
+from models.errors import LoadFailed
 
 from .header import TensorInfo
 from .quantised import COMPANIONS

@@ -9,7 +9,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from models.base import Hub, LoadFailed, ModelSpec
+from models.base import Hub, ModelSpec
+from models.errors import LoadFailed
 
 from .hub import fetch_file
 

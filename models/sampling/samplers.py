@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.base import GenerationParams, UnsupportedSampler
+from models.base import GenerationParams
+from models.errors import UnsupportedSampler
 
 # Align Your Steps (Sabour et al. 2024): the published ten timesteps for Stable Diffusion 1.5 and XL. diffusers has them
 # as AysSchedules, whose import would load torch; a test holds them to be equal.

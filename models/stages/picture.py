@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models import limits
-from models.base import GenerationParams, Img2Img, TooFewSteps
+from models.base import GenerationParams, Img2Img
+from models.errors import TooFewSteps
 
 from .drawing import Drawing
 from .model import Sizes

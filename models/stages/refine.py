@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models import limits
-from models.base import GenerationParams, TooFewSteps
+from models.base import GenerationParams
+from models.errors import TooFewSteps
 
 from .drawing import Drawing
 from .model import Sizes

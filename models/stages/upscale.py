@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.base import GenerationParams, UpscalerFailed
+from models.base import GenerationParams
+from models.errors import UpscalerFailed
 from models.upscaling import MOST_PIXELS, Enlarger
 
 from .drawing import Drawing

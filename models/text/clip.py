@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from models.base import ModelError
+from models.errors import ModelError
 
 from .prompt import Fragment, plain, weighted, windows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from models.base import ModelError
+from models.errors import ModelError
 
 STRONGER = 1.1  # of (word)
 WEAKER = 1 / STRONGER  # of [word]

@@ -26,7 +26,8 @@ from cache.flops import deepest_branch
 from cache.tuning.placement import Search
 from cache.tuning.recorder import BranchRecorder, ResidualRecorder
 from cache.tuning.threshold import Found, threshold_for
-from models.base import GenerationParams, ModelError, StepHook
+from models.base import GenerationParams, StepHook
+from models.errors import ModelError
 
 from .nearness import psnr
 from .placements import Calibrated

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models.base import LoadFailed
+from models.errors import LoadFailed
 
 from .profile import save
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache import DeepCache
-from models.base import CacheName, Hub, LoadFailed, ModelSpec
+from models.base import CacheName, Hub, ModelSpec
 from models.embedded import DEFAULT, DEFAULT_FLUX, FOLDER, SPECS
+from models.errors import LoadFailed
 
 from .front import Front, Point
 from .placements import Calibrated

@@ -33,17 +33,8 @@ from app.engine.types import (
 from app.errors import NotReady, QueueFull
 from cache import CacheReport, CacheStrategy, DeepCache, FirstBlockCache
 from models.acceleration.attention import KERNELS, unavailable
-from models.base import (
-    Generation,
-    GenerationParams,
-    LoadFailed,
-    StageReport,
-    Step,
-    StepHook,
-    StepsHook,
-    Timings,
-    UnknownModel,
-)
+from models.base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
+from models.errors import LoadFailed, UnknownModel
 from models.text.clip import TooFewLayers
 from models.tuning.profile import Profile
 

@@ -18,7 +18,8 @@ from app.engine.supervisor import LocalEngine
 from app.engine.types import JobHandle, JobState, WorkerState
 from app.errors import DeadlineExceeded, WorkerLost
 from cache import CacheStrategy
-from models.base import Generation, GenerationCancelled, GenerationParams, Step, StepHook, StepsHook
+from models.base import Generation, GenerationParams, Step, StepHook, StepsHook
+from models.errors import GenerationCancelled
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeModel, FakeRegistry, OutOfMemoryError

@@ -17,7 +17,7 @@ from app.engine.runner import RegistryRunner
 from app.engine.supervisor import START_FAILURES, LocalEngine
 from app.engine.types import JobState
 from app.errors import ModelUnavailable, NotReady
-from models.base import LoadFailed
+from models.errors import LoadFailed
 from tests.app.conftest import client_of
 from tests.app.fakes import (
     FakeModel,

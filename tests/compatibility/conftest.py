@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from app.engine.runner import RegistryRunner
 from app.engine.types import Catalogue, Job, JobResult
 from app.errors import Invalid
-from models.base import ModelError, ModelSpec
+from models.base import ModelSpec
 from models.embedded import SPECS
+from models.errors import ModelError
 from models.generation import LoadedModel
 from models.registry import Registry
 from tests.app.conftest import client_of

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from cache import NoCache
 from models.adapters.lora import applied, read
-from models.base import AdapterFailed, Embedding, GenerationParams, Lora, ModelSpec, Step
+from models.base import Embedding, GenerationParams, Lora, ModelSpec, Step
+from models.errors import AdapterFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.text.encoded import TextCache

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cache import CacheStrategy, FirstBlockCache, NoCache
-from models.base import GenerationParams, ModelError
+from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from models.errors import ModelError
 from models.generation import LoadedModel
 from models.registry import Registry
 from models.tuning.calibration import find_threshold

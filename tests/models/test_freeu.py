@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cache import DeepCache, NoCache
-from models.base import FreeU, GenerationCancelled, Img2Img, Step
+from models.base import FreeU, Img2Img, Step
+from models.errors import GenerationCancelled
 from models.families import FAMILIES
 from models.families.flux import FLUX
 from models.generation import LoadedModel

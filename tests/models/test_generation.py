@@ -16,7 +16,8 @@ from PIL import Image
 
 from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
 from cache.deepcache.schedule import Schedule
-from models.base import GenerationCancelled, GenerationParams, ModelSpec, Step, UnsupportedSampler
+from models.base import GenerationParams, ModelSpec, Step
+from models.errors import GenerationCancelled, UnsupportedSampler
 from models.families.flux import FLUX, FluxModel
 from models.families.sd import SD
 from models.generation import LoadedModel

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from models.base import LoadFailed, ModelSpec, UnknownModel
+from models.base import ModelSpec
+from models.errors import LoadFailed, UnknownModel
 from models.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationCancelled, GenerationParams, Multiscale, Step
+from models.base import Generation, GenerationParams, Multiscale, Step
 from models.embedded import FOLDER, SPECS
+from models.errors import GenerationCancelled
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel

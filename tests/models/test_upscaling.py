@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from cache import DeepCache, NoCache
 from models import upscaling
-from models.base import Enlargement, GenerationCancelled, Upscaler, UpscalerFailed
+from models.base import Enlargement, Upscaler
+from models.errors import GenerationCancelled, UpscalerFailed
 from models.generation import LoadedModel
 from tests.models.stages.test_stages import picture
 from tests.models.test_generation import PARAMS, ignore, pixels

@@ -20,7 +20,8 @@ from diffusers import DDIMScheduler
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.acceleration import compilation
 from models.acceleration.compilation import CompilationFailed, CompiledLayers
-from models.base import GenerationCancelled, ModelSpec, Step
+from models.base import ModelSpec, Step
+from models.errors import GenerationCancelled
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel

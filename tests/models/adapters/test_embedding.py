@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from cache import NoCache
 from models.adapters import embedding
-from models.base import AdapterFailed, Embedding, GenerationCancelled, GenerationParams, Step
+from models.base import Embedding, GenerationParams, Step
+from models.errors import AdapterFailed, GenerationCancelled
 from models.generation import LoadedModel
 from models.libraries import quiet
 

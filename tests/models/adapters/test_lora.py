@@ -17,7 +17,8 @@ from torch import nn
 from cache import DeepCache, FirstBlockCache, NoCache
 from models.adapters.lora import applied, read
 from models.adapters.names import COMPONENTS, Place, Places
-from models.base import AdapterFailed, GenerationCancelled, GenerationParams, Lora, ModelSpec, Step
+from models.base import GenerationParams, Lora, ModelSpec, Step
+from models.errors import AdapterFailed, GenerationCancelled
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel

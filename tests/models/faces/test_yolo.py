@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from cache import NoCache
 from models import faces
-from models.base import DetectorFailed, GenerationParams, Step
+from models.base import GenerationParams, Step
+from models.errors import DetectorFailed
 from models.generation import LoadedModel, stages_of
 from models.stages.detail import ADetailer
 

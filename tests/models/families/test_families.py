@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import LoadFailed, ModelSpec
+from models.base import ModelSpec
+from models.errors import LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.registry import Registry

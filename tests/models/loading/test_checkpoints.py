@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from models.base import LoadFailed, ModelSpec, UnknownModel
+from models.base import ModelSpec
+from models.errors import LoadFailed, UnknownModel
 from models.families import FAMILIES
 from models.loading.checkpoints import CheckpointFolder
 from models.loading.folder import configurations_of

@@ -17,7 +17,8 @@ from diffusers.loaders import single_file_model
 from safetensors.torch import load_file, save_file
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import Img2Img, LoadFailed, ModelSpec, Step
+from models.base import Img2Img, ModelSpec, Step
+from models.errors import LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from tests.models import original

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.base import LoadFailed, ModelSpec
+from models.base import ModelSpec
+from models.errors import LoadFailed
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel

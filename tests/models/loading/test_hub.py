@@ -21,7 +21,8 @@ import pytest
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
-from models.base import Hub, LoadFailed, ModelSpec
+from models.base import Hub, ModelSpec
+from models.errors import LoadFailed
 from models.loading import hub
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,7 +30,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOAD = """
 import json, sys
 from huggingface_hub import constants, file_download
-from models.base import Hub, LoadFailed, LoadHooks, ModelSpec
+from models.base import Hub, LoadHooks, ModelSpec
+from models.errors import LoadFailed
 from models.families import FAMILIES
 answers = []
 def full(*_, **__):

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import LoadFailed, LoadHooks, ModelSpec
+from models.base import LoadHooks, ModelSpec
+from models.errors import LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.loading import gguf, quantised

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from models.base import LoadFailed, ModelSpec
+from models.base import ModelSpec
 from models.embedded import FOLDER
+from models.errors import LoadFailed
 from models.loading import tokenizers
 from models.loading.shapes import configurations
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from cache import NoCache
-from models.base import LoadFailed
+from models.errors import LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.libraries import quiet

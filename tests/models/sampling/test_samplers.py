@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.schedulers import AysSchedules
 
-from models.base import UnsupportedSampler
+from models.errors import UnsupportedSampler
 from models.libraries import quiet
 from models.sampling import samplers, schedulers
 from tests.models.conftest import terminal_snr_betas, terminal_snr_scheduler

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationCancelled, GenerationParams, Img2Img, Lora, ModelSpec, Step, Upscaler
+from models.base import Generation, GenerationParams, Img2Img, Lora, ModelSpec, Step, Upscaler
+from models.errors import GenerationCancelled
 from models.families.sd import SD
 from models.generation import LoadedModel
 from models.registry import Registry

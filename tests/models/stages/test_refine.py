@@ -16,19 +16,8 @@ from safetensors.torch import save_file
 
 from app.engine.runner import summarise_stages
 from cache import DeepCache, NoCache
-from models.base import (
-    Embedding,
-    Generation,
-    GenerationCancelled,
-    GenerationParams,
-    Img2Img,
-    ModelSpec,
-    Multiscale,
-    NeedsPicture,
-    Refiner,
-    Step,
-    TooFewSteps,
-)
+from models.base import Embedding, Generation, GenerationParams, Img2Img, ModelSpec, Multiscale, Refiner, Step
+from models.errors import GenerationCancelled, NeedsPicture, TooFewSteps
 from models.families.sdxl import SDXL
 from models.generation import LoadedModel
 from models.libraries import quiet

@@ -17,17 +17,10 @@ from skimage import data
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models import faces
-from models.base import (
-    GenerationCancelled,
-    GenerationParams,
-    Img2Img,
-    ModelSpec,
-    Multiscale,
-    Step,
-    TooFewSteps,
-)
+from models.base import GenerationParams, Img2Img, ModelSpec, Multiscale, Step
 from models.decoders import linear
 from models.embedded import SPECS
+from models.errors import GenerationCancelled, TooFewSteps
 from models.families.flux import FluxModel
 from models.families.sd import SD as SD_FAMILY
 from models.families.sdxl import SDXLModel

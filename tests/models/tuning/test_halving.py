@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import GenerationParams, LoadFailed
+from models.base import GenerationParams
+from models.errors import LoadFailed
 from models.generation import LoadedModel
 from models.tuning.front import Point
 from models.tuning.halving import LEAST, Candidate, Pictures, Tried, candidates, drawings, fronts, kept_on, unbeaten

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cache import DeepCache, FirstBlockCache, NoCache
-from models.base import Hub, LoadFailed, ModelSpec
+from models.base import Hub, ModelSpec
 from models.embedded import SPECS
+from models.errors import LoadFailed
 from models.tuning.front import Front, Point
 from models.tuning.placements import Calibrated
 from models.tuning.profile import Profile, borrowed, file_of, of_user, read, write
