@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
-from models.base import Generation, GenerationParams, Img2Img, Lora, ModelSpec, Step, Upscaler
+from models.base import Generation, GenerationParams, Img2Img, Inpaint, Lora, ModelSpec, Step, Upscaler
 from models.errors import GenerationCancelled
 from models.families.sd import SD
 from models.generation import LoadedModel
@@ -29,6 +29,9 @@ FIRST = GenerationParams(
     prompt="a misty forest", width=64, height=64, steps=4, guidance_scale=3.0, seeds=(7, 8), batch_size=2, owner="one"
 )
 SHARP = Upscaler(name="sharp", path=Path("sharp.safetensors"))
+
+
+MASKED = Img2Img(picture=picture(64, 64), denoise=0.75, inpaint=Inpaint(mask=Image.linear_gradient("L"), padding=8))
 
 
 class Doubler:
@@ -112,6 +115,7 @@ def test_every_later_pass_goes_on_as_if_the_whole_had_been_drawn(
         ("flux", FirstBlockCache(0.3), {"upscale": SHARP, "img2img": Img2Img(picture=picture(64, 64), denoise=0.75)}),
         ("sdxl", NoCache(), {"adetailer": True}),
         ("sd", DeepCache(2, 2), {"hires_fix": True, "width": 128, "height": 128}),
+        ("sd", NoCache(), {"upscale": SHARP, "img2img": MASKED}),
     ],
     ids=spelled,
 )
@@ -122,7 +126,8 @@ def test_every_family_does(
     model, later = LoadedModel(drawing.model, MEGABYTE), replace(FIRST, **changes)
     model.generate(replace(FIRST, img2img=later.img2img), strategy, ignore)
     resumed = model.generate(later, strategy, ignore)
-    assert kept(resumed)[0] == ("base" if later.img2img is None else "img2img", True)
+    name = "base" if later.img2img is None else "img2img" if later.img2img.inpaint is None else "inpaint"
+    assert kept(resumed)[0] == (name, True)
     same(resumed, drawing.generate(later, strategy, ignore))
 
 
@@ -146,6 +151,12 @@ def test_a_second_run_of_another_size_is_another(sd: LoadedModel) -> None:
     smaller = model.generate(replace(hires, width=120, height=120), strategy, ignore)
     assert kept(smaller) == [("base", True), ("hires_fix", False)]
     assert [one.size for one in smaller.images] == [(120, 120)]
+
+
+def test_a_mask_lies_on_a_picture_of_the_size_that_was_asked_for(fresh: Callable[[], LoadedModel]) -> None:
+    model, wide = fresh(), replace(FIRST, width=96, height=80, img2img=MASKED)
+    model.generate(replace(FIRST, img2img=MASKED), NoCache(), ignore)
+    same(model.generate(wide, NoCache(), ignore), fresh().generate(wide, NoCache(), ignore))
 
 
 def test_runs_are_each_owners_own(fresh: Callable[[], LoadedModel]) -> None:

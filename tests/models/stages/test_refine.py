@@ -102,6 +102,26 @@ def test_it_is_diffusers_own_pair_of_pipelines(
     assert sum(one.steps for one in drawn.stages) == 10
 
 
+def test_a_kept_run_is_gone_on_from_with_the_same_refiner_alone(sdxl: LoadedModel, refiner: LoadedModel) -> None:
+    """And before a second run the first is drawn to its end, where it would end before the refiner's part."""
+    base, loads = LoadedModel(sdxl.model, 2**20), [LoadedModel(refiner.model) for _ in range(2)]
+    asked = replace(PARAMS, owner="one", upscale=None)
+    enlarged = replace(asked, hires_fix=True, width=128, height=128)
+    known = []
+    for load, params in ((loads[0], asked), (loads[0], asked), (loads[1], asked), (loads[1], enlarged)):
+        with base.refined_by(load):
+            known.append(base.generate(params, NoCache(), ignore))
+    assert [[one.kept for one in drawn.stages] for drawn in known] == [
+        [False] * 2,
+        [True] * 2,
+        [False] * 2,
+        [False] * 3,
+    ]
+    with sdxl.refined_by(refiner):
+        whole = sdxl.generate(enlarged, NoCache(), ignore)
+    assert np.array_equal(pixels(known[-1].images), pixels(whole.images))
+
+
 def test_the_second_may_be_any_sdxl(sdxl: LoadedModel, again: LoadedModel) -> None:
     with sdxl.refined_by(again):
         drawn = sdxl.generate(PARAMS, NoCache(), ignore)
