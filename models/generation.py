@@ -59,7 +59,7 @@ def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
     first: Stage = FromNoise(until) if params.img2img is None else FromPicture(params.img2img, until)
     put_back: tuple[Stage, ...] = ()
     if params.img2img is not None and params.img2img.inpaint is not None:
-        first = WithinMask(params.img2img, until, inpaint=params.img2img.inpaint)
+        first = WithinMask(params.img2img, params.img2img.inpaint, until)
         put_back = (PutBack(params.img2img.picture),)
     enlarger = None if params.hires_upscaler is None else upscaling.load(params.hires_upscaler)
     enlarged = (HiresFix(enlarger, switch),) if params.hires_fix else ()

@@ -8,12 +8,12 @@ put back in pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageFilter
 
 from models import limits, masks
-from models.base import GenerationParams, Inpaint
+from models.base import GenerationParams, Img2Img, Inpaint
 
 from .drawing import Drawing
 from .model import Sizes
@@ -22,10 +22,15 @@ from .region import Frame, Region, framed
 
 
 @dataclass(frozen=True, slots=True)
-class WithinMask(FromPicture):
-    """The frame of a mask, at the request's size, drawn over within the mask."""
+class WithinMask:
+    """The frame of a mask, at the request's size, drawn over within the mask. until: as of FromPicture."""
 
-    inpaint: Inpaint = field(kw_only=True)
+    settings: Img2Img
+    inpaint: Inpaint
+    until: float = 1.0
+
+    def steps(self, model: Sizes, params: GenerationParams) -> int:
+        return FromPicture(self.settings, self.until).steps(model, params)
 
     def run(self, drawing: Drawing) -> None:
         inpaint, size = self.inpaint, (drawing.params.width, drawing.params.height)
