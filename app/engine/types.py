@@ -80,8 +80,7 @@ def moved(moves: Mapping[State, frozenset[State]], old: State, new: State) -> St
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One validated request. `warnings` are sentences that validation has for the user already; `chosen` is what it
-    says of steps and a strategy that it chose for a wished speed.
+    """One validated request. `warnings`: its sentences for the user; `chosen`: what became of a wished speed.
 
     `deadline_seconds` after it was accepted a job is given up, wherever it is by then; None: never.
     """
@@ -129,10 +128,9 @@ AnyJob = Job | UpscaleJob
 class JobResult:
     """Encoded pictures, one a seed, and what is to be said about them. `cache` is the contract's report.
 
-    `batches`: how many images were denoised together in each batch. One that several jobs share stands with one of
-    them, so that the sum over all jobs counts it once. `sampling`: sampler and scheduler that drew, where it is known.
-    `size`: of the pictures, where that is not what was asked for. `reused_runs`: runs of the denoiser that an earlier
-    job had made, and that were not made again; `spared_calls`: the calls in them, computed and reused.
+    `batches`: how many images were denoised together in each; one that several jobs share stands with one of them, so
+    that a sum counts it once. `sampling`: sampler and scheduler that drew, if known. `size`: where it is not as asked.
+    `reused_runs`: those that an earlier job had made; `spared_calls`: the calls in them, computed and reused.
     """
 
     images: tuple[bytes, ...]
@@ -160,10 +158,9 @@ class ModelInfo:
     """What a request has to know of a model to be checked against it.
 
     Sizes are in pixels, (width, height); `render_sizes` are those it draws at before resampling, if it is so bound.
-    `attention` says for each kernel why it cannot run the model here, and `compilation` why it cannot be compiled; None
-    where nothing stands in the way. `inpaints`: its network was trained to draw within a mask. `distilled`: by what it
-    draws in few steps, if it does. `error` says why its files do not load, if they do not. `profile` has the seconds of
-    this device alone.
+    `attention` (by kernel), `compilation` and `error` say why it cannot be run so, compiled or loaded; None: it can.
+    `inpaints`: its network was trained to draw within a mask. `distilled`: by what it draws in few steps, if it does.
+    `profile` has the seconds of this device alone.
     """
 
     name: str
