@@ -18,9 +18,14 @@ from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 from tests.app.test_bad_input import JSON, assert_refused
 
-buffer = io.BytesIO()
-Image.new("RGB", (64, 64)).save(buffer, "PNG")
-PICTURE = base64.b64encode(buffer.getvalue()).decode()
+
+def png(colour: str) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PICTURE, MASK = png("black"), png("white")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,32 @@ REFUSED_IMG2IMG = [
     ('"init_images": ["http://169.254.169.254/"]', "invalid", "img2img_image", "nothing is fetched"),
     ('"init_images": [5]', "invalid", "init_images.0", "string"),
     ('"width": 512', "invalid", "init_images", "required"),
-    (f'"init_images": ["{PICTURE}"], "mask": "{PICTURE}"', "unsupported", "mask", "inpainting"),
+    (
+        f'"init_images": ["{PICTURE}"], "mask": "{PICTURE}", "inpainting_fill": 0',
+        "unsupported",
+        "inpainting_fill",
+        "noise",
+    ),
+    (
+        f'"init_images": ["{PICTURE}"], "mask": "{PICTURE}", "inpaint_full_res": "x"',
+        "unsupported",
+        "inpaint_full_res",
+        "0",
+    ),
+    (
+        f'"init_images": ["{PICTURE}"], "mask": "{PICTURE}", "inpainting_mask_invert": 1',
+        "unsupported",
+        "inpainting_mask_invert",
+        "inverted",
+    ),
+    (
+        f'"init_images": ["{PICTURE}"], "mask": "{PICTURE}", "mask_blur_x": 4, "mask_blur_y": 8',
+        "invalid",
+        "mask_blur_y",
+        "once",
+    ),
+    (f'"init_images": ["{PICTURE}"], "mask": 5', "invalid", "mask", "string"),
+    (f'"init_images": ["{PICTURE}"], "latent_mask": "{PICTURE}"', "unsupported", "latent_mask", "as mask"),
     (f'"init_images": ["{PICTURE}"], "width": 768', "invalid", "resize_mode", "set resize_mode to 1"),
     (f'"init_images": ["{PICTURE}"], "resize_mode": 3', "invalid", "resize_mode", "2"),
     (f'"init_images": ["{PICTURE}"], "enable_hr": true', "unsupported", "enable_hr", "hires_fix"),
@@ -181,6 +211,26 @@ async def test_what_is_idle_there_is_idle_here(client: httpx.AsyncClient, engine
     idle = {"mask_blur": 4, "image_cfg_scale": 1.5, "subseed": 7, "inpaint_full_res": True, "hr_upscaler": "Latent"}
     info = await drawn(client, {**idle, "init_images": [PICTURE], "seed": None, "batch_size": None}, "img2img")
     assert info["denoising_strength"] == engine.submitted[0].params.img2img.denoise == 0.75  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ("original", 4, 0)),
+        ({"inpainting_fill": 2, "mask_blur": 8, "inpaint_full_res_padding": 16}, ("noise", 8, 16)),
+        (
+            {"inpaint_full_res": False, "mask_blur_x": 2, "mask_blur_y": 2, "inpainting_mask_invert": 0},
+            ("original", 2, None),
+        ),
+    ],
+)
+async def test_a_mask_is_drawn_within(
+    client: httpx.AsyncClient, engine: FakeEngine, fields: dict[str, Any], expected: tuple[str, int, int | None]
+) -> None:
+    await drawn(client, {**fields, "init_images": [PICTURE], "mask": MASK}, "img2img")
+    inpaint = engine.submitted[0].params.img2img.inpaint  # type: ignore[union-attr]
+    assert inpaint is not None
+    assert (inpaint.fill, inpaint.blur, inpaint.padding) == expected
 
 
 # member as JSON, the field that the report's warnings name

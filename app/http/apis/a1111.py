@@ -103,7 +103,7 @@ async def txt2img(request: Request) -> Response:
 
 @router.post("/img2img", **_drawing("Draw a picture over, as AUTOMATIC1111 does", Img2ImgOptions))
 async def img2img(request: Request) -> Response:
-    """As txt2img, from one picture. There is no inpainting."""
+    """As txt2img, from one picture, whole or within a mask."""
     return await _draw(request, Img2ImgOptions)
 
 

@@ -19,7 +19,6 @@ from app.infotext import pair, scheduler_alone
 SCRIPT = "WaveSpeed"
 """Under this name `alwayson_scripts` takes our own fields: {"WaveSpeed": {"args": [{"deepcache_enabled": true}]}}."""
 _NOT_SAVED = "Pictures are in the answer and kept nowhere."
-_NO_INPAINTING = "There is no inpainting here."
 _SAMPLER_NOISE = "Samplers here have no such setting."
 # Read by AUTOMATIC1111 only beside something that is refused here, or by models of another kind: whatever its value, it
 # changes nothing there either.
@@ -55,19 +54,19 @@ FOREIGN = {
     **dict.fromkeys(("subseed", "hr_cfg"), _IDLE),
 }
 FOREIGN_IMG2IMG = FOREIGN | {
-    "mask": Foreign((), _NO_INPAINTING),
-    "latent_mask": Foreign((), _NO_INPAINTING),
+    "latent_mask": Foreign((), "Send it as mask."),
     "initial_noise_multiplier": Foreign((1,), "Set denoising_strength."),
     "include_init_images": Foreign((False,), "The picture is with you already."),
     "enable_hr": Foreign((False,), "Set hires_fix, a field of ours, instead."),
-    **dict.fromkeys(
-        (
-            *("inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"),
-            *("mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "image_cfg_scale"),
-        ),
-        _IDLE,
-    ),
+    **dict.fromkeys(("mask_round", "image_cfg_scale"), _IDLE),
 }
+MASKED = FOREIGN_IMG2IMG | {"inpainting_mask_invert": Foreign((0,), "Send the mask inverted: what is white is drawn.")}
+"""Of an img2img with a mask; `_mask` reads the other fields of it."""
+_OF_MASK = (
+    *("inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"),
+    *("mask_blur", "mask_blur_x", "mask_blur_y"),
+)
+FOREIGN_IMG2IMG |= dict.fromkeys(_OF_MASK, _IDLE)
 _HIRES = "hires_fix here enlarges with Lanczos or an upscaler to twice the size and draws over it at half strength."
 HIRES = {
     "hr_scale": Foreign((2,), _HIRES),
@@ -156,7 +155,8 @@ def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = 
 
     model: of a request that names none. Raises Invalid, Unsupported or Incompatible.
     """
-    body, said = translated(whole_numbers(body), kind.foreign)
+    masked = kind is Img2ImgOptions and body.get("mask") is not None
+    body, said = translated(whole_numbers(body), MASKED if masked else kind.foreign)
     named = body.get("hr_upscaler")
     file = named if isinstance(named, str) and named != "Lanczos" and not named.startswith("Latent") else None
     if body.get("enable_hr") is True:
@@ -184,6 +184,8 @@ def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = 
         values.put("img2img_enabled", True, "init_images")
         values.put("img2img_image", options.init_images[0], "init_images")
         values.put("img2img_denoise", denoise, "denoising_strength")
+    if masked:
+        _mask(values)
     if isinstance(values.get("prompt"), str):
         _networks(values)
     if model is not None and not values.keys() & {"model", "model_path", "flux_enabled"}:
@@ -275,6 +277,26 @@ def _finds_faces(args: list[Any], *, img2img: bool) -> bool:
     return False
 
 
+def _mask(values: _Values) -> None:
+    """What lies beside a mask, with AUTOMATIC1111's defaults; but `inpainting_fill` 0, its own, is not drawn here."""
+    tables = (
+        ("inpainting_fill", {1: "original", 2: "noise"}, "mask_fill", 1),
+        ("inpaint_full_res", {1: "masked", 0: "whole"}, "inpaint_area", 1),
+    )
+    for name, known, ours, default in tables:
+        given = values.pop(name, default)
+        if type(given) not in (int, bool) or given not in known:
+            wording = ", ".join(f"{value} ({word})" for value, word in known.items())
+            raise Unsupported(f"{name} can only be {wording}.", field=name)
+        values.put(ours, known[given], name)
+    padding = values.pop("inpaint_full_res_padding", 0)
+    if values["inpaint_area"] == "masked":
+        values.put("inpaint_padding", padding, "inpaint_full_res_padding")
+    for name in ("mask_blur_x", "mask_blur_y"):
+        if name in values:
+            values.put("mask_blur", values.pop(name), name)
+
+
 def _sampler(values: _Values, options: Options) -> None:
     name = options.sampler_name or options.sampler_index
     sampler = None
@@ -332,7 +354,11 @@ def payload_schema(kind: type[Options]) -> dict[str, Any]:
     theirs = kind.model_json_schema()
     properties = {
         **{name: _nullable(schema) for name, schema in ours["properties"].items()},
-        **{name: field.schema(ours["properties"]) for name, field in kind.foreign.items()},
+        **{
+            name: field.schema(ours["properties"])
+            for name, field in kind.foreign.items()
+            if name not in ours["properties"]
+        },
         **{name: {"description": "Changes nothing by itself."} for name in sorted(HIRES)},
         **theirs["properties"],
     }
