@@ -50,7 +50,7 @@ def mean(times: Times, kinds: Kinds, images: int = 1) -> float:
     return sum(each) / images / sum(weight for _, weight in kinds)
 
 
-_ONE_IMAGE = SimpleNamespace(params=SimpleNamespace(seeds=(0,)))
+_ONE_IMAGE = SimpleNamespace(images=1)
 
 
 @dataclass(frozen=True, slots=True)
