@@ -83,8 +83,10 @@ def test_a_picture_is_drawn_over(client: Any) -> None:
     with pytest.raises(RuntimeError, match="resize_mode to 1"):
         client.img2img(images=[picture], prompt="a")
     assert client.img2img(images=[picture], prompt="a", resize_mode=1).image.size == (512, 512)
-    with pytest.raises(RuntimeError, match="no inpainting"):
-        client.img2img(images=[picture], mask_image=picture, prompt="a", width=192, height=128)
+    within = {"images": [picture], "mask_image": Image.new("L", picture.size, 255), "width": 192, "height": 128}
+    with pytest.raises(RuntimeError, match="inpainting_fill can only be 1"):  # the package says 0 of itself
+        client.img2img(**within, prompt="a")
+    assert client.img2img(**within, prompt="a", inpainting_fill=1).image.size == (192, 128)
 
 
 def test_pictures_are_enlarged(client: Any) -> None:
