@@ -25,7 +25,7 @@ settings.load_profile("wavespeed")
 
 
 LONGEST = ("e2e", "accelerator", "ui", "embedded", "compatibility")
-"""Folders that come first, so that two processes which share the files end at about the same time."""
+"""Folders that come first, so that processes which share the files end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
