@@ -57,9 +57,8 @@ async def test_without_an_upscaler_it_is_left_alone(client: httpx.AsyncClient) -
     assert answer["html_info"] == "<p></p>"
 
 
-async def test_two_are_blended_and_a_file_is_found_by_name(
-    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_two_are_blended_and_a_file_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine()  # no replica: it is another process, which has no such network
     monkeypatch.setattr(a1111_extras.upscaling, "enlarged", lambda work, device, on_tile: work.pictures)
     (tmp_path / "4x.safetensors").touch()
     async with client_of(engine, upscaler_folder=tmp_path) as client:
@@ -116,7 +115,9 @@ async def test_pictures_together_have_a_bound(
     assert len(engine.submitted) == 1
 
 
-async def test_a_full_queue_is_told_before_a_picture_is_decoded(engine: FakeEngine, client: httpx.AsyncClient) -> None:
+async def test_a_full_queue_is_told_before_a_picture_is_decoded() -> None:
+    engine = FakeEngine()
     engine.capacity = 0
-    response = await client.post("/sdapi/v1/extra-single-image", json={"image": "damaged"})
+    async with client_of(engine) as client:
+        response = await client.post("/sdapi/v1/extra-single-image", json={"image": "damaged"})
     assert response.status_code == 429
