@@ -59,15 +59,15 @@ def calibrate(
         checked_early({"prompt": "", "model": model, "sampler": one, "scheduler": other}, settings)
     with runner_here(settings) as (progress, runner):
         from models.tuning.halving import OutOfTime
-        from models.tuning.kept import Kept
         from models.tuning.measuring import Measuring
         from models.tuning.profile import file_of, of_user
+        from models.tuning.unfinished import Unfinished
 
         info = runner.catalogue().models[model]
         loaded = runner.model(model)
         path = file_of(loaded.spec)
         of_user(loaded.spec)  # one that is damaged is told of before anything is drawn
-        kept = Kept(path.with_name(f"{path.name}.unfinished"))
+        kept = Unfinished(path.with_name(f"{path.name}.unfinished"))
         if width is None and height is None:
             width, height = info.native_size
         given: dict[str, Any] = {

@@ -25,8 +25,8 @@ from cache.flops import deepest_branch
 from models.base import GenerationParams
 
 from .front import FEWEST, Point
-from .kept import Kept
 from .nearness import psnr
+from .unfinished import Unfinished
 
 if TYPE_CHECKING:
     from models.generation import LoadedModel
@@ -95,7 +95,7 @@ class Pictures:
     model: LoadedModel
     params: GenerationParams  # of the uncached pictures; its seeds are those of the first rounds
     prompts: Sequence[str]
-    kept: Kept
+    kept: Unfinished
     tick: Callable[[str], None]
     references: dict[int, list[ArrayLike]] = field(default_factory=dict)
 

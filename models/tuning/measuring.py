@@ -12,7 +12,7 @@ from models.sampling.samplers import names
 
 from . import calibration, halving, profile
 from .front import Front, Point
-from .kept import Kept
+from .unfinished import Unfinished
 
 if TYPE_CHECKING:
     from models.generation import LoadedModel
@@ -30,7 +30,7 @@ class Measuring:
     params: GenerationParams
     prompts: Sequence[str]
     device: str
-    kept: Kept
+    kept: Unfinished
     tick: Callable[[str], None]
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
+from abc import abstractmethod
 from functools import partial
 from html import escape
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -66,9 +67,9 @@ class Extras(BaseModel):
     )
 
     @property
+    @abstractmethod
     def uploads(self) -> dict[str, str]:
         """Each picture by the name of its field."""
-        raise NotImplementedError
 
 
 class SingleExtras(Extras):

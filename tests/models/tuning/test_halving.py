@@ -17,7 +17,7 @@ from models.errors import LoadFailed
 from models.generation import LoadedModel
 from models.tuning.front import Point
 from models.tuning.halving import LEAST, Candidate, Pictures, Tried, candidates, drawings, fronts, kept_on, unbeaten
-from models.tuning.kept import Kept
+from models.tuning.unfinished import Unfinished
 
 
 def point(operations: float, psnr_db: float) -> Point:
@@ -92,7 +92,7 @@ def test_an_interrupted_search_draws_nothing_twice(sd: LoadedModel, tmp_path: Pa
     tried = [Candidate(4, DeepCache(2, 3)), Candidate(2, NoCache())]
 
     def search() -> list[Any]:
-        pictures = Pictures(sd, params, ["a", "b"], Kept(tmp_path / "unfinished"), told.append)
+        pictures = Pictures(sd, params, ["a", "b"], Unfinished(tmp_path / "unfinished"), told.append)
         return [points for points, _ in fronts(pictures, tried, (1, 2))]
 
     first = search()
@@ -109,9 +109,9 @@ def test_unfinished_work_that_cannot_be_read_is_told(tmp_path: Path, content: st
     path = tmp_path / "unfinished"
     path.write_text(content)
     with pytest.raises(LoadFailed, match="Delete it"):
-        Kept(path)
+        Unfinished(path)
     path.write_text(json.dumps({"a": 1}))
-    kept = Kept(path)
+    kept = Unfinished(path)
     assert kept.known("a", lambda: pytest.fail("it is known")) == 1
     kept.forget()
     assert not path.exists()

@@ -12,7 +12,7 @@ from models.errors import LoadFailed
 from .profile import save
 
 
-class Kept:
+class Unfinished:
     """JSON values by name, in a file that each new one is written to. Raises LoadFailed where it cannot be read."""
 
     def __init__(self, path: Path) -> None:
