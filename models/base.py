@@ -57,6 +57,25 @@ class Upscaler:
     path: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A picture that steers where things stand, by a ControlNet of the operator's folder (Zhang et al. 2023).
+
+    `path`: its file, or its folder in diffusers format. `image` is RGB and of any size; it is scaled to cover the
+    drawing, and the overhang is cut evenly. It is the map that the ControlNet was trained on; with `edges` it is any
+    picture, whose edges become the map. `weight`: of what it adds, 0 nothing. `start`, `end`: the shares of each run
+    between which it acts.
+    """
+
+    name: str
+    path: Path
+    image: Image.Image
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    edges: bool = False
+
+
 ResamplingName = Literal["Lanczos", "Nearest"]
 
 
@@ -185,6 +204,7 @@ class GenerationParams:
     compiled: bool = False
     vae_tiling: bool = False
     img2img: Img2Img | None = None
+    control: tuple[Control, ...] = ()
     refiner: Refiner | None = None
     hires_fix: bool = False
     hires_upscaler: Upscaler | None = None
