@@ -58,5 +58,11 @@ class UpscalerFailed(ModelError):
     """An upscaler's file is broken or of another kind, or its pictures would be too large."""
 
 
+class ControlFailed(ModelError):
+    """A ControlNet's files are broken or of another kind, or it was made for another family of models."""
+
+    field = "control"
+
+
 class GenerationCancelled(Exception):
     """Raised by a step hook to stop a run at a step boundary; passes through `generate` untouched."""
