@@ -87,7 +87,7 @@ class Geometry:
                     _pack(pipeline.transformer, GGMLQuantizationType[self.small], self.dtype)
             for part in pipeline.components.values():
                 if isinstance(part, nn.Module):
-                    _materialise(part, self.dtype, fill)
+                    materialise(part, self.dtype, fill)
             prepare(pipeline, spec)
         model: PipelineModel
         if self.family.startswith("flux"):
@@ -130,7 +130,7 @@ def _pack(transformer: nn.Module, kind: GGMLQuantizationType, dtype: torch.dtype
         transformer.get_submodule(name.removesuffix(".weight"))._parameters["weight"] = blocks
 
 
-def _materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
+def materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
     """Weights for parameters of the meta device, in `dtype` but for what is small already, and for what the class keeps
     from overflow in float16.
     """

@@ -21,7 +21,7 @@ from .strategy import CacheStrategy, NoCache
 
 if TYPE_CHECKING:
     from .attaching import attach, view_of
-    from .views.base import Denoiser
+    from .views.base import Denoiser, Injector
     from .views.transformer import TransformerDenoiser
     from .views.unet import UNetDenoiser
 
@@ -34,6 +34,7 @@ __all__ = [
     "Denoiser",
     "FirstBlockCache",
     "IncompatibleDenoiser",
+    "Injector",
     "NoCache",
     "TransformerDenoiser",
     "UNetDenoiser",
@@ -43,6 +44,7 @@ __all__ = [
 
 _NEEDS_TORCH = {
     "Denoiser": ".views.base",
+    "Injector": ".views.base",
     "TransformerDenoiser": ".views.transformer",
     "UNetDenoiser": ".views.unet",
     "attach": ".attaching",

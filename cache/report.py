@@ -17,6 +17,8 @@ class CacheReport:
     `decisions` has one letter for each finished denoiser call: C computed, R reused. `reuse_cost` is the share of a
     full call's floating-point operations that a reuse call needs, None where it was not counted. `cache_bytes` is the
     peak of what was kept between calls. `settings` holds what the strategy was told and what followed from it.
+    `control_calls`: how often ControlNets were run. `control_operations`: of those runs, and of those of an uncached
+    run, in full calls of the denoiser alone; None where there were none, or they were not counted.
 
     First-block cache only: `residuals` holds for each call the relative change of the first block's residual that was
     held against the threshold (the largest of the batch; None where there was nothing to compare with),
@@ -30,6 +32,8 @@ class CacheReport:
     decisions: str = ""
     reuse_cost: float | None = None
     cache_bytes: int = 0
+    control_calls: int = 0
+    control_operations: tuple[float, float] | None = None
     warnings: list[str] = field(default_factory=list)
     residuals: list[float | None] = field(default_factory=list)
     item_decisions: list[str] = field(default_factory=list)
@@ -52,12 +56,30 @@ class CacheReport:
 
     @property
     def predicted_speedup(self) -> float | None:
-        """Operations of an uncached run by those of this one, from the decisions that were made."""
+        """Operations of an uncached run by those of this one, ControlNets included, from the decisions made."""
         if self.reused == 0:
             return 1.0
-        if self.reuse_cost is None:
+        if self.reuse_cost is None or (self.control_calls and self.control_operations is None):
             return None
-        return len(self.decisions) / (self.computed + self.reused * self.reuse_cost)
+        made, due = self.control_operations or (0.0, 0.0)
+        return (len(self.decisions) + due) / (self.computed + self.reused * self.reuse_cost + made)
+
+    @property
+    def control_share(self) -> float | None:
+        """The ControlNets' part of the run's operations; None where it is not known."""
+        if self.control_operations is None or (self.reused and self.reuse_cost is None):
+            return None
+        made = self.control_operations[0]
+        return made / (self.computed + self.reused * (self.reuse_cost or 0.0) + made)
+
+    @staticmethod
+    def control_of(reports: Sequence[CacheReport]) -> tuple[float, float] | None:
+        """`control_operations` of several runs together; None where one with ControlNets has none."""
+        counted = [report.control_operations for report in reports if report.control_calls]
+        known = [one for one in counted if one is not None]
+        if not known or len(known) < len(counted):
+            return None
+        return sum(made for made, _ in known), sum(due for _, due in known)
 
     @property
     def residual_percentiles(self) -> dict[str, float]:
@@ -131,6 +153,9 @@ class CacheReport:
             "predicted_speedup": None if speedup is None else round(speedup, 3),
             "cache_bytes": self.cache_bytes,
         }
+        if self.control_calls:
+            share = self.control_share
+            report["control"] = {"calls": self.control_calls, "share": None if share is None else round(share, 4)}
         if self.residuals:
             report["residuals"] = [None if value is None else round(value, 5) for value in self.residuals]
         if percentiles := self.residual_percentiles:

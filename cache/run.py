@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from . import flops
 from .report import CacheReport
 from .solver import Correction, Ledger
 from .views.base import Call, Decision, Denoiser
@@ -33,6 +35,31 @@ class Lane:
         return self.ledger.bytes + kept
 
 
+@contextmanager
+def accounted(denoiser: Denoiser, report: CacheReport) -> Iterator[None]:
+    """At the context's end, note in `report` what the denoiser's injector did within it."""
+    yield
+    injector = denoiser.injector
+    if injector is None or injector.first is None:
+        return
+    report.control_calls = sum(injector.made)
+    try:
+        size, call = denoiser.counted(injector.first)
+        whole = flops.count_once(denoiser.root, size, lambda: call)[""]
+        shares = [
+            flops.count_once(network, size, partial(injector.inputs, number, call))[""] / whole
+            for number, network in enumerate(injector.networks)
+        ]
+    except flops.Uncountable as error:  # the pictures are made, only the prediction is missing
+        report.warn(f"No speed-up is predicted. {error}")
+        return
+    made, due = (
+        sum(share * calls for share, calls in zip(shares, counted, strict=True))
+        for counted in (injector.made, injector.due)
+    )
+    report.control_operations = made, due
+
+
 class Run(ABC):
     """One run of a denoiser under a strategy, whose own run says in `step` what becomes of a call.
 
@@ -50,7 +77,7 @@ class Run(ABC):
     def attached(self) -> Iterator[None]:
         """Within the context, the denoiser's calls are this run's."""
         try:
-            with self.denoiser.intercepted(self.handle):
+            with accounted(self.denoiser, self.report), self.denoiser.intercepted(self.handle):
                 yield
         finally:
             self.lanes.clear()

@@ -38,6 +38,8 @@ class NoCache:
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
+        from .run import accounted
+
         report = CacheReport(self.name)
 
         def count(call: Call) -> Any:
@@ -45,5 +47,5 @@ class NoCache:
             report.record((True,))
             return output
 
-        with denoiser.intercepted(count):
+        with accounted(denoiser, report), denoiser.intercepted(count):
             yield report

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +30,14 @@ class Kept:
     rows: int | None  # of a guided batch whose reuse calls run the second half alone; None for any other
     history: Damped  # of the branch's state (batch, channels, height, width), or of the prediction
     difference: Damped  # of the guided predictions, with text less without; empty for any other batch
+    residuals: list[Damped] = field(default_factory=list)  # of what is injected into the branch's pass
     form: type = tuple  # of the network's answers
     computed: int = -1  # the last call that computed, counted in this lane and size from 0
     now: int = -1  # the last call
 
     @property
     def bytes(self) -> int:
-        return self.history.bytes + self.difference.bytes
+        return sum(one.bytes for one in (self.history, self.difference, *self.residuals))
 
 
 class DeepCacheRun(Run):
@@ -143,15 +144,23 @@ class DeepCacheRun(Run):
         else:
             kept.history.add(time, self.captured[kept.rows // 2 :].clone())
             kept.difference.add(time, guidances.difference(prediction))
+        if call.injection is not None and self.branch is not None:
+            self.keep_residuals(kept, time, self.denoiser.shallow(call.injection.arguments, self.branch))
         lane.kept[lane.size] = kept
         return output
+
+    def keep_residuals(self, kept: Kept, time: int, residuals: Sequence[Tensor]) -> None:
+        """Keep what was injected into the layers that reuse calls run."""
+        kept.residuals = kept.residuals or [Damped(self.settings.forecast) for _ in residuals]
+        for history, residual in zip(kept.residuals, residuals, strict=True):
+            history.add(time, residual if kept.rows is None else residual[kept.rows // 2 :].clone())
 
     def continued(self, call: Call, lane: Lane) -> Kept:
         """What a computing call adds to: that of the calls before it in its lane and size, or an empty one."""
         kept: Kept | None = lane.kept.pop(lane.size, None)
         if kept is not None:
-            kept.history.make_room()
-            kept.difference.make_room()
+            for one in (kept.history, kept.difference, *kept.residuals):
+                one.make_room()
             return kept
         forecast = self.settings.forecast
         return Kept(self.guided_rows(call), Damped(forecast), Damped(forecast))
@@ -174,9 +183,13 @@ class DeepCacheRun(Run):
             state = state.clone()
         if self.branch_pass is None:
             return answer_of(kept.form, state)
+        if kept.rows is not None:
+            call = guidances.conditional(call, kept.rows)
+        if kept.residuals:
+            call = call.given(self.denoiser.injected_shallow([one.at(lane.calls) for one in kept.residuals]))
         if kept.rows is None:
             return self.branch_pass.run(call, state)
-        with_text = self.branch_pass.run(guidances.conditional(call, kept.rows), state)[0]
+        with_text = self.branch_pass.run(call, state)[0]
         return answer_of(kept.form, guidances.both(with_text, kept.difference.at(lane.calls)))
 
     def explain(self) -> None:

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cache.errors import IncompatibleDenoiser
 from cache.flops import Uncountable, on_meta
@@ -25,7 +25,7 @@ from cache.patching import Shadow, shadowed
 from cache.report import CacheReport
 from cache.run import Lane, Run
 from cache.transfer import upload
-from cache.views.base import Call, Decision
+from cache.views.base import Call, Decision, Injection
 from cache.views.transformer import IMAGE, TransformerDenoiser
 
 from .rule import Reference
@@ -73,11 +73,11 @@ class FirstBlockRun(Run):
             report.residuals.append(None)
             report.item_residuals.append(())
             return output, (True,) * denoiser.batch_of(call)
-        turn = Turn(self, lane)
+        turn = Turn(self, lane, call.injection)
         stand_ins = turn.stand_ins(checking=self.arguments is None)
         self.arguments = self.arguments or on_meta(call.args, call.kwargs)
         with shadowed(stand_ins):
-            output = call.run()
+            output = call.given({}).run()
         report.residuals.append(turn.change)
         report.item_residuals.append(tuple(turn.changes))
         return output, tuple(row in turn.rows for row in range(turn.batch))
@@ -102,8 +102,8 @@ class FirstBlockRun(Run):
 class Turn:
     """One call in progress."""
 
-    def __init__(self, run: FirstBlockRun, lane: Lane) -> None:
-        self.run, self.denoiser, self.lane = run, run.denoiser, lane
+    def __init__(self, run: FirstBlockRun, lane: Lane, injection: Injection | None) -> None:
+        self.run, self.denoiser, self.lane, self.injection = run, run.denoiser, lane, injection
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
@@ -126,10 +126,8 @@ class Turn:
     def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What the root gets for running its list of blocks `index`."""
         run, denoiser = self.run, self.denoiser
-        blocks = run.blocks[index]
         if index == 0:
             streams = self.begin(args, kwargs)
-            blocks = blocks[1:]
         else:
             passed = denoiser.inputs(args, kwargs)
             if missing := [name for name in self.head if name not in passed]:
@@ -139,13 +137,13 @@ class Turn:
                 )
             streams = {name: passed[name] for name in self.head}
         if len(self.rows) == self.batch:
-            streams = self.run_blocks(blocks, streams, args, kwargs)
+            streams = self.run_blocks(index, streams, args, kwargs)
         elif self.rows:
             rows = self.index
             some_args = tuple(_items(value, rows, self.batch) for value in args)
             some_kwargs = {name: _items(value, rows, self.batch) for name, value in kwargs.items()}
             some = {name: stream[rows] for name, stream in streams.items()}
-            some = self.run_blocks(blocks, some, some_args, some_kwargs)
+            some = self.run_blocks(index, some, some_args, some_kwargs, rows)
             streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
         if index == len(run.blocks) - 1 and self.rows:
             self.keep(streams)
@@ -212,11 +210,24 @@ class Turn:
         return verdict.ahead
 
     def run_blocks(
-        self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        index: int,
+        streams: Streams,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        rows: Tensor | None = None,
     ) -> Streams:
-        for block in blocks:
-            block_args, block_kwargs = self.denoiser.arguments(streams, args, kwargs)
-            streams = self.denoiser.results(block(*block_args, **block_kwargs))
+        """Run those blocks of a list that have not run, and add what is injected. rows: the items that compute."""
+        denoiser, injected = self.denoiser, None
+        if self.injection is not None:
+            injected = denoiser.injected_after(self.injection.arguments, denoiser.block_lists[index])
+        for number, block in enumerate(self.run.blocks[index]):
+            if index > 0 or number > 0:
+                block_args, block_kwargs = denoiser.arguments(streams, args, kwargs)
+                streams = denoiser.results(block(*block_args, **block_kwargs))
+            if injected is not None:
+                added = injected[number] if rows is None else injected[number][rows]
+                streams = streams | {IMAGE: streams[IMAGE] + added}
         return streams
 
     def keep(self, streams: Streams) -> None:
@@ -227,7 +238,7 @@ class Turn:
                 f"{type(self.denoiser.root).__name__} changes a stream's shape between its lists of blocks: name only "
                 "lists that hand the same streams on in block_lists."
             )
-        if run.in_place is None:
+        if run.in_place is None and self.injection is None:  # else the next block is given a sum, not what it was
             run.in_place = self.writes != _writes(self.live)
         kept: Kept | None = self.lane.kept.get(self.lane.size)
         rows, index = (self.rows, self.index) if len(self.rows) < self.batch else (None, None)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from cache import flops
 from cache.errors import AlreadyAttached, IncompatibleDenoiser
 from cache.patching import shadowed
 
@@ -27,21 +29,32 @@ class Call:
 
     lane: the name of the surrounding `root.cache_context(name)`, by which diffusers pipelines tell calls with text from
         those without where the two run apart; None outside of one.
+    injection: what other networks add in it, beside its caller's arguments.
     """
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     lane: str | None
+    injection: Injection | None = None
 
     def run(self) -> Any:
-        """The root's own forward, with whatever hooks it had."""
-        return self.forward(*self.args, **self.kwargs)
+        """The root's own forward, with whatever hooks it had; what is injected is computed for it."""
+        injected = {} if self.injection is None else self.injection.arguments
+        return self.forward(*self.args, **self.kwargs, **injected)
+
+    def given(self, injected: Mapping[str, Any]) -> Call:
+        """The call with these arguments in the place of what would be injected."""
+        return replace(self, kwargs={**self.kwargs, **injected}, injection=None)
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Shapes, dtypes and devices of all tensors, and the flags. Calls of unequal signature share nothing."""
-        return (_signature(self.args), tuple(self.kwargs), _signature(self.kwargs.values()))
+        """Shapes, dtypes and devices of all tensors, the flags, and which networks inject.
+
+        Calls of unequal signature share nothing.
+        """
+        acting = () if self.injection is None else self.injection.acting
+        return (_signature(self.args), tuple(self.kwargs), _signature(self.kwargs.values()), acting)
 
 
 def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
@@ -114,6 +127,61 @@ def intercepted(root: nn.Module, handle: Callable[[Call], Any]) -> Iterator[None
         yield
 
 
+class Injector(ABC):
+    """Networks that add to what a denoiser's layers hand on, ControlNets (Zhang et al. 2023), for one run of it.
+
+    They run before the denoiser, on its own arguments. A cache that skips most of the denoiser has to skip them too: it
+    is not given what they add, but an `Injection` that computes it when it is asked for.
+
+    due, made: of each network, the calls that an uncached run would have made by now, and those that were made.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        self.networks: tuple[Any, ...] = tuple(networks)
+        self.due, self.made = [0] * len(networks), [0] * len(networks)
+        self.first: flops.Call | None = None  # arguments of the denoiser's first call with them, on the meta device
+
+    @abstractmethod
+    def acting(self) -> tuple[int, ...]:
+        """Which of the networks act in the present call. Calls in which unlike ones do share nothing."""
+
+    @abstractmethod
+    def compute(self, call: Call, acting: tuple[int, ...]) -> Mapping[str, Any]:
+        """What those of the networks add in `call`, by the denoiser's parameters for it."""
+
+    @abstractmethod
+    def inputs(self, number: int, call: flops.Call) -> flops.Call:
+        """A network's arguments beside such a call of the denoiser, both on the meta device, to be counted."""
+
+    def injection(self, call: Call) -> Injection | None:
+        """What is added in `call`; None for nothing."""
+        acting = self.acting()
+        if not acting:
+            return None
+        self.first = self.first or flops.on_meta(call.args, call.kwargs)
+        for number in acting:
+            self.due[number] += 1
+        return Injection(self, call, acting)
+
+
+class Injection:
+    """What is added in one call; computed when it is first asked for, and once."""
+
+    def __init__(self, injector: Injector, call: Call, acting: tuple[int, ...]) -> None:
+        self.acting = acting
+        self._injector, self._call = injector, call
+        self._arguments: Mapping[str, Any] | None = None
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """By the denoiser's parameters."""
+        if self._arguments is None:
+            self._arguments = self._injector.compute(self._call, self.acting)
+            for number in self.acting:
+                self._injector.made[number] += 1
+        return self._arguments
+
+
 Decision = tuple[bool, ...]
 """Of a call: whether it computed; or whether each item of its batch did, where those decide apart."""
 
@@ -140,11 +208,12 @@ class Denoiser:
     """A network that is called once or more a step to predict noise, velocity or sample."""
 
     injections: ClassVar[tuple[str, ...]] = ()
-    """Arguments that change the network between its layers. A call that has one computes fully."""
+    """Arguments that change the network between its layers. A call whose caller passes one computes fully."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.responses: Responses = _unknown
+        self.injector: Injector | None = None
         parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
         self._positions = {name: position for position, name in enumerate(parameters)}
 
@@ -170,6 +239,17 @@ class Denoiser:
         other.responses = responses
         return other
 
+    def injecting(self, injector: Injector | None) -> Self:
+        """The same view for a run in which other networks add to this one."""
+        other = copy.copy(self)
+        other.injector = injector
+        return other
+
+    def counted(self, first: flops.Call) -> tuple[Hashable, flops.Call]:
+        """The call whose operations stand for all, and what its size is remembered by. first: a run's first call."""
+        args, kwargs = first
+        return _signature((*args, *kwargs.values())), first
+
     def check_is_not_compiled(self) -> None:
         """Raises IncompatibleDenoiser for a network that was compiled as one: it runs what was traced, cut or not."""
         if hasattr(self.root, "_orig_mod") or getattr(self.root, "_compiled_call_impl", None) is not None:
@@ -179,4 +259,7 @@ class Denoiser:
 
     def intercepted(self, handle: Callable[[Call], Any]) -> AbstractContextManager[None]:
         """Within the context, calls of the root go through `handle`. Raises AlreadyAttached."""
-        return intercepted(self.root, handle)
+        injector = self.injector
+        if injector is None:
+            return intercepted(self.root, handle)
+        return intercepted(self.root, lambda call: handle(replace(call, injection=injector.injection(call))))

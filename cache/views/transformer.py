@@ -13,6 +13,11 @@ from cache.errors import IncompatibleDenoiser
 from .base import Call, Denoiser
 
 IMAGE = "hidden_states"
+_AFTER = {
+    "transformer_blocks": "controlnet_block_samples",
+    "single_transformer_blocks": "controlnet_single_block_samples",
+}
+"""Of a list of blocks, the root's parameter for what is added after each; an injector fills it with one a block."""
 _STREAM_ORDER = (IMAGE, "encoder_hidden_states")  # of a block's positional arguments in diffusers
 
 
@@ -52,6 +57,11 @@ class TransformerDenoiser(Denoiser):
     def blocks(self) -> list[list[nn.Module]]:
         """The blocks of each list."""
         return [list(getattr(self.root, name)) for name in self.block_lists]
+
+    def injected_after(self, injected: Mapping[str, Any], name: str) -> Sequence[Tensor] | None:
+        """Of what is injected in a call, what is added to the image stream after each block of the list `name`."""
+        after: Sequence[Tensor] | None = injected.get(_AFTER.get(name, name))
+        return after
 
     def batch_of(self, call: Call) -> int:
         """How many items `call` denoises together."""

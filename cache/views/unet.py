@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -131,11 +131,16 @@ class UNetDenoiser(Denoiser):
         """The number of branches. Without a middle block the deepest one would skip nothing and is not counted."""
         return len(self.up_layers) - (self.root.mid_block is None)
 
+    def counted(self, first: flops.Call | None = None) -> tuple[Hashable, flops.Call]:
+        """A call at the native size, whatever the first one's was."""
+        size = self.native_size or _sample_size(self.root)
+        return size, ((), inputs_of(self.root.config, size))
+
     @property
     def branch_costs(self) -> tuple[float, ...]:
         """Share of a full call's floating-point operations that each branch's pass needs, at the native size."""
-        size = self.native_size or _sample_size(self.root)
-        operations = flops.count_once(self.root, size, lambda: ((), inputs_of(self.root.config, size)))
+        size, call = self.counted()
+        operations = flops.count_once(self.root, size, lambda: call)
 
         def skipped(branch: int) -> int:
             layers = [*self.down_entries[branch + 1 :], *self.up_layers[: -1 - branch], ("mid_block",)]
@@ -157,6 +162,15 @@ class UNetDenoiser(Denoiser):
         if skipped == 0:
             return self.root.mid_block  # type: ignore[return-value]
         return self.root.get_submodule(self.up_layers[skipped - 1][-1])
+
+    def shallow(self, injected: Mapping[str, Any], branch: int) -> Sequence[Tensor]:
+        """Of what is injected in a full call, what a branch's pass adds: to the skips that its up-path layers take."""
+        residuals: Sequence[Tensor] = injected["down_block_additional_residuals"][: branch + 1]
+        return residuals
+
+    def injected_shallow(self, residuals: Sequence[Tensor]) -> dict[str, Any]:
+        """A branch pass's arguments for them; the state that is kept holds what was added to the middle block's."""
+        return {"down_block_additional_residuals": tuple(residuals), "mid_block_additional_residual": 0}
 
     def branch_pass(self, branch: int) -> BranchPass:
         """What runs `conv_in`, the `branch` following entries and the last `branch` + 1 up-path layers."""

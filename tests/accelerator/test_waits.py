@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import ControlNetModel, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxControlNetModel
+from PIL import Image
 
-from benchmarks.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry
+from benchmarks.geometries import FLUX_DEV, FLUX_SCHNELL, SD15, SDXL, Geometry, materialise
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from cache.solver import responses
-from models.base import GenerationParams, Multiscale
+from models.base import Control, GenerationParams, Multiscale
+from models.control import ControlNets
 from models.libraries import quiet
 from models.sampling import samplers
 from tests.accelerator.conftest import Load
-from tests.accelerator.device import NAME, Accelerator
+from tests.accelerator.device import NAME, Accelerator, hollow
 from tests.accelerator.waits import STRATEGIES, Waits, waits
 
 
@@ -56,6 +59,35 @@ def test_what_else_runs_in_a_step_does_not_wait(run: Any) -> None:
         assert run(geometry, NoCache(), multiscale=settings).places == {}
     assert run(SDXL, DeepCache(start=100, end=900)).places == {}  # the window reads each call's timestep
     assert run(SD15, DeepCache(), scheduler="karras", sampler="dpmpp_2m", seeds=(1, 2), batch_size=2).places == {}
+
+
+def test_a_controlnet_does_not_wait_and_is_spared_in_reused_calls(
+    run: Any, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = Control(name="edges", path=Path("nowhere"), image=Image.new("RGB", (64, 64)), edges=True)
+    cases = [
+        (SD15, ControlNetModel.from_unet, {"load_weights_from_unet": False}, DeepCache(interval=2)),
+        (
+            FLUX_SCHNELL,
+            FluxControlNetModel.from_transformer,
+            {"load_weights_from_transformer": False},
+            FirstBlockCache(),
+        ),
+    ]
+    monkeypatch.setattr(ControlNets, "ready", lambda *_: None)
+    for geometry, make, settings, strategy in cases:
+        with torch.device("meta"), quiet():
+            network = make(load(geometry).model.denoiser.root, **settings)
+        materialise(network, geometry.dtype, hollow)
+        monkeypatch.setattr(ControlNets, "of", lambda *_, network=network: [network])
+        found = run(geometry, strategy, control=(control,), steps=4)
+        assert all(place.startswith("from device cache/first_block/rule.py:") for place in found.places)
+        (report,) = found.generation.reports
+        assert report.reused > 0
+        assert report.control_calls == report.computed
+        if geometry is SD15:  # by counted operations: 1.72 at interval 2, where it was 1
+            assert report.predicted_speedup == pytest.approx(1.72, abs=0.02)
+            assert report.control_share == pytest.approx(0.353 / (1 + 0.353 + report.reuse_cost), abs=0.005)
 
 
 def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator) -> None:

@@ -9,12 +9,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache import (
+    CacheReport,
     DeepCache,
     FirstBlockCache,
     IncompatibleDenoiser,
@@ -103,6 +104,20 @@ def test_presets_keep_their_promise(name: str, interval: int, depth: int, promis
     branch = deepest_branch(costs, depth)
     assert branch is not None
     assert interval_speedup(interval, costs[branch]) >= promised
+
+
+def test_a_preset_keeps_its_promise_beside_a_controlnet() -> None:
+    """One of SD1.5's, by a report of 20 calls of which 7 compute."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**TABLES["SD1.5"][0])
+        network = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    size, (args, inputs) = UNetDenoiser(unet).counted()
+    hint = torch.empty(1, 3, 8 * size[0], 8 * size[1], device="meta")
+    share = flops.count(network, args, {**inputs, "controlnet_cond": hint})[""] / flops.count(unet, args, inputs)[""]
+    report = CacheReport("deepcache", decisions="CRR" * 6 + "CR", reuse_cost=costs_of("SD1.5")[1])
+    assert report.predicted_speedup == pytest.approx(2.02, abs=0.01)
+    report.control_operations = 7 * share, 20 * share
+    assert report.predicted_speedup == pytest.approx(2.18, abs=0.01)
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, tiny_unconditional])
