@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import accumulate, count
+from typing import Any
 
 import torch
 from PIL import Image
 
 from cache import CacheStrategy
-from cache.patching import shadowed
+from cache.patching import Shadow, shadowed
 
 from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
-from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
+from .base import FreeU, Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
 from .errors import NeedsPicture
 from .families import FAMILIES
 from .libraries import quiet
@@ -70,6 +71,12 @@ def stages_of(model: Sizes, params: GenerationParams) -> tuple[Stage, ...]:
     return (first, *enlarged, *refined, Decode(), *detailed, *put_back, *upscaled)
 
 
+def freed(unet: Any, freeu: FreeU | None) -> list[Shadow]:
+    """What lets the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
+    factors = {} if freeu is None else asdict(freeu)
+    return [(block, name, factor) for name, factor in factors.items() for block in unet.up_blocks]
+
+
 _LOADS = count()  # tells models that were loaded one after the other under one name apart
 
 
@@ -111,7 +118,8 @@ class LoadedModel:
         size = limits.render_size(model.spec, params.width, params.height)
         if residence is None or not residence.plan.moved:
             tiled = params.vae_tiling or (residence is not None and residence.plan.tiled)
-            return model.decode_bytes(*size, images, tiled=tiled)
+            controls = model.controlnets.missing_bytes(params.control)
+            return model.decode_bytes(*size, images, tiled=tiled) + controls
         plan = replace(residence.plan, tiled=residence.plan.tiled or params.vae_tiling)
         return max(0, plan.need(residence.sizes, self._work(params, images)) - residence.held)
 
@@ -143,6 +151,7 @@ class LoadedModel:
     def _work(self, params: GenerationParams, images: int) -> Work:
         size, guided = limits.render_size(self.model.spec, params.width, params.height), params.guidance_scale > 1
         work = self.model.work(*size, images, guided=guided)
+        work = work.with_more(self.model.controlnets.missing_bytes(params.control))
         return work if self._refiner is None else work.beside(self._refiner.model.work(*size, images, guided=guided))
 
     def _copied(self) -> int:
@@ -159,8 +168,9 @@ class LoadedModel:
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
-        Raises UnsupportedSampler, NeedsPicture, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before
-        anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the model as it was.
+        Raises UnsupportedSampler, NeedsPicture, TooFewSteps, AdapterFailed, DetectorFailed, UpscalerFailed and
+        ControlFailed before anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the
+        model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
@@ -211,11 +221,12 @@ class LoadedModel:
         if params.img2img is None and FAMILIES[self.spec.family].needs_picture:
             raise NeedsPicture(f"{self.spec.name} is a refiner, and draws over pictures alone: send one (img2img).")
         stages = stages_of(self.model, params)
+        self.model.controlnets.ready(params.control)
         with (
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
-            self.model.freed(params.freeu),
+            shadowed(freed(self.denoiser.root, params.freeu)),
             adapters.applied(self.pipeline, params) as applied,
         ):
             yield applied, stages, sum(one.steps(self.model, params) for one in stages)
@@ -230,8 +241,9 @@ class LoadedModel:
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
             warnings += self.model.warnings(text) + applied.warnings
             refined = {} if self._refiner is None or params.refiner is None else self._refiner.reread(params)
-            if refined and (params.loras or params.embeddings or params.freeu):
-                warnings.append("LoRAs, embeddings and FreeU are the model's: the refiner goes on without them.")
+            if refined and (params.loras or params.embeddings or params.freeu or params.control):
+                what = "LoRAs, embeddings, ControlNets and FreeU"
+                warnings.append(f"{what} are the model's: the refiner goes on without them.")
         return Share(conditioning, warnings, clock.seconds, refined)
 
     def reread(self, params: GenerationParams) -> Conditioning:

@@ -6,13 +6,12 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from . import finite, masks
 from .acceleration import attention, compilation
-from .base import UNWATCHED, FreeU, GenerationParams, LoadHooks, ModelSpec
+from .base import UNWATCHED, Control, GenerationParams, LoadHooks, ModelSpec
 from .errors import LoadFailed
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from cache import CacheStrategy, Denoiser
 
+    from .control import ControlNets, Steering
     from .decoders import Decoder
     from .layout import Layout
     from .loading.residence import Residence
@@ -106,8 +106,7 @@ class PipelineModel(ABC):
         from .loading.residence import Residence
 
         networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        self.residence = Residence(networks, torch.device(device))
-        self.memory = memory
+        self.residence, self.memory = Residence(networks, torch.device(device)), memory
         plan = self.planned(self.residence, self.usual_work)
         hooks.room(plan.need(self.residence.sizes, Work(text=0, denoise=0, decode=0, tiled=0)))
         hooks.stage(f"moving to {device}. {plan.words(self.residence.sizes)}")
@@ -147,15 +146,15 @@ class PipelineModel(ABC):
         """Whether the autoencoder works in tiles at present."""
         return bool(self.pipeline.vae.use_tiling)
 
-    @contextmanager
-    def freed(self, freeu: FreeU | None) -> Iterator[None]:
-        """Within the context the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
-        from cache.patching import shadowed
+    @cached_property
+    def controlnets(self) -> ControlNets:
+        from .control import ControlNets
 
-        factors = {} if freeu is None else asdict(freeu)
-        blocks: Any = self.denoiser.root.up_blocks if factors else ()
-        with shadowed([(block, name, factor) for block in blocks for name, factor in factors.items()]):
-            yield
+        return ControlNets(self.denoiser.root, self.pipeline.vae.dtype, self.device)
+
+    @abstractmethod
+    def steering(self, control: Sequence[Control], params: GenerationParams) -> Steering:
+        """Those ready ControlNets for one run."""
 
     @contextmanager
     def run(
@@ -169,22 +168,22 @@ class PipelineModel(ABC):
         until: float = 1.0,
         begun: Begun | None = None,
         mask: Image.Image | None = None,
+        control: tuple[Control, ...] = (),
     ) -> Iterator[Run]:
         """Within the context, latents of `size` (width, height) can be denoised, one for each of `seeds`.
 
         They begin in noise, or where the last `strength` of the schedule begins for `pictures` of that size, as in
         diffusers' img2img or, within a mask, inpaint pipelines, or as they were `begun`; they end with the steps that
-        begin before `until` of the schedule is over. A checkpoint for inpainting has all masked without a mask. Raises
-        AttentionUnavailable and CompilationFailed.
+        begin before `until` of the schedule is over. A checkpoint for inpainting has all masked without a mask.
+        control: ready ones, with what of their pictures lies under it. Raises AttentionUnavailable, CompilationFailed.
         """
         if self.inpaints and mask is None:
             mask, pictures = masks.everything(size), pictures or [masks.nothing(size)] * len(seeds)
         pipeline = self.sibling("Img2Img" if mask is None else "Inpaint") if pictures or begun else self.pipeline
         takes = inspect.signature(type(pipeline).__call__).parameters
         wanted: dict[str, Any] = {"width": size[0], "height": size[1], "num_inference_steps": params.steps}
-        wanted |= self.guidance(params)
         timesteps = samplers.custom_timesteps(params.scheduler, params.steps, self.published_timesteps)
-        wanted |= {} if timesteps is None else {"timesteps": timesteps}
+        wanted |= self.guidance(params) | ({} if timesteps is None else {"timesteps": timesteps})
         whole, part = self.partial_steps(params.steps, strength), range(self.steps_before(params, strength, until))
         if pictures:
             wanted |= {"image": list(pictures), "strength": strength}
@@ -205,7 +204,8 @@ class PipelineModel(ABC):
             sampling = samplers.names(scheduler, self.choices, params.sampler, params.scheduler)
             guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
-            with strategy.attach(view) as report:
+            steering = self.steering(control, params) if control else None
+            with strategy.attach(view.injecting(steering)) as report:
                 run = Run(
                     pipeline=pipeline,
                     scheduler=scheduler,
@@ -214,6 +214,7 @@ class PipelineModel(ABC):
                     attention=kernel,
                     compilation=compiling,
                     guidance=guidance,
+                    steering=steering,
                     part=part,
                     whole=whole,
                     grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
@@ -229,8 +230,7 @@ class PipelineModel(ABC):
             return nullcontext(compilation.Compilation())
         if self.residence is not None and self.residence.plan.kept:
             raise compilation.CompilationFailed(
-                "stable_fast cannot compile a model whose blocks are streamed, as this device's memory asks for. "
-                "Leave it out."
+                "stable_fast cannot compile a model whose blocks are streamed, for want of memory. Leave it out."
             )
         if self._compiled is None:
             self._compiled = compilation.CompiledLayers(self.denoiser, self.compile_backend)
@@ -259,8 +259,8 @@ class PipelineModel(ABC):
         left_out = params.steps - self.partial_steps(params.steps, strength)
         before = params.steps
         if until < 1:
-            saved, published = self.pipeline.scheduler, self.published_timesteps
-            before = samplers.steps_before(saved, self.choices, params, published, until)
+            saved = self.pipeline.scheduler
+            before = samplers.steps_before(saved, self.choices, params, self.published_timesteps, until)
         return max(0, before - left_out)
 
     @property
@@ -282,7 +282,7 @@ class PipelineModel(ABC):
 
     @property
     def native_pixels(self) -> int:
-        """Width times height of the pictures that the network was trained on."""
+        """Of the pictures that the network was trained on."""
         sample = getattr(self.denoiser.root.config, "sample_size", None) or self.pipeline.default_sample_size
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return int(height * width * self.pipeline.vae_scale_factor**2)

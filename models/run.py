@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from .acceleration.attention import Attention
     from .acceleration.compilation import Compilation
+    from .control import Steering
     from .guidance import Guidance
 
 Kind = Literal["Img2Img", "Inpaint"]
@@ -57,6 +58,7 @@ class Run:
 
     sampling: sampler and scheduler by name. grid: height and width of the latents. settings: arguments of the
     pipeline's call. ignored: the names of those that it would not read.
+    calls: of the pipeline's loop, that are done. steering: the ControlNets that act in it.
     part: its steps among the `whole` number of those that the drawing of the picture takes, which two models may share.
     """
 
@@ -72,7 +74,9 @@ class Run:
     grid: tuple[int, int]
     settings: Mapping[str, Any]
     ignored: Sequence[str]
+    steering: Steering | None = None
     done: int = 0
+    calls: int = 0
 
     @property
     def steps(self) -> int:
@@ -92,6 +96,7 @@ class Run:
             # The rule of the pipelines' own progress bar: PNDM's extra first call and the two calls of second-order
             # samplers, whose last step has but one, come out as `steps` steps.
             order, calls = self.scheduler.order, pipeline.num_timesteps
+            self.calls = index + 1
             warm_up = calls - (self.whole - self.part.start) * order
             if index == calls - 1 or (index + 1 > warm_up and (index + 1) % order == 0):
                 self.done += 1
@@ -100,6 +105,8 @@ class Run:
                 pipeline._interrupt = True  # diffusers' own way to leave out the other timesteps
             return tensors
 
+        if self.steering is not None:
+            self.steering.begin(lambda: (self.calls, self.pipeline.num_timesteps), generators)
         latents: Tensor = self.pipeline(
             **conditioning,
             **self.settings,

@@ -233,6 +233,8 @@ def summarise(reports: Sequence[CacheReport]) -> dict[str, object]:
         decisions="".join(report.decisions for report in reports),
         reuse_cost=first.reuse_cost,
         cache_bytes=max(report.cache_bytes for report in reports),
+        control_calls=sum(report.control_calls for report in reports),
+        control_operations=CacheReport.control_of(reports),
         residuals=[residual for report in reports for residual in report.residuals],
         item_decisions=[letters for report in reports for letters in report.item_decisions],
     )
@@ -264,6 +266,7 @@ def summarise_stages(stages: Sequence[StageReport]) -> dict[str, object]:
             "predicted_speedup": _speedup(runs),
             "cache_bytes": whole["cache_bytes"],
         }
+        row |= {"control": whole["control"]} if "control" in whole else {}
         if any(one.sizes for one in runs):
             row |= {"sizes": " ".join(one.sizes for one in runs), "small_share": round(runs[0].small_share, 4)}
         if any(one.halves for one in runs):
@@ -286,6 +289,8 @@ def _speedup(stages: Sequence[StageReport]) -> float | None:
         sizes = one.sizes if len(one.sizes) == len(report.decisions) else "F" * len(report.decisions)
         halves = one.halves or "B" * len(report.decisions)
         both = report.reuse_cost or 0.0
+        made, due = (one.width * one.height * share for share in report.control_operations or (0.0, 0.0))
+        without, spent = without + due, spent + made
         single = both * (2 if "B" in halves and report.settings.get("guidance") == "reuse" else 1)
         for decision, size, half in zip(report.decisions, sizes, halves, strict=True):
             call = one.width * one.height * (one.small_share if size == "S" else 1.0) * (1 if half == "B" else 0.5)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
+from models.base import CacheName, Control, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.pipeline import PipelineModel
 from models.run import Kind
 from models.sampling.samplers import FLOW_MATCHING, Sampler
@@ -17,6 +17,7 @@ from .family import ModelFamily
 if TYPE_CHECKING:
     import torch
 
+    from models.control import Steering
     from models.layout import Layout
 
 _KEPT_STREAMS = 10  # the first-block cache's residuals and references, in two calls, and what is made of them
@@ -76,6 +77,12 @@ class FluxModel(PipelineModel):
     def _embed(self, prompt: str) -> dict[str, torch.Tensor | None]:
         tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
         return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
+
+    def steering(self, control: Sequence[Control], params: GenerationParams) -> Steering:
+        from models.control import FluxSteering
+
+        given = control, self.controlnets.of(control), self.denoiser, self.device, self.pipeline.vae_scale_factor
+        return FluxSteering(*given, pipeline=self.pipeline, guidance_scale=params.guidance_scale)
 
     @property
     def layout(self) -> Layout:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
+from models.base import CacheName, Control, DtypeName, FreeU, GenerationParams, ModelSpec
 from models.libraries import first_line, quiet
 from models.loading.folder import damaged, read_json
 from models.pipeline import PipelineModel
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from cache import UNetDenoiser
     from cache.deepcache.schedule import Placement
+    from models.control import Steering
     from models.guidance import Guidance
     from models.layout import Layout
 
@@ -84,6 +85,12 @@ class StableDiffusionModel(PipelineModel):
             positive, negative = states(clips, [prompt, negative_prompt])
             negative = negative if guided else None
         return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+    def steering(self, control: Sequence[Control], params: GenerationParams) -> Steering:
+        from models.control import UNetSteering
+
+        networks, scale = self.controlnets.of(control), self.pipeline.vae_scale_factor
+        return UNetSteering(control, networks, self.denoiser, self.device, scale)
 
     @property
     def layout(self) -> Layout:

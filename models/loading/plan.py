@@ -53,6 +53,11 @@ class Work:
     decode: int
     tiled: int
 
+    def with_more(self, size: int) -> Work:
+        """With so many bytes more from the denoising on, as of ControlNets."""
+        denoise, decode, tiled = (phase + size for phase in (self.denoise, self.decode, self.tiled))
+        return replace(self, denoise=denoise, decode=decode, tiled=tiled)
+
     def beside(self, other: Work) -> Work:
         """Of both models, where `other` belongs to a refiner, which decodes nothing."""
         return replace(self, text=max(self.text, other.text), denoise=max(self.denoise, other.denoise))

@@ -87,7 +87,7 @@ _UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
-        "a ControlNet, which is not served here",
+        "a ControlNet, which steers a model: put it into the folder of ControlNets",
     ),
     (r"^(emb_params|string_to_param|clip_[lg])$", "an embedding: put it into the folder of embeddings"),
     (r"^(vision_model|visual)\.", "CLIP's vision encoder, which is not served here"),

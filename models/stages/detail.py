@@ -65,7 +65,7 @@ class ADetailer:
         region = Region(frame, feathered(box, frame))
         size = drawing_size(drawing.model, region.size)
         enlarged = region.cut(image, size)
-        latents = drawing.from_pictures("adetailer", [enlarged], strength(drawing.params), only=index)
+        latents = drawing.from_pictures("adetailer", [enlarged], strength(drawing.params), only=index, part=region)
         with drawing.clock("decode"):
             (drawn,) = drawing.model.decode(latents, *size)
             return region.put_back(image, drawn)

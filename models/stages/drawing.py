@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -13,8 +13,8 @@ from PIL import Image
 
 from cache import CacheStrategy
 from cache.prediction import prediction_of
-from models import finite
-from models.base import Fill, GenerationParams, StageReport, Step
+from models import finite, limits, masks
+from models.base import Control, Fill, GenerationParams, StageReport, Step
 from models.run import Begun, Run
 
 from .fill import noise_within
@@ -93,15 +93,18 @@ class Drawing:
         only: int | None = None,
         mask: Image.Image | None = None,
         fill: Fill = "original",
+        part: Region | None = None,
     ) -> torch.Tensor:
         """Latents drawn over `pictures`, which are of one size that the model can draw at.
 
         They are encoded and noised to where the last `strength` of the schedule begins, and denoised from there. There
         is one an image of the batch, or a single one for the image `only`. mask: what of them is drawn, a hard one of
-        their aspect; it begins from them or from noise alone (`fill`).
+        their aspect; it begins from them or from noise alone (`fill`). part: of the answer, or of the drawing's region,
+        that they are.
         """
         images = slice(None) if only is None else slice(only, only + 1)
-        return self._denoise(name, images, pictures[0].size, pictures, strength, until, mask=mask, fill=fill)
+        size = pictures[0].size
+        return self._denoise(name, images, size, pictures, strength, until, mask=mask, fill=fill, part=part)
 
     def _denoise(
         self,
@@ -114,15 +117,19 @@ class Drawing:
         begun: Begun | None = None,
         mask: Image.Image | None = None,
         fill: Fill = "original",
+        part: Region | None = None,
     ) -> torch.Tensor:
         """One run of the cache, reported under the stage's `name`: latents, one row for each of `images`."""
         params, seeds = self.params, self.seeds[images]
         source = self if begun is None or self.refiner is None else self.refiner
         model = source.model
         decoder = self.model.preview_decoder if params.preview else None
+        control = (
+            () if source is not self else tuple(self._under(one, size, part) for one in params.control if one.weight)
+        )
         with (
             self.clock("denoise"),
-            model.run(params, seeds, self.strategy, size, pictures, strength, until, begun, mask) as run,
+            model.run(params, seeds, self.strategy, size, pictures, strength, until, begun, mask, control) as run,
             noise_within(run, self.generators[images]) if fill == "noise" else nullcontext(),
             self._scales(run) as scales,
             Previews(decoder, run.steps).watching(run, model.layout) as previews,
@@ -159,6 +166,18 @@ class Drawing:
         made_by = ("vae", "unet", "transformer") if pictures else ("unet", "transformer")
         finite.check([latents], f"The latents of the pass {name} are", run.pipeline, made_by)
         return latents
+
+    def _under(self, control: Control, size: tuple[int, int], part: Region | None) -> Control:
+        """The control with what of its picture lies under a run of `size`."""
+        if self.region is None and part is None:
+            return replace(control, image=limits.fit(control.image, *size))
+        asked = (self.params.width, self.params.height)
+        image = limits.fit(control.image, *asked)
+        if self.region is not None:
+            image = self.region.cut(image, asked)
+        if part is not None:
+            return replace(control, image=part.cut(image, size))
+        return replace(control, image=masks.widened(image, *size).resize(size, Image.Resampling.LANCZOS))
 
     @contextmanager
     def _scales(self, run: Run) -> Iterator[Scales | None]:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy, Denoiser
-from models.base import GenerationParams, ModelSpec
+from models.base import Control, GenerationParams, ModelSpec
 from models.decoders import Decoder
 from models.layout import Layout
 from models.run import Begun, Run
@@ -64,6 +64,7 @@ class Model(Sizes, Protocol):
         until: float = 1.0,
         begun: Begun | None = None,
         mask: Image.Image | None = None,
+        control: tuple[Control, ...] = (),
     ) -> AbstractContextManager[Run]: ...
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]: ...

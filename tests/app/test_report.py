@@ -32,6 +32,17 @@ def test_reports_of_batches_are_summed() -> None:
     assert first.decisions == "CRR"
 
 
+def test_controlnets_of_batches_are_summed() -> None:
+    first = CacheReport("deepcache", {}, "CRR", reuse_cost=0.2, control_calls=1, control_operations=(0.5, 1.5))
+    second = CacheReport("deepcache", {}, "CR", reuse_cost=0.2)
+    summary = summarise([first, second])
+    assert summary["control"] == {"calls": 1, "share": round(0.5 / (2 + 3 * 0.2 + 0.5), 4)}
+    assert summary["predicted_speedup"] == round((5 + 1.5) / (2 + 3 * 0.2 + 0.5), 3)
+    uncounted = summarise([first, replace(second, control_calls=1)])
+    assert uncounted["control"] == {"calls": 2, "share": None}
+    assert uncounted["predicted_speedup"] is None
+
+
 def test_what_json_cannot_say_is_null() -> None:
     summary = summarise([CacheReport("first_block", {}, "CC", residuals=[None, math.nan])])
     assert summary["residuals"] == [None, None]

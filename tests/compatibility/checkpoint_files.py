@@ -353,7 +353,7 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
     ),
     _loose(
         "a ControlNet",
-        "is a ControlNet, which is not served here",
+        "is a ControlNet, which steers a model: put it into the folder of ControlNets",
         {"control_model.time_embed.0.weight": (1280, 320)},
     ),
     _loose("an upscaler", "is an upscaler, which is no model by itself", {"conv_first.weight": (64, 3, 3, 3)}),

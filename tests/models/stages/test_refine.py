@@ -277,7 +277,9 @@ def test_adapters_are_the_model_s_and_the_warning_says_so(pair: LoadedModel, tmp
     save_file(vectors, embedding)
     params = replace(PARAMS, prompt="a style", embeddings=(Embedding(name="style", path=embedding),))
     drawn = pair.generate(params, NoCache(), ignore)
-    assert "LoRAs, embeddings and FreeU are the model's: the refiner goes on without them." in drawn.warnings
+    assert (
+        "LoRAs, embeddings, ControlNets and FreeU are the model's: the refiner goes on without them." in drawn.warnings
+    )
     assert not np.array_equal(
         pixels(drawn.images), pixels(pair.generate(replace(params, embeddings=()), NoCache(), ignore).images)
     )
