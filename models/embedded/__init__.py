@@ -32,5 +32,7 @@ SPECS = (
         vocabulary=WORDS,
     ),
 )
+CONTROLNETS = {"tiny-sd-edges": FOLDER / "tiny-sd-edges"}
+"""ControlNets of the embedded models, by name: their folders."""
 DEFAULT = "tiny-sd"
 DEFAULT_FLUX = "tiny-flux"

@@ -1,4 +1,4 @@
-"""`python -m models.embedded.recipe STAGE…`: how tiny-sd and tiny-flux were made, stage by stage.
+"""`python -m models.embedded.recipe STAGE…`: how the embedded models were made, stage by stage.
 
 Each stage resumes from its checkpoint in the work folder and logs its progress; `all` runs them in order. Two CPU cores
 take about two and a half hours, a GPU minutes.
@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from models.embedded.recipe import autoencoder, data, evaluate, export, flux, judges, latents, text, unet
+from models.embedded.recipe import autoencoder, control, data, evaluate, export, flux, judges, latents, text, unet
 from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
 STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 1600, "flux-distilled": 350, "judges": 800}
-STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
+STEPS["control"] = 900
+STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "control", "report")
 NAMES = [spec.name for spec in SPECS]
 EMBEDDED = Path(__file__).parent.parent
 
@@ -58,6 +59,9 @@ def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -
         for name in only:
             export.write(name, embedded / name, work)
         judges.save(work, embedded / judges.WEIGHTS.name)
+    elif stage == "control":
+        trained = control.run(work, embedded / "tiny-sd", STEPS["control"])
+        trained.to(torch.float16).save_pretrained(embedded / control.NAME)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
         for spec in SPECS:
