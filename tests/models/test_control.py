@@ -62,6 +62,13 @@ def controls(
                 flux.pipeline.transformer, 1, 2, attention_head_dim=8, num_attention_heads=2
             ),
         }
+        taken = {
+            **networks["flux"].config,
+            "num_layers": 2,
+            "num_single_layers": 0,
+            "conditioning_embedding_channels": 4,
+        }
+        networks["pixels"] = FluxControlNetModel.from_config(taken)
     found = {}
     for name, network in networks.items():
         stirred(network).save_pretrained(folder / name)
@@ -123,8 +130,7 @@ def map_pixels(control: Control, params: GenerationParams) -> Image.Image:
     return Image.fromarray((255 * levels[0].permute(1, 2, 0)).round().byte().numpy())
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
-@pytest.mark.parametrize("edged", [False, True], ids=["map", "edges"])
+@pytest.mark.parametrize(("family", "edged"), [("sd", False), ("sd", True), ("sdxl", False), ("flux", True)])
 def test_it_draws_what_diffusers_own_pipeline_draws(
     family: str, edged: bool, controls: dict[str, Control], request: pytest.FixtureRequest
 ) -> None:
@@ -156,6 +162,14 @@ def test_pictures_drawn_over_and_within_a_mask_are_those_of_diffusers_pipelines(
     expected = oracle(model, (control,), params, "Inpaint", image=[over] * 2, mask_image=mask, strength=0.6)
     inside = np.asarray(mask) > 0
     assert np.array_equal(pixels(drawn.images)[:, inside], expected[:, inside])
+
+
+def test_a_controlnet_of_flux_may_have_layers_of_its_own_for_the_maps_pixels(
+    flux: LoadedModel, controls: dict[str, Control]
+) -> None:
+    params = replace(PARAMS_4, control=(controls["pixels"],), steps=2)
+    drawn = flux.generate(params, NoCache(), ignore)
+    assert np.array_equal(pixels(drawn.images), oracle(flux, params.control, params))
 
 
 @pytest.mark.parametrize("changes", [{}, {"sampler": "heun"}], ids=["euler", "heun"])
