@@ -64,9 +64,9 @@ def _key(control: Control) -> Any:
 def edges(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Of a picture (height, width, 3), its edges (height, width): 255 on them, 0 beside (Canny 1986)."""
     import cv2
+    import numpy as np
 
-    found: NDArray[np.uint8] = cv2.Canny(picture, LOW, HIGH)
-    return found
+    return np.asarray(cv2.Canny(picture, LOW, HIGH), np.uint8)
 
 
 def map_of(control: Control, width: int, height: int) -> Tensor:

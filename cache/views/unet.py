@@ -139,8 +139,8 @@ class UNetDenoiser(Denoiser):
     @property
     def branch_costs(self) -> tuple[float, ...]:
         """Share of a full call's floating-point operations that each branch's pass needs, at the native size."""
-        size, call = self.counted()
-        operations = flops.count_once(self.root, size, lambda: call)
+        size = self.native_size or _sample_size(self.root)
+        operations = flops.count_once(self.root, size, lambda: self.counted()[1])
 
         def skipped(branch: int) -> int:
             layers = [*self.down_entries[branch + 1 :], *self.up_layers[: -1 - branch], ("mid_block",)]
