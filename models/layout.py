@@ -39,13 +39,17 @@ class Layout(Protocol):
         ...
 
 
-_NAMES = ("sample", "timestep")  # of a UNet's first arguments
-
-
 class Spatial:
-    """A UNet's: the grid itself, first by position or as `sample`; a training timestep."""
+    """The grid itself, first by position or by name. sample: what the denoiser calls it; it takes training timesteps.
 
-    multiple = 1
+    patch: latents of a token's side, in a transformer. trained: how many timesteps it was trained on, where noise is
+    told as a share of them (flow matching: t from 1 to 0).
+    """
+
+    def __init__(self, sample: str = "sample", patch: int = 1, trained: int = 1) -> None:
+        self.multiple = patch
+        self._names = (sample, "timestep")
+        self._trained = trained
 
     def grid(self, latents: Tensor, height: int, width: int) -> Tensor:
         return latents
@@ -54,17 +58,24 @@ class Spatial:
         return grid
 
     def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
-        named = dict(zip(_NAMES, args, strict=False)) | dict(kwargs)
-        return named["sample"], _number(named["timestep"])
+        named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        return named[self._names[0]], _number(named["timestep"]) / self._trained
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        changed = {"sample": grid, "timestep": torch.tensor(timestep)}
-        by_position = [changed.pop(name) for name, _ in zip(_NAMES, args, strict=False)]
-        return (*by_position, *args[len(_NAMES) :]), {**kwargs, **changed}
+        told = torch.tensor(timestep * self._trained)
+        if isinstance(given := kwargs.get("timestep"), Tensor):
+            told = given.new_full(given.shape, timestep * self._trained)
+        changed = {self._names[0]: grid, "timestep": told}
+        by_position = [changed.pop(name) for name, _ in zip(self._names, args, strict=False)]
+        return (*by_position, *args[len(self._names) :]), {**kwargs, **changed}
 
 
 class Packed:
-    """Flux's: two by two latents a token, (batch, tokens, 4 · channels), with a position for each; t from 1 to 0."""
+    """Flux's: two by two latents a token, (batch, tokens, 4 · channels); t from 1 to 0.
+
+    Where the tokens lie is told by a position for each, or by the grid's shape. A mask is the text's, and shows all of
+    the picture.
+    """
 
     multiple = 2
 
@@ -82,15 +93,21 @@ class Packed:
         return kwargs["hidden_states"], _number(kwargs["timestep"])
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        from diffusers import FluxPipeline
-
-        rows, columns = grid.shape[-2] // 2, grid.shape[-1] // 2
-        positions = FluxPipeline._prepare_latent_image_ids(len(grid), rows, columns, "cpu", kwargs["img_ids"].dtype)
-        changed = {
+        batch, rows, columns = len(grid), grid.shape[-2] // 2, grid.shape[-1] // 2
+        changed: dict[str, Any] = {
             "hidden_states": self.flat(grid),
-            "timestep": kwargs["timestep"].new_full((len(grid),), timestep),
-            "img_ids": positions,
+            "timestep": kwargs["timestep"].new_full((batch,), timestep),
         }
+        if "img_ids" in kwargs:
+            from diffusers import FluxPipeline
+
+            dtype = kwargs["img_ids"].dtype
+            changed["img_ids"] = FluxPipeline._prepare_latent_image_ids(batch, rows, columns, "cpu", dtype)
+        if "img_shapes" in kwargs:
+            changed["img_shapes"] = [[(1, rows, columns)]] * batch
+        if (mask := kwargs.get("attention_mask")) is not None:
+            text = mask[:, : kwargs["encoder_hidden_states"].shape[1]]
+            changed["attention_mask"] = torch.cat([text, text.new_ones(batch, rows * columns)], dim=1)
         return args, {**kwargs, **changed}
 
 

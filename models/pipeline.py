@@ -16,7 +16,7 @@ from .base import UNWATCHED, FreeU, GenerationParams, LoadHooks, ModelSpec
 from .errors import LoadFailed
 from .guidance import Guidance
 from .loading.plan import VAE, Plan, Work, choose
-from .run import Begun, Kind, Run, sibling_of
+from .run import Begun, Kind, Laned, Run, sibling_of
 from .sampling import samplers
 from .sampling.responses import Responses
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from .decoders import Decoder
     from .layout import Layout
     from .loading.residence import Residence
-
-SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
 
 
 class PipelineModel(ABC):
@@ -64,17 +62,13 @@ class PipelineModel(ABC):
 
     def decode_bytes(self, width: int, height: int, images: int, *, tiled: bool = False) -> int:
         """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
+        from . import autoencoder
         from .memory import decode_bytes
 
         if self.spec.vae_tiling or tiled:
-            width, height = (min(side, self.tile(width, height)) for side in (width, height))
+            width, height = (min(side, autoencoder.tile(self.pipeline.vae, width, height)) for side in (width, height))
         images = 1 if self.spec.vae_slicing else images
         return decode_bytes(self.pipeline.vae, width * height * images, self.decode_dtype)
-
-    def tile(self, width: int, height: int) -> int:
-        """Pixels of a side of the tiles that such a picture is decoded in."""
-        own = int(self.pipeline.vae.tile_sample_min_size)
-        return own if max(width, height) > own else min(own, SMALL_TILE)
 
     def work(self, width: int, height: int, images: int, *, guided: bool = True) -> Work:
         """What so many images need beside the weights, for a plan. guided: at a guidance scale above 1."""
@@ -273,7 +267,7 @@ class PipelineModel(ABC):
         """Found, or fitted, on the first request with previews."""
         from .decoders import decoder_of
 
-        return decoder_of(self.pipeline, self.spec.source, self.device)
+        return decoder_of(self.pipeline, self.spec.source, self.device, self.unscaled)
 
     @property
     def size_multiple(self) -> int:
@@ -300,12 +294,15 @@ class PipelineModel(ABC):
         from cache.transfer import uploading
 
         saved, root = pipeline.scheduler, self.denoiser.root
+        shadows = [(root, "forward", uploading(root.forward, self.device))]
+        if self.rows(guided=True) == 1:
+            shadows.append((pipeline, "transformer", Laned(root)))
         followed = saved if begun is None else begun.followed(saved)
         pipeline.scheduler = samplers.build(
             followed, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
-            with shadowed([(root, "forward", uploading(root.forward, self.device))]):
+            with shadowed(shadows):
                 yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
@@ -335,7 +332,8 @@ class PipelineModel(ABC):
         finally:
             if self.residence is not None:
                 self.residence.send_away(self.residence.sizes.texts)
-        finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
+        readers = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        finite.check(encoded.values(), "The encoded text is", self.pipeline, readers)
         return encoded
 
     @abstractmethod
@@ -357,14 +355,16 @@ class PipelineModel(ABC):
         """
         import torch
 
+        from . import autoencoder
+
         def decoded(latents: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W), -1 … 1
-            return cast("torch.Tensor", vae.decode(self.clean(latents, width, height), return_dict=False)[0])
+            return autoencoder.decoded(vae, self.clean(latents, width, height))
 
         vae = self.pipeline.vae
         if self.residence is not None:
             self.residence.bring(VAE)  # before it is cast, so that it is cast there
         dtype = vae.dtype
-        with self._tiles(width, height):
+        with autoencoder.tiles(vae, width, height):
             pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
             if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
                 vae.to(dtype=torch.float32)
@@ -375,25 +375,21 @@ class PipelineModel(ABC):
         finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
         return cast("list[Image.Image]", self.pipeline.image_processor.postprocess(pixels, output_type="pil"))
 
-    def _tiles(self, width: int, height: int) -> AbstractContextManager[None]:
-        """The autoencoder with tiles for such a picture, should it decode in tiles."""
-        from cache.patching import shadowed
-
-        vae = self.pipeline.vae
-        own, side = vae.tile_sample_min_size, self.tile(width, height)
-        if side == own:
-            return nullcontext()
-        latents = vae.tile_latent_min_size * side // own
-        return shadowed([(vae, "tile_sample_min_size", side), (vae, "tile_latent_min_size", latents)])
-
     @property
     def upcasts(self) -> bool:
         """Whether the autoencoder's decoder is known to overflow half precision."""
         return False
 
-    @abstractmethod
     def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """What the autoencoder decodes, (B, channels, height, width) of the grid."""
+        """What the autoencoder decodes, of latents as the pipeline has them."""
+        factor = self.pipeline.vae_scale_factor
+        return self.unscaled(self.layout.grid(latents, height // factor, width // factor))
+
+    def unscaled(self, grid: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder decodes, of a grid as the denoiser has it."""
+        from . import autoencoder
+
+        return autoencoder.unscaled(self.pipeline.vae, grid)
 
     @abstractmethod
     def warnings(self, params: GenerationParams) -> list[str]:

@@ -110,10 +110,6 @@ class StableDiffusionModel(PipelineModel):
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
         return {"guidance_scale": params.guidance_scale, **rescale}
 
-    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        scaled: torch.Tensor = latents / self.pipeline.vae.config.scaling_factor
-        return scaled
-
     def warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)
         clips = encoders(self.pipeline, self.device, params.clip_skip)
