@@ -109,6 +109,7 @@ class Turn:
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
         self.change: float | None = None  # the largest of them
         self.packed = True  # whether the blocks return a tuple
+        self.joins = False  # whether the root has joined its streams, and the blocks that follow return one
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
         self.writes: list[int] | None = None  # how often each of them had been written to by then
@@ -132,12 +133,13 @@ class Turn:
             blocks = blocks[1:]
         else:
             passed = denoiser.inputs(args, kwargs)
-            if missing := [name for name in self.head if name not in passed]:
+            self.joins = self.joins or self.is_joined(passed)
+            if not self.joins and (missing := [name for name in self.head if name not in passed]):
                 raise IncompatibleDenoiser(
-                    f"{type(denoiser.root).__name__} hands its {denoiser.block_lists[index]} no {missing[0]}: it joins "
-                    "its streams between its lists of blocks, and the first-block cache cannot follow. Run it uncached."
+                    f"{type(denoiser.root).__name__} hands its {denoiser.block_lists[index]} no {missing[0]}, and not "
+                    "both streams in one: the first-block cache cannot follow. Run it uncached."
                 )
-            streams = {name: passed[name] for name in self.head}
+            streams = {IMAGE: passed[IMAGE]} if self.joins else {name: passed[name] for name in self.head}
         if len(self.rows) == self.batch:
             streams = self.run_blocks(blocks, streams, args, kwargs)
         elif self.rows:
@@ -148,10 +150,16 @@ class Turn:
             some = self.run_blocks(blocks, some, some_args, some_kwargs)
             streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
         if index == len(run.blocks) - 1 and self.rows:
-            self.keep(streams)
+            self.keep(denoiser.parted(streams[IMAGE], self.head) if self.joins else streams)
         if self.checking:
-            self.passed = (args, kwargs, {name: streams.get(name) for name in self.head})
-        return denoiser.output(streams, self.packed)
+            handed = [IMAGE] if self.joins else list(self.head)
+            self.passed = (args, kwargs, {name: streams.get(name) for name in handed})
+        return denoiser.output(streams, self.packed and not self.joins)
+
+    def is_joined(self, passed: Mapping[str, Tensor]) -> bool:
+        """Whether the root hands both streams on in one, now that one list of its blocks has run."""
+        tokens = sum(stream.shape[1] for stream in self.head.values())
+        return len(self.head) > 1 and len(passed.keys() & self.head.keys()) == 1 and passed[IMAGE].shape[1] == tokens
 
     def check(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """What the root gets for each further block: all have run, and it is seen that they are called alike."""
@@ -162,7 +170,7 @@ class Turn:
                 f"{type(denoiser.root).__name__} calls each of its {denoiser.block_lists[index]} with something of its "
                 "own, and the first-block cache calls them all alike. Run it uncached."
             )
-        return denoiser.output(streams, self.packed)
+        return denoiser.output(streams, self.packed and not self.joins)
 
     def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
         """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""

@@ -1,10 +1,15 @@
-"""A transformer: lists of blocks that hand an image stream on, and perhaps a text stream."""
+"""A transformer: lists of blocks that hand an image stream on, and perhaps a text stream.
+
+A root may join both streams for its later blocks (FLUX.2, AuraFlow), or hold text and image in one from the first
+(Z-Image).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cache import flops
@@ -20,8 +25,8 @@ class TransformerDenoiser(Denoiser):
     """A transformer whose root runs one or two lists of blocks in turn, over an image and perhaps a text stream.
 
     block_lists: the root's attributes that hold the blocks, in the order of their running; None finds them by name.
-    streams: the block's results in their order, for blocks that return a tuple. One that returns a tensor returns the
-    image stream. Streams have the shape (batch, tokens, channels).
+    streams: the block's results in their order, for blocks that return a tuple, and the order in which a root joins
+    them. A block that returns a tensor returns the image stream. Streams have the shape (batch, tokens, channels).
     """
 
     injections = (
@@ -43,6 +48,7 @@ class TransformerDenoiser(Denoiser):
         names = usual if block_lists is None else block_lists
         self.block_lists = tuple(name for name in names if len(getattr(root, name, ())) > 0)
         self.streams = tuple(streams)
+        self._latents = IMAGE if IMAGE in self._positions else next(iter(self._positions), IMAGE)
         if not self.block_lists or (block_lists is not None and self.block_lists != tuple(block_lists)):
             raise IncompatibleDenoiser(
                 f"{type(root).__name__} has no blocks under {', '.join(names)}: name its lists in block_lists."
@@ -55,7 +61,7 @@ class TransformerDenoiser(Denoiser):
 
     def batch_of(self, call: Call) -> int:
         """How many items `call` denoises together."""
-        return len(self.argument(IMAGE, call))
+        return len(self.argument(self._latents, call))
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The streams that a block is called with."""
@@ -78,6 +84,15 @@ class TransformerDenoiser(Denoiser):
         if not isinstance(output, tuple):
             return {IMAGE: output}
         return {name: stream for name, stream in zip(self.streams, output, strict=True) if stream is not None}
+
+    def joined(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """`streams` as a root joins them between its lists of blocks."""
+        return torch.cat([streams[name] for name in self.streams if name in streams], dim=1)
+
+    def parted(self, stream: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `joined`, for streams as long as those of `like`."""
+        names = [name for name in self.streams if name in like]
+        return dict(zip(names, stream.split([like[name].shape[1] for name in names], dim=1), strict=True))
 
     def check_order(self, taken: Mapping[str, Tensor], returned: Mapping[str, Tensor]) -> None:
         """Raises IncompatibleDenoiser where a stream came out of a block in another one's shape."""
