@@ -1,4 +1,4 @@
-"""FLUX.2: double-stream blocks, then single-stream ones over text and image in one tensor; all share their modulation."""
+"""FLUX.2: double-stream blocks, then single-stream ones over text and image in one tensor; modulation is shared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
 LISTS = ("transformer_blocks", "single_transformer_blocks")
