@@ -1,8 +1,4 @@
-"""A transformer: lists of blocks that hand an image stream on, and perhaps a text stream.
-
-A root may join both streams for its later blocks (FLUX.2, AuraFlow), or hold text and image in one from the first
-(Z-Image).
-"""
+"""A transformer: lists of blocks that hand an image stream on, and perhaps a text stream."""
 
 from __future__ import annotations
 
@@ -18,15 +14,16 @@ from cache.errors import IncompatibleDenoiser
 from .base import Call, Denoiser
 
 IMAGE = "hidden_states"
-_STREAM_ORDER = (IMAGE, "encoder_hidden_states")  # of a block's positional arguments in diffusers
+TEXT = "encoder_hidden_states"
 
 
 class TransformerDenoiser(Denoiser):
     """A transformer whose root runs one or two lists of blocks in turn, over an image and perhaps a text stream.
 
     block_lists: the root's attributes that hold the blocks, in the order of their running; None finds them by name.
-    streams: the block's results in their order, for blocks that return a tuple, and the order in which a root joins
-    them. A block that returns a tensor returns the image stream. Streams have the shape (batch, tokens, channels).
+    streams: the block's results in their order, for blocks that return a tuple. One that returns a tensor returns the
+    image stream. Streams have the shape (batch, tokens, channels). Where a later list takes all of them as one, they
+    lie in it in that order. takes: those that a block is called with by position.
     """
 
     injections = (
@@ -41,14 +38,15 @@ class TransformerDenoiser(Denoiser):
         root: nn.Module,
         *,
         block_lists: Sequence[str] | None = None,
-        streams: Sequence[str] = ("encoder_hidden_states", "hidden_states"),
+        streams: Sequence[str] = (TEXT, IMAGE),
+        takes: Sequence[str] = (IMAGE, TEXT),
     ) -> None:
         super().__init__(root)
         usual = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
         names = usual if block_lists is None else block_lists
         self.block_lists = tuple(name for name in names if len(getattr(root, name, ())) > 0)
         self.streams = tuple(streams)
-        self._latents = IMAGE if IMAGE in self._positions else next(iter(self._positions), IMAGE)
+        self.takes = tuple(takes)
         if not self.block_lists or (block_lists is not None and self.block_lists != tuple(block_lists)):
             raise IncompatibleDenoiser(
                 f"{type(root).__name__} has no blocks under {', '.join(names)}: name its lists in block_lists."
@@ -60,39 +58,19 @@ class TransformerDenoiser(Denoiser):
         return [list(getattr(self.root, name)) for name in self.block_lists]
 
     def batch_of(self, call: Call) -> int:
-        """How many items `call` denoises together."""
-        return len(self.argument(self._latents, call))
+        """How many items `call` denoises together: the image comes first among the root's arguments."""
+        return len(call.args[0] if call.args else call.kwargs[next(iter(self._positions))])
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The streams that a block is called with."""
-        passed = {
-            name: args[position] if position < len(args) else kwargs.get(name)
-            for position, name in enumerate(_STREAM_ORDER)
-        }
+        passed = {name: kwargs.get(name) for name in (IMAGE, TEXT)} | dict(zip(self.takes, args, strict=False))
         return {name: value for name, value in passed.items() if isinstance(value, Tensor)}
-
-    def arguments(
-        self, streams: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments with other streams in them."""
-        by_name = {name: streams.get(name, value) for name, value in kwargs.items()}
-        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(streams)
-        return (*(named[name] for name in _STREAM_ORDER[: len(args)]), *args[len(_STREAM_ORDER) :]), by_name
 
     def results(self, output: Any) -> dict[str, Tensor]:
         """The streams in what a block returned."""
         if not isinstance(output, tuple):
             return {IMAGE: output}
         return {name: stream for name, stream in zip(self.streams, output, strict=True) if stream is not None}
-
-    def joined(self, streams: Mapping[str, Tensor]) -> Tensor:
-        """`streams` as a root joins them between its lists of blocks."""
-        return torch.cat([streams[name] for name in self.streams if name in streams], dim=1)
-
-    def parted(self, stream: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `joined`, for streams as long as those of `like`."""
-        names = [name for name in self.streams if name in like]
-        return dict(zip(names, stream.split([like[name].shape[1] for name in names], dim=1), strict=True))
 
     def check_order(self, taken: Mapping[str, Tensor], returned: Mapping[str, Tensor]) -> None:
         """Raises IncompatibleDenoiser where a stream came out of a block in another one's shape."""
@@ -103,6 +81,15 @@ class TransformerDenoiser(Denoiser):
                     f"having taken it in {tuple(taken[name].shape)}: give the view its streams in the order in which "
                     f"the blocks return them, which is not {', '.join(self.streams)}."
                 )
+
+    def joined(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """All streams as one."""
+        return torch.cat([streams[name] for name in self.streams if name in streams], dim=1)
+
+    def split(self, joined: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `joined`. like: streams of as many tokens."""
+        names = [name for name in self.streams if name in like]
+        return dict(zip(names, joined.split([like[name].shape[1] for name in names], dim=1), strict=True))
 
     def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
         """What a block that put out `streams` would return; `packed` if the blocks return tuples."""
