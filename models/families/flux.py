@@ -6,40 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import CacheName, DtypeName, FreeU, GenerationParams, ModelSpec
-from models.pipeline import PipelineModel
+from models.base import GenerationParams, ModelSpec
 from models.run import Kind
-from models.sampling.samplers import FLOW_MATCHING, Sampler
 from models.text.prompt import remarks
 
-from .family import ModelFamily
+from .flow import KEPT_STREAMS, FlowFamily, FlowModel
 
 if TYPE_CHECKING:
     import torch
 
     from models.layout import Layout
 
-_KEPT_STREAMS = 10  # the first-block cache's residuals and references, in two calls, and what is made of them
 LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FluxFamily(ModelFamily):
+class FluxFamily(FlowFamily):
     """A family of FluxPipeline models (Black Forest Labs 2024)."""
 
-    native_size: int = 1024
     pipeline: str = "FluxPipeline"
-    network: str = "transformer"
     text_encoders: Mapping[str, str] = field(
         default_factory=lambda: {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
     )
-    half: DtypeName = "bfloat16"
-    cache: CacheName = "first_block"
-    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
-    size_multiple: int = 16
     steps: int = 28
     guidance_scale: float = 3.5
-    freeu: FreeU | None = None
 
     def model(self, spec: ModelSpec, pipeline: Any) -> FluxModel:
         from cache import TransformerDenoiser
@@ -64,7 +54,7 @@ FLUX_FILL = FluxFamily(
 )
 
 
-class FluxModel(PipelineModel):
+class FluxModel(FlowModel):
     """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
@@ -108,7 +98,7 @@ class FluxModel(PipelineModel):
     @property
     def kept_cells(self) -> int:
         config = self.pipeline.transformer.config
-        return _KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // 4  # four cells a token
+        return KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // 4  # four cells a token
 
     def runs_twice(self, params: GenerationParams) -> bool:
         return not self._distilled and params.guidance_scale > 1
@@ -120,30 +110,10 @@ class FluxModel(PipelineModel):
         return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
 
     def sibling(self, kind: Kind) -> Any:
-        """With steps counted as steps, where diffusers' pipeline takes a second-order scheduler's calls for them, and
-        with the lanes that it does not name.
-        """
+        """With the lanes that diffusers' pipeline does not name."""
         pipeline = super().sibling(kind)
-
-        def get_timesteps(calls: int, strength: float, device: object) -> tuple[torch.Tensor, int]:
-            scheduler = pipeline.scheduler
-            steps = -(-calls // scheduler.order)
-            begin = steps - self.partial_steps(steps, strength)
-            scheduler.set_begin_index(begin * scheduler.order)
-            return scheduler.timesteps[begin * scheduler.order :], steps - begin
-
-        pipeline.get_timesteps = get_timesteps
         pipeline.__dict__["transformer"] = _Laned(pipeline.transformer)
         return pipeline
-
-    def partial_steps(self, steps: int, strength: float) -> int:
-        return steps - int(max(steps - min(steps * strength, steps), 0))  # diffusers' rounding for Flux
-
-    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        config = self.pipeline.vae.config
-        latents = self.pipeline._unpack_latents(latents, height, width, self.pipeline.vae_scale_factor)
-        scaled: torch.Tensor = latents / config.scaling_factor + config.shift_factor
-        return scaled
 
     def warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
