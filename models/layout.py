@@ -11,24 +11,32 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cache.deepcache.guidance import second_half
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a denoiser's call: by position and by name."""
+Items = Any
+"""A tensor whose first dimension is the batch, or a list of tensors."""
 
 
 class Layout(Protocol):
     multiple: int
     """What both sides of a grid must be multiples of."""
 
-    def grid(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def grid(self, latents: Items, height: int, width: int) -> Tensor:
         """The grid, height × width latents, in latents or in a prediction."""
         ...
 
-    def flat(self, grid: Tensor) -> Tensor:
+    def flat(self, grid: Tensor) -> Items:
         """The inverse of `grid`."""
         ...
 
-    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Items, float]:
         """A call's latents, and the timestep as the denoiser takes it (that of the first item)."""
+        ...
+
+    def with_text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """The arguments of a call of both halves of guidance in one batch, for the half with text alone."""
         ...
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
@@ -42,7 +50,18 @@ class Layout(Protocol):
 _NAMES = ("sample", "timestep")  # of a UNet's first arguments
 
 
-class Spatial:
+class _InHalves:
+    """Of a guided batch, the second half has the text."""
+
+    def with_text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        rows = len(self.input_of(args, kwargs)[0])
+        return second_half(args, rows), second_half(dict(kwargs), rows)
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+        raise NotImplementedError
+
+
+class Spatial(_InHalves):
     """A UNet's: the grid itself, first by position or as `sample`; a training timestep."""
 
     multiple = 1
@@ -63,7 +82,7 @@ class Spatial:
         return (*by_position, *args[len(_NAMES) :]), {**kwargs, **changed}
 
 
-class Packed:
+class Packed(_InHalves):
     """Flux's: two by two latents a token, (batch, tokens, 4 · channels), with a position for each; t from 1 to 0."""
 
     multiple = 2
@@ -82,16 +101,54 @@ class Packed:
         return kwargs["hidden_states"], _number(kwargs["timestep"])
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        from diffusers import FluxPipeline
-
-        rows, columns = grid.shape[-2] // 2, grid.shape[-1] // 2
-        positions = FluxPipeline._prepare_latent_image_ids(len(grid), rows, columns, "cpu", kwargs["img_ids"].dtype)
         changed = {
             "hidden_states": self.flat(grid),
             "timestep": kwargs["timestep"].new_full((len(grid),), timestep),
-            "img_ids": positions,
+            "img_ids": self.positions(len(grid), grid.shape[-2] // 2, grid.shape[-1] // 2).to(kwargs["img_ids"].dtype),
         }
         return args, {**kwargs, **changed}
+
+    def positions(self, items: int, rows: int, columns: int) -> Tensor:
+        """One for each token."""
+        from diffusers import FluxPipeline
+
+        positions: Tensor = FluxPipeline._prepare_latent_image_ids(items, rows, columns, "cpu", torch.float32)
+        return positions
+
+
+class PackedInTime(Packed):
+    """FLUX.2's: each item's tokens have positions of their own, four numbers with time as the first."""
+
+    def positions(self, items: int, rows: int, columns: int) -> Tensor:
+        from diffusers import Flux2KleinPipeline
+
+        positions: Tensor = Flux2KleinPipeline._prepare_latent_ids(torch.empty(items, 1, rows, columns))
+        return positions
+
+
+class Listed:
+    """Z-Image's: a list of items (channels, 1 frame, height, width), then t from 0 to 1, then a list of texts.
+
+    Of a guided batch, the first half has the text.
+    """
+
+    multiple = 2
+
+    def grid(self, latents: Items, height: int, width: int) -> Tensor:
+        return torch.stack(latents)[:, :, 0] if isinstance(latents, list) else latents
+
+    def flat(self, grid: Tensor) -> list[Tensor]:
+        return list(grid[:, :, None].unbind())
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], float]:
+        return args[0], _number(args[1])
+
+    def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
+        return (self.flat(grid), args[1].new_full((len(grid),), timestep), *args[2:]), dict(kwargs)
+
+    def with_text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        items = len(args[0]) // 2
+        return tuple(each[:items] for each in args), dict(kwargs)
 
 
 def _number(timestep: Any) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cache import CacheStrategy, Denoiser
+    from cache.prediction import Prediction
 
     from .loading.residence import Residence
 
@@ -195,6 +196,12 @@ class PipelineModel(Decoding):
     def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> Denoiser:
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
+
+    def prediction(self, scheduler: Any) -> Prediction:
+        """What the denoiser takes and answers in a run of that scheduler."""
+        from cache.prediction import prediction_of
+
+        return prediction_of(scheduler)
 
     @property
     def inpaints(self) -> bool:

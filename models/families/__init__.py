@@ -7,8 +7,14 @@ from types import MappingProxyType
 
 from .family import ModelFamily
 from .flux import FLUX, FLUX_DEV, FLUX_FILL, FLUX_SCHNELL
+from .flux2 import FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .sd import SD, SD15, SD21
 from .sdxl import SDXL, SDXL_REFINER
+from .z_image import Z_IMAGE, Z_IMAGE_TURBO
 
-_ALL: tuple[ModelFamily, ...] = (SD, SD15, SD21, SDXL, SDXL_REFINER, FLUX, FLUX_SCHNELL, FLUX_DEV, FLUX_FILL)
+_ALL: tuple[ModelFamily, ...] = (
+    *(SD, SD15, SD21, SDXL, SDXL_REFINER),
+    *(FLUX, FLUX_SCHNELL, FLUX_DEV, FLUX_FILL, FLUX2_KLEIN, FLUX2_KLEIN_BASE),
+    *(Z_IMAGE, Z_IMAGE_TURBO),
+)
 FAMILIES: Mapping[str, ModelFamily] = MappingProxyType({family.name: family for family in _ALL})
