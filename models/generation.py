@@ -141,9 +141,12 @@ class LoadedModel:
             residence.settle(before)
 
     def _work(self, params: GenerationParams, images: int) -> Work:
-        size, guided = limits.render_size(self.model.spec, params.width, params.height), params.guidance_scale > 1
-        work = self.model.work(*size, images, guided=guided)
-        return work if self._refiner is None else work.beside(self._refiner.model.work(*size, images, guided=guided))
+        size = limits.render_size(self.model.spec, params.width, params.height)
+        work = self.model.work(*size, images, guided=self.model.runs_twice(params))
+        if self._refiner is None:
+            return work
+        second = self._refiner.model
+        return work.beside(second.work(*size, images, guided=second.runs_twice(params)))
 
     def _copied(self) -> int:
         """Bytes of weights that were brought to the device so far."""
@@ -225,7 +228,7 @@ class LoadedModel:
         clock = Clock(self.model.device)
         with clock("text"):
             text = applied.written(params)
-            conditioning = self._texts.get(key_of(params), partial(self.model.encode, text))
+            conditioning = self._read(params, text)
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
             warnings += self.model.warnings(text) + applied.warnings
@@ -237,7 +240,12 @@ class LoadedModel:
     def reread(self, params: GenerationParams) -> Conditioning:
         """The request's text as this model reads it without adapters."""
         plain = replace(params, loras=(), embeddings=())
-        return self._texts.get(key_of(plain), partial(self.model.encode, plain))
+        return self._read(plain, plain)
+
+    def _read(self, params: GenerationParams, text: GenerationParams) -> Conditioning:
+        """Encoded, or remembered; `text`: the request as adapters have written it."""
+        key = key_of(params, guided=self.model.runs_twice(params))
+        return self._texts.get(key, partial(self.model.encode, text))
 
     def _batch(
         self,

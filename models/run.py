@@ -59,7 +59,7 @@ class Run:
     """What a run is made of, and how many of its `steps` are done.
 
     sampling: sampler and scheduler by name. grid: height and width of the latents. settings: arguments of the
-    pipeline's call. ignored: the names of those that it would not read.
+    pipeline's call; texts: makes those for the text. ignored: the names of those that it would not read.
     part: its steps among the `whole` number of those that the drawing of the picture takes, which two models may share.
     """
 
@@ -72,6 +72,7 @@ class Run:
     guidance: Guidance
     part: range
     whole: int
+    texts: Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
     grid: tuple[int, int]
     settings: Mapping[str, Any]
     ignored: Sequence[str]
@@ -104,7 +105,7 @@ class Run:
             return tensors
 
         latents: Tensor = self.pipeline(
-            **conditioning,
+            **self.texts(conditioning),
             **self.settings,
             generator=list(generators),
             output_type="latent",

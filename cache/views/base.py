@@ -46,9 +46,24 @@ class Call:
         return (_signature(self.args), tuple(self.kwargs), _signature(self.kwargs.values()))
 
 
-def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
+def answer_of(form: type[Any], prediction: torch.Tensor | list[torch.Tensor]) -> Any:
     """A denoiser's answer of this form, a tuple or one of diffusers' outputs."""
     return (prediction,) if issubclass(form, tuple) else form(prediction)
+
+
+def predicted(answer: Any) -> torch.Tensor | None:
+    """The prediction in a denoiser's answer: of a list of items (Z-Image), one tensor; None if their shapes differ."""
+    found = answer[0]  # of a tuple or of diffusers' output, which can be indexed as one
+    if isinstance(found, list):
+        return torch.stack(found) if len({item.shape for item in found}) == 1 else None
+    prediction: torch.Tensor = found
+    return prediction
+
+
+def with_prediction(answer: Any, prediction: torch.Tensor) -> Any:
+    """`answer` with another prediction in it."""
+    listed = isinstance(answer[0], list)
+    return answer_of(type(answer), list(prediction.unbind()) if listed else prediction)
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:

@@ -74,7 +74,7 @@ class StableDiffusionModel(PipelineModel):
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
-        guided = params.guidance_scale > 1
+        guided = self.runs_twice(params)
         clips = encoders(self.pipeline, self.device, params.clip_skip)
         if plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = self.pipeline.encode_prompt(
