@@ -41,9 +41,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from cache import TransformerDenoiser, UNetDenoiser
+from cache import UNetDenoiser
 from models.base import ModelSpec
-from models.families.flux import FluxModel
+from models.families import FAMILIES
+from models.families.flow import FlowFamily
 from models.families.sd import StableDiffusionModel
 from models.families.sdxl import SDXLModel, SDXLRefinerModel
 from models.generation import LoadedModel
@@ -51,7 +52,7 @@ from models.libraries import quiet
 from models.loading.folder import prepare
 from models.loading.quantised import store_fp8
 from models.pipeline import PipelineModel
-from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
+from models.sampling.samplers import DIFFUSION
 
 Fill = Callable[[torch.Size, torch.dtype], Tensor]
 """Makes a weight."""
@@ -75,6 +76,10 @@ class Geometry:
     build: Callable[[], Any]
     small: str | None = None
 
+    @property
+    def is_transformer(self) -> bool:
+        return isinstance(FAMILIES[self.family], FlowFamily)
+
     def load(self, device: str, fill: Fill, memory: int | None = None, **options: Any) -> LoadedModel:
         """memory: bytes that a plan may count on. options: of the ModelSpec."""
         spec = ModelSpec(name=self.name, family=self.family, source=Path("nowhere"), **options)
@@ -90,8 +95,8 @@ class Geometry:
                     _materialise(part, self.dtype, fill)
             prepare(pipeline, spec)
         model: PipelineModel
-        if self.family.startswith("flux"):
-            model = FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+        if self.is_transformer:
+            model = FAMILIES[self.family].model(spec, pipeline)
         else:
             kinds = {"sdxl": SDXLModel, "sdxl-refiner": SDXLRefinerModel}
             kind = kinds.get(self.family, StableDiffusionModel)

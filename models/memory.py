@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .autoencoder import channels, decoded, has_frames
 from .libraries import quiet
 from .loading.plan import Work
 
@@ -35,7 +36,7 @@ Inputs = Callable[[int, int], Mapping[str, Any]]
 
 
 def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int:
-    """Least bytes, beside the weights, to decode so many `pixels` at once by diffusers' AutoencoderKL.
+    """Least bytes, beside the weights, to decode so many `pixels` at once by one of diffusers' autoencoders.
 
     dtype: that the decode runs in; None: that of the parameters. A wider one takes the network's weights along: what
     they grow by is counted. The decoder's last levels hold several maps of 256 channels at the picture's own
@@ -58,9 +59,10 @@ def _count(vae: Any, dtype: torch.dtype) -> float:
     """Bytes a pixel."""
     with torch.device("meta"), quiet():
         skeleton = type(vae).from_config(vae.config).eval().to(dtype=dtype)
-        latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
+        frames = (1,) if has_frames(vae) else ()
+        latents = torch.empty(1, channels(vae), *frames, _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
     drawn: list[Tensor] = []
-    peak = peak_bytes(lambda: drawn.append(skeleton.decode(latents, return_dict=False)[0]))
+    peak = peak_bytes(lambda: drawn.append(decoded(skeleton, latents)))
     return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])
 
 
@@ -103,10 +105,10 @@ def work(model: Countable, width: int, height: int, images: int, *, guided: bool
     cells, dtype = height * width // pipeline.vae_scale_factor**2, pipeline.vae.dtype
     step = step_bytes(root, dtype, model.inputs, cells) + model.kept_cells * cells * dtype.itemsize
     unpacked = max(map(unpacked_bytes, root.parameters()), default=0)
-    texts = [(name, f"tokenizer{name.removeprefix('text_encoder')}") for name in ("text_encoder", "text_encoder_2")]
-    pairs = ((getattr(pipeline, name, None), getattr(pipeline, tokenizer, None)) for name, tokenizer in texts)
+    encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part}
+    tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders]
     return Work(
-        text=_FIXED + max(_reading_bytes(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None),
+        text=_FIXED + max(map(_reading_bytes, encoders.values(), tokenizers)),
         denoise=round(_SLACK * images * model.rows(guided=guided) * step) + _FIXED + unpacked,
         decode=_FIXED + model.decode_bytes(width, height, images),
         tiled=_FIXED + model.decode_bytes(width, height, images, tiled=True),
@@ -129,7 +131,7 @@ def unpacked_bytes(weight: Tensor) -> int:
 
 def _reading_bytes(encoder: Any, tokenizer: Any) -> int:
     """Of one text: its scores, and what else an encoder makes of it."""
-    config = encoder.config
+    config = encoder.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     width = getattr(config, "intermediate_size", None) or config.d_ff
     tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)

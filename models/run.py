@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from .guidance import WITHOUT_TEXT
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -109,3 +112,24 @@ class Run:
             callback_on_step_end=callback,
         ).images
         return latents
+
+
+class Laned:
+    """A run's transformer to a pipeline that calls it with text, then without, which not all of diffusers' say.
+
+    A cache would hold what was kept of the one against the other.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+        self._text: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        text = inputs["encoder_hidden_states"]
+        self._text = text if self._text is None else self._text
+        lane = getattr(self._transformer, "cache_context", nullcontext)  # a cache brings one
+        with lane("cond" if text is self._text else WITHOUT_TEXT):
+            return self._transformer(*args, **inputs)

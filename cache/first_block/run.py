@@ -85,7 +85,7 @@ class FirstBlockRun(Run):
         with shadowed(turn.stand_ins()):
             output = call.run()
         report.residuals.append(turn.change)
-        report.item_residuals.append(tuple(turn.changes))
+        report.item_residuals.append(denoiser.of_pictures(turn.changes, _larger))
         return output, tuple(row in turn.rows for row in range(turn.batch))
 
     def reuse_cost(self) -> float | None:
@@ -246,6 +246,10 @@ class Turn:
     def index(self) -> Tensor:
         """`rows` on the device."""
         return upload(torch.tensor(self.rows), self.probe.device)
+
+
+def _larger(one: float, other: float) -> float:
+    return max(one, other, key=lambda change: change if math.isfinite(change) else math.inf)
 
 
 def _writes(streams: Streams) -> list[int] | None:

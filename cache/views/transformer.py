@@ -89,7 +89,7 @@ class TransformerDenoiser(Denoiser):
     def split(self, joined: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `joined`. like: streams of as many tokens."""
         names = [name for name in self.streams if name in like]
-        return dict(zip(names, joined.split([like[name].shape[1] for name in names], dim=1), strict=True))
+        return dict(zip(names, torch.split(joined, [like[name].shape[1] for name in names], dim=1), strict=True))
 
     def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
         """What a block that put out `streams` would return; `packed` if the blocks return tuples."""

@@ -4,20 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from models.base import GenerationParams, ModelSpec
-from models.run import Kind
-from models.text.prompt import remarks
+from models.base import GenerationParams
 
-from .flow import KEPT_STREAMS, FlowFamily, FlowModel
+from .flow import CELLS, FlowFamily, FlowModel
 
 if TYPE_CHECKING:
     import torch
 
-    from models.layout import Layout
 
-LONGEST_TEXT = 512  # T5 tokens, the pipeline's limit
+class FluxModel(FlowModel):
+    """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
+
+    tokenizer: ClassVar[str] = "tokenizer_2"
+
+    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
+        embeddings = self._embed(params.prompt)
+        if self.runs_twice(params):
+            embeddings |= {f"negative_{name}": value for name, value in self._embed(params.negative_prompt).items()}
+        return embeddings
+
+    def _embed(self, prompt: str) -> dict[str, torch.Tensor | None]:
+        tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self.text_length)
+        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
+
+    def inputs(self, height: int, width: int) -> Mapping[str, Any]:
+        import torch
+
+        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
+        tokens, text = height * width // CELLS, self.text_length
+
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        given = {
+            "hidden_states": tensor(1, tokens, config.in_channels),
+            "encoder_hidden_states": tensor(1, text, config.joint_attention_dim),
+            "pooled_projections": tensor(1, config.pooled_projection_dim),
+            "timestep": tensor(1),
+            "img_ids": tensor(tokens, 3),
+            "txt_ids": tensor(text, 3),
+        }
+        return given | ({"guidance": tensor(1)} if config.guidance_embeds else {})
+
+    def guidance(self, params: GenerationParams) -> dict[str, float]:
+        scale = params.guidance_scale
+        if self.distilled:
+            return {"guidance_scale": scale}
+        return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +63,9 @@ class FluxFamily(FlowFamily):
     text_encoders: Mapping[str, str] = field(
         default_factory=lambda: {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
     )
+    model_class: type[FluxModel] = FluxModel
     steps: int = 28
     guidance_scale: float = 3.5
-
-    def model(self, spec: ModelSpec, pipeline: Any) -> FluxModel:
-        from cache import TransformerDenoiser
-
-        return FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), self.table)
 
 
 FLUX = FluxFamily(name="flux")
@@ -52,104 +83,3 @@ FLUX_FILL = FluxFamily(
     steps=50,
     guidance_scale=30.0,
 )
-
-
-class FluxModel(FlowModel):
-    """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
-
-    def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
-        embeddings = self._embed(params.prompt)
-        if self.runs_twice(params):
-            embeddings |= {f"negative_{name}": value for name, value in self._embed(params.negative_prompt).items()}
-        return embeddings
-
-    def _embed(self, prompt: str) -> dict[str, torch.Tensor | None]:
-        tokens, pooled, _ = self.pipeline.encode_prompt(prompt, max_sequence_length=self._text_length)
-        return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}  # (1, tokens, D), (1, D')
-
-    @property
-    def layout(self) -> Layout:
-        from models.layout import Packed
-
-        return Packed()
-
-    def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
-        tokens, text = height * width // 4, self._text_length
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        given = {
-            "hidden_states": tensor(1, tokens, config.in_channels),
-            "encoder_hidden_states": tensor(1, text, config.joint_attention_dim),
-            "pooled_projections": tensor(1, config.pooled_projection_dim),
-            "timestep": tensor(1),
-            "img_ids": tensor(tokens, 3),
-            "txt_ids": tensor(text, 3),
-        }
-        return given | ({"guidance": tensor(1)} if config.guidance_embeds else {})
-
-    def rows(self, *, guided: bool) -> int:
-        return 1  # with guidance in two calls
-
-    @property
-    def kept_cells(self) -> int:
-        config = self.pipeline.transformer.config
-        return KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // 4  # four cells a token
-
-    def runs_twice(self, params: GenerationParams) -> bool:
-        return not self._distilled and params.guidance_scale > 1
-
-    def guidance(self, params: GenerationParams) -> dict[str, float]:
-        scale = params.guidance_scale
-        if self._distilled:
-            return {"guidance_scale": scale}
-        return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
-
-    def sibling(self, kind: Kind) -> Any:
-        """With the lanes that diffusers' pipeline does not name."""
-        pipeline = super().sibling(kind)
-        pipeline.__dict__["transformer"] = _Laned(pipeline.transformer)
-        return pipeline
-
-    def warnings(self, params: GenerationParams) -> list[str]:
-        sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
-        tokens = len(self.pipeline.tokenizer_2(params.prompt).input_ids)
-        if tokens > self._text_length:
-            read = f"{self.spec.name} reads {self._text_length} tokens"
-            sentences.insert(0, f"{read}; the prompt has {tokens}, and its end was not read.")
-        if params.negative_prompt and not self.runs_twice(params):
-            reason = "is guidance-distilled" if self._distilled else "runs without guidance at a scale of 1 or less"
-            sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")
-        return sentences
-
-    @property
-    def _distilled(self) -> bool:
-        return bool(self.pipeline.transformer.config.guidance_embeds)
-
-    @property
-    def _text_length(self) -> int:
-        return int(min(self.pipeline.tokenizer_2.model_max_length, LONGEST_TEXT))
-
-
-class _Laned:
-    """A run's transformer to a pipeline that calls it with text, then without, and says neither.
-
-    A cache would hold what was kept of the one against the other.
-    """
-
-    def __init__(self, transformer: Any) -> None:
-        self._transformer = transformer
-        self._text: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transformer, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        text = inputs["encoder_hidden_states"]
-        self._text = text if self._text is None else self._text
-        with self._transformer.cache_context("cond" if text is self._text else "uncond"):
-            return self._transformer(**inputs)

@@ -25,7 +25,9 @@ _LINK = (
     "WAVESPEED_CHECKPOINT_FOLDER name where it lies"
 )
 _REFINER = "StableDiffusionXLImg2ImgPipeline"
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", _REFINER, "FluxPipeline", "FluxFillPipeline")
+_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "FluxFillPipeline": "flux-fill"}
+"""Pipeline class of a diffusers folder → its family, where that is all that there is to know."""
+_PIPELINES = ("StableDiffusionPipeline", _REFINER, "FluxPipeline", *_FAMILIES)
 Stamp = tuple[tuple[int, int], ...]
 """When each of a model's files was changed, in nanoseconds, and its bytes."""
 
@@ -147,8 +149,9 @@ class CheckpointFolder:
             words, keys = " and ".join(lacking.values()), " and ".join(f"`{name}`" for name in lacking)
             remedy = f"put what is missing into the folder of checkpoints, or name it as {keys} in the models file"
             return spec, f"lacks {words}: {remedy}"
-        if PARTS.get(spec.family, {}).get("text_encoder_2") == "t5":
-            parts.setdefault("tokenizer_2", self.path / T5_FOLDER)
+        for component, role in PARTS.get(spec.family, {}).items():
+            if role == "t5":
+                parts.setdefault(component.replace("text_encoder", "tokenizer"), self.path / T5_FOLDER)
         return replace(spec, parts=parts), ""
 
     def _walk(self) -> Iterator[tuple[str, Path, str]]:
@@ -215,12 +218,10 @@ def _family_of_folder(folder: Path) -> str:
     named = plain_class(index)
     if named not in _PIPELINES:
         raise BadFile(f"is a {named}, and of diffusers folders {', '.join(_PIPELINES)} are served")
-    if named == "FluxFillPipeline":
-        return "flux-fill"
+    if named in _FAMILIES:
+        return _FAMILIES[named]
     if named == "FluxPipeline":
         return "flux-dev" if _json(folder / "transformer" / "config.json").get("guidance_embeds") else "flux-schnell"
-    if named == "StableDiffusionXLPipeline":
-        return "sdxl"
     if named == _REFINER and not index.get("requires_aesthetics_score"):
         raise BadFile(f"is a {_REFINER} and no refiner, by its model_index.json: save it as StableDiffusionXLPipeline")
     if named == _REFINER:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from cache import FirstBlockCache, NoCache
 from models.base import GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
-from models.decoders import linear
 from models.errors import DrawsFromNoise, LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
@@ -158,7 +157,8 @@ def test_steps_at_half_size_estimate_the_same_picture(loaded: dict[str, LoadedMo
     drawn = model.generate(replace(params, multiscale=scales), NoCache(), ignore)
     assert set(drawn.stages[0].sizes) == {"F", "S"}
     assert np.isfinite(pixels(drawn.images)).all()
-    layout, prediction = model.model.layout, model.model.prediction(model.pipeline.scheduler)
+    layout = model.model.layout
+    prediction = layout.prediction(model.pipeline.scheduler)
     clean, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     reversed_time = name == "z-image"
     for time in (0.9, 0.3):
@@ -185,25 +185,17 @@ def test_guidance_in_a_part_of_a_run_is_z_images_own_truncation(loaded: dict[str
 
 @pytest.mark.parametrize("name", ["flux2-klein", "z-image-turbo"])
 def test_previews_are_pictures_of_the_estimate(loaded: dict[str, LoadedModel], name: str) -> None:
-    """The last step's estimate is the picture itself, but for what JPEG makes of it."""
+    """The last step's estimate is the picture itself, but for what JPEG makes of its noise."""
     model, steps = loaded[name], []
     (drawn,) = model.generate(
         replace(PARAMS, guidance_scale=0.0, seeds=(7,), preview=True), NoCache(), steps.append
     ).images
-    first, last = (
-        np.abs(np.asarray(Image.open(io.BytesIO(step.preview))).astype(int) - np.asarray(drawn)).mean()
-        for step in (steps[0], steps[-1])
-    )
-    assert last < first / 2
 
+    def colours(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((8, 8), Image.Resampling.BOX)).astype(int)
 
-@pytest.mark.parametrize("name", ["flux2-klein", "z-image-turbo"])
-def test_the_fit_of_colours_is_to_the_denoisers_own_latents(loaded: dict[str, LoadedModel], name: str) -> None:
-    model = loaded[name].model
-    latents = torch.randn(1, 4, 16, 16)
-    torch.testing.assert_close(model.encoded(model.decodable(latents)), latents)
-    assert not torch.allclose(model.decodable(latents), latents)
-    assert linear(model)(latents).shape == (1, 3, 16, 16)
+    last = colours(Image.open(io.BytesIO(steps[-1].preview)))
+    assert np.abs(last - colours(drawn)).mean() < 2
 
 
 @pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
