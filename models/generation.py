@@ -27,11 +27,12 @@ from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
 from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
-from .errors import NeedsPicture
+from .errors import DrawsFromNoise, NeedsPicture
 from .families import FAMILIES
 from .libraries import quiet
 from .loading.plan import Plan, Work, choose
 from .pipeline import PipelineModel
+from .run import freed
 from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
@@ -162,8 +163,9 @@ class LoadedModel:
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
-        Raises UnsupportedSampler, NeedsPicture, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before
-        anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the model as it was.
+        Raises UnsupportedSampler, NeedsPicture, DrawsFromNoise, TooFewSteps, AdapterFailed, DetectorFailed and
+        UpscalerFailed before anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the
+        model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
@@ -211,14 +213,20 @@ class LoadedModel:
     def _ready(self, params: GenerationParams) -> Iterator[tuple[adapters.Applied, tuple[Stage, ...], int]]:
         """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
         samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
-        if params.img2img is None and FAMILIES[self.spec.family].needs_picture:
+        family = FAMILIES[self.spec.family]
+        if params.img2img is None and family.needs_picture:
             raise NeedsPicture(f"{self.spec.name} is a refiner, and draws over pictures alone: send one (img2img).")
+        if not family.draws_over and (params.img2img is not None or params.hires_fix or params.adetailer):
+            raise DrawsFromNoise(
+                f"{self.spec.name} draws from noise alone: leave img2img, hires-fix and ADetailer out, or take a model "
+                "of another family."
+            )
         stages = stages_of(self.model, params)
         with (
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
-            self.model.freed(params.freeu),
+            freed(self.denoiser.root, params.freeu),
             adapters.applied(self.pipeline, params) as applied,
         ):
             yield applied, stages, sum(one.steps(self.model, params) for one in stages)

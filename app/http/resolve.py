@@ -268,6 +268,13 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             "got. Set multiscale_enabled to false, or take a model that was not.",
             field="multiscale_enabled",
         )
+    for name in ("img2img_enabled", "hires_fix", "adetailer"):
+        if getattr(request, name) and not FAMILIES[model.family].draws_over:
+            raise Incompatible(
+                f"{model.name} draws from noise alone: {model.family} has no pipeline that draws over a picture. Leave "
+                f"{name} out, or take a model of another family.",
+                field=name,
+            )
     if request.stable_fast and is_transformer:
         raise Incompatible(
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",

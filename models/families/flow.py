@@ -25,13 +25,35 @@ KEPT_STREAMS = 10  # the first-block cache's residuals and references, in two ca
 CELLS = 4  # of the latents' grid, in a token
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowFamily(ModelFamily):
+    """A family of such models. view: how its network is laid out, where TransformerDenoiser has to be told."""
+
+    native_size: int = 1024
+    network: str = "transformer"
+    half: DtypeName = "bfloat16"
+    cache: CacheName = "first_block"
+    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
+    size_multiple: int = 16
+    freeu: FreeU | None = None
+    model_class: type[FlowModel]
+    view: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, spec: ModelSpec, pipeline: Any) -> FlowModel:
+        from cache import TransformerDenoiser
+
+        return self.model_class(spec, pipeline, TransformerDenoiser(pipeline.transformer, **self.view), self.table)
+
+
 class FlowModel(PipelineModel):
     """Where the scale of guidance is no input of the network, a scale above 1 runs it with text and without, apart.
 
-    longest_text: how many tokens the pipeline takes of a prompt.
+    unguided: the highest scale that does not, where that is not 1. longest_text: how many tokens the pipeline takes of
+    a prompt.
     """
 
     denoiser: TransformerDenoiser
+    unguided: ClassVar[float] = 1.0
     longest_text: ClassVar[int] = 512
 
     @property
@@ -57,7 +79,7 @@ class FlowModel(PipelineModel):
         return bool(self.pipeline.transformer.config.get("guidance_embeds"))
 
     def runs_twice(self, params: GenerationParams) -> bool:
-        return not self.distilled and params.guidance_scale > 1
+        return not self.distilled and params.guidance_scale > self.unguided
 
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         return {"guidance_scale": params.guidance_scale}
@@ -103,26 +125,7 @@ class FlowModel(PipelineModel):
                 sentences.append(f"{reads}; the {name} has {tokens}, and its end was not read.")
         sentences += remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
         if params.negative_prompt and not guided:
-            reason = "is guidance-distilled" if self.distilled else "runs without guidance at a scale of 1 or less"
+            at = f"at a scale of {self.unguided:g} or less"
+            reason = "is guidance-distilled" if self.distilled else f"runs without guidance {at}"
             sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")
         return sentences
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlowFamily(ModelFamily):
-    """A family of such models. view: how its network is laid out, where TransformerDenoiser has to be told."""
-
-    native_size: int = 1024
-    network: str = "transformer"
-    half: DtypeName = "bfloat16"
-    cache: CacheName = "first_block"
-    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
-    size_multiple: int = 16
-    freeu: FreeU | None = None
-    model_class: type[FlowModel] = FlowModel  # type: ignore[type-abstract]  # each family has its own
-    view: Mapping[str, Any] = field(default_factory=dict)
-
-    def model(self, spec: ModelSpec, pipeline: Any) -> FlowModel:
-        from cache import TransformerDenoiser
-
-        return self.model_class(spec, pipeline, TransformerDenoiser(pipeline.transformer, **self.view), self.table)

@@ -10,41 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from models.base import GenerationParams, ModelSpec
+from models.base import GenerationParams
 from models.text import chat
 
-from .flow import KEPT_STREAMS, FlowFamily, FlowModel
+from .flow import CELLS, KEPT_STREAMS, FlowFamily, FlowModel
 
 if TYPE_CHECKING:
     import torch
 
-    from cache.prediction import Prediction
     from models.layout import Layout
 
-LONGEST_TEXT = 512  # tokens, the pipelines' limit
 NATIVE = 1024  # pixels of a side
 FILLED = 32  # the transformer fills both streams up to a multiple of so many tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZImageFamily(FlowFamily):
-    """A family of ZImagePipeline models."""
-
-    pipeline: str = "ZImagePipeline"
-    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "Qwen3Model"})
-
-    def model(self, spec: ModelSpec, pipeline: Any) -> ZImageModel:
-        from cache import TransformerDenoiser
-
-        return ZImageModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), self.table)
-
-
-Z_IMAGE = ZImageFamily(name="z-image", steps=50, guidance_scale=4.0)
-Z_IMAGE_TURBO = ZImageFamily(name="z-image-turbo", steps=9, guidance_scale=0.0)
-
-
 class ZImageModel(FlowModel):
     """Guidance at any scale s above 0: p + s (p - n), with both predictions of one batch, that with text first."""
+
+    unguided = 0.0
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeddings = self._embed("prompt", params.prompt)
@@ -57,7 +40,7 @@ class ZImageModel(FlowModel):
         import torch
         from torch.nn.functional import pad
 
-        (tokens,) = self.pipeline._encode_prompt([prompt], max_sequence_length=self._text_length)
+        (tokens,) = self.pipeline._encode_prompt([prompt], max_sequence_length=self.text_length)
         filled = pad(tokens, (0, 0, 0, -len(tokens) % FILLED))
         return {f"{name}_embeds": filled[None], f"{name}_tokens": torch.tensor([len(tokens)])}
 
@@ -77,11 +60,6 @@ class ZImageModel(FlowModel):
 
         return Listed()
 
-    def prediction(self, scheduler: Any) -> Prediction:
-        from cache.prediction import ReversedFlow
-
-        return ReversedFlow()
-
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
         import torch
 
@@ -93,7 +71,7 @@ class ZImageModel(FlowModel):
         return {
             "x": [tensor(config.in_channels, 1, height, width)],
             "t": tensor(1),
-            "cap_feats": [tensor(self._text_length, config.cap_feat_dim)],
+            "cap_feats": [tensor(self.text_length, config.cap_feat_dim)],
         }
 
     def rows(self, *, guided: bool) -> int:
@@ -101,30 +79,25 @@ class ZImageModel(FlowModel):
 
     @property
     def kept_cells(self) -> int:
-        return KEPT_STREAMS * int(self.pipeline.transformer.config.dim) // 4  # four cells a token
+        return KEPT_STREAMS * int(self.pipeline.transformer.config.dim) // CELLS
 
     @property
     def native_pixels(self) -> int:
         return NATIVE**2
 
-    def runs_twice(self, params: GenerationParams) -> bool:
-        return params.guidance_scale > 0
+    def tokens(self, prompt: str) -> int:
+        return chat.tokens(self.pipeline.tokenizer, prompt, thinking=True)
 
-    def guidance(self, params: GenerationParams) -> dict[str, float]:
-        return {"guidance_scale": params.guidance_scale}
 
-    def warnings(self, params: GenerationParams) -> list[str]:
-        tokenizer, negative = self.pipeline.tokenizer, params.negative_prompt
-        read = negative if self.runs_twice(params) else ""
-        sentences = chat.warnings(
-            self.spec.name, tokenizer, params.prompt, read, self._text_length, enable_thinking=True
-        )
-        if negative and not self.runs_twice(params):
-            sentences.append(
-                f"The negative prompt has no effect: {self.spec.name} runs without guidance at a scale of 0."
-            )
-        return sentences
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZImageFamily(FlowFamily):
+    """A family of ZImagePipeline models."""
 
-    @property
-    def _text_length(self) -> int:
-        return int(min(self.pipeline.tokenizer.model_max_length, LONGEST_TEXT))
+    pipeline: str = "ZImagePipeline"
+    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "Qwen3Model"})
+    model_class: type[FlowModel] = ZImageModel
+    view: Mapping[str, Any] = field(default_factory=lambda: {"takes": ("hidden_states",)})
+
+
+Z_IMAGE = ZImageFamily(name="z-image", steps=50, guidance_scale=4.0)
+Z_IMAGE_TURBO = ZImageFamily(name="z-image-turbo", steps=9, guidance_scale=0.0)

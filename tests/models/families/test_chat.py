@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cache import FirstBlockCache, NoCache
-from models.base import GenerationParams, ModelSpec
+from models.base import GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
+from models.errors import DrawsFromNoise, LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.libraries import quiet
@@ -57,16 +60,8 @@ def plain(model: LoadedModel, params: GenerationParams, **changes: Any) -> np.nd
         return pixels(pipeline(**arguments | changes).images)
 
 
-CHANGES: list[dict[str, Any]] = [
-    {},
-    {"guidance_scale": 0.0},
-    {"width": 96, "negative_prompt": "rain"},
-    {"sampler": "heun"},
-]
-
-
 @pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
-@pytest.mark.parametrize("changes", CHANGES[:3], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"guidance_scale": 0.0}, {"width": 96, "negative_prompt": "rain"}], ids=str)
 def test_off_and_at_threshold_0_the_plain_pipelines_pictures_come_out(
     loaded: dict[str, LoadedModel], name: str, changes: dict[str, Any]
 ) -> None:
@@ -77,3 +72,165 @@ def test_off_and_at_threshold_0_the_plain_pipelines_pictures_come_out(
         drawn = model.generate(params, strategy, ignore)
         assert np.array_equal(pixels(drawn.images), expected)
         assert drawn.reports[0].reused == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
+def test_its_cache_acts_and_leaves_no_trace(loaded: dict[str, LoadedModel], name: str) -> None:
+    model = loaded[name]
+    before = model.generate(PARAMS, NoCache(), ignore)
+    cached = model.generate(PARAMS, FirstBlockCache(threshold=1.0, max_consecutive=1), ignore)
+    (report,) = cached.reports
+    lanes = 2 if name == "flux2-klein-base" else 1  # with text and without, in calls of their own
+    assert report.decisions == ("C" * lanes + "R" * lanes) * 2
+    assert 0 < report.reuse_cost < 1
+    assert report.settings["correction"] is True
+    assert not np.array_equal(pixels(cached.images), pixels(before.images))
+    assert np.array_equal(pixels(model.generate(PARAMS, NoCache(), ignore).images), pixels(before.images))
+
+
+SHORT, LONG = "a fox", "a fox in mist"  # of other lengths, which are filled up to as many tokens
+LONGER = "a fox in a forest of old trees"  # and to more than they
+
+
+@pytest.mark.parametrize("strategy", [NoCache(), FirstBlockCache(threshold=0.6)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
+def test_a_picture_does_not_depend_on_its_neighbours(loaded: dict[str, LoadedModel], name: str, strategy: Any) -> None:
+    model = loaded[name]
+    requests = [
+        replace(PARAMS, prompt=prompt, negative_prompt=no, seeds=(seed,), batch_size=1)
+        for seed, (prompt, no) in enumerate([(SHORT, "rain"), (LONG, ""), (LONGER, "snow")])
+    ]
+    together = model.generate_together(requests, strategy, lambda steps: None)
+    fill_up_to_32 = name.startswith("z-image")
+    assert [one.batches for one in together] == ([[2], [], [1]] if fill_up_to_32 else [[3], [], []])
+    for request, one in zip(requests, together, strict=True):
+        alone = model.generate(request, strategy, ignore)
+        # Another number of rows is summed in another order.
+        assert np.abs(pixels(one.images).astype(int) - pixels(alone.images)).max() <= 2
+        assert one.reports[0].decisions == alone.reports[0].decisions
+        assert one.reports[0].item_decisions == alone.reports[0].item_decisions
+    assert np.abs(pixels(together[0].images).astype(int) - pixels(together[1].images)).max() > 20
+
+
+def picture(width: int = 64, height: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("denoise", [0.5, 1.0])
+def test_z_image_draws_over_pictures_as_diffusers_does(loaded: dict[str, LoadedModel], denoise: float) -> None:
+    model, params = loaded["z-image"], replace(PARAMS, img2img=Img2Img(picture=picture(), denoise=denoise))
+    for strategy in (NoCache(), FirstBlockCache(threshold=0.0)):
+        drawn = model.generate(params, strategy, ignore)
+        assert np.array_equal(pixels(drawn.images), plain(model, params))
+        assert drawn.stages[0].steps == 4 * denoise
+    heun = model.generate(replace(params, sampler="heun"), NoCache(), ignore)
+    assert len(heun.reports[0].decisions) == 2 * 4 * denoise - 1
+
+
+def test_z_image_draws_within_a_mask(loaded: dict[str, LoadedModel]) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    over = Img2Img(picture=picture(), denoise=0.75, inpaint=Inpaint(mask=mask, blur=0))
+    drawn = loaded["z-image"].generate(replace(PARAMS, img2img=over), FirstBlockCache(threshold=1.0), ignore)
+    kept, before = pixels(drawn.images), np.asarray(picture())[None]
+    outside = np.asarray(mask) == 0
+    assert np.array_equal(kept[:, outside], np.repeat(before[:, outside], 2, axis=0))
+    assert not np.array_equal(kept[:, ~outside], np.repeat(before[:, ~outside], 2, axis=0))
+    assert drawn.reports[0].reused > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"img2img": Img2Img(picture=picture())}, {"hires_fix": True}, {"adetailer": True}],
+    ids=["img2img", "hires_fix", "adetailer"],
+)
+def test_flux2_over_a_picture_is_refused(loaded: dict[str, LoadedModel], changes: dict[str, Any]) -> None:
+    with pytest.raises(DrawsFromNoise, match="take a model of another family"):
+        loaded["flux2-klein"].generate(replace(PARAMS, **changes), NoCache(), ignore)
+
+
+@pytest.mark.parametrize("name", ["flux2-klein-base", "z-image"])
+def test_steps_at_half_size_estimate_the_same_picture(loaded: dict[str, LoadedModel], name: str) -> None:
+    """A denoiser that answers with the velocity to a picture of low frequencies gets that picture at either size."""
+    model, params = loaded[name], replace(PARAMS, width=128, height=128, steps=6)
+    scales = Multiscale(fullres_start=1, fullres_end=1, intermittent=False)
+    drawn = model.generate(replace(params, multiscale=scales), NoCache(), ignore)
+    assert set(drawn.stages[0].sizes) == {"F", "S"}
+    assert np.isfinite(pixels(drawn.images)).all()
+    layout = model.model.layout
+    prediction = layout.prediction(model.pipeline.scheduler)
+    clean, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    reversed_time = name == "z-image"
+    for time in (0.9, 0.3):
+        level = prediction.at(1 - time if reversed_time else time)
+        x, answer = (1 - time) * clean + time * noise, (clean - noise) * (1 if reversed_time else -1)
+        torch.testing.assert_close(prediction.clean(x, answer, level), clean)
+        torch.testing.assert_close(prediction.output(x, clean, level), answer)
+        assert prediction.of_ratio(level.sigma / level.alpha).timestep == pytest.approx(level.timestep)
+    torch.testing.assert_close(layout.grid(layout.flat(clean), 16, 16), clean)
+
+
+def test_guidance_in_a_part_of_a_run_is_z_images_own_truncation(loaded: dict[str, LoadedModel]) -> None:
+    model, params = loaded["z-image"], replace(PARAMS, guidance_end=0.5)
+    drawn = model.generate(params, NoCache(), ignore)
+    assert drawn.stages[0].halves == "BBTT"
+    times = 1 - model.pipeline.scheduler.timesteps / 1000  # of the run before: the second and third of four
+    plain(model, PARAMS)
+    times = 1 - model.pipeline.scheduler.timesteps / 1000
+    expected = plain(model, PARAMS, cfg_truncation=float(times[1] + times[2]) / 2)
+    assert np.abs(pixels(drawn.images).astype(int) - expected).max() <= 1
+    base = loaded["flux2-klein-base"].generate(params, NoCache(), ignore)
+    assert base.stages[0].halves == "TNTNTT"
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image-turbo"])
+def test_previews_are_pictures_of_the_estimate(loaded: dict[str, LoadedModel], name: str) -> None:
+    """The last step's estimate is the picture itself, but for what JPEG makes of its noise."""
+    model, steps = loaded[name], []
+    (drawn,) = model.generate(
+        replace(PARAMS, guidance_scale=0.0, seeds=(7,), preview=True), NoCache(), steps.append
+    ).images
+
+    def colours(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((8, 8), Image.Resampling.BOX)).astype(int)
+
+    last = colours(Image.open(io.BytesIO(steps[-1].preview)))
+    assert np.abs(last - colours(drawn)).mean() < 2
+
+
+@pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
+def test_what_has_no_effect_or_is_not_read_is_said(loaded: dict[str, LoadedModel], name: str) -> None:
+    model = loaded[name]
+    unguided = replace(PARAMS, negative_prompt="rain", guidance_scale=0.0, steps=1)
+    said = model.generate(unguided, NoCache(), ignore).warnings
+    assert any("The negative prompt has no effect" in sentence for sentence in said)
+    said = model.generate(replace(PARAMS, prompt="a fox " * 20, steps=1), NoCache(), ignore).warnings
+    assert any(f"reads {TEXT_LENGTH} tokens; the prompt has" in sentence for sentence in said)
+    said = model.generate(replace(PARAMS, steps=1), NoCache(), ignore).warnings
+    assert bool(said) == (name == "flux2-klein")  # which is distilled: no scale is an effect
+
+
+def test_a_negative_prompt_is_read_at_any_scale_that_guides(loaded: dict[str, LoadedModel]) -> None:
+    """Z-Image guides above 0, where others do above 1: remembered texts are told apart."""
+    model = loaded["z-image"]
+    for scale in (0.0, 0.5, 1.0, 0.0):
+        params = replace(PARAMS, negative_prompt="rain", guidance_scale=scale, steps=1)
+        drawn = model.generate(params, NoCache(), ignore)
+        assert np.array_equal(pixels(drawn.images), plain(model, params))
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "word"),
+    [
+        ("flux2-klein", "flux2-klein-base", "is_distilled"),
+        ("flux2-klein-base", "flux2-klein", "is_distilled"),
+        ("z-image", "flux2-klein", "Flux2KleinPipeline"),
+        ("flux-dev", "z-image", "ZImagePipeline"),
+    ],
+)
+def test_a_folder_of_another_family_is_refused(
+    family: str, given: str, word: str, loaded: dict[str, LoadedModel]
+) -> None:
+    spec = ModelSpec(name="wrong", family=family, source=loaded[given].spec.source)
+    with pytest.raises(LoadFailed, match=f"(?s){word}.*Name the right family"):
+        FAMILIES[family].load(spec, "cpu")
