@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from models.base import GenerationParams
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class FluxModel(FlowModel):
     """A guidance-distilled transformer takes the scale as an input; another runs a second, unconditional call."""
 
-    tokenizer: ClassVar[str] = "tokenizer_2"
+    @property
+    def tokenizer(self) -> Any:
+        return self.pipeline.tokenizer_2
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeddings = self._embed(params.prompt)

@@ -25,7 +25,13 @@ _LINK = (
     "WAVESPEED_CHECKPOINT_FOLDER name where it lies"
 )
 _REFINER = "StableDiffusionXLImg2ImgPipeline"
-_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "FluxFillPipeline": "flux-fill"}
+_FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3.5",
+    "FluxFillPipeline": "flux-fill",
+    "ChromaPipeline": "chroma",
+    "QwenImagePipeline": "qwen-image",
+}
 """Pipeline class of a diffusers folder → its family, where that is all that there is to know."""
 _PIPELINES = ("StableDiffusionPipeline", _REFINER, "FluxPipeline", *_FAMILIES)
 Stamp = tuple[tuple[int, int], ...]
