@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cache import CacheStrategy, Denoiser
+    from cache.patching import Shadow
     from cache.prediction import Prediction
 
     from .loading.residence import Residence
@@ -197,6 +198,10 @@ class PipelineModel(Decoding):
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
 
+    def shadows(self) -> Sequence[Shadow]:
+        """What else stands in for parts of the denoiser while it runs."""
+        return ()
+
     def prediction(self, scheduler: Any) -> Prediction:
         """What the denoiser takes and answers in a run of that scheduler."""
         from cache.prediction import prediction_of
@@ -256,7 +261,7 @@ class PipelineModel(Decoding):
         from cache.transfer import uploading
 
         saved, root = pipeline.scheduler, self.denoiser.root
-        shadows = [(root, "forward", uploading(root.forward, self.device))]
+        shadows = [(root, "forward", uploading(root.forward, self.device)), *self.shadows()]
         if self.rows(guided=True) == 1:
             shadows.append((pipeline, "transformer", Laned(root)))
         followed = saved if begun is None else begun.followed(saved)

@@ -5,7 +5,7 @@ Of the tokens that fill a text up, the transformer is shown the first alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from .flow import CELLS, FlowFamily, FlowModel
 
 if TYPE_CHECKING:
     import torch
+
+    from cache.patching import Shadow
 
 
 class ChromaModel(FlowModel):
@@ -33,6 +35,14 @@ class ChromaModel(FlowModel):
             "negative_prompt_embeds": negative,
             "negative_prompt_attention_mask": negative_mask,
         }
+
+    def shadows(self) -> Sequence[Shadow]:
+        """The host would wait for an embedding that each call makes on the CPU."""
+        from cache.transfer import upload
+
+        embedding = self.pipeline.transformer.time_text_embed
+        own: Callable[[torch.Tensor], torch.Tensor] = embedding.guidance_proj
+        return [(embedding, "guidance_proj", lambda guidance: upload(own(guidance), self.device))]
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
         import torch

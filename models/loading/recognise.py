@@ -84,6 +84,7 @@ _LEAVES |= COMPANIONS
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
 _READ_HERE = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
 _UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # in T5 the first block has it alone
+_IN_ONE = "as one file, which is not served here: bring its diffusers folder"
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
@@ -93,8 +94,9 @@ _HEADS = (  # other kinds, by a part of a tensor's name
     (r"^(vision_model|visual)\.", "CLIP's vision encoder, which is not served here"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not served here"),
     (r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.", "a T2I-Adapter, which is not served here"),
-    (r"joint_blocks\.", "a Stable Diffusion 3, a family that is not served here"),
-    (r"distilled_guidance_layer", "a Chroma, a family that is not served here"),
+    (r"joint_blocks\.", f"a Stable Diffusion 3 {_IN_ONE}"),
+    (r"distilled_guidance_layer", f"a Chroma {_IN_ONE}"),
+    (r"(^|\.)txt_norm\.weight$", f"a Qwen-Image {_IN_ONE}"),
     (r"single_stream_modulation", "a Flux 2, a family that is not served here"),
     (r"motion_modules|temporal_transformer", "a motion module or a video model, which is not served here"),
     (r"^(down_blocks|up_blocks)\.\d", "a UNet in diffusers' names without its other networks: bring its whole folder"),

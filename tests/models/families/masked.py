@@ -111,7 +111,7 @@ def save_qwen_image(folder: Path) -> Path:
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
         vae=AutoencoderKLQwenImage(
-            base_dim=8,
+            base_dim=4,
             z_dim=4,
             dim_mult=[1, 1, 2, 2],
             num_res_blocks=1,

@@ -20,10 +20,13 @@ from models.registry import Registry
 from models.run import sibling_of
 from tests.models.conftest import TEXT_LENGTH
 from tests.models.families.masked import save_all
-from tests.models.stages.test_inpaint import MASK, under
+from tests.models.stages.test_inpaint import box, under
 from tests.models.stages.test_stages import picture
-from tests.models.test_generation import PARAMS, generators, ignore, pixels
+from tests.models.test_generation import PARAMS as LARGE
+from tests.models.test_generation import generators, ignore, pixels
 
+SIDE = 32
+PARAMS = replace(LARGE, width=SIDE, height=SIDE)
 NAMES = ("sd3.5", "sd3.5, medium", "chroma", "qwen-image")
 FIRST = pytest.mark.parametrize("name", ["sd3.5", "chroma", "qwen-image"])
 
@@ -76,11 +79,12 @@ def plain(model: LoadedModel, params: GenerationParams) -> np.ndarray:
     return drawn if over is None or over.inpaint is None else under(over.inpaint.mask, over.picture, drawn)
 
 
-OVER = Img2Img(picture=picture(64, 64), denoise=0.6)
+OVER = Img2Img(picture=picture(SIDE, SIDE), denoise=0.6)
+MASK = box(8, 8, 23, 23, size=(SIDE, SIDE))
 CHANGES: dict[str, dict[str, Any]] = {
     "guided": {},
     "unguided": {"guidance_scale": 1.0},
-    "negative": {"width": 96, "negative_prompt": "rain"},
+    "negative": {"width": 48, "negative_prompt": "rain"},
     "picture": {"img2img": OVER},
     "mask": {"img2img": replace(OVER, inpaint=Inpaint(mask=MASK, blur=0))},
 }
@@ -91,7 +95,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_off_and_at_threshold_0_diffusers_own_pictures_come_out(
     loaded: dict[str, LoadedModel], name: str, changes: str
 ) -> None:
-    model, params = loaded[name], replace(PARAMS, steps=3, **CHANGES[changes])
+    model, params = loaded[name], replace(PARAMS, steps=2, **CHANGES[changes])
     expected = plain(model, params)
     assert expected.std() > 0
     for strategy in (NoCache(), FirstBlockCache(threshold=0.0)):
@@ -143,7 +147,7 @@ def test_a_picture_does_not_depend_on_its_neighbours(
 def test_halves_of_guidance_that_decide_apart_are_one_picture(loaded: dict[str, LoadedModel], name: str) -> None:
     """At a threshold between the two halves' changes only one of them computes; the picture's letter says so."""
     model = loaded[name]
-    params = replace(PARAMS, negative_prompt="rain", seeds=(7,), steps=6)
+    params = replace(PARAMS, negative_prompt="rain", seeds=(7,), steps=6, batch_size=1)
     told = model.generate(params, FirstBlockCache(1e-6, forecast=False), ignore).reports[0]
     changes = sorted(change for change in told.residuals if change is not None)
     report = model.generate(params, FirstBlockCache(min(1.0, changes[2] * 1.01)), ignore).reports[0]
@@ -163,7 +167,7 @@ def test_guidance_in_a_part_of_the_run(loaded: dict[str, LoadedModel], name: str
 def test_samplers_previews_and_steps_at_two_sizes(loaded: dict[str, LoadedModel], name: str, sampler: str) -> None:
     steps: list[Step] = []
     scales = Multiscale(fullres_start=1, fullres_end=1, intermittent=False)
-    params = replace(PARAMS, sampler=sampler, preview=True, multiscale=scales, width=128, height=128, steps=4)
+    params = replace(PARAMS, sampler=sampler, preview=True, multiscale=scales, width=64, height=64, steps=4)
     made = loaded[name].generate(params, NoCache(), steps.append)
     assert all(step.preview for step in steps)
     assert set(made.stages[0].sizes) == {"F", "S"}
