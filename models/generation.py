@@ -32,7 +32,6 @@ from .families import FAMILIES
 from .libraries import quiet
 from .loading.plan import Plan, Work, choose
 from .pipeline import PipelineModel
-from .run import freed
 from .sampling import samplers
 from .stages import hires
 from .stages.decode import Decode
@@ -226,7 +225,7 @@ class LoadedModel:
             torch.no_grad(),
             quiet(),
             self.model.decoding(tiled=params.vae_tiling),
-            freed(self.denoiser.root, params.freeu),
+            self.model.freed(params.freeu),
             adapters.applied(self.pipeline, params) as applied,
         ):
             yield applied, stages, sum(one.steps(self.model, params) for one in stages)

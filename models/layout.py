@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cache.deepcache.guidance import second_half
-from cache.prediction import Prediction, ReversedFlow, prediction_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a denoiser's call: by position and by name."""
@@ -36,10 +35,6 @@ class Layout(Protocol):
         """A call's latents, and the timestep as the denoiser takes it (that of the first item)."""
         ...
 
-    def prediction(self, scheduler: Any) -> Prediction:
-        """What the denoiser takes and answers in a run of that scheduler."""
-        ...
-
     def with_text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         """The arguments of a call of both halves of guidance in one batch, for the half with text alone."""
         ...
@@ -52,11 +47,8 @@ class Layout(Protocol):
         ...
 
 
-class _Usual:
-    """The scheduler's own meaning of predictions. Of a guided batch, the second half has the text."""
-
-    def prediction(self, scheduler: Any) -> Prediction:
-        return prediction_of(scheduler)
+class _InHalves:
+    """Of a guided batch, the second half has the text."""
 
     def with_text(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         rows = len(self.input_of(args, kwargs)[0])
@@ -66,11 +58,11 @@ class _Usual:
         raise NotImplementedError
 
 
-class Spatial(_Usual):
-    """The grid itself, first by position or by name. sample: what the denoiser calls it; it takes training timesteps.
+class Spatial(_InHalves):
+    """The grid itself, first by position or by name; a timestep, by default of those that a UNet was trained on.
 
-    patch: latents of a token's side, in a transformer. trained: how many timesteps it was trained on, where noise is
-    told as a share of them (flow matching: t from 1 to 0).
+    sample: what the denoiser calls the grid. patch: latents of a token's side, in a transformer. trained: how many
+    timesteps it was trained on, where noise is told as a share of them (flow matching: t from 1 to 0).
     """
 
     def __init__(self, sample: str = "sample", patch: int = 1, trained: int = 1) -> None:
@@ -85,19 +77,18 @@ class Spatial(_Usual):
         return grid
 
     def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, float]:
+        sample, timestep = self._names
         named = dict(zip(self._names, args, strict=False)) | dict(kwargs)
-        return named[self._names[0]], _number(named["timestep"]) / self._trained
+        return named[sample], _number(named[timestep]) / self._trained
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        told = torch.tensor(timestep * self._trained)
-        if isinstance(given := kwargs.get("timestep"), Tensor):
-            told = given.new_full(given.shape, timestep * self._trained)
-        changed = {self._names[0]: grid, "timestep": told}
+        sample, told = self._names
+        changed = {sample: grid, told: torch.full((len(grid),), timestep * self._trained)}
         by_position = [changed.pop(name) for name, _ in zip(self._names, args, strict=False)]
         return (*by_position, *args[len(self._names) :]), {**kwargs, **changed}
 
 
-class Packed(_Usual):
+class Packed(_InHalves):
     """Flux's: two by two latents a token, (batch, tokens, 4 · channels); t from 1 to 0.
 
     Where the tokens lie is told by a position for each, or by the grid's shape. A mask is the text's, and shows all of
@@ -120,18 +111,18 @@ class Packed(_Usual):
         return kwargs["hidden_states"], _number(kwargs["timestep"])
 
     def with_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], grid: Tensor, timestep: float) -> Arguments:
-        batch, rows, columns = len(grid), grid.shape[-2] // 2, grid.shape[-1] // 2
+        items, rows, columns = len(grid), grid.shape[-2] // 2, grid.shape[-1] // 2
         changed: dict[str, Any] = {
             "hidden_states": self.flat(grid),
-            "timestep": kwargs["timestep"].new_full((batch,), timestep),
+            "timestep": kwargs["timestep"].new_full((items,), timestep),
         }
         if "img_ids" in kwargs:
-            changed["img_ids"] = self.positions(batch, rows, columns).to(kwargs["img_ids"].dtype)
+            changed["img_ids"] = self.positions(items, rows, columns).to(kwargs["img_ids"].dtype)
         if "img_shapes" in kwargs:
-            changed["img_shapes"] = [[(1, rows, columns)]] * batch
+            changed["img_shapes"] = [[(1, rows, columns)]] * items
         if (mask := kwargs.get("attention_mask")) is not None:
             text = mask[:, : kwargs["encoder_hidden_states"].shape[1]]
-            changed["attention_mask"] = torch.cat([text, text.new_ones(batch, rows * columns)], dim=1)
+            changed["attention_mask"] = torch.cat([text, text.new_ones(items, rows * columns)], dim=1)
         return args, {**kwargs, **changed}
 
     def positions(self, items: int, rows: int, columns: int) -> Tensor:
@@ -159,9 +150,6 @@ class Listed:
     """
 
     multiple = 2
-
-    def prediction(self, scheduler: Any) -> Prediction:
-        return ReversedFlow()
 
     def grid(self, latents: Items, height: int, width: int) -> Tensor:
         return torch.stack(latents)[:, :, 0] if isinstance(latents, list) else latents

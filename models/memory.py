@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .autoencoder import channels, decoded, has_frames
+from .autoencoder import channels, decoded
 from .libraries import quiet
 from .loading.plan import Work
 
@@ -59,8 +59,7 @@ def _count(vae: Any, dtype: torch.dtype) -> float:
     """Bytes a pixel."""
     with torch.device("meta"), quiet():
         skeleton = type(vae).from_config(vae.config).eval().to(dtype=dtype)
-        frames = (1,) if has_frames(vae) else ()
-        latents = torch.empty(1, channels(vae), *frames, _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
+        latents = torch.empty(1, channels(vae), _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
     drawn: list[Tensor] = []
     peak = peak_bytes(lambda: drawn.append(decoded(skeleton, latents)))
     return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from . import finite, masks
 from .acceleration import attention, compilation
-from .base import UNWATCHED, GenerationParams, LoadHooks, ModelSpec
+from .base import UNWATCHED, FreeU, GenerationParams, LoadHooks, ModelSpec
+from .decoding import Decoding
 from .errors import LoadFailed
 from .guidance import Guidance
-from .loading.plan import VAE, Plan, Work, choose
+from .loading.plan import Plan, Work, choose
 from .run import Begun, Kind, Laned, Run, sibling_of
 from .sampling import samplers
 from .sampling.responses import Responses
@@ -25,13 +27,12 @@ if TYPE_CHECKING:
 
     from cache import CacheStrategy, Denoiser
     from cache.patching import Shadow
+    from cache.prediction import Prediction
 
-    from .decoders import Decoder
-    from .layout import Layout
     from .loading.residence import Residence
 
 
-class PipelineModel(ABC):
+class PipelineModel(Decoding):
     """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run."""
 
     def __init__(
@@ -46,29 +47,6 @@ class PipelineModel(ABC):
         self.residence: Residence | None = None
         self._compiled: compilation.CompiledLayers | None = None
         self.responses = Responses()
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
-        return cast("torch.device", self.pipeline._execution_device)
-
-    @property
-    def decode_dtype(self) -> torch.dtype:
-        """What the autoencoder decodes in: float32 where its own activations overflow half precision (`upcasts`)."""
-        import torch
-
-        dtype: torch.dtype = self.pipeline.vae.dtype
-        return torch.float32 if dtype == torch.float16 and self.upcasts else dtype
-
-    def decode_bytes(self, width: int, height: int, images: int, *, tiled: bool = False) -> int:
-        """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
-        from . import autoencoder
-        from .memory import decode_bytes
-
-        if self.spec.vae_tiling or tiled:
-            width, height = (min(side, autoencoder.tile(self.pipeline.vae, width, height)) for side in (width, height))
-        images = 1 if self.spec.vae_slicing else images
-        return decode_bytes(self.pipeline.vae, width * height * images, self.decode_dtype)
 
     def work(self, width: int, height: int, images: int, *, guided: bool = True) -> Work:
         """What so many images need beside the weights, for a plan. guided: at a guidance scale above 1."""
@@ -127,19 +105,14 @@ class PipelineModel(ABC):
         return self.residence.plan.row(self.residence.sizes, self.usual_work, self.memory)
 
     @contextmanager
-    def decoding(self, *, tiled: bool) -> Iterator[None]:
-        """Within the context pictures are decoded in tiles, if `tiled` or the model's own setting says so."""
-        if tiled or (self.residence is not None and self.residence.plan.tiled):
-            self.pipeline.vae.enable_tiling()
-        try:
-            yield
-        finally:
-            self.pipeline.vae.use_tiling = self.spec.vae_tiling
+    def freed(self, freeu: FreeU | None) -> Iterator[None]:
+        """Within the context the UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
+        from cache.patching import shadowed
 
-    @property
-    def tiled(self) -> bool:
-        """Whether the autoencoder works in tiles at present."""
-        return bool(self.pipeline.vae.use_tiling)
+        factors = {} if freeu is None else asdict(freeu)
+        blocks: Any = self.denoiser.root.up_blocks if factors else ()
+        with shadowed([(block, name, factor) for block in blocks for name, factor in factors.items()]):
+            yield
 
     @contextmanager
     def run(
@@ -229,6 +202,12 @@ class PipelineModel(ABC):
         """What else stands in for parts of the denoiser while it runs."""
         return ()
 
+    def prediction(self, scheduler: Any) -> Prediction:
+        """What the denoiser takes and answers in a run of that scheduler."""
+        from cache.prediction import prediction_of
+
+        return prediction_of(scheduler)
+
     @property
     def inpaints(self) -> bool:
         """Whether the denoiser takes a mask and the masked picture beside the latents."""
@@ -256,13 +235,6 @@ class PipelineModel(ABC):
     def published_timesteps(self) -> Sequence[int]:
         """Ten training timesteps for the scheduler `ays`."""
         return samplers.AYS_TIMESTEPS
-
-    @cached_property
-    def preview_decoder(self) -> Decoder:
-        """Found, or fitted, on the first request with previews."""
-        from .decoders import decoder_of
-
-        return decoder_of(self.pipeline, self.spec.source, self.device, self.unscaled)
 
     @property
     def size_multiple(self) -> int:
@@ -315,11 +287,6 @@ class PipelineModel(ABC):
     def kept_cells(self) -> int:
         """Numbers that a cache holds at most, for each row and each of the latents' cells."""
 
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """How the denoiser's latents lie."""
-
     def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
         """The text as the denoiser is to have it, by name, each with one row (1, …). Raises NotFinite."""
         try:
@@ -345,50 +312,6 @@ class PipelineModel(ABC):
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         """The pipeline's arguments for guidance."""
-
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        """Pictures of width × height pixels.
-
-        In float32 where the autoencoder's own activations overflow half precision, always (`upcasts`) or in this
-        picture. Raises NotFinite.
-        """
-        import torch
-
-        from . import autoencoder
-
-        def decoded(latents: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W), -1 … 1
-            return autoencoder.decoded(vae, self.clean(latents, width, height))
-
-        vae = self.pipeline.vae
-        if self.residence is not None:
-            self.residence.bring(VAE)  # before it is cast, so that it is cast there
-        dtype = vae.dtype
-        with autoencoder.tiles(vae, width, height):
-            pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
-            if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
-                vae.to(dtype=torch.float32)
-                try:
-                    pixels = decoded(latents.float())
-                finally:
-                    vae.to(dtype=dtype)
-        finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
-        return cast("list[Image.Image]", self.pipeline.image_processor.postprocess(pixels, output_type="pil"))
-
-    @property
-    def upcasts(self) -> bool:
-        """Whether the autoencoder's decoder is known to overflow half precision."""
-        return False
-
-    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """What the autoencoder decodes, of latents as the pipeline has them."""
-        factor = self.pipeline.vae_scale_factor
-        return self.unscaled(self.layout.grid(latents, height // factor, width // factor))
-
-    def unscaled(self, grid: torch.Tensor) -> torch.Tensor:
-        """What the autoencoder decodes, of a grid as the denoiser has it."""
-        from . import autoencoder
-
-        return autoencoder.unscaled(self.pipeline.vae, grid)
 
     @abstractmethod
     def warnings(self, params: GenerationParams) -> list[str]:

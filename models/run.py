@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .guidance import WITHOUT_TEXT
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from .acceleration.attention import Attention
     from .acceleration.compilation import Compilation
-    from .base import FreeU
     from .guidance import Guidance
 
 Kind = Literal["Img2Img", "Inpaint"]
@@ -134,14 +133,3 @@ class Laned:
         lane = getattr(self._transformer, "cache_context", nullcontext)  # a cache brings one
         with lane("cond" if text is self._text else WITHOUT_TEXT):
             return self._transformer(*args, **inputs)
-
-
-@contextmanager
-def freed(denoiser: Any, freeu: FreeU | None) -> Iterator[None]:
-    """Within the context a UNet's up blocks scale what they take, as after diffusers' `enable_freeu`."""
-    from cache.patching import shadowed
-
-    factors = {} if freeu is None else asdict(freeu)
-    blocks = denoiser.up_blocks if factors else ()
-    with shadowed([(block, name, factor) for block in blocks for name, factor in factors.items()]):
-        yield

@@ -70,14 +70,15 @@ class ChromaFamily(FlowFamily):
     pipeline: str = "ChromaPipeline"
     text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "T5EncoderModel"})
     extras: Mapping[str, Any] = field(default_factory=lambda: {"image_encoder": None, "feature_extractor": None})
-    model_class: type[ChromaModel] = ChromaModel
     steps: int = 40
     guidance_scale: float = 3.0
 
-    def model(self, spec: ModelSpec, pipeline: Any) -> FlowModel:
+    def model(self, spec: ModelSpec, pipeline: Any) -> ChromaModel:
+        from cache import TransformerDenoiser
+
         if "guidance_embeds" not in pipeline.transformer.config:  # diffusers' ChromaInpaintPipeline asks for it
             pipeline.transformer.register_to_config(guidance_embeds=False)
-        return FlowFamily.model(self, spec, pipeline)
+        return ChromaModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), self.table)
 
 
 CHROMA = ChromaFamily(name="chroma")

@@ -25,31 +25,10 @@ KEPT_STREAMS = 10  # the first-block cache's residuals and references, in two ca
 CELLS = 4  # of the latents' grid, in a token
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlowFamily(ModelFamily):
-    """A family of such models. view: how its network is laid out, where TransformerDenoiser has to be told."""
-
-    native_size: int = 1024
-    network: str = "transformer"
-    half: DtypeName = "bfloat16"
-    cache: CacheName = "first_block"
-    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
-    size_multiple: int = 16
-    freeu: FreeU | None = None
-    model_class: type[FlowModel]
-    view: Mapping[str, Any] = field(default_factory=dict)
-
-    def model(self, spec: ModelSpec, pipeline: Any) -> FlowModel:
-        from cache import TransformerDenoiser
-
-        return self.model_class(spec, pipeline, TransformerDenoiser(pipeline.transformer, **self.view), self.table)
-
-
 class FlowModel(PipelineModel):
     """Where the scale of guidance is no input of the network, a scale above 1 runs it with text and without, apart.
 
-    unguided: the highest scale that does not, where that is not 1. longest_text: how many tokens the pipeline takes of
-    a prompt.
+    unguided: the highest scale that does not. longest_text: how many tokens the pipeline takes of a prompt.
     """
 
     denoiser: TransformerDenoiser
@@ -125,7 +104,27 @@ class FlowModel(PipelineModel):
                 sentences.append(f"{reads}; the {name} has {tokens}, and its end was not read.")
         sentences += remarks(f"{params.prompt}\n{params.negative_prompt}", weights=False)
         if params.negative_prompt and not guided:
-            at = f"at a scale of {self.unguided:g} or less"
-            reason = "is guidance-distilled" if self.distilled else f"runs without guidance {at}"
+            scale = f"a scale of {self.unguided:g} or less"
+            reason = "is guidance-distilled" if self.distilled else f"runs without guidance at {scale}"
             sentences.append(f"The negative prompt has no effect: {self.spec.name} {reason}.")
         return sentences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowFamily(ModelFamily):
+    """A family of such models. view: how its network is laid out, where TransformerDenoiser has to be told."""
+
+    native_size: int = 1024
+    network: str = "transformer"
+    half: DtypeName = "bfloat16"
+    cache: CacheName = "first_block"
+    table: Mapping[str, Sampler] = field(default_factory=lambda: FLOW_MATCHING)
+    size_multiple: int = 16
+    freeu: FreeU | None = None
+    model_class: type[FlowModel] = FlowModel  # type: ignore[type-abstract]  # each family has its own
+    view: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, spec: ModelSpec, pipeline: Any) -> FlowModel:
+        from cache import TransformerDenoiser
+
+        return self.model_class(spec, pipeline, TransformerDenoiser(pipeline.transformer, **self.view), self.table)

@@ -65,13 +65,23 @@ class Flux2Model(FlowModel):
     def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         return latents  # the pipeline itself has unpacked them, and undone what was normal
 
-    def unscaled(self, grid: torch.Tensor) -> torch.Tensor:
-        """Of each place in a patch, every channel has a mean and a variance of its own."""
-        vae, patches = self.pipeline.vae, self.pipeline._patchify_latents(grid)
-        variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
-        mean = vae.bn.running_mean.view(1, -1, 1, 1)
-        latents: torch.Tensor = self.pipeline._unpatchify_latents(patches * variance.sqrt().to(grid) + mean.to(grid))
+    def decodable(self, grid: torch.Tensor) -> torch.Tensor:
+        mean, spread = self._normal(grid)
+        latents: torch.Tensor = self.pipeline._unpatchify_latents(self.pipeline._patchify_latents(grid) * spread + mean)
         return latents
+
+    def encoded(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, spread = self._normal(latents)
+        grid: torch.Tensor = self.pipeline._unpatchify_latents(
+            (self.pipeline._patchify_latents(latents) - mean) / spread
+        )
+        return grid
+
+    def _normal(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and spread of a patch's numbers, (1, 4 · channels, 1, 1)."""
+        vae = self.pipeline.vae
+        variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), variance.sqrt().to(like)
 
     def tokens(self, prompt: str) -> int:
         return chat.tokens(self.pipeline.tokenizer, prompt, thinking=False)

@@ -61,6 +61,27 @@ class QwenImageModel(FlowModel):
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         return {"true_cfg_scale": params.guidance_scale if self.runs_twice(params) else 1.0}
 
+    def decodable(self, grid: torch.Tensor) -> torch.Tensor:
+        mean, gain = self._normal(grid)
+        return grid / gain + mean
+
+    def encoded(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, gain = self._normal(latents)
+        return (latents - mean) * gain
+
+    def _normal(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is taken from each channel, and what it is multiplied by, (1, channels, 1, 1)."""
+        import torch
+
+        from cache.transfer import upload
+
+        config = self.pipeline.vae.config
+        mean, spread = (
+            upload(torch.tensor(values).view(1, -1, 1, 1).to(like.dtype), like.device)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, 1.0 / spread
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QwenImageFamily(FlowFamily):

@@ -18,6 +18,7 @@ from .flow import CELLS, KEPT_STREAMS, FlowFamily, FlowModel
 if TYPE_CHECKING:
     import torch
 
+    from cache.prediction import Prediction
     from models.layout import Layout
 
 NATIVE = 1024  # pixels of a side
@@ -59,6 +60,11 @@ class ZImageModel(FlowModel):
         from models.layout import Listed
 
         return Listed()
+
+    def prediction(self, scheduler: Any) -> Prediction:
+        from cache.prediction import ReversedFlow
+
+        return ReversedFlow()
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
         import torch

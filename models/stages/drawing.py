@@ -166,7 +166,7 @@ class Drawing:
         if settings is None or self.stages:
             yield None
             return
-        scales = Scales(self.model, settings, run, self.model.layout.prediction(run.scheduler))
+        scales = Scales(self.model, settings, run, self.model.prediction(run.scheduler))
         with scales.attached():
             yield scales
         if "S" not in scales.letters:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cache import FirstBlockCache, NoCache
 from models.base import GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
+from models.decoders import linear
 from models.errors import DrawsFromNoise, LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
@@ -157,8 +158,7 @@ def test_steps_at_half_size_estimate_the_same_picture(loaded: dict[str, LoadedMo
     drawn = model.generate(replace(params, multiscale=scales), NoCache(), ignore)
     assert set(drawn.stages[0].sizes) == {"F", "S"}
     assert np.isfinite(pixels(drawn.images)).all()
-    layout = model.model.layout
-    prediction = layout.prediction(model.pipeline.scheduler)
+    layout, prediction = model.model.layout, model.model.prediction(model.pipeline.scheduler)
     clean, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     reversed_time = name == "z-image"
     for time in (0.9, 0.3):
@@ -196,6 +196,14 @@ def test_previews_are_pictures_of_the_estimate(loaded: dict[str, LoadedModel], n
 
     last = colours(Image.open(io.BytesIO(steps[-1].preview)))
     assert np.abs(last - colours(drawn)).mean() < 2
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image-turbo"])
+def test_the_autoencoders_latents_are_the_denoisers_and_back(loaded: dict[str, LoadedModel], name: str) -> None:
+    model, latents = loaded[name].model, torch.randn(1, 4, 16, 16)
+    torch.testing.assert_close(model.encoded(model.decodable(latents)), latents)
+    assert not torch.allclose(model.decodable(latents), latents)
+    assert linear(model)(latents).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("name", FAMILIES_OF_CHAT)
