@@ -129,12 +129,15 @@ def unpacked_bytes(weight: Tensor) -> int:
 
 
 def _reading_bytes(encoder: Any, tokenizer: Any) -> int:
-    """Of one text: its scores, and what else an encoder makes of it."""
+    """Of one text: its scores, and what else an encoder makes of it; a language model's layers all, and its words."""
     config = encoder.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     width = getattr(config, "intermediate_size", None) or config.d_ff
     tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
-    return int(tokens * (tokens * heads * 6 + width * 8))
+    words = encoder.get_output_embeddings()
+    layers = (config.num_hidden_layers + 1) * config.hidden_size if hasattr(config, "num_key_value_heads") else 0
+    kept = (layers + (0 if words is None else words.out_features)) * encoder.dtype.itemsize
+    return int(tokens * (tokens * heads * 6 + width * 8 + kept))
 
 
 def peak_bytes(call: Any) -> int:

@@ -33,7 +33,9 @@ _FAMILIES = {
     "QwenImagePipeline": "qwen-image",
 }
 """Pipeline class of a diffusers folder → its family, where that is all that there is to know."""
-_PIPELINES = ("StableDiffusionPipeline", _REFINER, "FluxPipeline", *_FAMILIES)
+_KLEIN, _Z_IMAGE = "Flux2KleinPipeline", "ZImagePipeline"
+_PIPELINES = ("StableDiffusionPipeline", _REFINER, "FluxPipeline", _KLEIN, _Z_IMAGE, *_FAMILIES)
+_TURBO_SHIFT = 3.0  # of Z-Image-Turbo's schedule, by which alone its folder differs from Z-Image's, whose is 6
 Stamp = tuple[tuple[int, int], ...]
 """When each of a model's files was changed, in nanoseconds, and its bytes."""
 
@@ -228,6 +230,11 @@ def _family_of_folder(folder: Path) -> str:
         return _FAMILIES[named]
     if named == "FluxPipeline":
         return "flux-dev" if _json(folder / "transformer" / "config.json").get("guidance_embeds") else "flux-schnell"
+    if named == _KLEIN:
+        return "flux2-klein" if index.get("is_distilled") else "flux2-klein-base"
+    if named == _Z_IMAGE:
+        shift = _json(folder / "scheduler" / "scheduler_config.json").get("shift")
+        return "z-image-turbo" if shift == _TURBO_SHIFT else "z-image"
     if named == _REFINER and not index.get("requires_aesthetics_score"):
         raise BadFile(f"is a {_REFINER} and no refiner, by its model_index.json: save it as StableDiffusionXLPipeline")
     if named == _REFINER:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from cache import FirstBlockCache, NoCache
-from models.base import GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale
+from models.base import GenerationParams, Img2Img, Inpaint, Lora, ModelSpec, Multiscale
 from models.decoders import linear
-from models.errors import DrawsFromNoise, LoadFailed
+from models.errors import AdapterFailed, DrawsFromNoise, LoadFailed
 from models.families import FAMILIES
 from models.generation import LoadedModel
 from models.libraries import quiet
+from models.loading.checkpoints import CheckpointFolder
+from models.registry import Registry
 from models.run import sibling_of
 from tests.models.families.chat import TEXT_LENGTH, save_all
 from tests.models.test_generation import generators, ignore, pixels
@@ -242,3 +246,51 @@ def test_a_folder_of_another_family_is_refused(
     spec = ModelSpec(name="wrong", family=family, source=loaded[given].spec.source)
     with pytest.raises(LoadFailed, match=f"(?s){word}.*Name the right family"):
         FAMILIES[family].load(spec, "cpu")
+
+
+def test_folders_and_files_are_known_by_what_they_hold(loaded: dict[str, LoadedModel]) -> None:
+    folder = loaded["z-image"].spec.source.parent
+    names = {
+        "flux2.safetensors": ("double_blocks.0.img_attn.qkv.weight", "single_stream_modulation.lin.weight"),
+        "z.safetensors": ("noise_refiner.0.attention.qkv.weight", "layers.0.attention.qkv.weight"),
+    }
+    for name, keys in names.items():
+        tensors = {key: torch.zeros(2, 2) for key in (*keys, "img_in.weight", "final_layer.linear.weight")}
+        save_file(tensors, folder / name)
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.scan()
+    served, unserved = checkpoints.models([])
+    assert {spec.name: spec.family for spec in served} == {name: name for name in FAMILIES_OF_CHAT}
+    assert "is a FLUX.2 as one file" in unserved["flux2"]
+    assert "is a Z-Image or Lumina 2 as one file" in unserved["z"]
+    rows = {row["family"]: row for row in Registry(served, "z-image", None).describe()}
+    assert {row["native_width"] for row in rows.values()} == {1024}
+    assert all(row["error"] is None for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image-turbo"])
+def test_a_lora_in_diffusers_names_is_placed_and_others_are_refused(
+    loaded: dict[str, LoadedModel], name: str, tmp_path: Path
+) -> None:
+    model, params = loaded[name], replace(PARAMS, guidance_scale=0.0, steps=1)
+    path = "single_transformer_blocks.0.attn.to_qkv_mlp_proj" if name == "flux2-klein" else "layers.0.attention.to_q"
+    weight = model.pipeline.transformer.get_submodule(path).weight
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+
+    def drawn(keys: dict[str, torch.Tensor]) -> np.ndarray:
+        save_file(keys, tmp_path / "ink.safetensors")
+        lora = Lora(name="ink", path=tmp_path / "ink.safetensors")
+        return pixels(model.generate(replace(params, loras=(lora,)), NoCache(), ignore).images)
+
+    found = drawn({f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up})
+    saved = weight.clone()
+    weight.data += up @ down
+    expected = pixels(model.generate(params, NoCache(), ignore).images)
+    weight.data.copy_(saved)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert not np.array_equal(found, pixels(model.generate(params, NoCache(), ignore).images))
+    theirs = (
+        "diffusion_model.double_blocks.0.img_attn.qkv" if name == "flux2-klein" else "lora_unet_layers_0_attention_qkv"
+    )
+    with pytest.raises(AdapterFailed, match="leave it out of loras"):
+        drawn({f"{theirs}.lora_A.weight": down, f"{theirs}.lora_B.weight": up})
