@@ -23,6 +23,8 @@ NATIVE = 1328  # pixels of a side, by the published list of sizes
 class QwenImageModel(FlowModel):
     """The prompt stands in a template, whose beginning the transformer is not shown."""
 
+    longest_read = 1024 + 34  # with the template's beginning; half of it is taken
+
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeddings: dict[str, torch.Tensor | None] = {"prompt_embeds": self._embed(params.prompt)}
         if self.runs_twice(params):
