@@ -140,6 +140,30 @@ LIGHTDIFFUSION = {
 """LightDiffusion-Next's names that POST /api/generate takes beside its own: GenerateRequest of its server.py."""
 
 
+IMAGES = {
+    "quality": Foreign(
+        ("auto", "standard"),
+        "Pictures have one quality: set steps.",
+        ignored=("low", "medium", "high", "xhigh", "max", "hd"),
+    ),
+    "style": Foreign(("vivid",), "Say it in the prompt.", ignored=("natural",)),
+    "background": Foreign(("auto", "opaque"), "Pictures here are opaque."),
+    "moderation": Foreign(("auto", "low"), "Nothing is moderated here."),
+    "output_compression": Foreign((100,), "jpeg and webp are written at quality 95."),
+    "complexity": Foreign((), "Leave it out."),
+    "frame_count": Foreign((), "Leave it out; pictures here do not move."),
+    "frame_duration_ms": Foreign((), "Leave it out; pictures here do not move."),
+    "svg": Foreign((), "Leave it out; pictures here are png, jpeg or webp."),
+    "enable_preview": Foreign((False,), "Set stream and partial_images."),
+}
+"""Of the OpenAI images API that are not in app/http/apis/openai.py, for generations."""
+EDITS = IMAGES | {
+    "input_fidelity": Foreign((), "Set img2img_denoise: how much is drawn anew.", ignored=("low", "high")),
+    "markup": Foreign((), "Send a mask, and say in the prompt what is drawn there."),
+}
+"""And for edits."""
+
+
 class CfgFree(BaseModel):
     """LightDiffusion's words for `guidance_end`: guidance fades out from there on; here it ends."""
 

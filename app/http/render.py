@@ -167,6 +167,12 @@ def json_body(schema: str, summary: str | None = None, example: object = None) -
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+def form_body(schema: str) -> dict[str, Any]:
+    """OpenAPI `requestBody` of a form with files."""
+    content = {"multipart/form-data": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 IMAGE_BODY = {
     "requestBody": {
         "required": True,

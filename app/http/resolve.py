@@ -13,6 +13,7 @@ from typing import Any
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
 from app.http import pictures
+from app.http.pictures import OURS, Reading
 from app.http.schemas import GenerateRequest
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
@@ -71,12 +72,9 @@ class Adapters:
 
 
 def resolve(
-    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, *, same_aspect: bool = False
+    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, reading: Reading = OURS
 ) -> Job:
-    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
-
-    same_aspect: an uploaded picture that would have to be cut is refused.
-    """
+    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
     if request.rerender is not None:
         raise Unsupported("rerender is a field of POST /api/generate and POST /api/jobs alone.", field="rerender")
     model = pick_model(request, catalogue)
@@ -86,7 +84,7 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = pictures.img2img(request, steps, same_aspect)
+    img2img = pictures.img2img(request, steps, reading)
     warnings = _warnings(request, model)
     adapters = Adapters(settings)
     embeddings, said = adapters.mentioned(request, model)
@@ -163,13 +161,13 @@ class Resolver:
     settings: Settings
     decoders: Executor
 
-    async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
+    async def job(self, request: GenerateRequest, job_id: str, reading: Reading = OURS) -> Job:
         """An upload is decoded aside, once the engine has said that there is room for a job.
 
         Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
         """
         catalogue = self.engine.catalogue()
-        work = partial(resolve, request, catalogue, self.settings, job_id, same_aspect=same_aspect)
+        work = partial(resolve, request, catalogue, self.settings, job_id, reading)
         if request.img2img_image is None:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)

@@ -115,8 +115,8 @@ async def _draw(request: Request, kind: type[Options]) -> Response:
 async def _submitted(request: Request, kind: type[Options]) -> JobRecord:
     service = service_of(request)
     async with asked(request) as body:
-        fields, same_aspect = read_payload(body, kind, service.chosen.get(owner_of(request)))
-        job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
+        fields, reading = read_payload(body, kind, service.chosen.get(owner_of(request)))
+        job = await service.resolver.job(fields, request_id_of(request), reading)
     return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API)
 
 

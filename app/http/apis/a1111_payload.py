@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import Invalid, Unsupported, shown
 from app.http.foreign import Foreign, same, translated, whole_numbers
+from app.http.pictures import Reading
 from app.http.schemas import KNOWN, LONGEST_NAME, GenerateRequest, parse, request_schema, validated
 from app.infotext import pair, scheduler_alone
 
@@ -150,8 +151,10 @@ class Img2ImgOptions(Options):
     )
 
 
-def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = None) -> tuple[GenerateRequest, bool]:
-    """The request; must the picture have the drawing's aspect already?
+def read_payload(
+    body: dict[str, Any], kind: type[Options], model: str | None = None
+) -> tuple[GenerateRequest, Reading]:
+    """The request, and how its pictures are read.
 
     model: of a request that names none. Raises Invalid, Unsupported or Incompatible.
     """
@@ -192,7 +195,8 @@ def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = 
         values["model"] = model
     fields = parse(values, (*KNOWN, *kind.model_fields, *kind.foreign), said)
     # Only mode 1 cuts the picture there as it is cut here.
-    return fields, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
+    uncut = {"img2img_image"} if isinstance(options, Img2ImgOptions) and options.resize_mode != 1 else set()
+    return fields, Reading(uncut=frozenset(uncut))
 
 
 class _Values(dict[str, Any]):
