@@ -22,9 +22,10 @@ from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
 from app.http import pages
 from app.http.apis import a1111, a1111_extras, openai, wavespeed
 from app.http.middleware import Guard, RequestContext, error_response
+from app.http.render import request_schema
 from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
 from app.http.resolve import Resolver
-from app.http.schemas import parse, request_schema
+from app.http.schemas import parse
 from app.jobs.jobs import Jobs
 from app.metrics import Metrics
 from app.settings import Settings, available_cores

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from app.errors import Invalid
 from app.http.schemas import GenerateRequest
 from app.images import read_mask, read_picture
-from models.base import Img2Img, Inpaint
+from models.base import Control, Img2Img, Inpaint
 from models.limits import fit
 from models.masks import PAINTED, everything, extended, hard
 
@@ -75,6 +77,25 @@ def img2img(request: GenerateRequest, steps: int, reading: Reading) -> Img2Img |
     # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
     start = extended(fit(picture, width, height), *_border(request))
     return Img2Img(picture=start, denoise=request.img2img_denoise, inpaint=inpaint)
+
+
+def controls(request: GenerateRequest, found: Sequence[tuple[str, Path]], reading: Reading) -> tuple[Control, ...]:
+    """The request's, of the ControlNets `found` by name. Raises Invalid and PictureTooLarge, as late as img2img."""
+    made = []
+    for index, (control, (name, path)) in enumerate(zip(request.control, found, strict=True)):
+        field, (width, height) = f"control.{index}.image", (request.width, request.height)
+        picture = read_picture(control.image, field=field, max_pixels=MOST_PIXELS)
+        if field in reading.uncut and picture.width * height != picture.height * width:
+            raise Invalid(
+                f"{field} has {picture.width}×{picture.height} pixels, another aspect than {width}×{height}. It is cut "
+                "to it here: set the unit's resize_mode to 1 (Crop and Resize), or send one that fits.",
+                field=field,
+            )
+        # As the picture of img2img is.
+        image = fit(picture, width, height)
+        settings = control.model_dump(include={"weight", "start", "end", "edges"})
+        made.append(Control(name=name, path=path, image=image, **settings))
+    return tuple(made)
 
 
 def _border(request: GenerateRequest) -> tuple[int, int, int, int]:

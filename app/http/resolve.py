@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
@@ -40,15 +41,13 @@ class Adapters:
         self.loras = WeightsFolder(settings.lora_folder, "LoRA")
         self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
         self.upscalers = WeightsFolder(settings.upscaler_folder, "upscaler")
+        self.controlnets = WeightsFolder(settings.control_folder, "ControlNet", diffusers=True)
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
         found = []
         for index, lora in enumerate(request.loras):
-            try:
-                name, path = self.loras.find(lora.name)
-            except UnknownFile as error:
-                raise Invalid(str(error), field=f"loras.{index}.name") from None
+            name, path = _found(self.loras, lora.name, f"loras.{index}.name")
             found.append(Lora(name=name, path=path, weight=lora.weight, text_weight=lora.text_weight))
         return tuple(found)
 
@@ -56,11 +55,20 @@ class Adapters:
         """The one that the field names. Raises Invalid."""
         if wanted is None:
             return None
-        try:
-            name, path = self.upscalers.find(wanted)
-        except UnknownFile as error:
-            raise Invalid(str(error), field=field) from None
+        name, path = _found(self.upscalers, wanted, field)
         return Upscaler(name=name, path=path)
+
+    def steering(self, request: GenerateRequest, model: ModelInfo) -> list[tuple[str, Path]]:
+        """Name and path of each of the request's ControlNets. Raises Invalid, Incompatible."""
+        if request.control and not FAMILIES[model.family].controlnets:
+            fitting = ", ".join(name for name, family in FAMILIES.items() if family.controlnets)
+            raise Incompatible(
+                f"{model.name} is {model.family}; those with ControlNets are {fitting}. Leave control out.",
+                field="control",
+            )
+        return [
+            _found(self.controlnets, one.model, f"control.{index}.model") for index, one in enumerate(request.control)
+        ]
 
     def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:
         """The embeddings whose names the prompts hold, and what to tell the user of them."""
@@ -69,6 +77,13 @@ class Adapters:
             return found, []
         names = ", ".join(embedding.name for embedding in found)
         return (), [f"{model.name} takes no embeddings; these names were read as plain words: {names}."]
+
+
+def _found(folder: WeightsFolder, name: str, field: str) -> tuple[str, Path]:
+    try:
+        return folder.find(name)
+    except UnknownFile as error:
+        raise Invalid(str(error), field=field) from None
 
 
 def resolve(
@@ -84,9 +99,11 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = pictures.img2img(request, steps, reading)
-    warnings = _warnings(request, model)
     adapters = Adapters(settings)
+    steering = adapters.steering(request, model)
+    img2img = pictures.img2img(request, steps, reading)
+    control = pictures.controls(request, steering, reading)
+    warnings = _warnings(request, model)
     embeddings, said = adapters.mentioned(request, model)
     warnings += said
     batch_size = min(request.batch_size, request.num_images)
@@ -121,6 +138,7 @@ def resolve(
         attention=request.attention,
         compiled=request.compile or request.stable_fast,
         img2img=img2img,
+        control=control,
         refiner=refiner,
         hires_fix=request.hires_fix,
         hires_upscaler=adapters.upscaler(request.hires_upscaler, "hires_upscaler") if request.hires_fix else None,
@@ -168,7 +186,7 @@ class Resolver:
         """
         catalogue = self.engine.catalogue()
         work = partial(resolve, request, catalogue, self.settings, job_id, reading)
-        if request.img2img_image is None:
+        if request.img2img_image is None and not request.control:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)
         return await asyncio.get_running_loop().run_in_executor(self.decoders, work)

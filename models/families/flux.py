@@ -40,6 +40,7 @@ class FluxFamily(ModelFamily):
     steps: int = 28
     guidance_scale: float = 3.5
     freeu: FreeU | None = None
+    controlnets: bool = True
 
     def model(self, spec: ModelSpec, pipeline: Any) -> FluxModel:
         from cache import TransformerDenoiser

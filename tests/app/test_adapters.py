@@ -101,6 +101,7 @@ async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
         "loras": ["ink", "sets/fog", "wash.v2"],
         "embeddings": ["bad-hands", "sets/style"],
         "upscalers": [],
+        "controlnets": [],
     }
 
 

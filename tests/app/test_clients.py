@@ -201,7 +201,6 @@ async def test_its_names_are_ours_and_what_changes_no_picture_is_named(engine: F
         ({"tome_enabled": True}, "tome_enabled", "deepcache_enabled"),
         ({"dynamic_cfg_rescaling": True}, "dynamic_cfg_rescaling", "guidance_rescale"),
         ({"adaptive_noise_enabled": True}, "adaptive_noise_enabled", "sampler"),
-        ({"controlnet_enabled": True}, "controlnet_enabled", "no ControlNet"),
         ({"weight_quantization": "fp8"}, "weight_quantization", "models file"),
         ({"fp8_inference": True}, "fp8_inference", "models file"),
         ({"input_image_path": "/etc/passwd"}, "input_image_path", "img2img_image"),

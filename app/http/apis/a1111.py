@@ -19,13 +19,12 @@ from app.errors import Invalid, Unsupported, shown
 from app.http.apis.a1111_payload import (
     OVERRIDES,
     SCRIPT,
-    SETTINGS,
     Img2ImgOptions,
     Options,
     payload_schema,
     read_payload,
 )
-from app.http.foreign import same
+from app.http.foreign import SETTINGS, same
 from app.http.pages import resident_bytes
 from app.http.render import IMAGE_BODY, errors, json_body
 from app.http.request import asked, interrupted, owner_of, read_object, request_id_of, service_of, texts_of, waited

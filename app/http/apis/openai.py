@@ -26,10 +26,10 @@ from app.engine.types import Job, ModelInfo
 from app.errors import Invalid, ServiceError, shown
 from app.http.foreign import EDITS, IMAGES, Foreign, translated, whole_numbers
 from app.http.pictures import MOST_PIXELS, OURS, Reading
-from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, form_body, json_body
+from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, form_body, json_body, request_schema
 from app.http.request import FormFile, asked, owner_of, request_id_of, service_of, waited
 from app.http.resolve import pick_model, served
-from app.http.schemas import KNOWN, GenerateRequest, parse, request_schema, validated
+from app.http.schemas import KNOWN, GenerateRequest, parse, validated
 from app.images import OutputFormat, read_size
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord, spaced
@@ -54,7 +54,8 @@ class ImageOptions(BaseModel):
     size: str | None = Field(
         None,
         max_length=20,
-        description="WIDTHxHEIGHT in pixels, as width and height; auto, the default, is the model's own size, over a picture in its aspect.",
+        description="WIDTHxHEIGHT in pixels, as width and height; auto, the default, is the model's own size, over a "
+        "picture in its aspect.",
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
