@@ -300,8 +300,9 @@ class GenerateRequest(BaseModel):
     @classmethod
     def _no_kind(cls, value: object) -> object:
         if isinstance(value, str):
-            kinds = "has no kinds any more; give true, the default, or false, which is the published cache"
-            raise _located("cache_forecast", kinds)
+            raise PydanticCustomError(
+                "kinds", "has no kinds any more; give true, the default, or false, which is the published cache"
+            )
         return value
 
     @field_validator("loras")

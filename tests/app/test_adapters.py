@@ -107,7 +107,9 @@ async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
 
 async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine) -> None:
     async with client_of(engine, lora_folder=str(tmp_path / "no"), embedding_folder=str(tmp_path / "no")) as client:
-        assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": [], "upscalers": []}
+        assert (await client.get("/api/adapters")).json() == {
+            name: [] for name in ("loras", "embeddings", "upscalers", "controlnets")
+        }
         response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
         assert "The server has none" in response.json()["error"]["message"]
 

@@ -227,7 +227,13 @@ def scripts(*units: Any) -> dict[str, Any]:
 
 async def test_units_are_control(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     older = {"model": "xl/depth.v2", "input_image": f"data:image/png;base64,{MAP}", "control_mode": 0, "lowvram": True}
-    boxed = {"module": None, "model": "edges", "image": {"image": WIDE, "mask": None}, "resize_mode": 1}
+    boxed = {
+        "module": None,
+        "threshold_a": 64,
+        "model": "edges",
+        "image": {"image": WIDE, "mask": None},
+        "resize_mode": 1,
+    }
     off = {"enabled": False, "module": "depth_midas", "model": "None"}
     one, two, three = await steered(
         client, engine, scripts({**UNIT, **NEUTRAL}, off, older, boxed), "/sdapi/v1/txt2img"

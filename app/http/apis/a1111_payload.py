@@ -236,18 +236,20 @@ def _units(values: _Values, options: Options, args: list[Any], origin: str) -> l
             continue
         if not isinstance(unit, dict):
             raise Invalid(f"{where} is a unit: an object with module, model, image, weight and others.", field=where)
-        rest, left_out = translated(whole_numbers(unit), UNIT, f"{where}.")
-        said += left_out
-        image = _picture_of(rest, where)
-        if image is None and isinstance(options, Img2ImgOptions):
-            image = options.init_images[0]
-        module, mode = rest.pop("module", None) or "none", rest.pop("resize_mode", None)
+        module = unit.get("module") or "none"
         edges = PREPROCESSORS.get(module.lower()) if isinstance(module, str) else None
         if edges is None:
             raise Unsupported(
                 f"There is no preprocessor {shown(str(module))!r} here but {', '.join(PREPROCESSORS)}. {SEND_THE_MAP}",
                 field=f"{where}.module",
             )
+        unread = ("module",) if edges else ("module", "threshold_a", "threshold_b")
+        read = {name: value for name, value in unit.items() if name not in unread}
+        rest, left_out = translated(whole_numbers(read), UNIT, f"{where}.")
+        said += left_out
+        image, mode = _picture_of(rest, where), rest.pop("resize_mode", None)
+        if image is None and isinstance(options, Img2ImgOptions):
+            image = options.init_images[0]
         if not any(same(mode, one) for one in (None, *CUT, *UNCUT)):
             known = ", ".join(map(str, CUT + UNCUT))
             raise Invalid(f"{where}.resize_mode is one of {known}.", field=f"{where}.resize_mode")
