@@ -22,6 +22,7 @@ from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
 from models.base import Embedding, FreeU, GenerationParams, Lora, Multiscale, Refiner, Upscaler
+from models.embedded import CONTROLNETS
 from models.errors import UnsupportedSampler
 from models.families import FAMILIES
 from models.sampling.samplers import check as check_sampler
@@ -41,7 +42,7 @@ class Adapters:
         self.loras = WeightsFolder(settings.lora_folder, "LoRA")
         self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
         self.upscalers = WeightsFolder(settings.upscaler_folder, "upscaler")
-        self.controlnets = WeightsFolder(settings.control_folder, "ControlNet", diffusers=True)
+        self.controlnets = WeightsFolder(settings.control_folder, "ControlNet", diffusers=True, embedded=CONTROLNETS)
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import ModelError
@@ -27,16 +27,18 @@ class WeightsFolder:
 
     A name is a path from the folder, with slashes. A link out of the folder and what lies behind a dot are none of
     them. `kind` is what a message calls them, in the singular. diffusers: a folder with a config.json is one too, as a
-    whole.
+    whole. embedded: those that come with the service, which one of the operator's of the same name goes before.
     """
 
     path: Path | None
     kind: str
     diffusers: bool = False
+    embedded: Mapping[str, Path] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
         """Name → real path, sorted by name."""
-        return {name: real for name, suffix, real in self._contents() if suffix == SUFFIX or real.is_dir()}
+        own = {name: real for name, suffix, real in self._contents() if suffix == SUFFIX or real.is_dir()}
+        return dict(sorted({**self.embedded, **own}.items()))
 
     def find(self, name: str) -> tuple[str, Path]:
         """The file called `name`, with or without its suffix, without its folders where no other is called so.
@@ -76,7 +78,7 @@ class WeightsFolder:
             inner[:] = [name for name in inner if not name.startswith(".")]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
         for one in sorted(found):
-            if one.exists() and (real := one.resolve()).is_relative_to(root):
+            if (one.is_file() or one.is_dir()) and (real := one.resolve()).is_relative_to(root):
                 suffix = "" if real.is_dir() else one.suffix
                 yield one.relative_to(root).as_posix().removesuffix(suffix), suffix, real
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from app.engine.types import DeviceMemory
 from app.http.foreign import LIGHTDIFFUSION
+from models.embedded import CONTROLNETS
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
@@ -318,7 +319,7 @@ async def test_what_automatic1111_tells_of_itself(tmp_path: Any) -> None:
             ("wavespeed", True),
         }
         assert await get("extensions") == []
-        assert (await client.get("/api/controlnets")).json() == {"models": []}
+        assert (await client.get("/api/controlnets")).json() == {"models": [*CONTROLNETS]}
         for name in ("checkpoints", "loras", "embeddings", "vae"):
             assert (await client.post(f"{SD}/refresh-{name}")).json() is None
 

@@ -18,6 +18,7 @@ from PIL import Image
 from app.engine.queue import kind_of
 from app.infotext import restored
 from models.base import Control
+from models.embedded import CONTROLNETS
 from models.families import FAMILIES
 from models.stages.kept import exactly
 from tests.app.conftest import client_of
@@ -81,7 +82,7 @@ async def test_fields_become_what_steers(client: httpx.AsyncClient, engine: Fake
 
 
 async def test_names_are_listed(client: httpx.AsyncClient) -> None:
-    names = ["canny", "edges", "xl/depth.v2"]
+    names = sorted(["canny", "edges", "xl/depth.v2", *CONTROLNETS])
     assert (await client.get("/api/controlnets")).json() == {"models": names}
     assert (await client.get("/api/adapters")).json()["controlnets"] == names
     assert (await client.get("/controlnet/model_list")).json() == {"model_list": names}

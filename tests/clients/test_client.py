@@ -15,6 +15,7 @@ from PIL import Image
 from app.client import TRIES, ApiError, Client, ControlField, Fields, LoraField, Unreachable
 from app.http.schemas import Control, GenerateRequest, Lora
 from benchmarks.server import Server, wait_for
+from models.embedded import CONTROLNETS
 from tests.clients.conftest import KEY
 
 CACHED: dict[str, Any] = {"deepcache_enabled": True, "deepcache_schedule": "uniform", "steps": 6}
@@ -115,7 +116,7 @@ def test_a_job_that_is_not_there(client: Client, identity: str) -> None:
 
 def test_what_the_service_has_and_does(client: Client) -> None:
     assert [row["name"] for row in client.models()[:2]] == ["tiny-sd", "tiny-flux"]
-    assert client.adapters() == {name: [] for name in ("loras", "embeddings", "upscalers", "controlnets")}
+    assert client.adapters() == {"loras": [], "embeddings": [], "upscalers": [], "controlnets": [*CONTROLNETS]}
     assert client.telemetry()["worker_running"] is True
 
 

@@ -11,6 +11,7 @@ import webuiapi
 from PIL import Image
 
 from benchmarks.server import Server, wait_for
+from models.embedded import CONTROLNETS
 from tests.clients.conftest import KEY
 
 CACHED = {"deepcache_enabled": True, "deepcache_schedule": "uniform"}
@@ -137,7 +138,7 @@ def test_lists_are_what_its_helpers_expect(client: Any) -> None:
     assert client.get_cmd_flags()["api"] is True
     assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
     assert client.refresh_checkpoints() is None
-    assert (client.controlnet_model_list(), client.controlnet_module_list()) == ([], ["none", "canny"])
+    assert (client.controlnet_model_list(), client.controlnet_module_list()) == ([*CONTROLNETS], ["none", "canny"])
 
 
 def test_what_is_switched_off_is_no_obstacle(client: Any) -> None:
