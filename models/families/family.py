@@ -28,6 +28,7 @@ class ModelFamily(ABC):
     pipeline's index does.
     cache: the one that acts on this family's denoiser.
     freeu: the factors that its authors published for this family; None where there are no skips.
+    controlnets: whether ControlNets are made for it.
     refiners: families whose models can go on from this one's latents. needs_picture: it draws over pictures alone;
     draws_over: it draws over pictures at all.
     """
@@ -47,6 +48,7 @@ class ModelFamily(ABC):
     steps: int
     guidance_scale: float
     freeu: FreeU | None
+    controlnets: bool = False
     refiners: frozenset[str] = frozenset()
     needs_picture: bool = False
     draws_over: bool = True

@@ -61,6 +61,7 @@ FLUX = FlowFamily(  # Black Forest Labs 2024
     name="flux",
     pipeline="FluxPipeline",
     text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    controlnets=True,
     model_class=FluxModel,
     steps=28,
     guidance_scale=3.5,

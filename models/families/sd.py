@@ -169,6 +169,7 @@ class UNetFamily(ModelFamily):
     steps: int = 20
     guidance_scale: float = 7.5
     freeu: FreeU | None = _FREEU
+    controlnets: bool = True
     model_class: type[StableDiffusionModel] = StableDiffusionModel
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:

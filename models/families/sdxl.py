@@ -84,6 +84,7 @@ SDXL_REFINER = replace(
     model_class=SDXLRefinerModel,
     pipeline="StableDiffusionXLImg2ImgPipeline",
     text_encoders={"text_encoder_2": "CLIPTextModelWithProjection"},
+    controlnets=False,
     refiners=frozenset(),
     needs_picture=True,
 )
