@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Nothing a user can act on: numpy about how torch hands it tensors, torchsde about a time that rounding put 1e-7 before
-# the interval's start, diffusers about where its own ControlNet for Flux imports from.
+# Nothing that a user can act on: numpy about how torch hands it tensors, torchsde about a time that rounding put 1e-7
+# before the interval's start, diffusers about classes of its own that Chroma and Flux's ControlNets are made of.
 NOISE: tuple[tuple[str, type[Warning]], ...] = (
     ("__array__ implementation doesn't accept a copy keyword", DeprecationWarning),
     ("__array_wrap__ must accept context and return_scalar", DeprecationWarning),
@@ -21,7 +21,7 @@ NOISE: tuple[tuple[str, type[Warning]], ...] = (
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice of diffusers and transformers off stderr inside the block.
 
-    Also what libraries say to whoever runs certain classes of diffusers: see NOISE.
+    Also what libraries say to whoever runs certain of diffusers' schedulers and networks: see NOISE.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging

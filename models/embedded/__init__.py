@@ -32,7 +32,7 @@ SPECS = (
         vocabulary=WORDS,
     ),
 )
-CONTROLNETS = {"tiny-sd-edges": FOLDER / "tiny-sd-edges"}
-"""ControlNets of the embedded models, by name: their folders."""
+CONTROLNETS = {config.parent.name: config.parent for config in sorted(FOLDER.glob("*/config.json"))}
+"""The ControlNets here by name: folders that hold one network."""
 DEFAULT = "tiny-sd"
 DEFAULT_FLUX = "tiny-flux"

@@ -161,8 +161,7 @@ def _first(made: Any) -> Tensor:
 
 def test_guidance_in_one_half_keeps_that_halfs_residuals() -> None:
     network = tiny_sd()
-    view = Cut(network, 1)
-    view._guided = lambda: True
+    view = Cut(network, 1).guided_by(lambda: True)
     calls = [unet_call(network, 0), unet_call(network, 0)]
     strategy = DeepCache(interval=2, depth=0, guidance="reuse")
     answers, report = run(view.injecting(OfUNet(network)), strategy, calls)
