@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,6 @@ _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and
 _STEP_SIDES = (64, 128)
 _SLACK = 1.05  # beside what the network itself holds, a step has latents, predictions and the sampler's own
 _FIXED = 2**26  # bytes: the texts that are remembered, and small change
-_LONGEST_TEXT = 512  # tokens
 _DECODE_BYTES: dict[Shape, float] = {}
 _STEP_BYTES: dict[Shape, tuple[float, float]] = {}
 _UNPACKED_BYTES: dict[int, float] = {}  # by GGML type: for each byte of the weight
@@ -87,6 +87,7 @@ class Countable(Protocol):
 
     pipeline: Any
     denoiser: Any
+    longest_read: int
 
     @property
     def kept_cells(self) -> int: ...
@@ -107,7 +108,7 @@ def work(model: Countable, width: int, height: int, images: int, *, guided: bool
     encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part}
     tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders]
     return Work(
-        text=_FIXED + max(map(_reading_bytes, encoders.values(), tokenizers)),
+        text=_FIXED + max(map(partial(_reading_bytes, model.longest_read), encoders.values(), tokenizers)),
         denoise=round(_SLACK * images * model.rows(guided=guided) * step) + _FIXED + unpacked,
         decode=_FIXED + model.decode_bytes(width, height, images),
         tiled=_FIXED + model.decode_bytes(width, height, images, tiled=True),
@@ -128,12 +129,15 @@ def unpacked_bytes(weight: Tensor) -> int:
     return round(_UNPACKED_BYTES[kind] * weight.nbytes)
 
 
-def _reading_bytes(encoder: Any, tokenizer: Any) -> int:
-    """Of one text: its scores, and what else an encoder makes of it; a language model's layers all, and its words."""
+def _reading_bytes(longest: int, encoder: Any, tokenizer: Any) -> int:
+    """Of one text, of so many tokens at most: its scores, and what else an encoder makes of it.
+
+    A language model keeps what each of its layers made, and says a word for each token.
+    """
     config = encoder.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     width = getattr(config, "intermediate_size", None) or config.d_ff
-    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
+    tokens = min(int(tokenizer.model_max_length), longest)
     words = encoder.get_output_embeddings()
     layers = (config.num_hidden_layers + 1) * config.hidden_size if hasattr(config, "num_key_value_heads") else 0
     kept = (layers + (0 if words is None else words.out_features)) * encoder.dtype.itemsize

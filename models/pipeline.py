@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 class PipelineModel(Decoding):
-    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run."""
+    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run.
+
+    longest_read: tokens of a text that an encoder reads at most, be they all taken or not.
+    """
+
+    longest_read = 512
 
     def __init__(
         self, spec: ModelSpec, pipeline: Any, denoiser: Denoiser, choices: Mapping[str, samplers.Sampler]

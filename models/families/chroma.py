@@ -6,21 +6,27 @@ Of the tokens that fill a text up, the transformer is shown the first alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.base import GenerationParams, ModelSpec
+from models.sampling.samplers import Sampler
 
 from .flow import CELLS, FlowFamily, FlowModel
 
 if TYPE_CHECKING:
     import torch
 
+    from cache import Denoiser
     from cache.patching import Shadow
 
 
 class ChromaModel(FlowModel):
     """Texts are filled up to one length, so that those of different length are drawn together."""
+
+    def __init__(self, spec: ModelSpec, pipeline: Any, denoiser: Denoiser, choices: Mapping[str, Sampler]) -> None:
+        super().__init__(spec, pipeline, denoiser, choices)
+        if "guidance_embeds" not in pipeline.transformer.config:  # diffusers' ChromaInpaintPipeline asks for it
+            pipeline.transformer.register_to_config(guidance_embeds=False)
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         embeds, _, mask, negative, _, negative_mask = self.pipeline.encode_prompt(
@@ -63,22 +69,12 @@ class ChromaModel(FlowModel):
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChromaFamily(FlowFamily):
-    """ChromaPipeline models."""
-
-    pipeline: str = "ChromaPipeline"
-    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "T5EncoderModel"})
-    extras: Mapping[str, Any] = field(default_factory=lambda: {"image_encoder": None, "feature_extractor": None})
-    steps: int = 40
-    guidance_scale: float = 3.0
-
-    def model(self, spec: ModelSpec, pipeline: Any) -> ChromaModel:
-        from cache import TransformerDenoiser
-
-        if "guidance_embeds" not in pipeline.transformer.config:  # diffusers' ChromaInpaintPipeline asks for it
-            pipeline.transformer.register_to_config(guidance_embeds=False)
-        return ChromaModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), self.table)
-
-
-CHROMA = ChromaFamily(name="chroma")
+CHROMA = FlowFamily(
+    name="chroma",
+    pipeline="ChromaPipeline",
+    text_encoders={"text_encoder": "T5EncoderModel"},
+    extras={"image_encoder": None, "feature_extractor": None},
+    model_class=ChromaModel,
+    steps=40,
+    guidance_scale=3.0,
+)

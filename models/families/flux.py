@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.base import GenerationParams
@@ -57,28 +57,24 @@ class FluxModel(FlowModel):
         return {"true_cfg_scale": scale if self.runs_twice(params) else 1.0}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FluxFamily(FlowFamily):
-    """A family of FluxPipeline models (Black Forest Labs 2024)."""
-
-    pipeline: str = "FluxPipeline"
-    text_encoders: Mapping[str, str] = field(
-        default_factory=lambda: {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
-    )
-    model_class: type[FluxModel] = FluxModel
-    steps: int = 28
-    guidance_scale: float = 3.5
-
-
-FLUX = FluxFamily(name="flux")
-FLUX_SCHNELL = FluxFamily(
+FLUX = FlowFamily(  # Black Forest Labs 2024
+    name="flux",
+    pipeline="FluxPipeline",
+    text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    model_class=FluxModel,
+    steps=28,
+    guidance_scale=3.5,
+)
+FLUX_SCHNELL = replace(
+    FLUX,
     name="flux-schnell",
     traits={"guidance_embeds": False},
     steps=4,
     guidance_scale=0.0,  # distilled to few steps; a scale above 1 would run it twice a step
 )
-FLUX_DEV = FluxFamily(name="flux-dev", traits={"guidance_embeds": True})
-FLUX_FILL = FluxFamily(
+FLUX_DEV = replace(FLUX, name="flux-dev", traits={"guidance_embeds": True})
+FLUX_FILL = replace(
+    FLUX_DEV,
     name="flux-fill",
     pipeline="FluxFillPipeline",
     traits={"guidance_embeds": True, "in_channels": 384},

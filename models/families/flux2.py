@@ -7,7 +7,7 @@ two by two a token, 128 numbers, each with its own mean and spread (Black Forest
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.base import GenerationParams
@@ -93,15 +93,16 @@ class Flux2Model(FlowModel):
         return sentences
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flux2Family(FlowFamily):
-    """A family of Flux2KleinPipeline models. What diffusers' pipelines do with pictures is take them for references."""
-
-    pipeline: str = "Flux2KleinPipeline"
-    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "Qwen3ForCausalLM"})
-    draws_over: bool = False
-    model_class: type[FlowModel] = Flux2Model
-
-
-FLUX2_KLEIN = Flux2Family(name="flux2-klein", settings={"is_distilled": True}, steps=4, guidance_scale=1.0)
-FLUX2_KLEIN_BASE = Flux2Family(name="flux2-klein-base", settings={"is_distilled": False}, steps=50, guidance_scale=4.0)
+FLUX2_KLEIN = FlowFamily(
+    name="flux2-klein",
+    pipeline="Flux2KleinPipeline",
+    text_encoders={"text_encoder": "Qwen3ForCausalLM"},
+    settings={"is_distilled": True},
+    model_class=Flux2Model,
+    steps=4,
+    guidance_scale=1.0,
+    draws_over=False,  # what diffusers' pipelines do with pictures is take them for references
+)
+FLUX2_KLEIN_BASE = replace(
+    FLUX2_KLEIN, name="flux2-klein-base", settings={"is_distilled": False}, steps=50, guidance_scale=4.0
+)

@@ -6,7 +6,6 @@ Guidance runs both halves in one batch. T5 may be missing: the pipeline then has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.base import GenerationParams
@@ -75,22 +74,16 @@ class StableDiffusion3Model(FlowModel):
         return 2 if guided else 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StableDiffusion3Family(FlowFamily):
-    """StableDiffusion3Pipeline models: 3.5 large and medium, and 3 medium (Stability AI 2024)."""
-
-    pipeline: str = "StableDiffusion3Pipeline"
-    text_encoders: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "text_encoder": "CLIPTextModelWithProjection",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-            "text_encoder_3": "T5EncoderModel",
-        }
-    )
-    extras: Mapping[str, Any] = field(default_factory=lambda: {"image_encoder": None, "feature_extractor": None})
-    model_class: type[StableDiffusion3Model] = StableDiffusion3Model
-    steps: int = 28
-    guidance_scale: float = 3.5
-
-
-SD35 = StableDiffusion3Family(name="sd3.5")
+SD35 = FlowFamily(  # 3.5 large and medium, and 3 medium (Stability AI 2024)
+    name="sd3.5",
+    pipeline="StableDiffusion3Pipeline",
+    text_encoders={
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+    },
+    extras={"image_encoder": None, "feature_extractor": None},
+    model_class=StableDiffusion3Model,
+    steps=28,
+    guidance_scale=3.5,
+)

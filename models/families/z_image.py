@@ -7,7 +7,7 @@ pure noise, to 1; the text's tokens are as many as the prompt has, filled up to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from models.base import GenerationParams
@@ -95,15 +95,13 @@ class ZImageModel(FlowModel):
         return chat.tokens(self.pipeline.tokenizer, prompt, thinking=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZImageFamily(FlowFamily):
-    """A family of ZImagePipeline models."""
-
-    pipeline: str = "ZImagePipeline"
-    text_encoders: Mapping[str, str] = field(default_factory=lambda: {"text_encoder": "Qwen3Model"})
-    model_class: type[FlowModel] = ZImageModel
-    view: Mapping[str, Any] = field(default_factory=lambda: {"takes": ("hidden_states",)})
-
-
-Z_IMAGE = ZImageFamily(name="z-image", steps=50, guidance_scale=4.0)
-Z_IMAGE_TURBO = ZImageFamily(name="z-image-turbo", steps=9, guidance_scale=0.0)
+Z_IMAGE = FlowFamily(
+    name="z-image",
+    pipeline="ZImagePipeline",
+    text_encoders={"text_encoder": "Qwen3Model"},
+    model_class=ZImageModel,
+    view={"takes": ("hidden_states",)},
+    steps=50,
+    guidance_scale=4.0,
+)
+Z_IMAGE_TURBO = replace(Z_IMAGE, name="z-image-turbo", steps=9, guidance_scale=0.0)
