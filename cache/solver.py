@@ -26,12 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
+from .prediction import Diffusion, FlowMatching, Level, Prediction, prediction_of, setting
 from .transfer import upload
 from .views.base import Decision, Response, Responses, answer_of
 
-# Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
+# Of clean latents, their standard deviation, as a response takes it. A diffusion's is σ_data of Karras et al. 2022,
+# "Elucidating the Design Space", section 5. A flow's next to nothing: its estimate of the clean latents stays where it
+# is, and errors of the latents go with the noise, but for its last call. docs/decisions/other-models.md.
 SPREAD = 0.5
+SPREAD_OF_FLOW = 0.01
 SMALL = 1e-3  # a prediction that no scheduler clips
 EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
@@ -97,8 +100,8 @@ def responses(scheduler: Any) -> Response | None:
     """By how much a change of each remaining call's prediction moves the final latent, and by what kind of sampler.
 
     What the later calls make of it counts: a network takes a part of the change for noise and removes it. How much is
-    here what the best network for Gaussian pictures of spread SPREAD does. In noise σ ≫ SPREAD a change shrinks as the
-    noise does (the estimate of the clean latents stays), below it stays.
+    here what the best network for Gaussian pictures of a spread does (`spread_of`). In noise of more than the spread a
+    change shrinks as the noise does (the estimate of the clean latents stays), below it stays.
 
     scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
     beforehand (`follows`); where two calls share a timestep, as a prediction is no function of the call's number then;
@@ -115,12 +118,12 @@ def responses(scheduler: Any) -> Response | None:
     if isinstance(prediction, Diffusion) and not is_even(remaining.tolist()):
         return None
     unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
-    stepper = stepping_copy(scheduler)
+    stepper, spread = stepping_copy(scheduler), spread_of(prediction)
     sample = torch.zeros(1, calls, 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
     for call, timestep in enumerate(remaining):
         x = stepper.scale_model_input(sample, timestep) if hasattr(stepper, "scale_model_input") else sample
         level = prediction.at(float(timestep) / unit)
-        output = prediction.output(x, _likely(level) * x, level)
+        output = prediction.output(x, _likely(level, spread) * x, level)
         output[:, call] += SMALL
         sample = stepper.step(output, timestep, sample, return_dict=False)[0]
     found = sample.flatten() / SMALL
@@ -128,9 +131,14 @@ def responses(scheduler: Any) -> Response | None:
     return Response(tuple(found.tolist()), multistep) if found.isfinite().all() else None
 
 
-def _likely(level: Level) -> float:
-    """The share of a latent that is the estimate of the clean one, for clean latents of standard deviation SPREAD."""
-    return level.alpha * SPREAD**2 / ((level.alpha * SPREAD) ** 2 + level.sigma**2)
+def spread_of(prediction: Prediction) -> float:
+    """The standard deviation of clean latents that a response takes for granted."""
+    return SPREAD_OF_FLOW if isinstance(prediction, FlowMatching) else SPREAD
+
+
+def _likely(level: Level, spread: float) -> float:
+    """The share of a latent that is the estimate of the clean one, for clean latents of this standard deviation."""
+    return level.alpha * spread**2 / ((level.alpha * spread) ** 2 + level.sigma**2)
 
 
 def stepping_copy(scheduler: object) -> Any:
@@ -189,6 +197,10 @@ class Correction:
     def response(self) -> Response | None:
         """Of this run's sampler; None where it is not known, and nothing is corrected."""
         return self._ask()
+
+    def ends_with(self, number: int) -> bool:
+        """Whether call `number` of a lane is known to be its last. Not to be asked before the run's first call."""
+        return self.response is not None and number == len(self.response.moves) - 1
 
     def after(self, number: int, decision: Decision, output: Any, ledger: Ledger) -> Any:
         """What call `number` of a lane is to answer instead of `output`; noted in that lane's `ledger`."""
