@@ -6,11 +6,15 @@ answer is changed by what the sampler, frozen from here on, would have made of t
 
     ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
 
-with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
+with ε̂[k] what was answered at k, p a polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
 (two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls), and r[k]
 the response of the final latent to a unit of prediction at call k (`responses`). It is the corrector of a
 predictor-corrector solver (UniPC, Zhao et al. 2023, arXiv:2302.04867, section 3.2), as that one without another
 evaluation.
+
+p is a parabola where it owes less than the line through the newest two of its predictions, for each batch item, and
+that line otherwise: a forecast, which did not know ε[j], and a line that does are near each other by being right, where
+forecasts are good and the predictions bend in ways that no parabola follows.
 """
 
 from __future__ import annotations
@@ -250,14 +254,21 @@ def _repaid(items: _Items, number: int, began: int, prediction: Tensor, response
     moves = response.moves
     answer: Tensor | None = None
     if items.owed is not None and items.computed and _can_repay(items.reused, number, moves):
-        owed = items.owed.neg_()
-        places = [_place(call - began) for call in known]
-        shares = [lagrange(places, _place(call - began)) for call in items.reused]
-        for node, anchor in enumerate(anchors):
-            weight = sum(moves[call] * share[node] for call, share in zip(items.reused, shares, strict=True))
-            owed.add_(anchor, alpha=weight)
+        places = {call: _place(call - began) for call in (*known, *items.reused)}
+
+        def owed(nodes: int) -> Tensor:
+            """Σ r[k] (p(k) - ε̂[k]) with p through so many of the newest predictions."""
+            at = [places[call] for call in known[:nodes]]
+            weights = [(moves[call], lagrange(at, places[call])) for call in items.reused]
+            found = torch.neg(told)
+            for node, anchor in enumerate(anchors[:nodes]):
+                found.add_(anchor, alpha=sum(move * share[node] for move, share in weights))
+            return found
+
+        told = items.owed
         part = SHARE if response.multistep and len(items.reused) >= LONG else 1.0
-        answer = owed.div_(moves[number] / part).add_(prediction).to(prediction.dtype)
+        change = _smaller(owed(len(known)), owed(len(known) - 1))
+        answer = change.div_(moves[number] / part).add_(prediction).to(prediction.dtype)
     items.owed = None
     items.reused = []
     # The caller may write into what it is given, so that what is kept is not that very tensor.
@@ -265,6 +276,12 @@ def _repaid(items: _Items, number: int, began: int, prediction: Tensor, response
     items.computed = known[:ANCHORS]
     items.anchors = [kept, *items.anchors][:ANCHORS]
     return answer
+
+
+def _smaller(one: Tensor, other: Tensor) -> Tensor:
+    """Of two tensors (items, …), for each item the one of the smaller norm; the first where they are level."""
+    one_square, other_square = (tensor.float().square().flatten(1).sum(1) for tensor in (one, other))
+    return torch.where((other_square < one_square).view(-1, *(1,) * (one.dim() - 1)), other, one)
 
 
 def _parts(items: _Items, decision: Decision) -> list[_Items]:

@@ -37,6 +37,7 @@ SIZE = 24  # pixels a side
 WORDS = (*WEATHERS, *PLACES, *TIMES)
 NEAREST = 0.05  # of the noise that a predicted clean sample is divided by in training
 WEIGHTS = Path(__file__).parent
+LEVELS: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}  # of noise, for diffusion
 
 
 def said(triples: Sequence[Triple]) -> Tensor:
@@ -154,11 +155,7 @@ class Kind:
     def scheduler(self, sampler: str) -> Any:
         if self.prediction == "flow":
             return FlowMatchEulerDiscreteScheduler()
-        given = {
-            "beta_schedule": "squaredcos_cap_v2",
-            "prediction_type": self.prediction,
-            "timestep_spacing": "trailing",
-        }
+        given = {**LEVELS, "prediction_type": self.prediction, "timestep_spacing": "trailing"}
         if sampler == "ddim":
             return DDIMScheduler(**given, clip_sample=False)
         return DPMSolverMultistepScheduler(**given)
@@ -204,7 +201,10 @@ def draw(
     known: whether the cache is told what the sampler makes of a prediction. Without, nothing is corrected.
     """
     scheduler = kind.scheduler(sampler)
-    scheduler.set_timesteps(steps)
+    if kind.prediction == "flow":
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())  # as diffusers' Flux pipelines
+    else:
+        scheduler.set_timesteps(steps)
     x = torch.stack([torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(n)) for n in range(pictures)])
     x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
     guided = kind.guidance is not None

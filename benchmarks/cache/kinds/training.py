@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.cache.kinds.networks import KINDS, SIZE, Kind, PixelTransformer, said
+from benchmarks.cache.kinds.networks import KINDS, LEVELS, SIZE, Kind, PixelTransformer, said
 from models.embedded.recipe.grammar import TRAINED
 from models.embedded.recipe.renderer import render
 from models.embedded.recipe.training import train
@@ -40,7 +40,7 @@ def made(kind: Kind, folder: Path) -> nn.Module:
     torch.manual_seed(0)
     network = kind.build()
     shown, words = pictures()
-    levels = DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    levels = DDIMScheduler(**LEVELS).alphas_cumprod
 
     def loss_of(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
