@@ -133,17 +133,6 @@ def plain_unet() -> nn.Module:
     )
 
 
-def flat_unet() -> nn.Module:
-    return UNet2DModel(
-        sample_size=SIZE,
-        block_out_channels=(16, 24),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-    )
-
-
 @dataclass(frozen=True)
 class Kind:
     """prediction: of the noise schedule that it was trained on, `flow` or one of diffusers' names."""
@@ -192,7 +181,6 @@ KINDS = {
         Kind("deep-clean-transformer", _deep_transformer, "flow", 28),
         Kind("v-unet", text_unet, "v_prediction", 20),
         Kind("unconditional-unet", plain_unet, "epsilon", 20, guidance=None),
-        Kind("flat-unconditional-unet", flat_unet, "epsilon", 20, guidance=None),
     )
 }
 
