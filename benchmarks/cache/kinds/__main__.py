@@ -1,6 +1,6 @@
 """The defaults on small models of other kinds: over the published rule, no correction and fewer steps.
 
-python -m benchmarks.cache.kinds                        every model; about ten minutes of one processor
+python -m benchmarks.cache.kinds                        every model; about five minutes of one processor
 python -m benchmarks.cache.kinds --model v-unet         one of them
 """
 
