@@ -200,7 +200,7 @@ def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
         if name is None:
             raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
     model = served(name, catalogue)
-    if request.flux_enabled and model.cache != "first_block":
+    if request.flux_enabled and not model.family.startswith("flux"):
         raise Incompatible(
             f"flux_enabled asks for a Flux model, and {model.name} is none. Leave one of the two out.",
             field="flux_enabled",
@@ -252,14 +252,14 @@ def _refiner(request: GenerateRequest, model: ModelInfo, catalogue: Catalogue) -
 
 
 def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
-    is_flux = model.cache == "first_block"
-    if request.deepcache_enabled and is_flux:
+    is_transformer = model.cache == "first_block"
+    if request.deepcache_enabled and is_transformer:
         raise Incompatible(
             f"DeepCache works on UNet models, and {model.name} is a transformer. "
             "Leave deepcache_enabled out and use FBCache (fbcache_enabled), which is on by default there.",
             field="deepcache_enabled",
         )
-    if request.fbcache_enabled and not is_flux:
+    if request.fbcache_enabled and not is_transformer:
         raise Incompatible(
             f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
             field="fbcache_enabled",
@@ -285,13 +285,20 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             "got. Set multiscale_enabled to false, or take a model that was not.",
             field="multiscale_enabled",
         )
-    if request.stable_fast and is_flux:
+    for name in ("img2img_enabled", "hires_fix", "adetailer"):
+        if getattr(request, name) and not FAMILIES[model.family].draws_over:
+            raise Incompatible(
+                f"{model.name} draws from noise alone: {model.family} has no pipeline that draws over a picture. Leave "
+                f"{name} out, or take a model of another family.",
+                field=name,
+            )
+    if request.stable_fast and is_transformer:
         raise Incompatible(
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
             field="stable_fast",
         )
     for name, neutral in (("clip_skip", 1), ("guidance_rescale", 0), ("freeu", False)):
-        if getattr(request, name) not in (None, neutral) and is_flux:
+        if getattr(request, name) not in (None, neutral) and is_transformer:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
             )
