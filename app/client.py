@@ -84,7 +84,7 @@ class Event:
 class Client:
     """Raises ApiError for what the service refuses or cannot do, Unreachable where there is no service.
 
-    `key` is one of the server's API keys. Close it, or use it in a `with`.
+    `key` is one of the server's API keys; `headers` go with every request. Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class Client:
         address: str = ADDRESS,
         *,
         key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float = PATIENCE,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {**(headers or {}), **({} if key is None else {"Authorization": f"Bearer {key}"})}
         patience = httpx2.Timeout(timeout, connect=10.0)
         try:
             self._http = httpx2.Client(base_url=address, headers=headers, timeout=patience, transport=transport)

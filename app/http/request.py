@@ -28,7 +28,7 @@ from app.http.resolve import SEEDS, Resolver
 from app.http.schemas import GenerateRequest
 from app.images import read_texts
 from app.jobs.jobs import Jobs
-from app.jobs.record import Drawn, JobRecord
+from app.jobs.record import LEFT_OUT, Drawn, JobRecord
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -149,9 +149,10 @@ def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
     except JobNotFound as error:
         message = f"{error.message} Those of POST /api/jobs alone are kept."
         raise JobNotFound(message, field="rerender") from None
-    if first is None:
+    if first is None or LEFT_OUT in first:
         raise Unsupported(
-            "The fields of that job are not kept: they held a picture, or the server was restarted. Send them again.",
+            "The fields of that job are not kept: they held a picture, or the server was restarted before its end. "
+            "Send them again.",
             field="rerender",
         )
     gone = OF_ONE_ANSWER | {name for name in first if name.startswith(CACHES)}
@@ -174,7 +175,7 @@ async def read_object(request: Request) -> dict[str, Any]:
         raise Invalid(f"The body must be JSON: send Content-Type: application/json, not {shown(kind) or 'none'}.")
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Invalid("A compressed body is not read; send it without Content-Encoding.")
-    body = await _read(request, service_of(request).settings)
+    body = await body_of(request)
     if not body.strip():
         raise Invalid("The body is empty; send a JSON object with at least a prompt.")
     if len(body) > SMALL:
@@ -208,7 +209,9 @@ def _length(request: Request) -> int | None:
     return int(length[:20]) if length.isascii() and length.isdigit() else None
 
 
-async def _read(request: Request, settings: Settings) -> bytes:
+async def body_of(request: Request) -> bytes:
+    """Raises BodyTooLarge, BodyTimeout; Cancelled when the client leaves before the end."""
+    settings = service_of(request).settings
     limit = settings.max_body_bytes
     too_large = BodyTooLarge(f"The body is longer than {limit} bytes, the most that this server reads.")
     if (_length(request) or 0) > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +10,8 @@ from typing import Any
 
 import streamlit as st
 
-from app.client import ApiError, Client, ClientError
+from app.client import Client, ClientError
 from app.ui.refusal import explained
-from app.ui.settings import PageSettings
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
 RETRY_SECONDS = 2.0
@@ -24,7 +24,6 @@ class Connection:
 
     server: Client
     address: str
-    key: str
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     default: str = ""
     error: ClientError | None = None
@@ -45,34 +44,29 @@ class Connection:
             self.error, self._heard = None, time.monotonic()
 
 
-def of_session(settings: PageSettings) -> Connection:
-    """The session's connection, with the key that was typed into the page, else the operator's."""
-    key = str(st.session_state.get("api_key", "")).strip() or settings.api_key
+def of_session() -> Connection:
+    """The session's connection: to the service that shows this page, with the visitor's key and for their address."""
     known: Connection | None = st.session_state.get("connection")
-    if known is None or (known.address, known.key) != (settings.server, key):
-        client = Client(settings.server, key=key or None, timeout=ANSWER_SECONDS)
-        if known is not None and st.session_state.get("run") is None:  # a run goes on with the client that it has
-            known.server.close()
-        kept = (known.models, known.default) if known is not None else ({}, "")
-        known = st.session_state["connection"] = Connection(client, settings.server, key, *kept)
+    if known is None:
+        address, token = str(st.secrets["address"]), str(st.secrets["token"])
+        visitor = {"X-WaveSpeed-Visitor": f"{token} {st.context.ip_address or '127.0.0.1'}"}
+        client = Client(address, key=_key(), headers=visitor, timeout=ANSWER_SECONDS)
+        known = st.session_state["connection"] = Connection(client, address)
     known.refresh()
     return known
 
 
+def _key() -> str | None:
+    """What the visitor gave at the door; the service has seen that it is one of its keys."""
+    value = st.context.cookies.get("wavespeed_key")
+    return base64.urlsafe_b64decode(value).decode() if value else None
+
+
 def show(connection: Connection) -> None:
-    """Where the server is and the key for it; open where a key is what is missing."""
-    wants_key = isinstance(connection.error, ApiError) and connection.error.status == 401
-    with st.expander(f"Server `{connection.address}`", expanded=wants_key):
-        st.text_input(
-            "API key",
-            type="password",
-            key="api_key",
-            help="Only where the server's operator has set keys. It is kept for as long as this page is open.",
-        )
+    """What is wrong, if something is, and the way to try again."""
     if connection.error is not None:
         st.error(explained(connection.error), icon=":material/cloud_off:")
-        if not wants_key:
-            _retry(connection)
+        _retry(connection)
 
 
 @st.fragment(run_every=RETRY_SECONDS)

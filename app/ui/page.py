@@ -9,7 +9,6 @@ from app.ui import caches, connection, form, history, progress, result, telemetr
 from app.ui.history import Drawn
 from app.ui.request import DEFAULTS, Model, body, uncached
 from app.ui.run import Run
-from app.ui.settings import PageSettings
 
 TABS = ("Draw", "History", "Telemetry")
 STYLE = """<style>
@@ -25,7 +24,7 @@ def main() -> None:
     st.set_page_config(page_title="WaveSpeed", page_icon="⚡", layout="wide")
     st.html(STYLE)
     st.title("WaveSpeed")
-    connected = connection.of_session(PageSettings())
+    connected = connection.of_session()
     connection.show(connected)
     if not connected.models:
         return
