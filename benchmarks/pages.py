@@ -1,8 +1,8 @@
 """Small requests with and without open pages beside them.
 
-One server with its page, in rounds: nobody looks; `pages` pages are open, each doing what a browser does by itself; each
-of them is used as well, a rerun of its script a second, as by somebody who moves a slider. Prints a table and, last, one
-JSON line.
+One server with its page, in rounds: nobody looks; some pages are open, each doing what a browser does by itself; they
+are used, a rerun of each one's script a second, as by somebody who moves a slider. Prints a table and, last, one JSON
+line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ async def visit(url: str, used: bool) -> None:
     from streamlit.proto.BackMsg_pb2 import BackMsg
     from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
-    async with connect(url, subprotocols=["streamlit"], max_size=None) as socket:  # type: ignore[list-item]
+    async with connect(url, subprotocols=["streamlit"], max_size=None, ping_interval=None) as socket:  # type: ignore[list-item]
 
         async def rerun(every: float, fragment: str = "") -> None:
             while True:

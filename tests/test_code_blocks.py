@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from app.ui.settings import PageSettings
 from diffusers import StableDiffusionPipeline
 
 from app.__main__ import cli
 from app.settings import Settings, variable
-from app.ui.settings import PageSettings
 from benchmarks.server import Server, running
 from tests.models.conftest import sd_folder
 

@@ -82,7 +82,7 @@ def page_routes(page: ASGIApp, guard: Guard) -> list[BaseRoute]:
     return [
         Route("/", entrance, methods=["GET"], include_in_schema=False),
         Route("/", enter, methods=["POST"], include_in_schema=False),
-        WebSocketRoute(PAGE_SOCKET, page),  # type: ignore[arg-type]  # an application is taken as it is
+        WebSocketRoute(PAGE_SOCKET, page),
         *(Route(address, page) for address in parts),
         *(Route(f"{folder}{{rest:path}}", page) for folder in PAGE_FOLDERS),
     ]

@@ -20,11 +20,15 @@ ANSWER_SECONDS = 30.0
 
 @dataclass
 class Connection:
-    """Of one session. `models` stay as last heard while the server is away, so that nothing typed is lost."""
+    """Of one session. `models` stay as last heard while the server is away, so that nothing typed is lost.
+
+    `owner`: whose pictures the server shows here; `adapters`: the names of GET /api/adapters.
+    """
 
     server: Client
-    address: str
+    owner: str
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapters: dict[str, list[str]] = field(default_factory=dict)
     default: str = ""
     error: ClientError | None = None
     _heard: float = -FRESH_SECONDS
@@ -33,13 +37,11 @@ class Connection:
         if self.error is None and time.monotonic() - self._heard < FRESH_SECONDS:
             return
         try:
-            catalogue = self.server.catalogue()
+            catalogue, self.adapters = self.server.catalogue(), self.server.adapters()
             self.models = {row["name"]: row for row in catalogue["models"] if "family" in row}
             self.default = catalogue["default"]
         except ClientError as error:
             self.error = error
-        except (KeyError, TypeError):
-            self.error = ClientError(f"What answers at {self.address} is no WaveSpeed server. Set WAVESPEED_UI_SERVER.")
         else:
             self.error, self._heard = None, time.monotonic()
 
@@ -48,10 +50,10 @@ def of_session() -> Connection:
     """The session's connection: to the service that shows this page, with the visitor's key and for their address."""
     known: Connection | None = st.session_state.get("connection")
     if known is None:
-        address, token = str(st.secrets["address"]), str(st.secrets["token"])
-        visitor = {"X-WaveSpeed-Visitor": f"{token} {st.context.ip_address or '127.0.0.1'}"}
-        client = Client(address, key=_key(), headers=visitor, timeout=ANSWER_SECONDS)
-        known = st.session_state["connection"] = Connection(client, address)
+        key, visitor = _key(), st.context.ip_address or "127.0.0.1"
+        headers = {"X-WaveSpeed-Visitor": f"{st.secrets['token']} {visitor}"}
+        client = Client(str(st.secrets["address"]), key=key, headers=headers, timeout=ANSWER_SECONDS)
+        known = st.session_state["connection"] = Connection(client, key or visitor)
     known.refresh()
     return known
 

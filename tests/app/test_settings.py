@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from app.ui.settings import PageSettings
 from pydantic import ValidationError
 
 from app.cli.serve import check_devices
 from app.errors import CannotStart
 from app.settings import OTHERS, Settings, faults, read_settings
-from app.ui.settings import PageSettings
 
 
 def test_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

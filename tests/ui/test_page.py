@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from app.ui.history import Drawn
+
 from app.ui.run import Run
 from benchmarks.server import Server, running
 

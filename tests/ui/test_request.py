@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from app.ui.history import Drawn
+from app.ui.settings import PageSettings
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -18,11 +20,9 @@ from app.http.schemas import PRESETS as API_PRESETS
 from app.http.schemas import parse
 from app.ui import strip
 from app.ui.difference import difference, psnr
-from app.ui.history import Drawn
 from app.ui.refusal import explained
 from app.ui.request import DEFAULTS, PRESETS, body, no_deepcache, no_fbcache, reuse_cost, uncached
 from app.ui.result import faster
-from app.ui.settings import PageSettings
 
 UNET: dict[str, Any] = {
     "name": "unet",
