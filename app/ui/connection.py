@@ -11,6 +11,7 @@ from typing import Any
 import streamlit as st
 
 from app.client import Client, ClientError
+from app.ui.application import VISITOR
 from app.ui.refusal import explained
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
@@ -50,8 +51,8 @@ def of_session() -> Connection:
     """The session's connection: to the service that shows this page, with the visitor's key and for their address."""
     known: Connection | None = st.session_state.get("connection")
     if known is None:
-        key, visitor = _key(), st.context.ip_address or "127.0.0.1"
-        headers = {"X-WaveSpeed-Visitor": f"{st.secrets['token']} {visitor}"}
+        key, visitor = _key(), st.context.headers.get(VISITOR, "")
+        headers = {VISITOR: f"{st.secrets['token']} {visitor}"}
         client = Client(str(st.secrets["address"]), key=key, headers=headers, timeout=ANSWER_SECONDS)
         known = st.session_state["connection"] = Connection(client, key or visitor)
     known.refresh()
