@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("app")
 
-JOBS_FOLDER = Path("jobs")  # unless WAVESPEED_JOBS_FOLDER says where, or, set to nothing, that memory will do
+JOBS_FOLDER = Path("jobs")
 
 
 def serve(
@@ -39,14 +39,18 @@ def serve(
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = read_settings(**given)
-    if "jobs_folder" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"jobs_folder": JOBS_FOLDER})
+    settings = settings.model_copy(update={"jobs_folder": kept_in(settings)})
     check_devices(settings.devices)
     factory = runner_factory(settings)
     with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
         engine, page = local_engine(settings, factory), page_if_installed(settings)
         serve_until_told(create_app(settings, engine, page), settings, engine, page)
+
+
+def kept_in(settings: Settings) -> Path | None:
+    """The folder of jobs and pictures: JOBS_FOLDER unless a setting names one, or, being empty, none."""
+    return settings.jobs_folder if "jobs_folder" in settings.model_fields_set else JOBS_FOLDER
 
 
 def page_if_installed(settings: Settings) -> Page | None:

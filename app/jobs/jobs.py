@@ -63,7 +63,7 @@ class Jobs:
             found = await self._results.open([record.id for record in records if record.state is JobState.DONE])
         except (OSError, sqlite3.Error, ValueError) as error:
             busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
-            reason = "another server uses it" if busy else error
+            reason = "another server uses it; name another folder, or none to keep jobs in memory" if busy else error
             raise errors.CannotStart(
                 f"WAVESPEED_JOBS_FOLDER: {str(self._folder)!r} cannot be used: {reason}"
             ) from error

@@ -34,7 +34,7 @@ def options(largest_upload: int) -> dict[str, object]:
         "server.headless": True,
         "server.maxUploadSize": max(1, largest_upload * 3 // 4 // _MB),  # base64 of it is what the service reads
         "theme.primaryColor": "#2f6fed",
-        "theme.dark.primaryColor": "#6ea0ff",
+        "theme.dark.primaryColor": "#3d7bf0",
     }
 
 

@@ -35,10 +35,10 @@ def begin(default: str, models: Mapping[str, Model], adapters: Adapters) -> Mode
 
 
 def values() -> dict[str, Any]:
-    """What the widgets hold, by name."""
+    """What the widgets hold, by name; those that are not shown have let go of theirs, and hold what they began with."""
     state = st.session_state
     weights = {f"lora-{name}": state.get(f"lora-{name}", 1.0) for name in state["loras"]}
-    return {name: state[name] for name in DEFAULTS} | weights
+    return {name: state.get(name, value) for name, value in DEFAULTS.items()} | weights
 
 
 def put(values: Mapping[str, Any]) -> None:
@@ -53,29 +53,28 @@ def prompt() -> None:
 
 def size(model: Model) -> None:
     """Aspect buttons, and the pixels by number."""
-    st.pills("Aspect", ASPECTS, key="aspect", on_change=_take_aspect, args=(model,))
+    st.pills("Aspect", ASPECTS, key="aspect", on_change=_take_aspect, args=(model,), wrap=True)
     multiple = model["size_multiple"]
-    width, height, images = st.columns(3)
-    width.number_input("Width", 64, 2048, step=multiple, key="width", help=f"Pixels, a multiple of {multiple}.")
-    height.number_input("Height", 64, 2048, step=multiple, key="height", help=f"Pixels, a multiple of {multiple}.")
-    images.number_input("Pictures", 1, 10, key="num_images", help="Number i is drawn from seed + i.")
+    with st.container(horizontal=True, key="pixels"):
+        for label in ("Width", "Height"):
+            hint = f"Pixels, a multiple of {multiple}."
+            st.number_input(label, 64, 2048, step=multiple, key=label.lower(), help=hint, width=104)
+        st.number_input("Pictures", 1, 10, key="num_images", help="Number i is drawn from seed + i.", width=104)
 
 
 def seed() -> None:
     """Kept, or a new one each time."""
-    number, dice = st.columns([3, 2], vertical_alignment="bottom")
-    number.number_input(
-        "Seed", 0, _LARGEST_SEED, key="seed", placeholder="a new one each time", help="Empty: a new one each time."
-    )
-    dice.button(
-        "New each time",
-        key="dice",
-        icon=":material/casino:",
-        on_click=put,
-        args=({"seed": None},),
-        disabled=st.session_state["seed"] is None,
-        width="stretch",
-    )
+    with st.container(horizontal=True, vertical_alignment="bottom", key="seed-row"):
+        st.number_input("Seed", 0, _LARGEST_SEED, key="seed", placeholder="a new one each time", width=216)
+        st.button(
+            "",
+            key="dice",
+            icon=":material/casino:",
+            on_click=put,
+            args=({"seed": None},),
+            disabled=st.session_state["seed"] is None,
+            help="A new seed each time.",
+        )
 
 
 def finer(model: Model, models: Mapping[str, Model]) -> None:

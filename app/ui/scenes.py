@@ -32,7 +32,7 @@ def show(server: Client, model: Model) -> None:
     if model["render_sizes"]:
         _words()
     else:
-        st.pills("Examples", EXAMPLES, key="example", on_change=_example, label_visibility="collapsed")
+        st.pills("Examples", EXAMPLES, key="example", on_change=_example, label_visibility="collapsed", wrap=True)
     _earlier(server)
 
 
@@ -47,7 +47,14 @@ def begin() -> None:
 def _words() -> None:
     with st.container(key="scene"):
         for part, choices in PARTS.items():
-            st.pills(part.capitalize(), choices, key=f"scene-{part}", on_change=_compose, label_visibility="collapsed")
+            st.pills(
+                part.capitalize(),
+                choices,
+                key=f"scene-{part}",
+                on_change=_compose,
+                label_visibility="collapsed",
+                wrap=True,
+            )
 
 
 def _compose() -> None:
