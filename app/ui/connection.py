@@ -51,18 +51,19 @@ def of_session() -> Connection:
     """The session's connection: to the service that shows this page, with the visitor's key and for their address."""
     known: Connection | None = st.session_state.get("connection")
     if known is None:
-        key, visitor = _key(), st.context.headers.get(VISITOR, "")
-        headers = {VISITOR: f"{st.secrets['token']} {visitor}"}
+        key, address = visitor()
+        headers = {VISITOR: f"{st.secrets['token']} {address}"}
         client = Client(str(st.secrets["address"]), key=key, headers=headers, timeout=ANSWER_SECONDS)
-        known = st.session_state["connection"] = Connection(client, key or visitor)
+        known = st.session_state["connection"] = Connection(client, key or address)
     known.refresh()
     return known
 
 
-def _key() -> str | None:
-    """What the visitor gave at the door; the service has seen that it is one of its keys."""
+def visitor() -> tuple[str | None, str]:
+    """The key that whoever looks at the page gave at the door, where one was asked for, and their address."""
     value = st.context.cookies.get("wavespeed_key")
-    return base64.urlsafe_b64decode(value).decode() if value else None
+    key = base64.urlsafe_b64decode(value).decode() if value else None
+    return key, st.context.headers.get(VISITOR, "")
 
 
 def show(connection: Connection) -> None:

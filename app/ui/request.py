@@ -96,7 +96,12 @@ def body(
         if mask is not None:
             request |= {"mask": _text(mask), "inpaint_area": values["inpaint_area"]}
     request |= _cache(values, model, source is not None)
-    return {name: value for name, value in request.items() if value not in (None, False) or name == "fbcache_enabled"}
+    off = (None, False)  # what is not asked for, but for what is off instead of on
+    return {
+        name: value
+        for name, value in request.items()
+        if name == "fbcache_enabled" or not any(value is one for one in off)
+    }
 
 
 def _text(picture: bytes) -> str:
@@ -143,6 +148,7 @@ def widgets(fields: Mapping[str, Any], model: Model) -> dict[str, Any]:
     The inverse of `body`, but for the pictures. Fields that no widget shows are left out.
     """
     values = {**DEFAULTS, **{name: fields[name] for name in DEFAULTS if fields.get(name) is not None}}
+    del values["enable_preview"]  # changes nothing of the picture
     loras = fields.get("loras") or []
     values["loras"] = [lora["name"] for lora in loras]
     values |= {f"lora-{lora['name']}": float(lora.get("weight", 1.0)) for lora in loras}

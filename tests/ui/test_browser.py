@@ -41,7 +41,7 @@ def until(found: Callable[[], Any], what: str) -> Any:
 
     deadline = time.monotonic() + PATIENCE
     while True:
-        with suppress(WebDriverException, httpx.TransportError):
+        with suppress(WebDriverException, httpx.TransportError, IndexError):
             if result := found():
                 return result
         assert time.monotonic() < deadline, f"{what} did not come"

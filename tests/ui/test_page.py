@@ -31,7 +31,8 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[[Server], Any]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Server], Any]]:
+    monkeypatch.setattr("app.ui.connection.visitor", lambda: (None, "127.0.0.1"))  # AppTest has no browser's headers
     pages = []
 
     def one(server: Server) -> Any:

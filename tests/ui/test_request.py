@@ -104,13 +104,13 @@ def test_a_picture_to_begin_from_and_its_mask_are_sent(model: dict[str, Any], ma
         {"speed": "off"},
         {"speed": 3.0, "prompt": "x", "seed": 5, "steps": 7, "guidance_scale": 2.0, "hires_fix": True, "num_images": 3},
         {"by_hand": True, **PRESETS["partial"], "deepcache_schedule": "uniform", "fbcache_threshold": 0.2},
-        {"loras": ["a/b"], "lora-a/b": 0.7, "upscale": "big", "enable_preview": False},
+        {"loras": ["a/b"], "lora-a/b": 0.7, "upscale": "big", "seed": 0},
     ],
     ids=["as it begins", "off", "speed", "by hand", "styles"],
 )
 def test_the_widgets_take_a_request_back(values: dict[str, Any], model: dict[str, Any]) -> None:
     sent = body({**DEFAULTS, **values}, model)
-    assert body(widgets(sent, model), model) == sent
+    assert body({**DEFAULTS, **widgets(sent, model)}, model) == sent
 
 
 def test_the_scenes_are_the_grammar_s() -> None:
