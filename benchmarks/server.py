@@ -34,8 +34,8 @@ class Server:
         """One that waits for long answers."""
         return httpx.Client(base_url=self.url, timeout=600)
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30)
 
     def worker(self) -> int | None:
         """The process id of the worker, when it is ready."""

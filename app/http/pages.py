@@ -92,7 +92,9 @@ def _key_form(said: str) -> Response:
     """Asks a browser for a key. `said`: what was wrong with the one that it gave."""
     words = (_OURS / "key.html").read_text(encoding="utf-8").replace("{said}", html.escape(said))
     policy = _POLICY.replace("form-action 'none'", "form-action 'self'")
-    return HTMLResponse(words, Unauthorized.status, {"Content-Security-Policy": policy})
+    # Without a referrer a browser would not say either that the form is ours.
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "same-origin"}
+    return HTMLResponse(words, Unauthorized.status, headers)
 
 
 @router.get("/docs", include_in_schema=False)

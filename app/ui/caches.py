@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from app.ui.form import held
 from app.ui.request import PRESET_NAMES, PRESETS, SPEEDS, Model, no_cache, no_deepcache, reuse_cost
 
 _BEST = "best measured"
@@ -25,7 +26,7 @@ _SPEED_HELP = (
 
 def show(model: Model, *, from_picture: bool) -> None:
     reason = no_cache(model, from_picture=from_picture)
-    by_hand = bool(st.session_state["by_hand"])
+    by_hand = bool(held("by_hand"))
     st.select_slider(
         "Speed",
         SPEEDS,
@@ -65,7 +66,7 @@ def _deepcache(model: Model) -> None:
     with st.container(horizontal=True, key="presets"):
         for name, label in PRESET_NAMES.items():
             st.button(label, key=f"preset-{name}", on_click=_take_preset, args=(name,))
-    off = not st.session_state["deepcache_enabled"]
+    off = not held("deepcache_enabled")
     st.slider(
         "Cache Interval",
         1,
@@ -83,7 +84,7 @@ def _deepcache(model: Model) -> None:
         help="At depth d a reused step costs at most 1/(d + 2) of a computed one; higher is faster and coarser.",
     )
     if not off:
-        st.caption(_cost(model, st.session_state["deepcache_depth"]))
+        st.caption(_cost(model, held("deepcache_depth")))
     st.slider(
         "Start/End Steps",
         0,
@@ -99,7 +100,7 @@ def _deepcache(model: Model) -> None:
 
 def _first_block() -> None:
     st.toggle("First Block Cache", key="fbcache_enabled")
-    off = not st.session_state["fbcache_enabled"]
+    off = not held("fbcache_enabled")
     st.slider(
         "Residual Difference Threshold",
         0.0,

@@ -16,7 +16,7 @@ from app.ui.refusal import explained
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
 RETRY_SECONDS = 2.0
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 120.0
 
 
 @dataclass

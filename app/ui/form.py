@@ -15,9 +15,33 @@ Adapters = Mapping[str, Sequence[str]]
 """The names of GET /api/adapters."""
 
 
-def begin(default: str, models: Mapping[str, Model], adapters: Adapters) -> Model:
-    """The chosen model, the widgets' values being made to fit it and what is there."""
+def held(name: str) -> Any:
+    """What the widget of that name holds; one that was not shown yet, or is not any more, what it begins with."""
+    return st.session_state.get(name, DEFAULTS[name])
+
+
+def brought() -> bool:
+    """Whether the browser comes with widgets that this session does not know: the server was restarted under it.
+
+    It is told by a widget that nobody sees: it is off where the page is loaded, and on from the next run on.
+    """
     state = st.session_state
+    first = "settled" not in state
+    state["settled"] = True
+    if not first:
+        state["begun"] = True
+    with st.container(key="begun-box"):
+        return st.checkbox("begun", key="begun") and first
+
+
+def begin(default: str, models: Mapping[str, Model], adapters: Adapters, *, as_brought: bool) -> Model:
+    """The chosen model, the widgets' values being made to fit it and what is there.
+
+    `as_brought`: leave them as the browser has them, for the run that takes them over.
+    """
+    state = st.session_state
+    if as_brought:
+        return models.get(held("model") or default, models[default])
     for name, value in DEFAULTS.items():
         state.setdefault(name, value)
     if state["model"] not in models:
@@ -35,10 +59,9 @@ def begin(default: str, models: Mapping[str, Model], adapters: Adapters) -> Mode
 
 
 def values() -> dict[str, Any]:
-    """What the widgets hold, by name; those that are not shown have let go of theirs, and hold what they began with."""
-    state = st.session_state
-    weights = {f"lora-{name}": state.get(f"lora-{name}", 1.0) for name in state["loras"]}
-    return {name: state.get(name, value) for name, value in DEFAULTS.items()} | weights
+    """What the widgets hold, by name."""
+    weights = {f"lora-{name}": st.session_state.get(f"lora-{name}", 1.0) for name in held("loras")}
+    return {name: held(name) for name in DEFAULTS} | weights
 
 
 def put(values: Mapping[str, Any]) -> None:
@@ -72,7 +95,7 @@ def seed() -> None:
             icon=":material/casino:",
             on_click=put,
             args=({"seed": None},),
-            disabled=st.session_state["seed"] is None,
+            disabled=held("seed") is None,
             help="A new seed each time.",
         )
 
@@ -147,7 +170,7 @@ def styles(adapters: Adapters) -> None:
             disabled=not loras,
             max_selections=16,
         )
-        for name in st.session_state["loras"]:
+        for name in held("loras"):
             st.session_state.setdefault(f"lora-{name}", 1.0)
             st.slider(f"Weight of {name}", -2.0, 2.0, step=0.05, key=f"lora-{name}")
         if embeddings:
@@ -168,4 +191,4 @@ def _take_embedding() -> None:
 
 
 def _schedulers(model: Model) -> list[str]:
-    return list(model["samplers"].get(st.session_state["sampler"] or OWN_SAMPLER, ()))
+    return list(model["samplers"].get(held("sampler") or OWN_SAMPLER, ()))

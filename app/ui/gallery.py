@@ -15,6 +15,8 @@ from app.ui.refusal import explained
 from app.ui.scenes import escaped
 
 AT_ONCE = 12  # cards, and as many more for each press of the button below
+LEFT_OUT = "left_out"
+"""In a job's request: the fields that the server does not keep, which held pictures."""
 _THUMBNAILS = 512  # kept in the page's process, of all callers
 
 
@@ -37,6 +39,11 @@ class Drawn:
     @property
     def cached(self) -> bool:
         return bool(self.answer["cache"]["strategy"] != "none")
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there is a picture without a cache to hold it against."""
+        return self.cached and LEFT_OUT not in self.request
 
     @property
     def prompt(self) -> str:
@@ -74,6 +81,7 @@ class Card:
     picture: bytes
     count: int
     settings: str
+    comparable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,7 @@ def show(server: Client, owner: str, actions: Actions, upscaler: str | None, *, 
         for job in jobs[:shown]:
             with st.container(border=True, width=272, key=f"card-{job.id}"):
                 _card(job, owner, actions, upscaler, busy=busy)
+    st.caption("The server keeps these until it needs the room or their time is over: the oldest go first.")
     if len(jobs) > shown:
         st.button("More", key="gallery-more", on_click=_more, icon=":material/expand_more:")
 
@@ -139,6 +148,7 @@ def _card(job: Job, owner: str, actions: Actions, upscaler: str | None, *, busy:
                     actions,
                     upscaler,
                     busy=busy,
+                    comparable=card.comparable,
                 )
 
 
@@ -150,6 +160,7 @@ def buttons(
     upscaler: str | None,
     *,
     busy: bool,
+    comparable: bool,
     number: int = 0,
 ) -> None:
     """Of one picture. `do`: calls an action with the opened job and what else it takes; `number`: of the picture."""
@@ -170,7 +181,12 @@ def buttons(
         "Begin from it", "begin", "image", actions.begin_from, number, hint="img2img: draw over it, or a part of it."
     )
     button(
-        "Redraw uncached", "uncached", "hourglass", actions.uncached, off=busy, hint="The same seed without a cache."
+        "Redraw uncached",
+        "uncached",
+        "hourglass",
+        actions.uncached,
+        off=busy or not comparable,
+        hint="The same seed without a cache.",
     )
     none = "No upscaler is here: lay one into upscalers/."
     button("Upscale", "upscale", "open_in_full", actions.upscale, off=busy or upscaler is None, hint=upscaler or none)
@@ -200,7 +216,7 @@ def _do(job: Job, action: Callable[..., None], *more: Any) -> None:
 @st.cache_data(max_entries=_THUMBNAILS, show_spinner=False)
 def _seen(owner: str, identity: str, _job: Job) -> Card:
     drawn = Drawn.of(_job)
-    return Card(thumbnail(drawn.pictures[0]), len(drawn.pictures), drawn.settings())
+    return Card(thumbnail(drawn.pictures[0]), len(drawn.pictures), drawn.settings(), drawn.comparable)
 
 
 def under_way(server: Client) -> Job | None:

@@ -10,8 +10,8 @@ import streamlit as st
 from app.client import Client
 from app.ui import caches, connection, form, gallery, progress, result, scenes, source, telemetry
 from app.ui.connection import Connection
-from app.ui.gallery import Actions, Drawn
-from app.ui.request import LEFT_OUT, Model, body, widgets
+from app.ui.gallery import LEFT_OUT, Actions, Drawn
+from app.ui.request import Model, body, widgets
 from app.ui.run import Run
 
 TABS = ("Draw", "Gallery", "Telemetry")
@@ -20,9 +20,10 @@ STYLE = """<style>
   .stMainBlockContainer h1 { font-size: 1.75rem; padding: 0; }
   :focus-visible { outline: 3px solid #2f6fed; outline-offset: 2px; }
   /* Streamlit's grey of small print is too faint to read. */
-  [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] * { color: inherit; }
+  [data-testid="stCaptionContainer"] { opacity: 0.85; }
   [data-testid="stImageCaption"] { color: inherit; }
   .st-key-scene { gap: 0.25rem; }
+  .st-key-begun-box { display: none; }
   @media (max-width: 640px) { .stMainBlockContainer { padding-left: 1rem; padding-right: 1rem; } }
 </style>"""
 
@@ -36,8 +37,10 @@ def main() -> None:
     if not connected.models:
         return
     _collect(connected.server)
-    model = form.begin(connected.default, connected.models, connected.adapters)
-    scenes.begin()
+    taken_over = form.brought()
+    model = form.begin(connected.default, connected.models, connected.adapters, as_brought=taken_over)
+    if not taken_over:
+        scenes.begin()
     draw, past, watch = st.tabs(TABS, key="tab", on_change="rerun")
     with draw:
         _draw_tab(connected, model)
@@ -47,6 +50,8 @@ def main() -> None:
     with watch:
         if watch.open:
             telemetry.show(connected.server)
+    if taken_over:
+        st.rerun()
 
 
 def _draw_tab(connected: Connection, model: Model) -> None:
@@ -79,12 +84,12 @@ def _connected() -> Connection:
 
 def _upscaler() -> str | None:
     """The chosen one, or the first that there is."""
-    chosen: str | None = st.session_state["upscale"]
+    chosen: str | None = form.held("upscale")
     return chosen or next(iter(_connected().adapters["upscalers"]), None)
 
 
 def _button(server: Client, model: Model) -> None:
-    empty = not st.session_state["prompt"].strip()
+    empty = not form.held("prompt").strip()
     st.button(
         "Generate",
         key="generate",

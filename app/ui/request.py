@@ -61,8 +61,6 @@ DEFAULTS: dict[str, Any] = {
 }
 """Every widget that a request is made of. None: the server's default, or a random seed."""
 
-LEFT_OUT = "left_out"
-"""In a job's request: the fields that the server does not keep, which held pictures."""
 Model = Mapping[str, Any]
 """A row of GET /api/models."""
 _AS_THEY_ARE = (

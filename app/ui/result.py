@@ -11,7 +11,7 @@ import streamlit as st
 
 from app.ui import components, strip
 from app.ui.difference import difference, psnr
-from app.ui.form import put
+from app.ui.form import held, put
 from app.ui.gallery import Actions, Drawn, buttons
 
 
@@ -30,6 +30,7 @@ def show(drawn: Drawn, actions: Actions, again: Callable[[], None], upscaler: st
             actions,
             upscaler,
             busy=busy,
+            comparable=drawn.comparable,
             number=number,
         )
     if drawn.plain is not None:
@@ -70,7 +71,7 @@ def _seed(drawn: Drawn, number: int, again: Callable[[], None], *, busy: bool) -
     seed = drawn.answer["seeds"][number]
     with st.container(horizontal=True, vertical_alignment="center", key="seeds"):
         st.markdown(f"Seed **{seed}**", width="content")
-        kept = st.session_state["seed"] == seed
+        kept = held("seed") == seed
         st.button(
             "Kept" if kept else "Keep",
             key="keep",

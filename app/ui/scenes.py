@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app.client import Client, ClientError
+from app.ui.form import held
 from app.ui.refusal import explained
 from app.ui.request import Model
 
@@ -38,10 +39,9 @@ def show(server: Client, model: Model) -> None:
 
 def begin() -> None:
     """The rows of a scene show the words of the prompt."""
-    state = st.session_state
-    words = state["prompt"].split()
+    words = held("prompt").split()
     for part, choices in PARTS.items():
-        state[f"scene-{part}"] = next((word for word in choices if word in words), None)
+        st.session_state[f"scene-{part}"] = next((word for word in choices if word in words), None)
 
 
 def _words() -> None:

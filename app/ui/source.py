@@ -75,7 +75,7 @@ def show(server: Client, model: Model, restore: Any) -> None:
             help="How much of it is drawn anew: little keeps most of the picture, 1 keeps nothing.",
         )
         st.toggle("Draw a painted part alone", key="paints")
-        if state["paints"]:
+        if state.get("paints"):
             st.segmented_control(
                 "Drawn at full size",
                 ("whole", "masked"),

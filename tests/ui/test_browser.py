@@ -77,6 +77,9 @@ class Browser:
     def prompt(self) -> str:
         return str(self.all(".st-key-prompt textarea")[0].get_property("value"))
 
+    def width(self) -> str:
+        return str(self.all(".st-key-width input")[0].get_property("value"))
+
     def text(self) -> str:
         return str(self.driver.find_element("css selector", "body").text)
 
@@ -227,27 +230,32 @@ def test_a_picture_is_dropped_and_a_part_of_it_painted(
 
 
 def test_what_was_drawn_and_typed_outlives_the_server_s_sudden_end(driver: Any, folder: Path, tmp_path: Path) -> None:
-    """kill -9, and another server at the same address with the same folder."""
+    """kill -9, and another server at the same address with the same folder. With a key, which is given once."""
     browser = Browser(driver)
-    settings = {"WAVESPEED_DEVICE": "cpu", "WAVESPEED_JOBS_FOLDER": str(tmp_path / "jobs")}
+    settings = {
+        "WAVESPEED_DEVICE": "cpu",
+        "WAVESPEED_JOBS_FOLDER": str(tmp_path / "jobs"),
+        "WAVESPEED_API_KEYS": "a-key",
+    }
     with running(SERVER, WAVESPEED_PORT="0", **settings) as server:
-        until(lambda: httpx.get(server.url).status_code == 200, "the page")
         browser.sized(1024)
         driver.get(server.url)
+        until(lambda: browser.all("#key"), "the door")[0].send_keys("a-key")
+        browser.click("form button")
         browser.press("generate")
         until(lambda: browser.all(".st-key-actions button"), "the finished picture")
-        [kept] = jobs(server)
+        [kept] = server.get("/api/jobs", Authorization="Bearer a-key").json()["jobs"]
         browser.click(".st-key-scene-place button", "desert")
-        until(lambda: "desert" in browser.prompt(), "the desert")
+        browser.click(".st-key-aspect button", "1:1")
+        until(lambda: browser.width() == "640", "the aspect")
         os.kill(server.process.pid, 9)
         port = str(server.address[1])
-    with running(SERVER, WAVESPEED_PORT=port, **settings) as server:
-        until(lambda: httpx.get(server.url).status_code == 200, "the page")
+    with running(SERVER, WAVESPEED_PORT=port, **settings):
         browser.tab("Gallery")  # in the page that was open all the time
         until(lambda: browser.all(f".st-key-open-{kept['id']}"), "the picture of before")
         browser.tab("Draw")
-        assert "desert" in browser.prompt()
+        assert (browser.prompt(), browser.width()) == ("a stormy desert at sunset", "640")
         driver.get(server.url)  # and loaded anew
         browser.tab("Gallery")
         until(lambda: browser.all(f".st-key-open-{kept['id']}"), "the picture of before")
-        driver.get_log("browser")  # a connection that breaks is complained of
+    driver.get_log("browser")  # a connection that breaks is complained of
