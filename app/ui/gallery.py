@@ -112,7 +112,7 @@ def show(server: Client, owner: str, actions: Actions, upscaler: str | None, *, 
         return
     with st.container(horizontal=True, key="gallery"):
         for job in jobs[:shown]:
-            with st.container(border=True, width=272, key=f"card-{job.id}"):
+            with st.container(border=True, width=340, key=f"card-{job.id}"):
                 _card(job, owner, actions, upscaler, busy=busy)
     st.caption("The server keeps these until it needs the room or their time is over: the oldest go first.")
     if len(jobs) > shown:
