@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 VISITOR = "x-wavespeed-visitor"
-"""Header by which the page is told the address of whoever looks at it."""
+"""Header by which the page is told the address of whoever looks at it, and tells the service for whom it asks."""
+KEY_COOKIE = "wavespeed_key"
+"""The visitor's key, in URL-safe base64."""
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until a page process that ended is started again
 _SILENCE = 60.0  # seconds without a byte from the page's process
 _OF_A_CONNECTION = (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", VISITOR.encode())
@@ -70,26 +72,33 @@ class Page:
         """A process, and another one when it has ended."""
         pause = _PAUSE
         while True:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "app.ui", stdin=asyncio.subprocess.PIPE, start_new_session=True
-            )
             try:
-                settings = {
-                    "socket": self._socket,
-                    "address": self.address,
-                    "token": self.token,
-                    "largest_upload": self._largest_upload,
-                }
-                if process.stdin is not None:  # it stays open: at its end the process knows that it is alone
-                    process.stdin.write(json.dumps(settings).encode() + b"\n")
-                await process.wait()
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-            _log.warning("the page's process ended with code %s; another one is started", process.returncode)
+                ended = f"ended with code {await self._process()}"
+            except OSError as error:
+                ended = f"cannot be started: {error}"
+            _log.warning("the page's process %s; it is tried again in %g seconds", ended, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _process(self) -> int:
+        """One process, to its end; its exit code."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "app.ui", stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        settings = {
+            "socket": self._socket,
+            "address": self.address,
+            "token": self.token,
+            "largest_upload": self._largest_upload,
+        }
+        try:
+            if process.stdin is not None:  # it stays open: at its end the process knows that it is alone
+                process.stdin.write(json.dumps(settings).encode() + b"\n")
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from app.client import Client, ClientError
-from app.ui.application import VISITOR
+from app.ui.application import KEY_COOKIE, VISITOR
 from app.ui.refusal import explained
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
@@ -61,7 +61,7 @@ def of_session() -> Connection:
 
 def visitor() -> tuple[str | None, str]:
     """The key that whoever looks at the page gave at the door, where one was asked for, and their address."""
-    value = st.context.cookies.get("wavespeed_key")
+    value = st.context.cookies.get(KEY_COOKIE)
     key = base64.urlsafe_b64decode(value).decode() if value else None
     return key, st.context.headers.get(VISITOR, "")
 

@@ -60,8 +60,8 @@ def _draw_tab(connected: Connection, model: Model) -> None:
     with picture:
         form.prompt()
         scenes.show(connected.server, model)
-        _button(connected.server, model)
-        _outcome(connected.server, model)
+        _button(model)
+        _outcome(model)
     with settings:
         caches.show(model, from_picture=source.picture() is not None)
         form.size(model)
@@ -88,7 +88,7 @@ def _upscaler() -> str | None:
     return chosen or next(iter(_connected().adapters["upscalers"]), None)
 
 
-def _button(server: Client, model: Model) -> None:
+def _button(model: Model) -> None:
     empty = not form.held("prompt").strip()
     st.button(
         "Generate",
@@ -97,7 +97,7 @@ def _button(server: Client, model: Model) -> None:
         width="stretch",
         shortcut="Ctrl+Enter",
         on_click=_draw,
-        args=(server, model),
+        args=(model,),
         disabled=_running() is not None or not model["available"] or empty,
     )
     if empty:
@@ -109,16 +109,16 @@ def _start(body: Mapping[str, Any], purpose: str = "draw") -> None:
     st.session_state["run"] = Run(_connected().server, body, purpose).start()
 
 
-def _draw(server: Client, model: Model) -> None:
-    if st.session_state.get("paints") and source.picture() is not None and source.mask() is None:
+def _draw(model: Model) -> None:
+    if source.paints() and source.mask() is None:
         st.session_state["failure"] = "Paint what is to be drawn anew first, or switch the painting off."
         return
     _start(body(form.values(), model, source.picture(), source.mask()))
 
 
-def _again(server: Client, model: Model) -> None:
+def _again(model: Model) -> None:
     form.put({"seed": None})
-    _draw(server, model)
+    _draw(model)
 
 
 def _open(drawn: Drawn) -> None:
@@ -193,7 +193,7 @@ def _collect(server: Client) -> None:
         state["shown"] = drawn
 
 
-def _outcome(server: Client, model: Model) -> None:
+def _outcome(model: Model) -> None:
     run = _running()
     if run is not None:
         progress.show(run)
@@ -201,7 +201,7 @@ def _outcome(server: Client, model: Model) -> None:
         (st.info if failure == "Cancelled." else st.error)(failure)
     shown: Drawn | None = st.session_state.get("shown")
     if shown is not None and (run is None or run.purpose == "compare"):
-        result.show(shown, _actions(), lambda: _again(server, model), _upscaler(), busy=run is not None)
+        result.show(shown, _actions(), lambda: _again(model), _upscaler(), busy=run is not None)
     elif run is None:
         st.info("The picture will be here. Press Generate, or Ctrl+Enter.")
 

@@ -28,9 +28,14 @@ def picture() -> bytes | None:
 
 
 def mask() -> bytes | None:
-    """What is painted on it."""
-    found: bytes | None = st.session_state.get("mask") if picture() is not None else None
+    """What is painted on it, while only that is to be drawn anew."""
+    found: bytes | None = st.session_state.get("mask") if paints() else None
     return found
+
+
+def paints() -> bool:
+    """Whether only what is painted is to be drawn anew."""
+    return picture() is not None and bool(st.session_state.get("paints"))
 
 
 def take(data: bytes, model: Model, told: Mapping[str, Any] | None = None) -> None:
@@ -61,7 +66,7 @@ def show(server: Client, model: Model, restore: Any) -> None:
         return
     with st.container(border=True, key="source-box"):
         st.markdown("**Begins from this picture**")
-        if state.get("paints"):
+        if paints():
             state["mask"] = components.brush(data, key="brush")
             st.caption("What you paint is drawn anew." if state["mask"] else "Paint what is to be drawn anew.")
         else:
@@ -75,7 +80,7 @@ def show(server: Client, model: Model, restore: Any) -> None:
             help="How much of it is drawn anew: little keeps most of the picture, 1 keeps nothing.",
         )
         st.toggle("Draw a painted part alone", key="paints")
-        if state.get("paints"):
+        if paints():
             st.segmented_control(
                 "Drawn at full size",
                 ("whole", "masked"),

@@ -11,6 +11,8 @@ import httpx
 import psutil
 import pytest
 
+from app.http import middleware
+from app.ui import application
 from benchmarks.server import Server, running, wait_for
 
 pytest.importorskip("streamlit", reason="Streamlit, of the extra `ui`, is not installed")
@@ -20,6 +22,11 @@ from websockets.sync.client import connect
 KEY = "a-key;of=odd~chars"
 COOKIE = f"wavespeed_key={base64.urlsafe_b64encode(KEY.encode()).decode()}"
 SOCKET = "/_stcore/stream"
+
+
+def test_both_sides_have_one_name_for_the_header_and_the_cookie() -> None:
+    """The page may not import the service, nor the service the page."""
+    assert (middleware.VISITOR.lower(), middleware.KEY_COOKIE) == (application.VISITOR, application.KEY_COOKIE)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,7 @@ def test_a_key_is_asked_for_at_the_door_and_kept_as_a_cookie(server: Server) -> 
         assert (door.status_code, door.headers["content-type"]) == (401, "text/html; charset=utf-8")
         assert 'name="key"' in door.text
         assert "form-action 'self'" in door.headers["content-security-policy"]
+        assert door.headers["referrer-policy"] == "same-origin"  # else a browser sends the form from the origin null
         wrong = browser.post("/", data={"key": "<b>no</b>"})
         assert (wrong.status_code, "none of this server" in wrong.text, "<b>" in wrong.text) == (401, True, False)
         right = browser.post("/", data={"key": KEY})

@@ -212,9 +212,11 @@ def test_a_mask_that_was_not_painted_is_asked_for(page: Any) -> None:
     assert [error.value for error in page.error] == [
         "Paint what is to be drawn anew first, or switch the painting off."
     ]
+    page.session_state["mask"] = drawn.pictures[0]
     page.toggle(key="paints").set_value(False).run()
     finish(page.button(key="generate").click().run())
     assert shown(page).request["img2img_enabled"] is True
+    assert "mask" not in shown(page).request
 
 
 def test_a_dropped_picture_restores_its_settings(page: Any) -> None:
