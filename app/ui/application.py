@@ -168,9 +168,10 @@ class Page:
                 await page.send(message["text"] if data is None else data)
 
         async def from_page() -> None:
-            async for data in page:
-                await send({"type": "websocket.send", "text" if isinstance(data, str) else "bytes": data})
-            await send({"type": "websocket.close", "code": 1001})
+            with suppress(ConnectionClosed):  # also when the process died
+                async for data in page:
+                    await send({"type": "websocket.send", "text" if isinstance(data, str) else "bytes": data})
+            await send({"type": "websocket.close", "code": 1012})  # it starts again: a browser comes back
 
         both = [asyncio.create_task(from_browser()), asyncio.create_task(from_page())]
         try:

@@ -68,7 +68,7 @@ class Drawn:
             case "deepcache":
                 parts.append(f"DeepCache {cache['interval']}, {cache['depth']}")
             case "first_block":
-                parts.append(f"FBCache {cache['threshold']:g}")
+                parts.append(f"FBCache {self.request.get('fbcache_threshold', cache.get('threshold', ''))}".rstrip())
             case _:
                 parts.append("uncached")
         return " · ".join(parts)

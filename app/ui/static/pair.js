@@ -11,6 +11,7 @@ export default function ({ data, parentElement }) {
   range.ariaLabel = `${data.names[0]} left of the line, ${data.names[1]} right of it`;
   second.onload = () => figure.style.setProperty("--aspect", second.naturalWidth / second.naturalHeight);
   range.oninput = () => figure.style.setProperty("--at", `${range.value}%`);
-  parentElement.querySelector("button").onclick = () =>
-    document.fullscreenElement ? document.exitFullscreen() : figure.requestFullscreen();
+  const button = parentElement.querySelector("button");
+  button.onclick = () => (document.fullscreenElement ? document.exitFullscreen() : figure.requestFullscreen());
+  figure.onfullscreenchange = () => (button.textContent = document.fullscreenElement ? "Back" : "Large");
 }
