@@ -114,6 +114,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
     )
+    page: bool = Field(True, description="Show the page at /, where Streamlit is installed.")
     metrics_open: bool = Field(True, description="With API keys: /metrics asks for none.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Names, separated by commas, that the server goes by without keys, beside its IP and localhost."

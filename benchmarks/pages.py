@@ -93,7 +93,7 @@ def main(
     requests: Annotated[int, typer.Option(min=20, help="Of each kind in a round.")] = 100,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
 ) -> None:
-    with running() as server, server.client() as client:
+    with running(WAVESPEED_PAGE="true") as server, server.client() as client:
         looks: dict[str, tuple[Callable[[int], object], float]] = {
             "GET /api/models": (lambda _: client.get("/api/models").raise_for_status(), PACE),
             "POST /api/generate": (lambda seed: ask(client, {**SMALL, "seed": seed}), 0.0),

@@ -54,9 +54,11 @@ def kept_in(settings: Settings) -> Path | None:
 
 
 def page_if_installed(settings: Settings) -> Page | None:
-    """The page that is shown at /; None without the extra `ui`."""
+    """The page that is shown at /; None without the extra `ui`, or where none is wanted."""
     from app.ui.application import Page
 
+    if not settings.page:
+        return None
     if find_spec("streamlit") is None:
         _log.info("Streamlit is not installed: there is no page at /")
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.cli.serve import check_devices, kept_in
+from app.cli.serve import check_devices, kept_in, page_if_installed
 from app.errors import CannotStart
 from app.settings import OTHERS, Settings, faults, read_settings
 
@@ -220,3 +220,11 @@ def test_what_is_kept_lies_in_a_folder_unless_told_otherwise(monkeypatch: pytest
     assert kept_in(read_settings()) == Path("elsewhere")
     monkeypatch.setenv("WAVESPEED_JOBS_FOLDER", "")
     assert kept_in(read_settings()) is None
+
+
+def test_the_page_is_where_streamlit_is_unless_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, unwanted = (Settings(_env_file=None, page=page) for page in (True, False))  # type: ignore[call-arg]
+    monkeypatch.setattr("app.cli.serve.find_spec", lambda name: object())
+    assert (page_if_installed(wanted) is None, page_if_installed(unwanted)) == (False, None)
+    monkeypatch.setattr("app.cli.serve.find_spec", lambda name: None)
+    assert page_if_installed(wanted) is None
