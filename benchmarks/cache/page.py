@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.cache.front import AXES, above, in_operations
 from benchmarks.cache.measure import Result
@@ -43,20 +44,18 @@ def row(one: Result) -> str:
     )
 
 
-_OURS, _SHORTER = "#c1121f", "#333333"
-_KINDS = {  # of published caches: the colour, and by what a method's name begins
-    "reuse": ("#7a8fa6", ("DeepCache", "First Block", "FasterCache", "MagCache")),
-    "forecast": ("#e09f3e", ("TaylorSeer", "cache-dit", "Spectrum")),
-    "forecast, when to by a gate": ("#2a7f62", ("DiCache", "SeaCache")),
-}
-_FASTEST, _LOWEST, _HIGHEST, _APART = 6.0, 20.0, 62.0, 1.5  # of the axes: times as fast, dB; of two names: dB
+_OURS, _SHORTER, _REPEATS, _FORECASTS = "#c1121f", "#333333", "#5b7fa6", "#e08e1b"
+_REPEATING = ("DeepCache", "First Block Cache", "FasterCache", "MagCache")  # published; the others forecast
+_FASTEST, _LOWEST, _HIGHEST = 6.0, 20.0, 62.0  # of the axes: times as fast, dB
+_BESIDE, _ABOVE = 1.3, 1.6  # of two names: on the axes, what they are at least apart
 
 
 def draw(panels: Mapping[str, Mapping[str, Sequence[Result]]], file: Path) -> None:
     """Write a PNG with a panel for each title: a line for each method, named at its end. Ours is `WISHED`'s."""
     from matplotlib.figure import Figure  # which only the plot needs
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, fronts) in zip(axes, panels.items(), strict=True):
         panel.set(xlim=(1, _FASTEST), ylim=(_LOWEST, _HIGHEST), title=title)
@@ -64,32 +63,54 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[Result]]], file: Path) -> No
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.2)
         _lines(panel, fronts)
-    figure.axes[0].set_ylabel("PSNR to the uncached picture, dB")
+    axes[0].set_ylabel("PSNR to the uncached picture, dB")
+    told = [
+        Line2D([], [], color=_OURS, linewidth=3.5, label=f"ours, by {WISHED}"),
+        Line2D(
+            [],
+            [],
+            color=_OURS,
+            marker="o",
+            markerfacecolor="white",
+            linestyle="none",
+            label=f"our {PRESET} and thresholds",
+        ),
+        Line2D([], [], color=_FORECASTS, label="published, forecasting"),
+        Line2D([], [], color=_REPEATS, label="published, repeating"),
+        Line2D([], [], color=_SHORTER, linestyle="--", label="no cache, fewer steps"),
+    ]
+    figure.legend(handles=told, loc="outside lower center", ncols=len(told), frameon=False, fontsize=11)
     save(figure, file)
 
 
 def _lines(panel: Any, fronts: Mapping[str, Sequence[Result]]) -> None:
-    named: list[tuple[float, float, str, str, bool]] = []
+    from matplotlib.patheffects import withStroke
+
+    named: list[tuple[float, float]] = []
     for method, front in fronts.items():
         seen = [one for one in front if in_operations(one) <= _FASTEST and one.mean_psnr >= _LOWEST]
-        ours, colour = method == WISHED, _colour(method)
-        if not seen:
-            continue
         speeds, heights = [in_operations(one) for one in seen], [one.mean_psnr for one in seen]
-        dashes = "--" if method == FEWER else "-"
+        colour, ours = _colour(method), method == WISHED
         if method == PRESET:
-            panel.plot(speeds, heights, "o", color=colour, markersize=7, markerfacecolor="white", zorder=3)
-        else:
-            panel.plot(speeds, heights, dashes, color=colour, linewidth=3.5 if ours else 1.2, zorder=4 if ours else 2)
-        named.append((speeds[-1], heights[-1], "our presets" if method == PRESET else method, colour, ours))
-    lowest = math.inf
-    for speed, height, name, colour, ours in sorted(named, key=lambda one: -one[1]):
-        lowest = min(height, lowest - _APART)
-        font = {"color": colour, "fontsize": 12 if ours else 8.5, "fontweight": "bold" if ours else "normal"}
-        panel.text(speed + 0.06, lowest, name, va="center", zorder=5, **font)
+            panel.plot(speeds, heights, "o", color=colour, markersize=7, markerfacecolor="white", zorder=5)
+            continue
+        dashes = "--" if method == FEWER else "-"
+        width, dots = (3.5, "") if ours else (1.2, ".")
+        panel.plot(speeds, heights, dashes, color=colour, linewidth=width, marker=dots, zorder=4 if ours else 2)
+        if not seen or ours or method == FEWER:
+            continue
+        speed, height = speeds[-1], heights[-1]
+        height = next(
+            height + shift
+            for shift in sorted(np.arange(-30, 30.1, 0.2), key=abs)
+            if height + shift > _LOWEST
+            and not any(abs(speed - x) < _BESIDE and abs(height + shift - y) < _ABOVE for x, y in named)
+        )
+        named.append((speed, height))
+        edge = [withStroke(linewidth=2, foreground="white")]
+        panel.text(speed + 0.05, height, method, va="center", color=colour, fontsize=8.5, zorder=6, path_effects=edge)
 
 
 def _colour(method: str) -> str:
-    if method in (WISHED, PRESET):
-        return _OURS
-    return next((colour for colour, names in _KINDS.values() if method.startswith(names)), _SHORTER)
+    own = {WISHED: _OURS, PRESET: _OURS, FEWER: _SHORTER}
+    return own.get(method) or (_REPEATS if method in _REPEATING else _FORECASTS)
