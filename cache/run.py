@@ -70,9 +70,16 @@ class Run(ABC):
             self.lanes.clear()
             raise
         lane.calls += 1
-        self.report.record(decision)
+        self.report.record(self.denoiser.of_pictures(decision, max))  # computed, if either half was
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
+
+    def ends(self, lane: Lane) -> bool:
+        """Whether the lane's present call, which is not its first, is known to be the run's last.
+
+        Known where computed calls repay, since nothing later repays a reused last one: what it answers is the picture.
+        """
+        return self._correction is not None and self._correction.ends_with(lane.calls)
 
     @abstractmethod
     def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:

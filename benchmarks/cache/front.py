@@ -63,14 +63,14 @@ def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result 
 
 
 def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result | None:
-    """What fewer steps buy at `speedup`, as `at_speed`.
+    """What fewer steps buy at `speedup` (`matched`). Its `label` says the steps."""
+    return matched(results, FEWER, axis, speedup)
 
-    Its `label` says the steps. The slower run itself where no faster one is known; None without a slower one.
-    """
-    fewer = sorted((replace(one, label=str(one.steps)) for one in results if one.method == FEWER), key=axis)
-    if fewer and axis(fewer[-1]) < speedup:
-        return fewer[-1]
-    return at_speed(fewer, axis, speedup)
+
+def matched(results: Sequence[Result], method: str, axis: Axis, value: float) -> Result | None:
+    """What `method` gives where the axis has `value` (`at_speed`), and beyond its highest run that one."""
+    own = sorted((one for one in results if one.method == method), key=axis)
+    return own[-1] if own and axis(own[-1]) < value else at_speed(own, axis, value)
 
 
 def at_speed(points: Iterable[Result], axis: Axis, speedup: float) -> Result | None:
