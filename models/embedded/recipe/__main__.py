@@ -12,13 +12,23 @@ from pathlib import Path
 import torch
 
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from models.embedded.recipe import autoencoder, data, evaluate, export, flux, judges, latents, text, unet
+from models.embedded.recipe import autoencoder, data, evaluate, export, fine, flux, judges, latents, text, unet
 from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 1600, "flux-distilled": 350, "judges": 800}
-STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "report")
+STEPS = {
+    "autoencoder": 3100,
+    "clip": 500,
+    "t5": 500,
+    "unet": 2200,
+    "flux": 1600,
+    "flux-distilled": 350,
+    "judges": 800,
+    "fine-alike": 700,
+    "fine": 2000,
+}
+STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "fine", "report")
 NAMES = [spec.name for spec in SPECS]
 EMBEDDED = Path(__file__).parent.parent
 
@@ -58,11 +68,17 @@ def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -
         for name in only:
             export.write(name, embedded / name, work)
         judges.save(work, embedded / judges.WEIGHTS.name)
+    elif stage == "fine":
+        fine.render_pairs(work)
+        fine.draw(work, embedded)
+        fine.run(work, embedded, STEPS["fine-alike"], STEPS["fine"])
+        fine.save(work, embedded)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
         for spec in SPECS:
             if spec.name in only:
                 evaluate.assess(registry, judges.load(embedded / judges.WEIGHTS.name), spec, report)
+                evaluate.enlarge(registry, spec, report)
         evaluate.report([spec for spec in SPECS if (report / f"{spec.name}.json").exists()], report)
 
 
