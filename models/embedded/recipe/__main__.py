@@ -25,8 +25,8 @@ STEPS = {
     "flux": 1600,
     "flux-distilled": 350,
     "judges": 800,
-    "fine-alike": 700,
-    "fine": 2000,
+    "fine-alike": 2100,
+    "fine": 1050,
 }
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "fine", "report")
 NAMES = [spec.name for spec in SPECS]
