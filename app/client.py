@@ -272,6 +272,17 @@ class LoraField(TypedDict, total=False):
     text_weight: float | None
 
 
+class ControlField(TypedDict, total=False):
+    """A ControlNet of the configured folder, and the picture that it reads."""
+
+    model: str
+    image: str
+    weight: float
+    start: float
+    end: float
+    edges: bool
+
+
 class Fields(TypedDict, total=False):
     """All but the prompt; what each means stands in docs/api.md."""
 
@@ -337,6 +348,7 @@ class Fields(TypedDict, total=False):
     multiscale_fullres_end: int
     multiscale_intermittent: bool
     loras: list[LoraField]
+    control: list[ControlField]
     enable_preview: bool
     deadline_seconds: float | None
     output_format: Literal["png", "jpeg", "webp"]

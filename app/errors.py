@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 RETRY_SECONDS = 5  # what a client is told to wait
+TOGETHER = "together"
+"""Kind of a fault that several fields have together; its context's `field` is the one that is named."""
 
 
 class CannotStart(Exception):
@@ -145,6 +150,26 @@ def leaving() -> NotReady:
 
 def queue_full(size: int) -> QueueFull:
     return QueueFull(f"{size} requests are waiting already. Try again later.", retry_after=RETRY_SECONDS)
+
+
+def invalid(error: ValidationError) -> Invalid:
+    """Names the first field at fault, what is wrong with it, and the others."""
+    # The input is left out: a NaN or a lone surrogate in it could not be written into an answer.
+    faults = error.errors(include_input=False, include_url=False)
+    fields = []
+    for fault in faults:
+        located = (fault["ctx"]["field"],) if fault["type"] == TOGETHER else ()
+        fields.append(".".join(shown(str(part)) for part in (*fault["loc"], *located)))
+    first, field = faults[0], fields[0]
+    if first["type"] == "missing":
+        message = f"{field} is required."
+    elif first["type"] == "string_unicode":
+        message = f"{field}: holds a lone surrogate, half of a character; send the whole character."
+    else:
+        message = f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}."
+    if others := [other for other in dict.fromkeys(fields) if other != field]:
+        message += f" Also wrong: {', '.join(others[:10])}{', …' if len(others) > 10 else ''}."
+    return Invalid(message, field=field)
 
 
 def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:

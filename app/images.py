@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from app.errors import Invalid, PictureTooLarge, ServiceError
@@ -19,7 +19,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 _ENDINGS: Mapping[str, OutputFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _QUALITY = 95
 _READ = ("PNG", "JPEG", "WEBP")  # every other decoder stays unreached, whatever the bytes pose as
-_REMEDY = "Send a PNG, JPEG or WebP file as base64, or as data:image/png;base64,…"
+_REMEDY = "Send a PNG, JPEG or WebP file; in JSON as base64, or as data:image/png;base64,…"
 _DATA_URLS = ("image/png", "image/jpeg", "image/jpg", "image/webp")  # jpg is no media type, and what many write
 _NOISE = 8  # levels
 _SCANS = 100  # of a progressive JPEG, each a pass over all pixels; encoders write about ten
@@ -33,6 +33,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 
 
 def format_of(path: Path) -> OutputFormat:
@@ -66,13 +67,32 @@ def read_picture(text: str, *, field: str, max_pixels: int) -> Image.Image:
     return _read(text, field, max_pixels, _rgb)
 
 
-def read_mask(text: str, *, field: str, max_pixels: int) -> Image.Image:
+def read_mask(text: str, *, field: str, max_pixels: int, clear: bool = False) -> Image.Image:
     """The picture in `text` as a mask, L: 255 is painted over. Otherwise as `read_picture`, and raises the same.
 
     Luminance tells, and what is transparent is black. A picture that is black wherever it is not transparent is
-    somebody's drawing on nothing: there the opaque is painted over.
+    somebody's drawing on nothing: there the opaque is painted over. clear: transparency alone tells, as OpenAI's masks
+    have it, and one without is refused.
     """
-    return _read(text, field, max_pixels, _luminance)
+
+    def transparency(image: Image.Image) -> Image.Image:
+        if not image.has_transparency_data:
+            raise Invalid(
+                f"{field} has no transparency, and what is transparent in it is drawn anew: send a PNG with an alpha "
+                "channel.",
+                field=field,
+            )
+        return ImageChops.invert(image.convert("RGBA").getchannel("A")).point(_clear)
+
+    return _read(text, field, max_pixels, transparency if clear else _luminance)
+
+
+def read_size(text: str, *, field: str, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of the picture in `text`, upright, from its header alone. Raises as `read_picture` does."""
+    with _opened(text, field, max_pixels) as (file, _):
+        # Without this, Pillow decodes a PNG in search of a chunk behind its pixels.
+        sideways = "exif" in file.info and _turn(file) in _SIDEWAYS
+        return (file.height, file.width) if sideways else file.size
 
 
 def _read(text: str, field: str, max_pixels: int, converted: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -197,10 +217,15 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(file: Image.Image, picture: Image.Image) -> Image.Image:
-    try:
-        method = _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  # the EXIF reader raises whatever broken bytes lead it to
-        method = None
+    method = _turn(file)
     picture = picture if method is None else picture.transpose(method)
     picture.info.clear()
     return picture
+
+
+def _turn(file: Image.Image) -> Image.Transpose | None:
+    """What makes the file's picture upright."""
+    try:
+        return _UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # the EXIF reader raises whatever broken bytes lead it to
+        return None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from app import __version__
 from app.errors import Invalid, shown
-from models.base import FreeU, GenerationParams, Inpaint, Lora, Upscaler
+from models.base import Control, FreeU, GenerationParams, Inpaint, Lora, Upscaler
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,7 @@ def infotext(params: GenerationParams, seed: int, model: str, strategy: str) -> 
         "Hires upscaler": (_file(params.hires_upscaler) or "Lanczos") if hires else None,
         "Postprocess upscaler": _file(params.upscale),
         **_freeu(params.freeu),
+        **{f"ControlNet {index}": _control(control) for index, control in enumerate(params.control)},
         "Cache": strategy,
         "Version": f"WaveSpeed {__version__}",
     }
@@ -185,6 +186,20 @@ def _inpaint(inpaint: Inpaint) -> dict[str, str | int | None]:
         "Inpaint area": "Only masked" if masked else None,
         "Masked area padding": inpaint.padding,
     }
+
+
+def _control(control: Control) -> str:
+    """As AUTOMATIC1111 writes a unit: settings within a setting."""
+    settings = {
+        "Module": "canny" if control.edges else "none",
+        "Model": _one_line(control.name),
+        "Weight": f"{control.weight:g}",
+        "Resize Mode": "Crop and Resize",
+        "Guidance Start": f"{control.start:g}",
+        "Guidance End": f"{control.end:g}",
+        "Control Mode": "Balanced",
+    }
+    return json.dumps(", ".join(f"{key}: {value}" for key, value in settings.items()))
 
 
 def _freeu(freeu: FreeU | None) -> dict[str, str]:
@@ -252,6 +267,9 @@ def text_chunks(
         ],
         "embeddings": [embedding.name for embedding in params.embeddings],
         "freeu": None if params.freeu is None else asdict(params.freeu),
+        "control": [
+            {name: getattr(one, name) for name in ("name", "weight", "start", "end", "edges")} for one in params.control
+        ],
         "refiner": None if params.refiner is None else asdict(params.refiner),
         "cache": dict(cache),
         "version": __version__,

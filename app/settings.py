@@ -134,6 +134,10 @@ class Settings(BaseSettings):
     upscaler_folder: Path = Field(
         Path("upscalers"), description="Upscalers (.safetensors) that `hires_upscaler` and `upscale` may name."
     )
+    control_folder: Path = Field(
+        Path("controlnets"),
+        description="ControlNets (.safetensors, or a folder in diffusers format) that `control` may name.",
+    )
     face_detector: Path | None = Field(
         None, description="ONNX file of a YOLO that finds ADetailer's faces; unset: the cascade that OpenCV brings."
     )
@@ -185,7 +189,7 @@ class Settings(BaseSettings):
             raise ValueError(f"there is no file {str(value)!r}")
         return _readable(value)
 
-    @field_validator("checkpoint_folder", "lora_folder", "embedding_folder", "upscaler_folder")
+    @field_validator("checkpoint_folder", "lora_folder", "embedding_folder", "upscaler_folder", "control_folder")
     @classmethod
     def _a_folder(cls, value: Path) -> Path | None:
         if value.exists() and not value.is_dir():

@@ -41,9 +41,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from cache import TransformerDenoiser, UNetDenoiser
+from cache import UNetDenoiser
 from models.base import ModelSpec
-from models.families.flux import FluxModel
+from models.families import FAMILIES
+from models.families.flow import FlowFamily
 from models.families.sd import StableDiffusionModel
 from models.families.sdxl import SDXLModel, SDXLRefinerModel
 from models.generation import LoadedModel
@@ -51,7 +52,7 @@ from models.libraries import quiet
 from models.loading.folder import prepare
 from models.loading.quantised import store_fp8
 from models.pipeline import PipelineModel
-from models.sampling.samplers import DIFFUSION, FLOW_MATCHING
+from models.sampling.samplers import DIFFUSION
 
 Fill = Callable[[torch.Size, torch.dtype], Tensor]
 """Makes a weight."""
@@ -75,6 +76,10 @@ class Geometry:
     build: Callable[[], Any]
     small: str | None = None
 
+    @property
+    def is_transformer(self) -> bool:
+        return isinstance(FAMILIES[self.family], FlowFamily)
+
     def load(self, device: str, fill: Fill, memory: int | None = None, **options: Any) -> LoadedModel:
         """memory: bytes that a plan may count on. options: of the ModelSpec."""
         spec = ModelSpec(name=self.name, family=self.family, source=Path("nowhere"), **options)
@@ -90,8 +95,8 @@ class Geometry:
                     _materialise(part, self.dtype, fill)
             prepare(pipeline, spec)
         model: PipelineModel
-        if self.family.startswith("flux"):
-            model = FluxModel(spec, pipeline, TransformerDenoiser(pipeline.transformer), FLOW_MATCHING)
+        if self.is_transformer:
+            model = FAMILIES[self.family].model(spec, pipeline)
         else:
             kinds = {"sdxl": SDXLModel, "sdxl-refiner": SDXLRefinerModel}
             kind = kinds.get(self.family, StableDiffusionModel)
@@ -135,30 +140,37 @@ def _materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
     from overflow in float16.
     """
     kept = (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    made: dict[int, nn.Parameter] = {}
     for name, module in network.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) in made:  # a matrix that two layers share
+                module._parameters[key] = made[id(parameter)]
+            elif parameter is not None:
                 own = torch.float32 if any(part in f"{name}.{key}".split(".") for part in kept) else dtype
                 weight = fill(parameter.shape, parameter.dtype if parameter.element_size() == 1 else own)
                 if (kind := getattr(parameter, "quant_type", None)) is not None:
                     module._parameters[key] = GGUFParameter(weight, quant_type=kind)
                 else:
-                    module._parameters[key] = nn.Parameter(weight, requires_grad=False)
+                    made[id(parameter)] = module._parameters[key] = nn.Parameter(weight, requires_grad=False)
         for key, buffer in module._buffers.items():
-            if buffer is not None:
-                if key != "position_ids":
+            if buffer is not None and buffer.is_meta:
+                numbers = torch.arange(buffer.numel(), device="cpu").view(buffer.shape)
+                if key.endswith("inv_freq"):  # of a language model's positions
+                    module._buffers[key] = 1e4 ** (-numbers / buffer.numel())
+                elif key == "position_ids":
+                    module._buffers[key] = numbers
+                else:
                     raise NotImplementedError(f"{name}.{key}: a buffer whose values the meta device has lost")
-                module._buffers[key] = torch.arange(buffer.numel(), device="cpu").view(buffer.shape)
     network.eval()
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     characters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase + ","]
     vocabulary = {word: index for index, word in enumerate(["<|startoftext|>", "<|endoftext|>", *characters])}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def _clip(cls: Any, width: int, layers: int, heads: int, **changes: Any) -> Any:
+def clip(cls: Any, width: int, layers: int, heads: int, **changes: Any) -> Any:
     return cls(
         CLIPTextConfig(
             hidden_size=width,
@@ -173,7 +185,7 @@ def _clip(cls: Any, width: int, layers: int, heads: int, **changes: Any) -> Any:
     )
 
 
-def _autoencoder(channels: int, width: int = 128, **changes: Any) -> AutoencoderKL:
+def autoencoder(channels: int, width: int = 128, **changes: Any) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -184,13 +196,32 @@ def _autoencoder(channels: int, width: int = 128, **changes: Any) -> Autoencoder
     )
 
 
+def t5(longest: int, width: int = 4096, layers: int = 24) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """longest: tokens that the tokenizer fills a text up to."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    text = T5EncoderModel(
+        T5Config(
+            vocab_size=32128,
+            d_model=width,
+            d_kv=64,
+            d_ff=width * 5 // 2,
+            num_layers=layers,
+            num_heads=width // 64,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    text.encoder.embed_tokens = text.shared  # one matrix, also where parameters are exchanged for others
+    return text, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=longest)
+
+
 def _stable_diffusion(
     unet: dict[str, Any], text: Any, scheduler: Any, side: int, width: int = 320
 ) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=_autoencoder(4, min(width, 128), sample_size=side),
+        vae=autoencoder(4, min(width, 128), sample_size=side),
         text_encoder=text,
-        tokenizer=_clip_tokenizer(),
+        tokenizer=clip_tokenizer(),
         unet=UNet2DConditionModel(
             sample_size=side // 8,
             block_out_channels=(width, 2 * width, 4 * width, 4 * width),
@@ -206,29 +237,29 @@ def _stable_diffusion(
     )
 
 
-def _on_cpu(make: Callable[..., Any], **settings: Any) -> Any:
+def on_cpu(make: Callable[..., Any], **settings: Any) -> Any:
     with torch.device("cpu"):
         return make(**settings)
 
 
 def _sd15(width: int = 320, layers: int = 12) -> StableDiffusionPipeline:
-    pndm = _on_cpu(PNDMScheduler, **SAVED, skip_prk_steps=True)
+    pndm = on_cpu(PNDMScheduler, **SAVED, skip_prk_steps=True)
     unet = {"attention_head_dim": 8, "cross_attention_dim": 768}
-    return _stable_diffusion(unet, _clip(CLIPTextModel, 768, layers, 12), pndm, 512, width)
+    return _stable_diffusion(unet, clip(CLIPTextModel, 768, layers, 12), pndm, 512, width)
 
 
 def _sd21() -> StableDiffusionPipeline:
-    ddim = _on_cpu(DDIMScheduler, **SAVED, prediction_type="v_prediction", clip_sample=False)
+    ddim = on_cpu(DDIMScheduler, **SAVED, prediction_type="v_prediction", clip_sample=False)
     unet = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
-    return _stable_diffusion(unet, _clip(CLIPTextModel, 1024, 23, 16, hidden_act="gelu"), ddim, 768)
+    return _stable_diffusion(unet, clip(CLIPTextModel, 1024, 23, 16, hidden_act="gelu"), ddim, 768)
 
 
 def _sdxl() -> StableDiffusionXLPipeline:
-    tokenizer = _clip_tokenizer()
+    tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
-        vae=_autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
-        text_encoder=_clip(CLIPTextModel, 768, 12, 12),
-        text_encoder_2=_clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        vae=autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip(CLIPTextModel, 768, 12, 12),
+        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
@@ -245,18 +276,18 @@ def _sdxl() -> StableDiffusionXLPipeline:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         ),
-        scheduler=_on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
+        scheduler=on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
         add_watermarker=False,
     )
 
 
 def _sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
     return StableDiffusionXLImg2ImgPipeline(
-        vae=_autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        vae=autoencoder(4, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
         text_encoder=None,
-        text_encoder_2=_clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
+        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20, hidden_act="gelu", projection_dim=1280),
         tokenizer=None,
-        tokenizer_2=_clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
         unet=UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(384, 768, 1536, 1536),
@@ -271,7 +302,7 @@ def _sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         ),
-        scheduler=_on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
+        scheduler=on_cpu(EulerDiscreteScheduler, **BETAS, steps_offset=1),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
@@ -280,24 +311,11 @@ def _sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
 
 def _flux(distilled: bool, width: int = 4096, layers: int = 24, **transformer: Any) -> FluxPipeline:
     """width, layers: of T5."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
-    text = T5EncoderModel(
-        T5Config(
-            vocab_size=32128,
-            d_model=width,
-            d_kv=64,
-            d_ff=width * 5 // 2,
-            num_layers=layers,
-            num_heads=width // 64,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    text.encoder.embed_tokens = text.shared  # one matrix, also where parameters are exchanged for others
+    text, reader = t5(512 if distilled else 256, width, layers)
     flow: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True} if distilled else {"shift": 1.0}
     return FluxPipeline(
-        scheduler=_on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
-        vae=_autoencoder(
+        scheduler=on_cpu(FlowMatchEulerDiscreteScheduler, **flow),
+        vae=autoencoder(
             16,
             min(width, 128),
             sample_size=1024,
@@ -306,10 +324,10 @@ def _flux(distilled: bool, width: int = 4096, layers: int = 24, **transformer: A
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=_clip(CLIPTextModel, 768, layers // 2, 12),
-        tokenizer=_clip_tokenizer(),
+        text_encoder=clip(CLIPTextModel, 768, layers // 2, 12),
+        tokenizer=clip_tokenizer(),
         text_encoder_2=text,
-        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512 if distilled else 256),
+        tokenizer_2=reader,
         transformer=FluxTransformer2DModel(guidance_embeds=distilled, joint_attention_dim=width, **transformer),
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,22 @@ class FlowMatching:
 
     def output(self, x: Tensor, clean: Tensor, level: Level) -> Tensor:
         return (x - clean) / level.sigma
+
+
+class ReversedFlow(FlowMatching):
+    """Timesteps from 0, pure noise, to 1; x₀ - ε is predicted, as Z-Image and Lumina 2 have it."""
+
+    def at(self, timestep: float) -> Level:
+        return replace(super().at(1 - timestep), timestep=timestep)
+
+    def of_ratio(self, ratio: float) -> Level:
+        return self.at(1 / (1 + ratio))
+
+    def clean(self, x: Tensor, output: Tensor, level: Level) -> Tensor:
+        return super().clean(x, -output, level)
+
+    def output(self, x: Tensor, clean: Tensor, level: Level) -> Tensor:
+        return -super().output(x, clean, level)
 
 
 class Diffusion:

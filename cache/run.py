@@ -70,7 +70,7 @@ class Run(ABC):
             self.lanes.clear()
             raise
         lane.calls += 1
-        self.report.record(decision)
+        self.report.record(self.denoiser.of_pictures(decision, max))  # computed, if either half was
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
 

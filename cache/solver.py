@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
 from .transfer import upload
-from .views.base import Decision, Response, Responses, answer_of
+from .views.base import Decision, Response, Responses, predicted, with_prediction
 
 # Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
 SPREAD = 0.5
@@ -193,9 +193,9 @@ class Correction:
     def after(self, number: int, decision: Decision, output: Any, ledger: Ledger) -> Any:
         """What call `number` of a lane is to answer instead of `output`; noted in that lane's `ledger`."""
         response = self.response
-        if response is None:
+        if response is None or (prediction := predicted(output)) is None:
             return output
-        prediction = output[0].detach()  # of a tuple or of diffusers' output, which can be indexed as one
+        prediction = prediction.detach()
         if ledger.shape != prediction.shape:
             ledger.shape, ledger.began, ledger.items = prediction.shape, number, [_Items()]
         if number >= len(response.moves):
@@ -210,7 +210,7 @@ class Correction:
             elif (repaid := _repaid(items, number, ledger.began, own, response)) is not None:
                 answer = repaid if items.index is None else answer.index_copy(0, items.index, repaid)
                 self.acted = True
-        return output if answer is prediction else answer_of(type(output), answer)
+        return output if answer is prediction else with_prediction(output, answer)
 
 
 def _note(items: _Items, number: int, prediction: Tensor, moves: Sequence[float]) -> None:

@@ -317,8 +317,8 @@ class ModelSpec:
     repository.
     `config`: for a single file, a folder of configurations, tokenizers and perhaps networks that the file lacks. None:
     the published ones of its family (`models/loading/shapes.py`).
-    `parts`: component (`vae`, `text_encoder`, `text_encoder_2`) → the file that it comes from in place of the source's;
-    `tokenizer_2` → the folder of T5's tokenizer.
+    `parts`: component (`vae`, `text_encoder`, `text_encoder_2`, …) → the file that it comes from in place of the
+    source's; `tokenizer`, … → the folder of T5's tokenizer.
     `dtype`: of the weights in memory; None: half precision on an accelerator, float32 on the CPU.
     `quantization`: what the weights of the denoiser and of T5 are kept in, while `dtype` is what is computed in.
     `prediction_type`, `rescale_betas_zero_snr`: override what the model's files say the network predicts, and whether

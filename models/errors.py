@@ -44,6 +44,12 @@ class NeedsPicture(ModelError):
     field = "model"
 
 
+class DrawsFromNoise(ModelError):
+    """The model draws over no picture."""
+
+    field = "model"
+
+
 class AdapterFailed(ModelError):
     """A LoRA or an embedding is broken or was made for another model."""
 

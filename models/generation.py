@@ -27,7 +27,7 @@ from . import adapters, faces, limits, upscaling
 from .acceleration import attention
 from .adapters import embedding
 from .base import Generation, GenerationParams, StageReport, Step, StepHook, StepsHook, Timings
-from .errors import NeedsPicture
+from .errors import DrawsFromNoise, NeedsPicture
 from .families import FAMILIES
 from .libraries import quiet
 from .loading.plan import Plan, Work, choose
@@ -141,9 +141,12 @@ class LoadedModel:
             residence.settle(before)
 
     def _work(self, params: GenerationParams, images: int) -> Work:
-        size, guided = limits.render_size(self.model.spec, params.width, params.height), params.guidance_scale > 1
-        work = self.model.work(*size, images, guided=guided)
-        return work if self._refiner is None else work.beside(self._refiner.model.work(*size, images, guided=guided))
+        size = limits.render_size(self.model.spec, params.width, params.height)
+        work = self.model.work(*size, images, guided=self.model.runs_twice(params))
+        if self._refiner is None:
+            return work
+        second = self._refiner.model
+        return work.beside(second.work(*size, images, guided=second.runs_twice(params)))
 
     def _copied(self) -> int:
         """Bytes of weights that were brought to the device so far."""
@@ -159,8 +162,9 @@ class LoadedModel:
     def generate(self, params: GenerationParams, strategy: CacheStrategy, on_step: StepHook) -> Generation:
         """One picture a seed, in their order, each batch under `strategy` attached afresh.
 
-        Raises UnsupportedSampler, NeedsPicture, TooFewSteps, AdapterFailed, DetectorFailed and UpscalerFailed before
-        anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the model as it was.
+        Raises UnsupportedSampler, NeedsPicture, DrawsFromNoise, TooFewSteps, AdapterFailed, DetectorFailed and
+        UpscalerFailed before anything is drawn, NotFinite where it shows; what `on_step` raises passes, and leaves the
+        model as it was.
         """
         batches = [params.seeds[at : at + params.batch_size] for at in range(0, len(params.seeds), params.batch_size)]
         before = self._copied()
@@ -208,8 +212,14 @@ class LoadedModel:
     def _ready(self, params: GenerationParams) -> Iterator[tuple[adapters.Applied, tuple[Stage, ...], int]]:
         """Within the context, requests with these settings can be drawn, by these stages in so many steps a batch."""
         samplers.check(samplers.choices(self.model.choices), params.sampler, params.scheduler)
-        if params.img2img is None and FAMILIES[self.spec.family].needs_picture:
+        family = FAMILIES[self.spec.family]
+        if params.img2img is None and family.needs_picture:
             raise NeedsPicture(f"{self.spec.name} is a refiner, and draws over pictures alone: send one (img2img).")
+        if not family.draws_over and (params.img2img is not None or params.hires_fix or params.adetailer):
+            raise DrawsFromNoise(
+                f"{self.spec.name} draws from noise alone: leave img2img, hires-fix and ADetailer out, or take a model "
+                "of another family."
+            )
         stages = stages_of(self.model, params)
         with (
             torch.no_grad(),
@@ -225,7 +235,7 @@ class LoadedModel:
         clock = Clock(self.model.device)
         with clock("text"):
             text = applied.written(params)
-            conditioning = self._texts.get(key_of(params), partial(self.model.encode, text))
+            conditioning = self._read(params, text)
             words = embedding.without(params.prompt, params.embeddings)
             warnings = limits.warnings(self.model.spec, words, params.width, params.height)
             warnings += self.model.warnings(text) + applied.warnings
@@ -237,7 +247,12 @@ class LoadedModel:
     def reread(self, params: GenerationParams) -> Conditioning:
         """The request's text as this model reads it without adapters."""
         plain = replace(params, loras=(), embeddings=())
-        return self._texts.get(key_of(plain), partial(self.model.encode, plain))
+        return self._read(plain, plain)
+
+    def _read(self, params: GenerationParams, text: GenerationParams) -> Conditioning:
+        """Encoded, or remembered; `text`: the request as adapters have written it."""
+        key = key_of(params, guided=self.model.runs_twice(params))
+        return self._texts.get(key, partial(self.model.encode, text))
 
     def _batch(
         self,

@@ -108,11 +108,10 @@ class _Spared:
         if lane is not None:
             self._with_text = self._forward(*args, **kwargs)[0]
             return (self._with_text,)
+        args, kwargs = self._layout.with_text(args, kwargs)
+        with_text = self._forward(*args, **kwargs)[0]
+        if isinstance(with_text, list):
+            return ([*with_text, *with_text],)
         import torch
 
-        from cache.deepcache.guidance import conditional
-        from cache.views.base import Call
-
-        sample, _ = self._layout.input_of(args, kwargs)
-        with_text = conditional(Call(self._forward, args, kwargs, None), len(sample)).run()[0]
         return (torch.cat([with_text, with_text]),)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Said on every run, and nothing a user can act on: numpy about how torch hands it tensors, torchsde about a time that
-# rounding put 1e-7 before the interval's start.
-SCHEDULER_NOISE: tuple[tuple[str, type[Warning]], ...] = (
+# rounding put 1e-7 before the interval's start, diffusers about a class of its own that Chroma is made of.
+NOISE: tuple[tuple[str, type[Warning]], ...] = (
     ("__array__ implementation doesn't accept a copy keyword", DeprecationWarning),
     ("__array_wrap__ must accept context and return_scalar", DeprecationWarning),
     (r"Should have t[ab][<>]=t[01] but got", UserWarning),
+    ("`FluxPosEmbed` is deprecated", FutureWarning),
 )
 
 
@@ -20,7 +21,7 @@ SCHEDULER_NOISE: tuple[tuple[str, type[Warning]], ...] = (
 def quiet() -> Iterator[None]:
     """Keep progress bars and advice of diffusers and transformers off stderr inside the block.
 
-    Also what numpy and torchsde say to whoever runs certain diffusers schedulers: see SCHEDULER_NOISE.
+    Also what libraries say to whoever runs certain of diffusers' schedulers and networks: see NOISE.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -32,7 +33,7 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(logging.CRITICAL)
             library.disable_progress_bar()
         with warnings.catch_warnings():
-            for message, category in SCHEDULER_NOISE:
+            for message, category in NOISE:
                 warnings.filterwarnings("ignore", message, category)
             yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .autoencoder import channels, decoded
 from .libraries import quiet
 from .loading.plan import Work
 
@@ -24,7 +26,6 @@ _LATENT_SIDE = 16  # the count is linear in the pixels; this size is counted and
 _STEP_SIDES = (64, 128)
 _SLACK = 1.05  # beside what the network itself holds, a step has latents, predictions and the sampler's own
 _FIXED = 2**26  # bytes: the texts that are remembered, and small change
-_LONGEST_TEXT = 512  # tokens
 _DECODE_BYTES: dict[Shape, float] = {}
 _STEP_BYTES: dict[Shape, tuple[float, float]] = {}
 _UNPACKED_BYTES: dict[int, float] = {}  # by GGML type: for each byte of the weight
@@ -35,7 +36,7 @@ Inputs = Callable[[int, int], Mapping[str, Any]]
 
 
 def decode_bytes(vae: Any, pixels: int, dtype: torch.dtype | None = None) -> int:
-    """Least bytes, beside the weights, to decode so many `pixels` at once by diffusers' AutoencoderKL.
+    """Least bytes, beside the weights, to decode so many `pixels` at once by one of diffusers' autoencoders.
 
     dtype: that the decode runs in; None: that of the parameters. A wider one takes the network's weights along: what
     they grow by is counted. The decoder's last levels hold several maps of 256 channels at the picture's own
@@ -58,9 +59,9 @@ def _count(vae: Any, dtype: torch.dtype) -> float:
     """Bytes a pixel."""
     with torch.device("meta"), quiet():
         skeleton = type(vae).from_config(vae.config).eval().to(dtype=dtype)
-        latents = torch.empty(1, vae.config.latent_channels, _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
+        latents = torch.empty(1, channels(vae), _LATENT_SIDE, _LATENT_SIDE, dtype=dtype)
     drawn: list[Tensor] = []
-    peak = peak_bytes(lambda: drawn.append(skeleton.decode(latents, return_dict=False)[0]))
+    peak = peak_bytes(lambda: drawn.append(decoded(skeleton, latents)))
     return peak / (drawn[0].shape[-1] * drawn[0].shape[-2])
 
 
@@ -86,6 +87,7 @@ class Countable(Protocol):
 
     pipeline: Any
     denoiser: Any
+    longest_read: int
 
     @property
     def kept_cells(self) -> int: ...
@@ -103,10 +105,10 @@ def work(model: Countable, width: int, height: int, images: int, *, guided: bool
     cells, dtype = height * width // pipeline.vae_scale_factor**2, pipeline.vae.dtype
     step = step_bytes(root, dtype, model.inputs, cells) + model.kept_cells * cells * dtype.itemsize
     unpacked = max(map(unpacked_bytes, root.parameters()), default=0)
-    texts = [(name, f"tokenizer{name.removeprefix('text_encoder')}") for name in ("text_encoder", "text_encoder_2")]
-    pairs = ((getattr(pipeline, name, None), getattr(pipeline, tokenizer, None)) for name, tokenizer in texts)
+    encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part}
+    tokenizers = [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders]
     return Work(
-        text=_FIXED + max(_reading_bytes(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None),
+        text=_FIXED + max(map(partial(_reading_bytes, model.longest_read), encoders.values(), tokenizers)),
         denoise=round(_SLACK * images * model.rows(guided=guided) * step) + _FIXED + unpacked,
         decode=_FIXED + model.decode_bytes(width, height, images),
         tiled=_FIXED + model.decode_bytes(width, height, images, tiled=True),
@@ -127,13 +129,19 @@ def unpacked_bytes(weight: Tensor) -> int:
     return round(_UNPACKED_BYTES[kind] * weight.nbytes)
 
 
-def _reading_bytes(encoder: Any, tokenizer: Any) -> int:
-    """Of one text: its scores, and what else an encoder makes of it."""
-    config = encoder.config
+def _reading_bytes(longest: int, encoder: Any, tokenizer: Any) -> int:
+    """Of one text, of so many tokens at most: its scores, and what else an encoder makes of it.
+
+    A language model keeps what each of its layers made, and says a word for each token.
+    """
+    config = encoder.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or config.num_heads
     width = getattr(config, "intermediate_size", None) or config.d_ff
-    tokens = min(int(tokenizer.model_max_length), _LONGEST_TEXT)
-    return int(tokens * (tokens * heads * 6 + width * 8))
+    tokens = min(int(tokenizer.model_max_length), longest)
+    words = encoder.get_output_embeddings()
+    layers = (config.num_hidden_layers + 1) * config.hidden_size if hasattr(config, "num_key_value_heads") else 0
+    kept = (layers + (0 if words is None else words.out_features)) * encoder.dtype.itemsize
+    return int(tokens * (tokens * heads * 6 + width * 8 + kept))
 
 
 def peak_bytes(call: Any) -> int:

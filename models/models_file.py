@@ -62,7 +62,10 @@ class Entry(BaseModel):
     vae: str | None = None
     text_encoder: str | None = None
     text_encoder_2: str | None = None
+    text_encoder_3: str | None = None
+    tokenizer: str | None = None
     tokenizer_2: str | None = None
+    tokenizer_3: str | None = None
     dtype: DtypeName | None = None
     quantization: Quantization | None = None
     prediction_type: Prediction | None = None
@@ -75,7 +78,8 @@ class Entry(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=30)
 
 
-PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+PARTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", *TOKENIZERS)
 
 
 class Contents(BaseModel):
@@ -118,7 +122,7 @@ def _configuration(contents: Contents, base: Path, checkpoints: CheckpointFolder
     names = [spec.name for spec in served if not FAMILIES[spec.family].needs_picture]
     if not names:
         raise ValueError("there is no model that draws by itself: add a [[models]] table, or set embedded = true")
-    flux = [spec.name for spec in served if FAMILIES[spec.family].cache == "first_block"]
+    flux = [spec.name for spec in served if FAMILIES[spec.family].pipeline.startswith("Flux")]
     for key, chosen, allowed in (
         ("default", contents.default, names),
         ("default_flux", contents.default_flux, flux),
@@ -182,8 +186,8 @@ def _parts(entry: Entry, base: Path, where: str) -> dict[str, Path]:
     for key in PARTS:
         if (given := getattr(entry, key)) is not None:
             parts[key] = base / Path(given).expanduser()
-            if not (parts[key].is_dir() if key == "tokenizer_2" else parts[key].is_file()):
-                raise ValueError(f"{where}: there is no {'folder' if key == 'tokenizer_2' else 'file'} {parts[key]}")
+            if not (parts[key].is_dir() if key in TOKENIZERS else parts[key].is_file()):
+                raise ValueError(f"{where}: there is no {'folder' if key in TOKENIZERS else 'file'} {parts[key]}")
     return parts
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from . import finite, masks
 from .acceleration import attention, compilation
 from .base import UNWATCHED, FreeU, GenerationParams, LoadHooks, ModelSpec
+from .decoding import Decoding
 from .errors import LoadFailed
 from .guidance import Guidance
-from .loading.plan import VAE, Plan, Work, choose
-from .run import Begun, Kind, Run, sibling_of
+from .loading.plan import Plan, Work, choose
+from .run import Begun, Kind, Laned, Run, sibling_of
 from .sampling import samplers
 from .sampling.responses import Responses
 
@@ -25,16 +26,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cache import CacheStrategy, Denoiser
+    from cache.patching import Shadow
+    from cache.prediction import Prediction
 
-    from .decoders import Decoder
-    from .layout import Layout
     from .loading.residence import Residence
 
-SMALL_TILE = 512  # pixels: for a picture that is no larger than the autoencoder's own tile
 
+class PipelineModel(Decoding):
+    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run.
 
-class PipelineModel(ABC):
-    """diffusers' own loops do the denoising. Neither a scheduler nor a random generator outlives a run."""
+    longest_read: tokens of a text that an encoder reads at most, be they all taken or not.
+    """
+
+    longest_read = 512
 
     def __init__(
         self, spec: ModelSpec, pipeline: Any, denoiser: Denoiser, choices: Mapping[str, samplers.Sampler]
@@ -48,33 +52,6 @@ class PipelineModel(ABC):
         self.residence: Residence | None = None
         self._compiled: compilation.CompiledLayers | None = None
         self.responses = Responses()
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where the networks compute, wherever their weights rest. Found once: diffusers walks all modules for it."""
-        return cast("torch.device", self.pipeline._execution_device)
-
-    @property
-    def decode_dtype(self) -> torch.dtype:
-        """What the autoencoder decodes in: float32 where its own activations overflow half precision (`upcasts`)."""
-        import torch
-
-        dtype: torch.dtype = self.pipeline.vae.dtype
-        return torch.float32 if dtype == torch.float16 and self.upcasts else dtype
-
-    def decode_bytes(self, width: int, height: int, images: int, *, tiled: bool = False) -> int:
-        """Bytes of the device's memory, beside the weights, that decoding so many images takes at least."""
-        from .memory import decode_bytes
-
-        if self.spec.vae_tiling or tiled:
-            width, height = (min(side, self.tile(width, height)) for side in (width, height))
-        images = 1 if self.spec.vae_slicing else images
-        return decode_bytes(self.pipeline.vae, width * height * images, self.decode_dtype)
-
-    def tile(self, width: int, height: int) -> int:
-        """Pixels of a side of the tiles that such a picture is decoded in."""
-        own = int(self.pipeline.vae.tile_sample_min_size)
-        return own if max(width, height) > own else min(own, SMALL_TILE)
 
     def work(self, width: int, height: int, images: int, *, guided: bool = True) -> Work:
         """What so many images need beside the weights, for a plan. guided: at a guidance scale above 1."""
@@ -131,21 +108,6 @@ class PipelineModel(ABC):
         if self.residence is None or self.memory is None:
             return None
         return self.residence.plan.row(self.residence.sizes, self.usual_work, self.memory)
-
-    @contextmanager
-    def decoding(self, *, tiled: bool) -> Iterator[None]:
-        """Within the context pictures are decoded in tiles, if `tiled` or the model's own setting says so."""
-        if tiled or (self.residence is not None and self.residence.plan.tiled):
-            self.pipeline.vae.enable_tiling()
-        try:
-            yield
-        finally:
-            self.pipeline.vae.use_tiling = self.spec.vae_tiling
-
-    @property
-    def tiled(self) -> bool:
-        """Whether the autoencoder works in tiles at present."""
-        return bool(self.pipeline.vae.use_tiling)
 
     @contextmanager
     def freed(self, freeu: FreeU | None) -> Iterator[None]:
@@ -216,6 +178,7 @@ class PipelineModel(ABC):
                     guidance=guidance,
                     part=part,
                     whole=whole,
+                    texts=self.texts,
                     grid=(size[1] // pipeline.vae_scale_factor, size[0] // pipeline.vae_scale_factor),
                     settings={name: value for name, value in wanted.items() if name in takes},
                     ignored=sorted(wanted.keys() - takes.keys() - {"width", "height"}),  # else the pictures' own
@@ -239,6 +202,16 @@ class PipelineModel(ABC):
     def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> Denoiser:
         """The denoiser as a strategy sees it in one run. sampling: the run's sampler and scheduler by name."""
         return self.denoiser
+
+    def shadows(self) -> Sequence[Shadow]:
+        """What else stands in for parts of the denoiser while it runs."""
+        return ()
+
+    def prediction(self, scheduler: Any) -> Prediction:
+        """What the denoiser takes and answers in a run of that scheduler."""
+        from cache.prediction import prediction_of
+
+        return prediction_of(scheduler)
 
     @property
     def inpaints(self) -> bool:
@@ -268,13 +241,6 @@ class PipelineModel(ABC):
         """Ten training timesteps for the scheduler `ays`."""
         return samplers.AYS_TIMESTEPS
 
-    @cached_property
-    def preview_decoder(self) -> Decoder:
-        """Found, or fitted, on the first request with previews."""
-        from .decoders import decoder_of
-
-        return decoder_of(self.pipeline, self.spec.source, self.device)
-
     @property
     def size_multiple(self) -> int:
         """Pixels that a drawing's sides are multiples of."""
@@ -300,12 +266,15 @@ class PipelineModel(ABC):
         from cache.transfer import uploading
 
         saved, root = pipeline.scheduler, self.denoiser.root
+        shadows = [(root, "forward", uploading(root.forward, self.device)), *self.shadows()]
+        if self.rows(guided=True) == 1:
+            shadows.append((pipeline, "transformer", Laned(root)))
         followed = saved if begun is None else begun.followed(saved)
         pipeline.scheduler = samplers.build(
             followed, self.choices, params.sampler, params.scheduler, steps=params.steps, seeds=seeds
         )
         try:
-            with shadowed([(root, "forward", uploading(root.forward, self.device))]):
+            with shadowed(shadows):
                 yield pipeline.scheduler
         finally:
             pipeline.scheduler = saved
@@ -323,23 +292,23 @@ class PipelineModel(ABC):
     def kept_cells(self) -> int:
         """Numbers that a cache holds at most, for each row and each of the latents' cells."""
 
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """How the denoiser's latents lie."""
-
     def encode(self, params: GenerationParams) -> dict[str, torch.Tensor]:
-        """The pipeline's arguments for the text, each with one row (1, …). Raises NotFinite."""
+        """The text as the denoiser is to have it, by name, each with one row (1, …). Raises NotFinite."""
         try:
             encoded = {name: rows for name, rows in self._encode(params).items() if rows is not None}
         finally:
             if self.residence is not None:
                 self.residence.send_away(self.residence.sizes.texts)
-        finite.check(encoded.values(), "The encoded text is", self.pipeline, ("text_encoder", "text_encoder_2"))
+        readers = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        finite.check(encoded.values(), "The encoded text is", self.pipeline, readers)
         return encoded
 
     @abstractmethod
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]: ...
+
+    def texts(self, rows: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        """The pipeline's arguments for the text of a batch, of what `encode` made, a row an image."""
+        return rows
 
     @abstractmethod
     def runs_twice(self, params: GenerationParams) -> bool:
@@ -348,52 +317,6 @@ class PipelineModel(ABC):
     @abstractmethod
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         """The pipeline's arguments for guidance."""
-
-    def decode(self, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
-        """Pictures of width × height pixels.
-
-        In float32 where the autoencoder's own activations overflow half precision, always (`upcasts`) or in this
-        picture. Raises NotFinite.
-        """
-        import torch
-
-        def decoded(latents: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W), -1 … 1
-            return cast("torch.Tensor", vae.decode(self.clean(latents, width, height), return_dict=False)[0])
-
-        vae = self.pipeline.vae
-        if self.residence is not None:
-            self.residence.bring(VAE)  # before it is cast, so that it is cast there
-        dtype = vae.dtype
-        with self._tiles(width, height):
-            pixels = decoded(latents.to(dtype)) if self.decode_dtype == dtype else None
-            if pixels is None or (dtype == torch.float16 and not finite.is_finite([pixels])):
-                vae.to(dtype=torch.float32)
-                try:
-                    pixels = decoded(latents.float())
-                finally:
-                    vae.to(dtype=dtype)
-        finite.check([pixels], "The decoded pixels are", self.pipeline, ["vae"])
-        return cast("list[Image.Image]", self.pipeline.image_processor.postprocess(pixels, output_type="pil"))
-
-    def _tiles(self, width: int, height: int) -> AbstractContextManager[None]:
-        """The autoencoder with tiles for such a picture, should it decode in tiles."""
-        from cache.patching import shadowed
-
-        vae = self.pipeline.vae
-        own, side = vae.tile_sample_min_size, self.tile(width, height)
-        if side == own:
-            return nullcontext()
-        latents = vae.tile_latent_min_size * side // own
-        return shadowed([(vae, "tile_sample_min_size", side), (vae, "tile_latent_min_size", latents)])
-
-    @property
-    def upcasts(self) -> bool:
-        """Whether the autoencoder's decoder is known to overflow half precision."""
-        return False
-
-    @abstractmethod
-    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """What the autoencoder decodes, (B, channels, height, width) of the grid."""
 
     @abstractmethod
     def warnings(self, params: GenerationParams) -> list[str]:

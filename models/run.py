@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from .guidance import WITHOUT_TEXT
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -56,7 +59,7 @@ class Run:
     """What a run is made of, and how many of its `steps` are done.
 
     sampling: sampler and scheduler by name. grid: height and width of the latents. settings: arguments of the
-    pipeline's call. ignored: the names of those that it would not read.
+    pipeline's call; texts: makes those for the text. ignored: the names of those that it would not read.
     part: its steps among the `whole` number of those that the drawing of the picture takes, which two models may share.
     """
 
@@ -69,6 +72,7 @@ class Run:
     guidance: Guidance
     part: range
     whole: int
+    texts: Callable[[Mapping[str, Tensor]], Mapping[str, Any]]
     grid: tuple[int, int]
     settings: Mapping[str, Any]
     ignored: Sequence[str]
@@ -101,10 +105,31 @@ class Run:
             return tensors
 
         latents: Tensor = self.pipeline(
-            **conditioning,
+            **self.texts(conditioning),
             **self.settings,
             generator=list(generators),
             output_type="latent",
             callback_on_step_end=callback,
         ).images
         return latents
+
+
+class Laned:
+    """A run's transformer to a pipeline that calls it with text, then without, which not all of diffusers' say.
+
+    A cache would hold what was kept of the one against the other.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+        self._text: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        text = inputs["encoder_hidden_states"]
+        self._text = text if self._text is None else self._text
+        lane = getattr(self._transformer, "cache_context", nullcontext)  # a cache brings one
+        with lane("cond" if text is self._text else WITHOUT_TEXT):
+            return self._transformer(*args, **inputs)

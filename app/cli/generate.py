@@ -43,6 +43,7 @@ SHORT = {
     "cache_forecast": "forecast",
 }
 PICTURES = ("img2img_image", "mask")  # files here, base64 in the body
+EDGES = "edges:"
 KINDS: dict[str, Any] = {"boolean": bool, "integer": int, "number": float, "string": str}
 SCHEMAS = GenerateRequest.model_json_schema()["properties"]
 HERE = "command-line"  # the id of a job that is drawn in this process
@@ -86,6 +87,8 @@ def _option(name: str) -> inspect.Parameter | None:
         kind, metavar = Path, "FILE"
     elif name == "loras":
         kind, names, metavar = list[str], ["lora"], "NAME:WEIGHT"
+    elif name == "control":
+        kind, metavar = list[str], "NAME:WEIGHT=FILE"
     elif "enum" in schema:
         metavar = "|".join(map(str, schema["enum"]))
     elif "minimum" in schema and "maximum" in schema:
@@ -102,23 +105,39 @@ def _option(name: str) -> inspect.Parameter | None:
 def _value(name: str, value: Any) -> Any:
     if name == "loras":
         return [_lora(text) for text in value]
-    if name in PICTURES:
-        try:
-            return base64.b64encode(value.read_bytes()).decode()
-        except OSError as error:
-            raise ServiceError(f"--{name.replace('_', '-')} {value}: {error.strerror}.") from None
-    return value
+    if name == "control":
+        return [_control(text) for text in value]
+    return _picture(value, name) if name in PICTURES else value
 
 
-def _lora(text: str) -> dict[str, Any]:
+def _picture(file: Path, name: str) -> str:
+    """Base64. Raises ServiceError."""
+    try:
+        return base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise ServiceError(f"--{name.replace('_', '-')} {file}: {error.strerror}.") from None
+
+
+def _lora(text: str, name: str = "lora") -> dict[str, Any]:
     """NAME or NAME:WEIGHT. Raises ServiceError."""
-    name, _, weight = text.rpartition(":")
-    if not name:
+    of, _, weight = text.rpartition(":")
+    if not of:
         return {"name": text}
     try:
-        return {"name": name, "weight": float(weight)}
+        return {"name": of, "weight": float(weight)}
     except ValueError:
-        raise ServiceError(f"--lora {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
+        raise ServiceError(f"--{name} {text}: what follows the colon is no number. Give NAME or NAME:0.8.") from None
+
+
+def _control(text: str) -> dict[str, Any]:
+    """NAME=FILE or NAME:WEIGHT=FILE; of a file after EDGES its edges are shown. Raises ServiceError."""
+    unit, found, file = text.partition("=")
+    if not found:
+        raise ServiceError(f"--control {text}: give NAME=FILE or NAME:0.8=FILE, or NAME={EDGES}FILE for its edges.")
+    named = _lora(unit, "control")
+    edges = {"edges": True} if file.startswith(EDGES) else {}
+    image = _picture(Path(file.removeprefix(EDGES)), "control")
+    return {"model": named.pop("name"), "image": image, **named, **edges}
 
 
 def checked_early(values: dict[str, Any], settings: Settings) -> GenerateRequest:

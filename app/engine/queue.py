@@ -53,13 +53,13 @@ class JobQueue:
 def kind_of(job: AnyJob) -> Hashable | None:
     """Jobs of one kind can be drawn together: they differ in prompts and seeds alone. None: it is drawn by itself.
 
-    So are jobs of several batches, pictures that are drawn over (no two requests bring the same), passes that look
-    at what was drawn, previews, and compiled layers, which each size of a batch would compile anew.
+    So are jobs of several batches, pictures that are drawn over or steer (no two requests bring the same), passes that
+    look at what was drawn, previews, and compiled layers, which each size of a batch would compile anew.
     """
     if isinstance(job, UpscaleJob):
         return None
     params = job.params
-    alone = params.img2img is not None or params.adetailer or params.preview or params.compiled
+    alone = params.img2img is not None or params.control or params.adetailer or params.preview or params.compiled
     if alone or len(params.seeds) > params.batch_size:
         return None
     alike = replace(params, prompt="", negative_prompt="", seeds=(), batch_size=1, owner=None)

@@ -21,11 +21,11 @@ from app.engine.types import Engine, Job
 from app.errors import Invalid, MethodNotAllowed, NotFound, ServiceError
 from app.http import pages
 from app.http.apis import a1111, a1111_extras, openai, wavespeed
-from app.http.apis.openai import images_schema
 from app.http.middleware import Guard, RequestContext, error_response
+from app.http.render import request_schema
 from app.http.request import LARGEST_AT_ONCE, Service, Uploads, request_id_of
 from app.http.resolve import Resolver
-from app.http.schemas import parse, request_schema
+from app.http.schemas import parse
 from app.jobs.jobs import Jobs
 from app.metrics import Metrics
 from app.settings import Settings, available_cores
@@ -137,7 +137,8 @@ def _describe(app: FastAPI) -> None:
             request = request_schema(rerender=True)
             schemas.update(request.pop("$defs", {}))
             schemas["GenerateRequest"] = request
-            schemas.update(a1111.schemas(), **a1111_extras.schemas(), ImagesRequest=images_schema())
+            for module in (a1111, a1111_extras, openai):
+                schemas.update(module.schemas())
         for operations in document["paths"].values():
             for method, operation in operations.items():
                 if method not in ("get", "head"):

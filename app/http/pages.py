@@ -126,14 +126,14 @@ def _why_not(status: EngineStatus) -> str:
 
 @router.get(
     "/api/adapters",
-    summary="The LoRAs, embeddings and upscalers that a request can name",
+    summary="The LoRAs, embeddings, upscalers and ControlNets that a request can name",
     tags=["models"],
     responses=errors(401),
 )
 def adapters(request: Request) -> dict[str, list[str]]:
     """Read from the folders at each call. Whether one fits a model is seen when it is used."""
     folders = Adapters(service_of(request).settings)
-    return {name: list(getattr(folders, name).files()) for name in ("loras", "embeddings", "upscalers")}
+    return {name: list(getattr(folders, name).files()) for name in ("loras", "embeddings", "upscalers", "controlnets")}
 
 
 @router.get(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from app.errors import Invalid
 from app.http.schemas import GenerateRequest
 from app.images import read_mask, read_picture
-from models.base import Img2Img, Inpaint
+from models.base import Control, Img2Img, Inpaint
 from models.limits import fit
 from models.masks import PAINTED, everything, extended, hard
 
@@ -18,16 +21,29 @@ MOST_PIXELS = 2**24  # of one
 _BORDER = ("outpaint_left", "outpaint_top", "outpaint_right", "outpaint_bottom")
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an API means by the pictures of its request.
+
+    field: its name for img2img_image. uncut: the fields, by our names, whose pictures are refused where they would have
+    to be cut. clear_mask: the transparent pixels of the mask are drawn, where it is else the white ones.
+    """
+
+    field: str = "img2img_image"
+    uncut: frozenset[str] = frozenset()
+    clear_mask: bool = False
+
+
+OURS = Reading()
+
+
 def inpaints(request: GenerateRequest) -> bool:
     """Whether a part of the answer is drawn, and the rest is the upload."""
     return request.mask is not None or any(_border(request))
 
 
-def img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img | None:
-    """Raises Invalid and PictureTooLarge. It may take seconds: last, when all else is in order.
-
-    same_aspect: a picture that would have to be cut is refused.
-    """
+def img2img(request: GenerateRequest, steps: int, reading: Reading) -> Img2Img | None:
+    """Raises Invalid and PictureTooLarge. It may take seconds: last, when all else is in order."""
     if not request.img2img_enabled:
         if inpaints(request):
             field = "mask" if request.mask is not None else next(name for name in _BORDER if getattr(request, name))
@@ -44,23 +60,42 @@ def img2img(request: GenerateRequest, steps: int, same_aspect: bool) -> Img2Img 
             field="img2img_denoise",
         )
     width, height = _inner(request)
-    picture = read_picture(request.img2img_image, field="img2img_image", max_pixels=MOST_PIXELS)
+    picture = read_picture(request.img2img_image, field=reading.field, max_pixels=MOST_PIXELS)
     if min(picture.size) < SMALLEST_PICTURE:
         raise Invalid(
-            f"img2img_image has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
+            f"{reading.field} has {picture.width}×{picture.height} pixels; there is nothing to draw over in less than "
             f"{SMALLEST_PICTURE} a side. Send a larger picture.",
-            field="img2img_image",
+            field=reading.field,
         )
-    if same_aspect and picture.width * height != picture.height * width:
+    if "img2img_image" in reading.uncut and picture.width * height != picture.height * width:
         raise Invalid(
             f"The picture's {picture.width}×{picture.height} pixels have another aspect than "
             f"{width}×{height}. It is cut to it here: set resize_mode to 1, or send one that fits.",
             field="resize_mode",
         )
-    inpaint = _inpaint(request, picture.size, (width, height)) if inpaints(request) else None
+    inpaint = _inpaint(request, picture.size, (width, height), reading) if inpaints(request) else None
     # Cut and scaled here already, as the model would: what waits in the queue is no larger than what is drawn.
     start = extended(fit(picture, width, height), *_border(request))
     return Img2Img(picture=start, denoise=request.img2img_denoise, inpaint=inpaint)
+
+
+def controls(request: GenerateRequest, found: Sequence[tuple[str, Path]], reading: Reading) -> tuple[Control, ...]:
+    """The request's, of the ControlNets `found` by name. Raises Invalid and PictureTooLarge, as late as img2img."""
+    made = []
+    for index, (control, (name, path)) in enumerate(zip(request.control, found, strict=True)):
+        field, (width, height) = f"control.{index}.image", (request.width, request.height)
+        picture = read_picture(control.image, field=field, max_pixels=MOST_PIXELS)
+        if field in reading.uncut and picture.width * height != picture.height * width:
+            raise Invalid(
+                f"{field} has {picture.width}×{picture.height} pixels, another aspect than {width}×{height}. It is cut "
+                "to it here: set the unit's resize_mode to 1 (Crop and Resize), or send one that fits.",
+                field=field,
+            )
+        # As the picture of img2img is.
+        image = fit(picture, width, height)
+        settings = control.model_dump(include={"weight", "start", "end", "edges"})
+        made.append(Control(name=name, path=path, image=image, **settings))
+    return tuple(made)
 
 
 def _border(request: GenerateRequest) -> tuple[int, int, int, int]:
@@ -84,15 +119,15 @@ def _inner(request: GenerateRequest) -> tuple[int, int]:
     return width, height
 
 
-def _inpaint(request: GenerateRequest, picture: tuple[int, int], inner: tuple[int, int]) -> Inpaint:
+def _inpaint(request: GenerateRequest, picture: tuple[int, int], inner: tuple[int, int], reading: Reading) -> Inpaint:
     """picture: the upload's size. inner: what it is scaled to."""
     if request.mask is None:
         mask = Image.new("L", inner)
     else:
-        mask = read_mask(request.mask, field="mask", max_pixels=MOST_PIXELS)
+        mask = read_mask(request.mask, field="mask", max_pixels=MOST_PIXELS, clear=reading.clear_mask)
         if not _same_aspect(mask.size, picture):
             raise Invalid(
-                f"The mask's {mask.width}×{mask.height} pixels are of another aspect than img2img_image with "
+                f"The mask's {mask.width}×{mask.height} pixels are of another aspect than {reading.field} with "
                 f"{picture[0]}×{picture[1]}: which are meant? Send a mask of the picture's size.",
                 field="mask",
             )
@@ -100,9 +135,11 @@ def _inpaint(request: GenerateRequest, picture: tuple[int, int], inner: tuple[in
     framed = everything((request.width, request.height))
     framed.paste(mask, _border(request)[:2])
     if hard(framed).getbbox() is None:
+        kind = "is half transparent" if reading.clear_mask else f"has {PAINTED} of 255"
+        drawn = "What is transparent" if reading.clear_mask else "White"
         raise Invalid(
-            f"The mask leaves nothing to draw: no pixel of it, as it is cut to {request.width}×{request.height}, has "
-            f"{PAINTED} of 255 or more. White is drawn anew, black is kept.",
+            f"The mask leaves nothing to draw: no pixel of it, as it is cut to {request.width}×{request.height}, "
+            f"{kind} or more. {drawn} is drawn anew, the rest is kept.",
             field="mask",
         )
     padding = request.inpaint_padding if request.inpaint_area == "masked" else None

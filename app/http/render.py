@@ -1,4 +1,4 @@
-"""The bodies of answers, as OpenAPI describes them."""
+"""The bodies of answers and requests, as OpenAPI describes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from app.http.foreign import LIGHTDIFFUSION, CfgFree, ControlNet
+from app.http.schemas import GenerateRequest
 from app.images import OutputFormat
 from app.jobs.record import Drawn
 
@@ -50,6 +52,9 @@ class CacheAnswer(BaseModel):
     reuse_cost: float | None = Field(description="A reuse call's share of a full call's operations.")
     predicted_speedup: float | None = Field(description="Denoising speed-up that the operations promise.")
     cache_bytes: int = Field(description="Most bytes kept between two calls.")
+    control: dict[str, float | None] | None = Field(
+        None, description="With ControlNets: calls, how often one was run; share, theirs of the run's operations."
+    )
     chosen: Chosen | None = Field(None, description="With cache_speedup: what it came to.")
     passes: list[dict[str, Any]] | None = Field(
         None, description="The same for each pass by name, where there is more than the plain run; see docs/passes.md."
@@ -159,12 +164,33 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}
 
 
+def request_schema(*, rerender: bool = False) -> dict[str, Any]:
+    """JSON Schema of the body, other APIs' names included. rerender: whether it can stand in the prompt's place."""
+    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    ours = schema["properties"]
+    if rerender:
+        schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["rerender"]}]
+    else:
+        del ours["rerender"]
+    foreign = {name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}
+    groups = (CfgFree, ControlNet)
+    theirs = {name: field for one in groups for name, field in one.model_json_schema()["properties"].items()}
+    schema["properties"] = {**ours, **foreign, **theirs}
+    return schema
+
+
 def json_body(schema: str, summary: str | None = None, example: object = None) -> dict[str, Any]:
     """OpenAPI `requestBody`: one of `components/schemas`, with an example and what it shows, if there is one."""
     content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
     if summary is not None:
         content["examples"] = {"document": {"summary": summary, "value": example}}
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
+def form_body(schema: str) -> dict[str, Any]:
+    """OpenAPI `requestBody` of a form with files."""
+    content = {"multipart/form-data": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 IMAGE_BODY = {

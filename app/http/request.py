@@ -1,14 +1,17 @@
-"""What a request brings: whose it is, and its body as a JSON object, bounded in size, time and memory."""
+"""What a request brings: whose it is, and its body, a JSON object or a form, bounded in size, time and memory."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from binascii import b2a_base64
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from app.engine.types import Engine
@@ -32,8 +35,13 @@ from app.jobs.record import Drawn, JobRecord
 from app.metrics import Metrics
 from app.settings import Settings
 
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
 SMALL = 64 * 2**10
 """Bytes. A longer body waits for its turn, and is parsed in a thread, beside the event loop."""
+MOST_PARTS = 256  # of a form
+LONGEST_BOUNDARY = 70  # RFC 2046, section 5.1.1
 LARGEST_AT_ONCE = 4  # bodies of the longest size that are held at once
 OF_ONE_ANSWER = {"enable_preview", "deadline_seconds"}
 BESIDE_RERENDER = {"seed", "hires_fix", "hires_upscaler", "adetailer", "upscale", "output_format"}
@@ -91,31 +99,34 @@ def owner_of(request: Request) -> str:
 
 
 @asynccontextmanager
-async def asked(request: Request) -> AsyncIterator[dict[str, Any]]:
-    """The body of a request for pictures. A failure in the block, which makes a job of it, is counted and logged.
+async def asked(request: Request, *, form: bool = False) -> AsyncIterator[dict[str, Any]]:
+    """The body of a request for pictures, by `read_object` or `read_form`.
 
-    A large body has its share of the memory for uploads until the end of the block: let go of it there.
+    A failure in the block, which makes a job of it, is counted and logged. A large body has its share of the memory for
+    uploads until the end of the block: let go of it there.
     """
     with service_of(request).jobs.refusals():
-        async with _held(request) as body:
+        async with _held(request, read_form if form else read_object) as body:
             yield body
 
 
 @asynccontextmanager
-async def _held(request: Request) -> AsyncIterator[dict[str, Any]]:
+async def _held(
+    request: Request, read: Callable[[Request], Awaitable[dict[str, Any]]]
+) -> AsyncIterator[dict[str, Any]]:
     service = service_of(request)
     length = _length(request)
     size = service.settings.max_body_bytes if length is None else length
     if size <= SMALL or size > service.settings.max_body_bytes:  # the latter is refused before it is read
-        yield await read_object(request)
+        yield await read(request)
         return
     async with service.uploads.taking(size):
-        yield await read_object(request)
+        yield await read(request)
 
 
 async def texts_of(request: Request) -> dict[str, str]:
     """The text chunks of the PNG in the body's `image`. Raises as `read_object` and `read_texts` do."""
-    async with _held(request) as body:
+    async with _held(request, read_object) as body:
         if body.keys() != {"image"} or not isinstance(body["image"], str):
             raise Invalid('The body must be {"image": "…"}, a picture as base64 or a data URL.', field="image")
         return await asyncio.to_thread(read_texts, body["image"], field="image", max_pixels=MOST_PIXELS)
@@ -172,14 +183,37 @@ async def read_object(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Invalid(f"The body must be JSON: send Content-Type: application/json, not {shown(kind) or 'none'}.")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise Invalid("A compressed body is not read; send it without Content-Encoding.")
     body = await _read(request, service_of(request).settings)
     if not body.strip():
         raise Invalid("The body is empty; send a JSON object with at least a prompt.")
     if len(body) > SMALL:
         return await asyncio.to_thread(_parse, body)
     return _parse(body)
+
+
+@dataclass(frozen=True, slots=True)
+class FormFile:
+    """A file that came in a form."""
+
+    base64: str
+
+
+async def read_form(request: Request) -> dict[str, str | FormFile]:
+    """The parts of a multipart/form-data body (RFC 7578) by name: text, and those with a filename.
+
+    It is read whole into memory, within the bounds of any body, and no part lies on a disk. Raises as `read_object`.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
+        sent = shown(kind.decode("latin-1")) or "none"
+        raise Invalid(f"The body must be a form: send Content-Type: multipart/form-data, not {sent}.")
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= LONGEST_BOUNDARY:
+        raise Invalid(f"multipart/form-data needs a boundary of 1 to {LONGEST_BOUNDARY} characters in Content-Type.")
+    body = await _read(request, service_of(request).settings)
+    if len(body) > SMALL:
+        return await asyncio.to_thread(_parts, body, boundary)
+    return _parts(body, boundary)
 
 
 async def waited(request: Request, record: JobRecord) -> Drawn:
@@ -209,6 +243,8 @@ def _length(request: Request) -> int | None:
 
 
 async def _read(request: Request, settings: Settings) -> bytes:
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise Invalid("A compressed body is not read; send it without Content-Encoding.")
     limit = settings.max_body_bytes
     too_large = BodyTooLarge(f"The body is longer than {limit} bytes, the most that this server reads.")
     if (_length(request) or 0) > limit:
@@ -251,3 +287,72 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise Invalid(f"{shown(name)!r} is given more than once; give it once.", field=shown(name))
             seen.add(name)
     return result
+
+
+def _parts(body: bytes, boundary: bytes) -> dict[str, str | FormFile]:
+    form = _Form()
+    parser = MultipartParser(boundary, form.callbacks)
+    try:
+        parser.write(body)
+    except FormParserError as error:
+        raise Invalid(f"The body is no form with the boundary that Content-Type names: {error}.") from None
+    if not form.ended:
+        raise Invalid("The body ends in the middle of a part, or before its closing boundary; send the whole form.")
+    return form.parts
+
+
+class _Form:
+    """What a MultipartParser that is given a whole body finds in it."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, str | FormFile] = {}
+        self.ended = False
+        self.callbacks: MultipartCallbacks = {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_name,
+            "on_header_value": self._header_value,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+            "on_end": self._close,
+        }
+
+    def _begin(self) -> None:
+        if len(self.parts) == MOST_PARTS:
+            raise Invalid(f"The form has more than {MOST_PARTS} parts.")
+        self._header = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._chunks: list[memoryview] = []
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header = data[start:end].lower()
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._headers[self._header] = data[start:end]
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._chunks.append(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        kind, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if kind != b"form-data" or not options.get(b"name"):
+            raise Invalid('Each part of the form needs a Content-Disposition: form-data; name="…".')
+        try:
+            name = options[b"name"].decode()
+        except UnicodeDecodeError:
+            raise Invalid("The name of a part is not UTF-8.") from None
+        if name in self.parts:
+            raise Invalid(f"{shown(name)!r} is given more than once; give it once.", field=shown(name))
+        if self._headers.get(b"content-transfer-encoding", b"binary").lower() not in (b"binary", b"8bit", b"7bit"):
+            raise Invalid(f"{shown(name)} is encoded; send it without Content-Transfer-Encoding.", field=shown(name))
+        # A whole body is one chunk, and so is each part of it: nothing is copied before it is encoded.
+        data = self._chunks[0] if len(self._chunks) == 1 else memoryview(b"".join(self._chunks))
+        if b"filename" in options:
+            self.parts[name] = FormFile(b2a_base64(data, newline=False).decode("ascii"))
+            return
+        try:
+            self.parts[name] = str(data, "utf-8")
+        except UnicodeDecodeError:
+            raise Invalid(f"{shown(name)} is not UTF-8; a file needs a filename.", field=shown(name)) from None
+
+    def _close(self) -> None:
+        self.ended = True

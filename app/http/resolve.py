@@ -8,11 +8,13 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from app.engine.types import Catalogue, Engine, Job, ModelInfo
 from app.errors import Incompatible, Invalid, ModelNotFound, Unsupported, shown
 from app.http import pictures
+from app.http.pictures import OURS, Reading
 from app.http.schemas import GenerateRequest
 from app.infotext import pair, scheduler_alone
 from app.settings import Settings
@@ -20,6 +22,7 @@ from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 from models.adapters.embedding import mentioned
 from models.adapters.files import UnknownFile, WeightsFolder
 from models.base import Embedding, FreeU, GenerationParams, Lora, Multiscale, Refiner, Upscaler
+from models.embedded import CONTROLNETS
 from models.errors import UnsupportedSampler
 from models.families import FAMILIES
 from models.sampling.samplers import check as check_sampler
@@ -39,15 +42,13 @@ class Adapters:
         self.loras = WeightsFolder(settings.lora_folder, "LoRA")
         self.embeddings = WeightsFolder(settings.embedding_folder, "embedding")
         self.upscalers = WeightsFolder(settings.upscaler_folder, "upscaler")
+        self.controlnets = WeightsFolder(settings.control_folder, "ControlNet", diffusers=True, embedded=CONTROLNETS)
 
     def named(self, request: GenerateRequest) -> tuple[Lora, ...]:
         """The LoRAs of the request. Raises Invalid for a name that is not a file of the folder."""
         found = []
         for index, lora in enumerate(request.loras):
-            try:
-                name, path = self.loras.find(lora.name)
-            except UnknownFile as error:
-                raise Invalid(str(error), field=f"loras.{index}.name") from None
+            name, path = _found(self.loras, lora.name, f"loras.{index}.name")
             found.append(Lora(name=name, path=path, weight=lora.weight, text_weight=lora.text_weight))
         return tuple(found)
 
@@ -55,11 +56,20 @@ class Adapters:
         """The one that the field names. Raises Invalid."""
         if wanted is None:
             return None
-        try:
-            name, path = self.upscalers.find(wanted)
-        except UnknownFile as error:
-            raise Invalid(str(error), field=field) from None
+        name, path = _found(self.upscalers, wanted, field)
         return Upscaler(name=name, path=path)
+
+    def steering(self, request: GenerateRequest, model: ModelInfo) -> list[tuple[str, Path]]:
+        """Name and path of each of the request's ControlNets. Raises Invalid, Incompatible."""
+        if request.control and not FAMILIES[model.family].controlnets:
+            fitting = ", ".join(name for name, family in FAMILIES.items() if family.controlnets)
+            raise Incompatible(
+                f"{model.name} is {model.family}; those with ControlNets are {fitting}. Leave control out.",
+                field="control",
+            )
+        return [
+            _found(self.controlnets, one.model, f"control.{index}.model") for index, one in enumerate(request.control)
+        ]
 
     def mentioned(self, request: GenerateRequest, model: ModelInfo) -> tuple[tuple[Embedding, ...], list[str]]:
         """The embeddings whose names the prompts hold, and what to tell the user of them."""
@@ -70,13 +80,17 @@ class Adapters:
         return (), [f"{model.name} takes no embeddings; these names were read as plain words: {names}."]
 
 
-def resolve(
-    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, *, same_aspect: bool = False
-) -> Job:
-    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy.
+def _found(folder: WeightsFolder, name: str, field: str) -> tuple[str, Path]:
+    try:
+        return folder.find(name)
+    except UnknownFile as error:
+        raise Invalid(str(error), field=field) from None
 
-    same_aspect: an uploaded picture that would have to be cut is refused.
-    """
+
+def resolve(
+    request: GenerateRequest, catalogue: Catalogue, settings: Settings, job_id: str, reading: Reading = OURS
+) -> Job:
+    """Raises ModelNotFound, Incompatible, Unsupported or Invalid; the message names the remedy."""
     if request.rerender is not None:
         raise Unsupported("rerender is a field of POST /api/generate and POST /api/jobs alone.", field="rerender")
     model = pick_model(request, catalogue)
@@ -86,9 +100,11 @@ def resolve(
     sampler, scheduler = _sampler(request, model)
     check_prompts(request, model)
     steps = model.steps if request.steps is None else request.steps
-    img2img = pictures.img2img(request, steps, same_aspect)
-    warnings = _warnings(request, model)
     adapters = Adapters(settings)
+    steering = adapters.steering(request, model)
+    img2img = pictures.img2img(request, steps, reading)
+    control = pictures.controls(request, steering, reading)
+    warnings = _warnings(request, model)
     embeddings, said = adapters.mentioned(request, model)
     warnings += said
     batch_size = min(request.batch_size, request.num_images)
@@ -123,6 +139,7 @@ def resolve(
         attention=request.attention,
         compiled=request.compile or request.stable_fast,
         img2img=img2img,
+        control=control,
         refiner=refiner,
         hires_fix=request.hires_fix,
         hires_upscaler=adapters.upscaler(request.hires_upscaler, "hires_upscaler") if request.hires_fix else None,
@@ -163,14 +180,14 @@ class Resolver:
     settings: Settings
     decoders: Executor
 
-    async def job(self, request: GenerateRequest, job_id: str, *, same_aspect: bool = False) -> Job:
+    async def job(self, request: GenerateRequest, job_id: str, reading: Reading = OURS) -> Job:
         """An upload is decoded aside, once the engine has said that there is room for a job.
 
         Raises what `resolve` and `engine.admit` raise, and NotReady while the models are not known yet.
         """
         catalogue = self.engine.catalogue()
-        work = partial(resolve, request, catalogue, self.settings, job_id, same_aspect=same_aspect)
-        if request.img2img_image is None:
+        work = partial(resolve, request, catalogue, self.settings, job_id, reading)
+        if request.img2img_image is None and not request.control:
             return work()
         self.engine.admit(pick_model(request, catalogue).name)
         return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
@@ -183,7 +200,7 @@ def pick_model(request: GenerateRequest, catalogue: Catalogue) -> ModelInfo:
         if name is None:
             raise Incompatible("No Flux model is configured; leave flux_enabled out.", field="flux_enabled")
     model = served(name, catalogue)
-    if request.flux_enabled and model.cache != "first_block":
+    if request.flux_enabled and not model.family.startswith("flux"):
         raise Incompatible(
             f"flux_enabled asks for a Flux model, and {model.name} is none. Leave one of the two out.",
             field="flux_enabled",
@@ -235,14 +252,14 @@ def _refiner(request: GenerateRequest, model: ModelInfo, catalogue: Catalogue) -
 
 
 def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
-    is_flux = model.cache == "first_block"
-    if request.deepcache_enabled and is_flux:
+    is_transformer = model.cache == "first_block"
+    if request.deepcache_enabled and is_transformer:
         raise Incompatible(
             f"DeepCache works on UNet models, and {model.name} is a transformer. "
             "Leave deepcache_enabled out and use FBCache (fbcache_enabled), which is on by default there.",
             field="deepcache_enabled",
         )
-    if request.fbcache_enabled and not is_flux:
+    if request.fbcache_enabled and not is_transformer:
         raise Incompatible(
             f"FBCache works on transformer models, and {model.name} is a UNet. Use DeepCache (deepcache_enabled).",
             field="fbcache_enabled",
@@ -268,13 +285,20 @@ def _check_compatible(request: GenerateRequest, model: ModelInfo) -> None:
             "got. Set multiscale_enabled to false, or take a model that was not.",
             field="multiscale_enabled",
         )
-    if request.stable_fast and is_flux:
+    for name in ("img2img_enabled", "hires_fix", "adetailer"):
+        if getattr(request, name) and not FAMILIES[model.family].draws_over:
+            raise Incompatible(
+                f"{model.name} draws from noise alone: {model.family} has no pipeline that draws over a picture. Leave "
+                f"{name} out, or take a model of another family.",
+                field=name,
+            )
+    if request.stable_fast and is_transformer:
         raise Incompatible(
             f"stable_fast is for UNet models, and {model.name} is a transformer. Leave it out, or set compile.",
             field="stable_fast",
         )
     for name, neutral in (("clip_skip", 1), ("guidance_rescale", 0), ("freeu", False)):
-        if getattr(request, name) not in (None, neutral) and is_flux:
+        if getattr(request, name) not in (None, neutral) and is_transformer:
             raise Incompatible(
                 f"{name} works on UNet models, and {model.name} is a transformer. Leave it out.", field=name
             )

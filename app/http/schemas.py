@@ -19,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from app.errors import Invalid, shown
-from app.http.foreign import LIGHTDIFFUSION, CfgFree, translated
+from app.errors import TOGETHER, Invalid, invalid, shown
+from app.http.foreign import LIGHTDIFFUSION, CfgFree, ControlNet, translated
 from app.images import OutputFormat
 
 EXAMPLE: dict[str, JsonValue] = {
@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 LONGEST_PROMPT = 10_000
 LONGEST_NAME = 200
+MOST_CONTROLS = 4
 Model = TypeVar("Model", bound=BaseModel)
 
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
@@ -60,6 +61,25 @@ class Lora(BaseModel):
     text_weight: float | None = Field(
         None, ge=-4, le=4, description="Its strength in the text encoders, where that is another."
     )
+
+
+class Control(BaseModel):
+    """A ControlNet of the configured folder, and the picture that it reads."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: Name = Field(description="Its name, see GET /api/controlnets.")
+    image: str = Field(description="Its map, or with edges any picture: base64 or a data URL. Never a path or a URL.")
+    weight: float = Field(1.0, ge=0, le=2, description="The strength of what it adds; 0 adds nothing.")
+    start: float = Field(0.0, ge=0, lt=1, description="The share of the run's steps before it acts.")
+    end: float = Field(1.0, gt=0, le=1, description="The share of the run's steps after which it acts no more.")
+    edges: bool = Field(False, description="Show it the picture's edges (Canny 1986) in place of the picture.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Control:
+        if self.start >= self.end:
+            raise _located("start", "must be less than end; swap them")
+        return self
 
 
 class GenerateRequest(BaseModel):
@@ -240,6 +260,12 @@ class GenerateRequest(BaseModel):
     multiscale_fullres_end: int = Field(8, ge=0, le=150, description="Last steps at full resolution.")
     multiscale_intermittent: bool = Field(True, description="Every fourth step in between at full resolution.")
     loras: list[Lora] = Field(default=[], max_length=16, description="Adapters to apply, safetensors only.")
+    control: list[Control] = Field(
+        default=[],
+        max_length=MOST_CONTROLS,
+        description="ControlNets, each shown a picture (image), cut to width × height, by which it steers where things "
+        "stand; of model and image each has one, weight is 0 to 2, start and end are shares of the steps.",
+    )
     enable_preview: bool = Field(False, description="Send intermediate pictures on the job's event stream.")
     deadline_seconds: float | None = Field(
         None, gt=0, description="Give up and answer 504 after so many seconds; null takes the server's limit."
@@ -274,8 +300,9 @@ class GenerateRequest(BaseModel):
     @classmethod
     def _no_kind(cls, value: object) -> object:
         if isinstance(value, str):
-            kinds = "has no kinds any more; give true, the default, or false, which is the published cache"
-            raise _located("cache_forecast", kinds)
+            raise PydanticCustomError(
+                "kinds", "has no kinds any more; give true, the default, or false, which is the published cache"
+            )
         return value
 
     @field_validator("loras")
@@ -330,7 +357,7 @@ class GenerateRequest(BaseModel):
         return {name: getattr(self, f"multiscale_{name}") for name in names}
 
 
-KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION, *CfgFree.model_fields)
+KNOWN = (*GenerateRequest.model_fields, *LIGHTDIFFUSION, *CfgFree.model_fields, *ControlNet.model_fields)
 
 
 def parse(body: dict[str, Any], known: Collection[str] = KNOWN, left_out: Sequence[str] = ()) -> GenerateRequest:
@@ -344,6 +371,8 @@ def parse(body: dict[str, Any], known: Collection[str] = KNOWN, left_out: Sequen
         if "guidance_end" in body:
             raise Invalid("cfg_free_enabled sets guidance_end; give one.", field="cfg_free_enabled")
         body["guidance_end"] = cfg_free.cfg_free_start_percent / 100
+    control_net = validated(ControlNet, {name: body.pop(name) for name in ControlNet.model_fields if name in body})
+    control_net.put_into(body)
     for key in body:
         if key not in GenerateRequest.model_fields:
             nearest = difflib.get_close_matches(key[:LONGEST_NAME], known, n=1, cutoff=0)
@@ -360,41 +389,9 @@ def validated(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error) from None
 
 
 def _located(field: str, message: str) -> PydanticCustomError:
     """For a check on the whole object, which pydantic would otherwise pin on no field."""
-    return PydanticCustomError("together", "{message}", {"field": field, "message": message})
-
-
-def _invalid(error: ValidationError) -> Invalid:
-    # The input is left out: a NaN or a lone surrogate in it could not be written into an answer.
-    faults = error.errors(include_input=False, include_url=False)
-    fields = []
-    for fault in faults:
-        located = fault.get("ctx", {}).get("field") if fault["type"] == "together" else None
-        fields.append(located or ".".join(shown(str(part)) for part in fault["loc"]))
-    first, field = faults[0], fields[0]
-    if first["type"] == "missing":
-        message = f"{field} is required."
-    elif first["type"] == "string_unicode":
-        message = f"{field}: holds a lone surrogate, half of a character; send the whole character."
-    else:
-        message = f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}."
-    if others := [other for other in dict.fromkeys(fields) if other != field]:
-        message += f" Also wrong: {', '.join(others[:10])}{', …' if len(others) > 10 else ''}."
-    return Invalid(message, field=field)
-
-
-def request_schema(*, rerender: bool = False) -> dict[str, Any]:
-    """JSON Schema of the body, other APIs' names included. rerender: whether it can stand in the prompt's place."""
-    schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    ours = schema["properties"]
-    if rerender:
-        schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["rerender"]}]
-    else:
-        del ours["rerender"]
-    foreign = {name: field.schema(ours) for name, field in LIGHTDIFFUSION.items()}
-    schema["properties"] = {**ours, **foreign, **CfgFree.model_json_schema()["properties"]}
-    return schema
+    return PydanticCustomError(TOGETHER, "{message}", {"field": field, "message": message})

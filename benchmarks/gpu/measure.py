@@ -58,7 +58,7 @@ class Setting:
 
 def cached(geometry: Geometry) -> CacheStrategy:
     """Ours, at the pace of the others as far as random weights let it."""
-    flux = geometry.family.startswith("flux")
+    flux = geometry.is_transformer
     return FirstBlockCache(threshold=1.0, max_consecutive=PACE - 1) if flux else DeepCache(interval=PACE)
 
 
@@ -79,7 +79,7 @@ def compiled(geometry: Geometry, model: Any) -> Iterator[Setting]:
 
 def peers(geometry: Geometry, model: Any) -> Iterator[Setting]:
     host, steps = model.pipeline, COUNTED if geometry in SMALL else STEPS
-    if geometry.family.startswith("flux"):
+    if geometry.is_transformer:
         from diffusers import FirstBlockCacheConfig
 
         config = FirstBlockCacheConfig(threshold=ALWAYS)  # it knows no pace

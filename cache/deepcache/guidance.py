@@ -18,7 +18,7 @@ from cache.views.base import Call
 
 def conditional(call: Call, batch: int) -> Call:
     """`call` with the second half of every argument that has `batch` rows."""
-    return replace(call, args=_second_half(call.args, batch), kwargs=_second_half(call.kwargs, batch))
+    return replace(call, args=second_half(call.args, batch), kwargs=second_half(call.kwargs, batch))
 
 
 def difference(prediction: Tensor) -> Tensor:
@@ -32,12 +32,13 @@ def both(with_text: Tensor, difference: Tensor) -> Tensor:
     return torch.cat([with_text - difference, with_text])
 
 
-def _second_half(value: Any, batch: int) -> Any:
+def second_half(value: Any, batch: int) -> Any:
+    """The second half of whatever in `value` has `batch` rows."""
     match value:
         case Tensor() if value.dim() > 0 and value.shape[0] == batch:
             return value[batch // 2 :]
         case tuple() | list():
-            return type(value)(_second_half(item, batch) for item in value)
+            return type(value)(second_half(item, batch) for item in value)
         case dict():
-            return {name: _second_half(item, batch) for name, item in value.items()}
+            return {name: second_half(item, batch) for name, item in value.items()}
     return value

@@ -1,9 +1,9 @@
 """One run of the first-block cache: the residuals that it keeps, and the stand-ins that run or skip the blocks.
 
-For a call, each of the root's lists of blocks is shadowed by a single stand-in. The first one runs block 0 and decides;
-then each runs the rest of its list over the batch items that compute. The root's forward is untouched around them, so
-what it does between and after its lists stays its business. In a run's first call the lists keep their length: for each
-further block a stand-in sees whether the root calls it with the arguments of the first one.
+For a call, each block in the root's lists is shadowed by a stand-in. The first one runs its block and decides; each
+further one runs its own over the batch items that compute, and hands on the others' streams, which are final by then.
+The root's forward is untouched around them: what it hands each block beside the streams, and what it does before and
+after its lists, stays its business. In a run's first call the stand-ins see that it does nothing to the streams.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ from cache.views.transformer import IMAGE, TransformerDenoiser
 from .rule import Reference
 from .settings import Settings
 
+_FOLLOWED: WeakSet[nn.Module] = WeakSet()  # roots seen to hand on what blocks return: to compare, the host waits
 Streams = dict[str, Tensor]  # by name, each (batch, tokens, channels)
+Place = tuple[int, int]  # of a block: its list, and its number there
 
 
 @dataclass(slots=True)
@@ -60,6 +63,12 @@ class FirstBlockRun(Run):
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # of the first call, on the meta device
         # Whether blocks write into their inputs, so that what is subtracted later must be copied; None until seen.
         self.in_place: bool | None = None
+        self.packed: dict[Place, bool] = {}  # whether a block returns a tuple, once it has run
+        self.joins = False  # whether the root joins its streams before its last list of blocks
+
+    @property
+    def last(self) -> Place:
+        return len(self.blocks) - 1, len(self.blocks[-1]) - 1
 
     def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         denoiser, report = self.denoiser, self.report
@@ -73,13 +82,13 @@ class FirstBlockRun(Run):
             report.residuals.append(None)
             report.item_residuals.append(())
             return output, (True,) * denoiser.batch_of(call)
-        turn = Turn(self, lane)
-        stand_ins = turn.stand_ins(checking=self.arguments is None)
+        turn = Turn(self, lane, checking=self.arguments is None)
         self.arguments = self.arguments or on_meta(call.args, call.kwargs)
-        with shadowed(stand_ins):
+        with shadowed(turn.stand_ins()):
             output = call.run()
+        _FOLLOWED.add(denoiser.root)
         report.residuals.append(turn.change)
-        report.item_residuals.append(tuple(turn.changes))
+        report.item_residuals.append(denoiser.of_pictures(turn.changes, _larger))
         return output, tuple(row in turn.rows for row in range(turn.batch))
 
     def reuse_cost(self) -> float | None:
@@ -102,77 +111,82 @@ class FirstBlockRun(Run):
 class Turn:
     """One call in progress."""
 
-    def __init__(self, run: FirstBlockRun, lane: Lane) -> None:
-        self.run, self.denoiser, self.lane = run, run.denoiser, lane
+    def __init__(self, run: FirstBlockRun, lane: Lane, *, checking: bool) -> None:
+        self.run, self.denoiser, self.lane, self.checking = run, run.denoiser, lane, checking
         self.batch = 0
         self.rows: list[int] = []  # the batch items that compute
         self.changes: list[float] = []  # what of each item was held against the threshold, if there was anything
         self.change: float | None = None  # the largest of them
-        self.packed = True  # whether the blocks return a tuple
         self.head: Streams = {}  # after the first block, as it was then
         self.live: Streams = {}  # the same tensors as the first block returned them, which the next may write into
         self.writes: list[int] | None = None  # how often each of them had been written to by then
-        self.passed: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Any]]  # a list's arguments, and its streams
+        self.handed: Streams = {}  # by the block before
 
-    def stand_ins(self, *, checking: bool) -> list[Shadow]:
+    def stand_ins(self) -> list[Shadow]:
         """What the root gets for its lists of blocks."""
-        self.checking = checking
-        shadows: list[Shadow] = []
-        for index, (name, blocks) in enumerate(zip(self.denoiser.block_lists, self.run.blocks, strict=True)):
-            further = [partial(self.check, index)] * (len(blocks) - 1 if checking else 0)
-            shadows.append((self.denoiser.root, name, [partial(self.through, index), *further]))
-        return shadows
+        return [
+            (self.denoiser.root, name, [partial(self.block, (index, number)) for number in range(len(blocks))])
+            for index, (name, blocks) in enumerate(zip(self.denoiser.block_lists, self.run.blocks, strict=True))
+        ]
 
-    def through(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What the root gets for running its list of blocks `index`."""
+    def block(self, at: Place, *args: Any, **kwargs: Any) -> Any:
+        """What the root gets for running the block `at`."""
         run, denoiser = self.run, self.denoiser
-        blocks = run.blocks[index]
-        if index == 0:
-            streams = self.begin(args, kwargs)
-            blocks = blocks[1:]
+        block = run.blocks[at[0]][at[1]]
+        if at == (0, 0):
+            streams = self.begin(block, args, kwargs)
         else:
-            passed = denoiser.inputs(args, kwargs)
-            if missing := [name for name in self.head if name not in passed]:
-                raise IncompatibleDenoiser(
-                    f"{type(denoiser.root).__name__} hands its {denoiser.block_lists[index]} no {missing[0]}: it joins "
-                    "its streams between its lists of blocks, and the first-block cache cannot follow. Run it uncached."
-                )
-            streams = {name: passed[name] for name in self.head}
-        if len(self.rows) == self.batch:
-            streams = self.run_blocks(blocks, streams, args, kwargs)
-        elif self.rows:
-            rows = self.index
-            some_args = tuple(_items(value, rows, self.batch) for value in args)
-            some_kwargs = {name: _items(value, rows, self.batch) for name, value in kwargs.items()}
-            some = {name: stream[rows] for name, stream in streams.items()}
-            some = self.run_blocks(blocks, some, some_args, some_kwargs)
-            streams = {name: streams[name].index_copy(0, rows, stream) for name, stream in some.items()}
-        if index == len(run.blocks) - 1 and self.rows:
-            self.keep(streams)
-        if self.checking:
-            self.passed = (args, kwargs, {name: streams.get(name) for name in self.head})
-        return denoiser.output(streams, self.packed)
+            if self.checking:
+                self.check(at, args, kwargs)
+            streams = self.go_on(block, at, args, kwargs)
+        if self.rows and at == run.last:
+            self.keep(denoiser.split(streams[IMAGE], self.head) if run.joins else streams)
+        self.handed = streams
+        return denoiser.output(streams, run.packed[at])
 
-    def check(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """What the root gets for each further block: all have run, and it is seen that they are called alike."""
+    def go_on(self, block: nn.Module, at: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
+        """The streams after a further block, which runs over the items that compute."""
+        run, denoiser = self.run, self.denoiser
+        some = len(self.rows) < self.batch
+        given = {name: stream for name, stream in denoiser.inputs(args, kwargs).items() if name in self.head}
+        if not self.rows:
+            return given
+        if some:
+            args = tuple(_items(value, self.index, self.batch) for value in args)
+            kwargs = {name: _items(value, self.index, self.batch) for name, value in kwargs.items()}
+        result = block(*args, **kwargs)
+        run.packed[at] = isinstance(result, tuple)
+        streams = denoiser.results(result)
+        return {name: given[name].index_copy(0, self.index, s) for name, s in streams.items()} if some else streams
+
+    def check(self, at: Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """See that the root hands on what the block before has returned, from list to list perhaps as one stream.
+
+        It may hand each block something of its own beside that. Raises IncompatibleDenoiser.
+        """
         denoiser = self.denoiser
-        first_args, first_kwargs, streams = self.passed
-        if not _same((args, kwargs), denoiser.arguments(streams, first_args, first_kwargs)):
-            raise IncompatibleDenoiser(
-                f"{type(denoiser.root).__name__} calls each of its {denoiser.block_lists[index]} with something of its "
-                "own, and the first-block cache calls them all alike. Run it uncached."
-            )
-        return denoiser.output(streams, self.packed)
+        passed, blocks = denoiser.inputs(args, kwargs), denoiser.block_lists[at[0]]
+        expected = self.handed
+        if at[1] == 0 and any(name not in passed for name in expected):
+            expected = {IMAGE: denoiser.joined(expected)}
+            self.run.joins = True
+        for name, stream in expected.items():
+            known = denoiser.root in _FOLLOWED and name in passed and passed[name].shape == stream.shape
+            if name not in passed or not (known or _same(passed[name], stream)):
+                raise IncompatibleDenoiser(
+                    f"{type(denoiser.root).__name__} changes {name} on its way to block {at[1]} of {blocks}, and the "
+                    "first-block cache cannot follow: it hands on what blocks have returned. Run it uncached."
+                )
 
-    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
-        """Run block 0 and decide. Returns the streams that go on, with the final values for the items that reuse."""
+    def begin(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
+        """Run the first block and decide. Returns the streams that go on, final ones for the items that reuse."""
         run, denoiser = self.run, self.denoiser
         taken = denoiser.inputs(args, kwargs)
         image = taken[IMAGE]
         before = image if run.in_place is False else image.clone()
         writes = _writes({IMAGE: image})
-        result = run.blocks[0][0](*args, **kwargs)
-        self.packed = isinstance(result, tuple)
+        result = block(*args, **kwargs)
+        run.packed[0, 0] = isinstance(result, tuple)
         self.live = denoiser.results(result)
         kept: Kept | None = self.lane.kept.get(self.lane.size)
         if kept is None:
@@ -211,14 +225,6 @@ class Turn:
             self.run.report.warn("The first block's residual was zero, infinite or not a number: those calls computed.")
         return verdict.ahead
 
-    def run_blocks(
-        self, blocks: list[nn.Module], streams: Streams, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Streams:
-        for block in blocks:
-            block_args, block_kwargs = self.denoiser.arguments(streams, args, kwargs)
-            streams = self.denoiser.results(block(*block_args, **block_kwargs))
-        return streams
-
     def keep(self, streams: Streams) -> None:
         """Keep what the items that computed may reuse; `streams` are those after the last block."""
         run, call = self.run, self.lane.calls
@@ -244,6 +250,10 @@ class Turn:
     def index(self) -> Tensor:
         """`rows` on the device."""
         return upload(torch.tensor(self.rows), self.probe.device)
+
+
+def _larger(one: float, other: float) -> float:
+    return max(one, other, key=lambda change: change if math.isfinite(change) else math.inf)
 
 
 def _writes(streams: Streams) -> list[int] | None:

@@ -12,13 +12,15 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cache.errors import AlreadyAttached, IncompatibleDenoiser
 from cache.patching import shadowed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,24 @@ class Call:
         return (_signature(self.args), tuple(self.kwargs), _signature(self.kwargs.values()))
 
 
-def answer_of(form: type[Any], prediction: torch.Tensor) -> Any:
+def answer_of(form: type[Any], prediction: torch.Tensor | list[torch.Tensor]) -> Any:
     """A denoiser's answer of this form, a tuple or one of diffusers' outputs."""
     return (prediction,) if issubclass(form, tuple) else form(prediction)
+
+
+def predicted(answer: Any) -> torch.Tensor | None:
+    """The prediction in a denoiser's answer: of a list of items (Z-Image), one tensor; None if their shapes differ."""
+    found = answer[0]  # of a tuple or of diffusers' output, which can be indexed as one
+    if isinstance(found, list):
+        return torch.stack(found) if len({item.shape for item in found}) == 1 else None
+    prediction: torch.Tensor = found
+    return prediction
+
+
+def with_prediction(answer: Any, prediction: torch.Tensor) -> Any:
+    """`answer` with another prediction in it."""
+    listed = isinstance(answer[0], list)
+    return answer_of(type(answer), list(prediction.unbind()) if listed else prediction)
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -145,6 +162,7 @@ class Denoiser:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.responses: Responses = _unknown
+        self.guided: Callable[[], bool] = lambda: False  # whether the present call has every picture twice in its batch
         parameters = tuple(inspect.signature(type(root).forward).parameters)[1:]
         self._positions = {name: position for position, name in enumerate(parameters)}
 
@@ -169,6 +187,19 @@ class Denoiser:
         other = copy.copy(self)
         other.responses = responses
         return other
+
+    def guided_by(self, guided: Callable[[], bool]) -> Self:
+        """The same view for a run whose calls have every picture twice, without text and with it, where `guided`."""
+        other = copy.copy(self)
+        other.guided = guided
+        return other
+
+    def of_pictures(self, rows: Sequence[T], join: Callable[[T, T], T]) -> tuple[T, ...]:
+        """What is known of a call's rows, of its pictures: those of both halves of a guided batch joined."""
+        half = len(rows) // 2
+        if not half or len(rows) % 2 or not self.guided():
+            return tuple(rows)
+        return tuple(map(join, rows[:half], rows[half:]))
 
     def check_is_not_compiled(self) -> None:
         """Raises IncompatibleDenoiser for a network that was compiled as one: it runs what was traced, cut or not."""

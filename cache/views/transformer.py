@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cache import flops
@@ -13,7 +14,7 @@ from cache.errors import IncompatibleDenoiser
 from .base import Call, Denoiser
 
 IMAGE = "hidden_states"
-_STREAM_ORDER = (IMAGE, "encoder_hidden_states")  # of a block's positional arguments in diffusers
+TEXT = "encoder_hidden_states"
 
 
 class TransformerDenoiser(Denoiser):
@@ -21,7 +22,8 @@ class TransformerDenoiser(Denoiser):
 
     block_lists: the root's attributes that hold the blocks, in the order of their running; None finds them by name.
     streams: the block's results in their order, for blocks that return a tuple. One that returns a tensor returns the
-    image stream. Streams have the shape (batch, tokens, channels).
+    image stream. Streams have the shape (batch, tokens, channels). Where a later list takes all of them as one, they
+    lie in it in that order. takes: those that a block is called with by position.
     """
 
     injections = (
@@ -36,13 +38,15 @@ class TransformerDenoiser(Denoiser):
         root: nn.Module,
         *,
         block_lists: Sequence[str] | None = None,
-        streams: Sequence[str] = ("encoder_hidden_states", "hidden_states"),
+        streams: Sequence[str] = (TEXT, IMAGE),
+        takes: Sequence[str] = (IMAGE, TEXT),
     ) -> None:
         super().__init__(root)
         usual = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
         names = usual if block_lists is None else block_lists
         self.block_lists = tuple(name for name in names if len(getattr(root, name, ())) > 0)
         self.streams = tuple(streams)
+        self.takes = tuple(takes)
         if not self.block_lists or (block_lists is not None and self.block_lists != tuple(block_lists)):
             raise IncompatibleDenoiser(
                 f"{type(root).__name__} has no blocks under {', '.join(names)}: name its lists in block_lists."
@@ -54,24 +58,13 @@ class TransformerDenoiser(Denoiser):
         return [list(getattr(self.root, name)) for name in self.block_lists]
 
     def batch_of(self, call: Call) -> int:
-        """How many items `call` denoises together."""
-        return len(self.argument(IMAGE, call))
+        """How many items `call` denoises together: the image comes first among the root's arguments."""
+        return len(call.args[0] if call.args else call.kwargs[next(iter(self._positions))])
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The streams that a block is called with."""
-        passed = {
-            name: args[position] if position < len(args) else kwargs.get(name)
-            for position, name in enumerate(_STREAM_ORDER)
-        }
+        passed = {name: kwargs.get(name) for name in (IMAGE, TEXT)} | dict(zip(self.takes, args, strict=False))
         return {name: value for name, value in passed.items() if isinstance(value, Tensor)}
-
-    def arguments(
-        self, streams: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A block's arguments with other streams in them."""
-        by_name = {name: streams.get(name, value) for name, value in kwargs.items()}
-        named = dict(zip(_STREAM_ORDER, args, strict=False)) | dict(streams)
-        return (*(named[name] for name in _STREAM_ORDER[: len(args)]), *args[len(_STREAM_ORDER) :]), by_name
 
     def results(self, output: Any) -> dict[str, Tensor]:
         """The streams in what a block returned."""
@@ -88,6 +81,15 @@ class TransformerDenoiser(Denoiser):
                     f"having taken it in {tuple(taken[name].shape)}: give the view its streams in the order in which "
                     f"the blocks return them, which is not {', '.join(self.streams)}."
                 )
+
+    def joined(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """All streams as one."""
+        return torch.cat([streams[name] for name in self.streams if name in streams], dim=1)
+
+    def split(self, joined: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `joined`. like: streams of as many tokens."""
+        names = [name for name in self.streams if name in like]
+        return dict(zip(names, torch.split(joined, [like[name].shape[1] for name in names], dim=1), strict=True))
 
     def output(self, streams: Mapping[str, Tensor], packed: bool) -> Any:
         """What a block that put out `streams` would return; `packed` if the blocks return tuples."""

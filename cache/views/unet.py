@@ -79,7 +79,7 @@ class UNetDenoiser(Denoiser):
         self.native_size = native_size
         self.num_train_timesteps = num_train_timesteps
         self._rule = rule
-        self._guided = guided
+        self.guided = guided
         self._is_certain = False  # that `guided` speaks of the present call
         self.down_blocks: list[Any] = list(root.down_blocks)  # type: ignore[arg-type]
         self.up_blocks: list[Any] = list(root.up_blocks)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ class UNetDenoiser(Denoiser):
         Compares the halves, which synchronises with a GPU, unless it is known of each call.
         """
         sample: Tensor = self.argument("sample", call)
-        if not self._guided() or len(sample) % 2:
+        if not self.guided() or len(sample) % 2:
             return None
         return len(sample) if self._is_certain or torch.equal(*sample.chunk(2)) else None
 
@@ -123,7 +123,7 @@ class UNetDenoiser(Denoiser):
         other = copy.copy(self)
         other._is_certain = True
         other._rule = rule
-        other._guided = guided
+        other.guided = guided
         return other
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import ModelError
 
 SUFFIX = ".safetensors"
+CONFIG = "config.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _NAMED = 3
 _LETTERS = 80
@@ -25,15 +26,19 @@ class WeightsFolder:
     """The safetensors files in `path` and its subfolders, by name without suffix; none if there is no such folder.
 
     A name is a path from the folder, with slashes. A link out of the folder and what lies behind a dot are none of
-    them. `kind` is what a message calls them, in the singular.
+    them. `kind` is what a message calls them, in the singular. diffusers: a folder with a config.json is one too, as a
+    whole. embedded: those that come with the service, which one of the operator's of the same name goes before.
     """
 
     path: Path | None
     kind: str
+    diffusers: bool = False
+    embedded: Mapping[str, Path] = field(default_factory=dict)
 
     def files(self) -> dict[str, Path]:
         """Name → real path, sorted by name."""
-        return {name: real for name, suffix, real in self._contents() if suffix == SUFFIX}
+        own = {name: real for name, suffix, real in self._contents() if suffix == SUFFIX or real.is_dir()}
+        return dict(sorted({**self.embedded, **own}.items()))
 
     def find(self, name: str) -> tuple[str, Path]:
         """The file called `name`, with or without its suffix, without its folders where no other is called so.
@@ -60,17 +65,22 @@ class WeightsFolder:
         return f"Nearest: {', '.join(near)}."
 
     def _contents(self) -> Iterator[tuple[str, str, Path]]:
-        """Each file's name, its suffix and what it really is, sorted; links out of the folder left out."""
+        """Each one's name, its suffix and what it really is, sorted; links out of the folder left out."""
         if self.path is None or not self.path.is_dir():
             return
         root = self.path.resolve()
         found = []
         for folder, inner, names in os.walk(root):
+            if self.diffusers and CONFIG in names and Path(folder) != root:
+                inner.clear()
+                found.append(Path(folder))
+                continue
             inner[:] = [name for name in inner if not name.startswith(".")]
             found += [Path(folder, name) for name in names if not name.startswith(".")]
-        for file in sorted(found):
-            if file.is_file() and (real := file.resolve()).is_relative_to(root):
-                yield file.relative_to(root).with_suffix("").as_posix(), file.suffix, real
+        for one in sorted(found):
+            if (one.is_file() or one.is_dir()) and (real := one.resolve()).is_relative_to(root):
+                suffix = "" if real.is_dir() else one.suffix
+                yield one.relative_to(root).as_posix().removesuffix(suffix), suffix, real
 
 
 def _shown(name: str) -> str:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _DENOISER = (
     "lora_unet_",  # kohya; LyCORIS and ComfyUI too
     "lora_transformer_",  # OneTrainer
@@ -46,7 +45,9 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
         "text_encoders_clip_g_transformer_",
         "text_encoders_t5xxl_transformer_",
     ),
+    "text_encoder_3": ("lora_te3_", "text_encoder_3_", "text_encoders_t5xxl_transformer_"),
 }
+COMPONENTS = tuple(_PREFIXES)
 _PAIR = re.compile(r"(?:[._]lora|\.lora_linear_layer)([12]?)\.(down|up)\.weight$")
 _PEFT = re.compile(r"\.lora_([AB])(?:\.default)?\.(weight|bias)$")
 _PART = re.compile(

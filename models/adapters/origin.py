@@ -34,6 +34,16 @@ _FAMILIES = (
 )
 _BY_TEXT_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2.1", 2048: "SDXL", 1280: "the SDXL refiner"}
 
+_PIPELINES = {  # by how diffusers' classes begin
+    "StableDiffusionXL": "SDXL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux2": "FLUX.2",
+    "Flux": "Flux",
+    "Chroma": "Chroma",
+    "QwenImage": "Qwen-Image",
+    "ZImage": "Z-Image or Lumina 2",
+}
+
 
 def trainer(keys: Iterable[str], header: Mapping[str, str]) -> str:
     """By the file's own word, else by how it spells its keys."""
@@ -58,9 +68,8 @@ def family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def family_of(pipeline: Any) -> str:
     """Of a loaded model."""
-    name = type(pipeline).__name__
-    if "Flux" in name:
-        return "Flux"
-    if "XL" in name:
-        return "SDXL"
+    kind = type(pipeline).__name__
+    for mark, name in _PIPELINES.items():
+        if kind.startswith(mark):
+            return name
     return _BY_TEXT_WIDTH.get(pipeline.unet.config.cross_attention_dim, "Stable Diffusion 1 or 2")

@@ -24,10 +24,13 @@ class ModelFamily(ABC):
     pipeline, network: the diffusers class, and the component of it that denoises.
     text_encoders: the transformers class of each. extras: arguments of the pipeline's constructor.
     half: what the weights are in on an accelerator, unless the spec says otherwise.
-    traits: what the network's configuration says in this family and not in its neighbours.
+    traits: what the network's configuration says in this family and not in its neighbours; settings: what the
+    pipeline's index does.
     cache: the one that acts on this family's denoiser.
     freeu: the factors that its authors published for this family; None where there are no skips.
-    refiners: families whose models can go on from this one's latents. needs_picture: it draws over pictures alone.
+    controlnets: whether ControlNets are made for it.
+    refiners: families whose models can go on from this one's latents. needs_picture: it draws over pictures alone;
+    draws_over: it draws over pictures at all.
     """
 
     name: str
@@ -38,14 +41,17 @@ class ModelFamily(ABC):
     extras: Mapping[str, Any] = field(default_factory=dict)
     half: DtypeName
     traits: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     cache: CacheName
     table: Mapping[str, Sampler]
     size_multiple: int
     steps: int
     guidance_scale: float
     freeu: FreeU | None
+    controlnets: bool = False
     refiners: frozenset[str] = frozenset()
     needs_picture: bool = False
+    draws_over: bool = True
 
     @property
     def samplers(self) -> Mapping[str, tuple[str, ...]]:
@@ -58,6 +64,7 @@ class ModelFamily(ABC):
             check_family(spec, file)
         check_class(spec, self.pipeline)
         check_traits(spec, f"{self.network}/config.json", self.traits)
+        check_traits(spec, "model_index.json", self.settings)
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:
         """Floating-point operations of a reuse step at each branch, as shares of a full step, without the weights.

@@ -74,7 +74,7 @@ class StableDiffusionModel(PipelineModel):
 
     def _encode(self, params: GenerationParams) -> dict[str, torch.Tensor | None]:
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
-        guided = params.guidance_scale > 1
+        guided = self.runs_twice(params)
         clips = encoders(self.pipeline, self.device, params.clip_skip)
         if plain_enough(clips, [prompt, negative_prompt], params.clip_skip):
             positive, negative = self.pipeline.encode_prompt(
@@ -109,10 +109,6 @@ class StableDiffusionModel(PipelineModel):
     def guidance(self, params: GenerationParams) -> dict[str, float]:
         rescale = {"guidance_rescale": params.guidance_rescale} if params.guidance_rescale else {}
         return {"guidance_scale": params.guidance_scale, **rescale}
-
-    def clean(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        scaled: torch.Tensor = latents / self.pipeline.vae.config.scaling_factor
-        return scaled
 
     def warnings(self, params: GenerationParams) -> list[str]:
         sentences = remarks(f"{params.prompt}\n{params.negative_prompt}", weights=True)
@@ -173,6 +169,7 @@ class UNetFamily(ModelFamily):
     steps: int = 20
     guidance_scale: float = 7.5
     freeu: FreeU | None = _FREEU
+    controlnets: bool = True
     model_class: type[StableDiffusionModel] = StableDiffusionModel
 
     def reuse_costs(self, spec: ModelSpec) -> tuple[float, ...]:

@@ -29,7 +29,7 @@ class SDXLModel(StableDiffusionModel):
         import torch
 
         prompt, negative_prompt = parse(params.prompt), parse(params.negative_prompt)
-        guided = params.guidance_scale > 1
+        guided = self.runs_twice(params)
         # Without a negative prompt the model was trained, and diffusers draws, with zeros in its place.
         zeros = not params.negative_prompt.strip() and self.pipeline.config.force_zeros_for_empty_prompt
         positive, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
@@ -84,6 +84,7 @@ SDXL_REFINER = replace(
     model_class=SDXLRefinerModel,
     pipeline="StableDiffusionXLImg2ImgPipeline",
     text_encoders={"text_encoder_2": "CLIPTextModelWithProjection"},
+    controlnets=False,
     refiners=frozenset(),
     needs_picture=True,
 )

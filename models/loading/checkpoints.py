@@ -25,7 +25,17 @@ _LINK = (
     "WAVESPEED_CHECKPOINT_FOLDER name where it lies"
 )
 _REFINER = "StableDiffusionXLImg2ImgPipeline"
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", _REFINER, "FluxPipeline", "FluxFillPipeline")
+_FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3.5",
+    "FluxFillPipeline": "flux-fill",
+    "ChromaPipeline": "chroma",
+    "QwenImagePipeline": "qwen-image",
+}
+"""Pipeline class of a diffusers folder → its family, where that is all that there is to know."""
+_KLEIN, _Z_IMAGE = "Flux2KleinPipeline", "ZImagePipeline"
+_PIPELINES = ("StableDiffusionPipeline", _REFINER, "FluxPipeline", _KLEIN, _Z_IMAGE, *_FAMILIES)
+_TURBO_SHIFT = 3.0  # of Z-Image-Turbo's schedule, by which alone its folder differs from Z-Image's, whose is 6
 Stamp = tuple[tuple[int, int], ...]
 """When each of a model's files was changed, in nanoseconds, and its bytes."""
 
@@ -147,8 +157,9 @@ class CheckpointFolder:
             words, keys = " and ".join(lacking.values()), " and ".join(f"`{name}`" for name in lacking)
             remedy = f"put what is missing into the folder of checkpoints, or name it as {keys} in the models file"
             return spec, f"lacks {words}: {remedy}"
-        if PARTS.get(spec.family, {}).get("text_encoder_2") == "t5":
-            parts.setdefault("tokenizer_2", self.path / T5_FOLDER)
+        for component, role in PARTS.get(spec.family, {}).items():
+            if role == "t5":
+                parts.setdefault(component.replace("text_encoder", "tokenizer"), self.path / T5_FOLDER)
         return replace(spec, parts=parts), ""
 
     def _walk(self) -> Iterator[tuple[str, Path, str]]:
@@ -215,12 +226,15 @@ def _family_of_folder(folder: Path) -> str:
     named = plain_class(index)
     if named not in _PIPELINES:
         raise BadFile(f"is a {named}, and of diffusers folders {', '.join(_PIPELINES)} are served")
-    if named == "FluxFillPipeline":
-        return "flux-fill"
+    if named in _FAMILIES:
+        return _FAMILIES[named]
     if named == "FluxPipeline":
         return "flux-dev" if _json(folder / "transformer" / "config.json").get("guidance_embeds") else "flux-schnell"
-    if named == "StableDiffusionXLPipeline":
-        return "sdxl"
+    if named == _KLEIN:
+        return "flux2-klein" if index.get("is_distilled") else "flux2-klein-base"
+    if named == _Z_IMAGE:
+        shift = _json(folder / "scheduler" / "scheduler_config.json").get("shift")
+        return "z-image-turbo" if shift == _TURBO_SHIFT else "z-image"
     if named == _REFINER and not index.get("requires_aesthetics_score"):
         raise BadFile(f"is a {_REFINER} and no refiner, by its model_index.json: save it as StableDiffusionXLPipeline")
     if named == _REFINER:

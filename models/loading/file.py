@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".gguf")
 _OLD_CLIP = re.compile(r"(embeddings|encoder|final_layer_norm)\.")  # before transformers 4.0 `text_model.` was not said
+_OWN = {"sd": ("sd15", "sd21"), "flux": ("flux-schnell", "flux-dev", "flux-fill")}  # families of no one shape
 _UNUSED = {  # what the published files hold beside the network that the family runs
     "clip_l": r"text_projection(\.weight)?",
     "clip_h": r"text_projection|transformer\.resblocks\.23\..*",  # its last layer is not read
@@ -87,7 +88,7 @@ def check_family(spec: ModelSpec, file: Path) -> None:
         raise LoadFailed(f"The model {spec.name!r} is not served: {file} {found.reason}.")
     if spec.config is None and (odd := unusual(found.family, found.networks)):
         raise LoadFailed(f"The model {spec.name!r} is not served: {file} {odd}.")
-    if spec.family != found.family and not (spec.family in ("sd", "flux") and found.family.startswith(spec.family)):
+    if spec.family != found.family and found.family not in _OWN.get(spec.family, ()):
         raise LoadFailed(
             f"The model {spec.name!r} at {spec.source} is not of family {spec.family!r}: by its tensors it is "
             f"{found.family!r}. Name the right family, or another file."

@@ -63,7 +63,9 @@ def load_pipeline(
             else:
                 components |= tokenizers(spec, configurations_of(spec, file))
             loaded, lacking = _load_networks(spec, folder, text_encoders, dtype, hooks, components, parts)
-            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components, **loaded)
+            none = [name for name, of in read_json(spec, "model_index.json").items() if of == [None, None]]
+            components = {**dict.fromkeys(none), **components, **loaded}  # diffusers would have some of them named
+            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **components)
         except (MemoryError, LoadFailed):
             raise
         except Exception as error:  # the loaders raise whatever json, safetensors, tokenizers and torch do

@@ -12,7 +12,7 @@ from models.base import Quantization
 from .header import BadFile, read_header
 from .quantised import tensor_bytes
 
-NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<variant>\.fp16)?(-\d+-of-\d+)?(?P<late>\.fp16)?\.safetensors"
 )

@@ -84,6 +84,8 @@ _LEAVES |= COMPANIONS
 _ADAPTER = re.compile(r"lora_|\.lora\.|_lora\d?\.|\.lora_[AB]|hada_w|lokr_w|oft_blocks|oft_diag|dora_scale|glora")
 _READ_HERE = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
 _UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"  # in T5 the first block has it alone
+_IN_ONE = "as one file, which is not served here: bring its diffusers folder"
+_OTHER_FLUXES = ("distilled_guidance_layer.in_proj.weight", "single_stream_modulation.lin.weight")  # in Flux's names
 _HEADS = (  # other kinds, by a part of a tensor's name
     (
         r"control_model\.|controlnet_|input_hint_block|controlnet_cond_embedding",
@@ -93,9 +95,11 @@ _HEADS = (  # other kinds, by a part of a tensor's name
     (r"^(vision_model|visual)\.", "CLIP's vision encoder, which is not served here"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter, which is not served here"),
     (r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\.", "a T2I-Adapter, which is not served here"),
-    (r"joint_blocks\.", "a Stable Diffusion 3, a family that is not served here"),
-    (r"distilled_guidance_layer", "a Chroma, a family that is not served here"),
-    (r"single_stream_modulation", "a Flux 2, a family that is not served here"),
+    (r"joint_blocks\.", f"a Stable Diffusion 3 {_IN_ONE}"),
+    (r"distilled_guidance_layer", f"a Chroma {_IN_ONE}"),
+    (r"(^|\.)txt_norm\.weight$", f"a Qwen-Image {_IN_ONE}"),
+    (r"single_stream_modulation", f"a FLUX.2 {_IN_ONE}"),
+    (r"(noise|context)_refiner\.", f"a Z-Image or Lumina 2 {_IN_ONE}"),
     (r"motion_modules|temporal_transformer", "a motion module or a video model, which is not served here"),
     (r"^(down_blocks|up_blocks)\.\d", "a UNet in diffusers' names without its other networks: bring its whole folder"),
     (re.escape(_UMT5), "a text encoder UMT5, of a family that is not served here"),
@@ -222,7 +226,7 @@ def _role(tensors: Mapping[str, TensorInfo], said: Role | None) -> Role | None:
     latents = tensors.get("decoder.conv_in.weight")
     if has("input_blocks.0.0.weight"):
         return "unet"
-    if has("distilled_guidance_layer.in_proj.weight"):
+    if any(name in tensors for name in _OTHER_FLUXES):
         return None
     if has("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "final_layer.linear.weight"):
         return "flux"

@@ -15,14 +15,13 @@ from typing import Any
 from models.base import Distilled
 from models.errors import LoadFailed
 
+from .footprint import NETWORKS
 from .header import TensorInfo
 from .quantised import COMPANIONS
 from .recognise import Network, Role, layers
 
 HEAD = 64  # channels of an attention head, of every published CLIP and of SD2's and SDXL's UNets
 _TENSORS = {"sd15": 686, "sd21": 686, "sdxl": 1680, "sdxl-refiner": 1220}  # of the published UNets
-
-COMPONENTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 
 Configuration = dict[str, Any]
 
@@ -67,7 +66,7 @@ def configurations(
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     files = {"model_index.json": index, "scheduler/scheduler_config.json": scheduler}
-    for component in COMPONENTS:
+    for component in NETWORKS:
         if component not in ours:
             continue
         config = {**_published()["networks"][ours[component]], **ours.get(f"{component}_changes", {})}

@@ -27,7 +27,7 @@ def tokenizers(spec: ModelSpec, files: Mapping[str, Mapping[str, Any]]) -> dict[
         if path.startswith("text_encoder"):
             component = path.partition("/")[0].replace("text_encoder", "tokenizer")
             padding = "!" if config.get("pad_token_id") == 0 else "<|endoftext|>"
-            made[component] = _t5(spec) if config["model_type"] == "t5" else clip_tokenizer(padding)
+            made[component] = _t5(spec, component) if config["model_type"] == "t5" else clip_tokenizer(padding)
     return made
 
 
@@ -53,10 +53,10 @@ def _clip_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {word: at for at, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
 
 
-def _t5(spec: ModelSpec) -> Any:
+def _t5(spec: ModelSpec, component: str) -> Any:
     from transformers import T5Tokenizer
 
-    file = spec.parts.get("tokenizer_2", T5_FOLDER) / "tokenizer.json"
+    file = spec.parts.get(component, T5_FOLDER) / "tokenizer.json"
     if not file.is_file():
         try:
             file = fetch_file(spec, T5, "tokenizer.json")

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy
-from cache.prediction import prediction_of
 from models import finite
 from models.base import Fill, GenerationParams, StageReport, Step
 from models.run import Begun, Run
@@ -167,7 +166,7 @@ class Drawing:
         if settings is None or self.stages:
             yield None
             return
-        scales = Scales(self.model, settings, run, prediction_of(run.scheduler))
+        scales = Scales(self.model, settings, run, self.model.prediction(run.scheduler))
         with scales.attached():
             yield scales
         if "S" not in scales.letters:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from cache import CacheStrategy, Denoiser
+from cache.prediction import Prediction
 from models.base import GenerationParams, ModelSpec
 from models.decoders import Decoder
 from models.layout import Layout
@@ -46,6 +47,8 @@ class Model(Sizes, Protocol):
 
     @property
     def layout(self) -> Layout: ...
+
+    def prediction(self, scheduler: Any) -> Prediction: ...
 
     @property
     def preview_decoder(self) -> Decoder: ...

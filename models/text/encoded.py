@@ -45,8 +45,8 @@ class TextCache:
         return made
 
 
-def key_of(params: GenerationParams) -> Hashable:
-    """All that a text's encoding follows from, within one model.
+def key_of(params: GenerationParams, *, guided: bool) -> Hashable:
+    """All that a text's encoding follows from, within one model. guided: whether the negative prompt is encoded too.
 
     Adapters change the encoders and the words; their files count as they are now, since an operator may exchange them.
     """
@@ -54,7 +54,7 @@ def key_of(params: GenerationParams) -> Hashable:
     return (
         params.prompt,
         params.negative_prompt,
-        params.guidance_scale > 1,
+        guided,
         params.clip_skip,
         params.loras,
         params.embeddings,

@@ -17,6 +17,7 @@ import torch
 from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, FLUX_SMALL, SD15, SDXL, SDXL_REFINER, Geometry
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
+from benchmarks.joint import JOINT
 from cache import NoCache
 from models.base import GenerationParams, Refiner
 from models.loading.plan import Plan, Sizes, Work, choose
@@ -104,7 +105,7 @@ def cards_table() -> Iterator[str]:
     """Gigabytes (10⁹ bytes), with the family's cache by default."""
     yield row("model", "card", "plan", "moved for a prompt", "streamed a step", "counted", "peak")
     yield row(*["---"] * 7)
-    for geometry in (SD15, SDXL, FLUX_DEV, *FLUX_SMALL.values()):
+    for geometry in (SD15, SDXL, FLUX_DEV, *FLUX_SMALL.values(), *JOINT):
         device = Accelerator()
         with device, torch.no_grad():
             loaded = load(geometry, memory=0)

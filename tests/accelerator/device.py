@@ -191,7 +191,7 @@ class Accelerator:
         if name in _OF_ONE_TYPE and len(types := {one.dtype for one in tensors}) > 1:
             raise RuntimeError(f"{name}: expected one data type, found {', '.join(sorted(map(str, types)))}")
         if name in INDEXING:
-            args = (args[0], [self._index(one, name, args[2:]) for one in args[1]], *args[2:])
+            args = (args[0], [each for one in args[1] for each in self._index(one, name, args[2:])], *args[2:])
             tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
             ours = [one for one in tensors if isinstance(one, DeviceTensor)]
         elif name in ("nonzero", "masked_select", "_unique2", "unique_dim"):
@@ -279,20 +279,20 @@ class Accelerator:
         said = self.script(tensor.shape)
         return torch.as_tensor(said).to(tensor.dtype).expand(tensor.shape).contiguous()
 
-    def _index(self, index: Any, name: str, rest: tuple[Any, ...]) -> Any:
-        """An index as positions on the device."""
+    def _index(self, index: Any, name: str, rest: tuple[Any, ...]) -> list[Any]:
+        """An index as positions on the device, a mask as those of each of its dimensions."""
         if not isinstance(index, Tensor):
-            return index
+            return [index]
         if index.dtype in (torch.bool, torch.uint8):
             if name.startswith("index_put") and rest and rest[0].numel() == 1:
-                return index  # a fill under a mask
+                return [index]  # a fill under a mask
             self.wait("shape")
-            (positions,) = known_values(index).nonzero(as_tuple=True)
-            return self.new(torch.empty_like(positions, device="meta"), positions)
+            found = known_values(index).nonzero(as_tuple=True)
+            return [self.new(torch.empty_like(positions, device="meta"), positions) for positions in found]
         if not isinstance(index, DeviceTensor):
             self._upload(index, False)
-            return self.new(torch.empty_like(index, device="meta"), index)
-        return index
+            return [self.new(torch.empty_like(index, device="meta"), index)]
+        return [index]
 
 
 class _Dispatch(TorchDispatchMode):

@@ -43,7 +43,7 @@ class Peaks:
 
 def strategies(geometry: Geometry) -> dict[str, CacheStrategy]:
     """By name: none, and the family's cache as it is by default, made to keep all that it can."""
-    flux = geometry.family.startswith("flux")
+    flux = geometry.is_transformer
     return {"none": NoCache(), "default": FirstBlockCache(max_consecutive=1) if flux else DeepCache(interval=2)}
 
 

@@ -34,7 +34,7 @@ def params(geometry: Geometry, **changes: Any) -> GenerationParams:
 
 
 def cache(geometry: Geometry) -> CacheStrategy:
-    if geometry.family.startswith("flux"):
+    if geometry.is_transformer:
         return FirstBlockCache(max_consecutive=1)
     return DeepCache(interval=2, schedule="uniform")
 

@@ -14,6 +14,7 @@ from app.engine.types import Job, JobResult
 from app.jobs.record import drawn
 from cache import CacheReport, NoCache
 from models.base import FreeU, GenerationParams, Timings, Upscaler
+from models.embedded import CONTROLNETS
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
 
@@ -101,12 +102,14 @@ async def test_the_names_are_listed(client: httpx.AsyncClient) -> None:
         "loras": ["ink", "sets/fog", "wash.v2"],
         "embeddings": ["bad-hands", "sets/style"],
         "upscalers": [],
+        "controlnets": [*CONTROLNETS],
     }
 
 
 async def test_without_folders_there_are_none(tmp_path: Path, engine: FakeEngine) -> None:
     async with client_of(engine, lora_folder=str(tmp_path / "no"), embedding_folder=str(tmp_path / "no")) as client:
-        assert (await client.get("/api/adapters")).json() == {"loras": [], "embeddings": [], "upscalers": []}
+        none = {name: [] for name in ("loras", "embeddings", "upscalers")}
+        assert (await client.get("/api/adapters")).json() == {**none, "controlnets": [*CONTROLNETS]}
         response = await client.post("/api/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
         assert "The server has none" in response.json()["error"]["message"]
 

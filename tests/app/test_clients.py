@@ -21,6 +21,7 @@ from PIL import Image
 
 from app.engine.types import DeviceMemory
 from app.http.foreign import LIGHTDIFFUSION
+from models.embedded import CONTROLNETS
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
@@ -201,7 +202,6 @@ async def test_its_names_are_ours_and_what_changes_no_picture_is_named(engine: F
         ({"tome_enabled": True}, "tome_enabled", "deepcache_enabled"),
         ({"dynamic_cfg_rescaling": True}, "dynamic_cfg_rescaling", "guidance_rescale"),
         ({"adaptive_noise_enabled": True}, "adaptive_noise_enabled", "sampler"),
-        ({"controlnet_enabled": True}, "controlnet_enabled", "no ControlNet"),
         ({"weight_quantization": "fp8"}, "weight_quantization", "models file"),
         ({"fp8_inference": True}, "fp8_inference", "models file"),
         ({"input_image_path": "/etc/passwd"}, "input_image_path", "img2img_image"),
@@ -319,7 +319,7 @@ async def test_what_automatic1111_tells_of_itself(tmp_path: Any) -> None:
             ("wavespeed", True),
         }
         assert await get("extensions") == []
-        assert (await client.get("/api/controlnets")).json() == {"models": []}
+        assert (await client.get("/api/controlnets")).json() == {"models": [*CONTROLNETS]}
         for name in ("checkpoints", "loras", "embeddings", "vae"):
             assert (await client.post(f"{SD}/refresh-{name}")).json() is None
 

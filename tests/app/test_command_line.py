@@ -134,6 +134,7 @@ def test_fields_arrive_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> Non
     Path("a.png").write_bytes(b"bytes")
     options = ["--depth", "3", "--no-multiscale-intermittent", "--lora", "ink:0.5", "--lora", "wash", "--seed", "-1"]
     options += ["--img2img-image", "a.png", "--guidance-scale", "3.5", "--attention", "sdpa"]
+    options += ["--control", "canny:0.5=edges:a.png", "--control", "xl/depth=a.png"]
     CliRunner().invoke(command_line.cli, ["generate", "a", *options, "-o", "x.webp"])
     assert seen == {
         "prompt": "a",
@@ -144,6 +145,10 @@ def test_fields_arrive_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> Non
         "img2img_image": base64.b64encode(b"bytes").decode(),
         "guidance_scale": 3.5,
         "attention": "sdpa",
+        "control": [
+            {"model": "canny", "image": base64.b64encode(b"bytes").decode(), "weight": 0.5, "edges": True},
+            {"model": "xl/depth", "image": base64.b64encode(b"bytes").decode()},
+        ],
         "output_format": "webp",
     }
 

@@ -12,9 +12,10 @@ import httpx2
 import pytest
 from PIL import Image
 
-from app.client import TRIES, ApiError, Client, Fields, LoraField, Unreachable
-from app.http.schemas import GenerateRequest, Lora
+from app.client import TRIES, ApiError, Client, ControlField, Fields, LoraField, Unreachable
+from app.http.schemas import Control, GenerateRequest, Lora
 from benchmarks.server import Server, wait_for
+from models.embedded import CONTROLNETS
 from tests.clients.conftest import KEY
 
 CACHED: dict[str, Any] = {"deepcache_enabled": True, "deepcache_schedule": "uniform", "steps": 6}
@@ -44,8 +45,9 @@ def test_its_fields_are_the_service_s() -> None:
     hints = get_type_hints(Fields)
     assert set(hints) == set(GenerateRequest.model_fields) - {"prompt"}
     types = {name: GenerateRequest.model_fields[name].annotation for name in hints}
-    assert {name for name in hints if bare(hints[name]) != bare(types[name])} == {"loras"}
+    assert {name for name in hints if bare(hints[name]) != bare(types[name])} == {"loras", "control"}
     assert set(get_type_hints(LoraField)) == set(Lora.model_fields)
+    assert set(get_type_hints(ControlField)) == set(Control.model_fields)
 
 
 def test_pictures_and_report(client: Client) -> None:
@@ -114,7 +116,7 @@ def test_a_job_that_is_not_there(client: Client, identity: str) -> None:
 
 def test_what_the_service_has_and_does(client: Client) -> None:
     assert [row["name"] for row in client.models()[:2]] == ["tiny-sd", "tiny-flux"]
-    assert client.adapters() == {"loras": [], "embeddings": [], "upscalers": []}
+    assert client.adapters() == {"loras": [], "embeddings": [], "upscalers": [], "controlnets": [*CONTROLNETS]}
     assert client.telemetry()["worker_running"] is True
 
 

@@ -45,7 +45,7 @@ def asked(block: str) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for words in _commands(block):
         paths = [word.removeprefix(ADDRESS) for word in words if word.startswith(ADDRESS)]
-        method = words[words.index("-X") + 1] if "-X" in words else "POST" if "-d" in words else "GET"
+        method = words[words.index("-X") + 1] if "-X" in words else "POST" if {"-d", "-F"} & {*words} else "GET"
         found.update((method, path) for path in paths)
     return found
 

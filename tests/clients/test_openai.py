@@ -79,6 +79,29 @@ def test_what_changes_no_picture_is_taken_and_a_url_holds_the_picture(client: op
     assert [warning.partition(" ")[0] for warning in (answer.model_extra or {})["warnings"][:2]] == ["quality", "style"]
 
 
+def test_an_edit_draws_within_its_mask(client: openai.OpenAI) -> None:
+    """A file, a path or bytes with a name, one of them in a list; other fields go by extra_body as anywhere."""
+    picture_file, mask = io.BytesIO(), Image.new("RGBA", (96, 64), "black")
+    Image.new("RGB", (96, 64), "green").save(picture_file, "PNG")
+    mask.paste((0, 0, 0, 0), (0, 0, 48, 64))
+    mask_file = io.BytesIO()
+    mask.save(mask_file, "PNG")
+    green, masked = ("green.png", picture_file.getvalue()), ("mask.png", mask_file.getvalue())
+    answer = client.images.edit(
+        model="tiny-sd", image=green, mask=masked, prompt="a", n=2, size="256x192", extra_body={"seed": 7, "steps": 4}
+    )
+    assert answer.data is not None
+    assert [picture(one.b64_json).size for one in answer.data] == [(256, 192)] * 2
+    assert (answer.model_extra or {})["seeds"] == [7, 8]
+    events: list[Any] = list(client.images.edit(model="tiny-sd", image=[green], prompt="a", stream=True))
+    assert [event.type for event in events] == ["image_edit.completed"]
+    assert events[0].size == "192x128"
+    with pytest.raises(openai.UnprocessableEntityError, match="no transparency"):
+        client.images.edit(model="tiny-sd", image=green, mask=green, prompt="a", size="256x192")
+    with pytest.raises(openai.UnprocessableEntityError, match="more than once"):
+        client.images.edit(model="tiny-sd", image=[green, green], prompt="a")
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(0, 0), (1, 1), (3, 3)])
 def test_a_stream_has_partial_pictures_and_each_whole_one(client: openai.OpenAI, asked: int, expected: int) -> None:
     stream = client.images.generate(

@@ -11,6 +11,7 @@ import webuiapi
 from PIL import Image
 
 from benchmarks.server import Server, wait_for
+from models.embedded import CONTROLNETS
 from tests.clients.conftest import KEY
 
 CACHED = {"deepcache_enabled": True, "deepcache_schedule": "uniform"}
@@ -110,7 +111,7 @@ def test_pictures_are_enlarged(client: Any) -> None:
         ({"enable_hr": True}, "Lanczos"),
         ({"sag": webuiapi.Sag()}, "no script"),
         ({"adetailer": [webuiapi.ADetailer(ad_model="face_yolov8n.pt")]}, "no script"),
-        ({"controlnet_units": [webuiapi.ControlNetUnit()]}, "no script"),
+        ({"controlnet_units": [webuiapi.ControlNetUnit(module="depth_midas")]}, "Make the map yourself"),
         ({"width": 513}, "multiple of 8"),
         ({"override_settings": {"deepcache_intervall": 3}}, "no setting"),
         ({"alwayson_scripts": {"WaveSpeed": {"args": [{"steps": 5}]}}}, "give it once"),
@@ -137,6 +138,7 @@ def test_lists_are_what_its_helpers_expect(client: Any) -> None:
     assert client.get_cmd_flags()["api"] is True
     assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
     assert client.refresh_checkpoints() is None
+    assert (client.controlnet_model_list(), client.controlnet_module_list()) == ([*CONTROLNETS], ["none", "canny"])
 
 
 def test_what_is_switched_off_is_no_obstacle(client: Any) -> None:

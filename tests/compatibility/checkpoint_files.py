@@ -38,8 +38,8 @@ Q = "double_blocks.0.img_attn.qkv.weight"
 SCALE = "double_blocks.0.img_attn.qkv.scale_weight"
 
 
-def _unserved(family: str) -> str:
-    return f"is a {family}, a family that is not served here"
+def _in_one(family: str) -> str:
+    return f"is a {family} as one file, which is not served here: bring its diffusers folder"
 
 
 FORMATS = "Take a file in fp8, scaled fp8, 16 bit, or GGUF"
@@ -273,13 +273,14 @@ CHECKPOINTS: tuple[CheckpointRow, ...] = (
         "flux-schnell",
         holding({"distilled_guidance_layer.in_proj.weight": (5120, 64)}, flux),
         "distilled_guidance_layer.in_proj.weight",
-        _unserved("Chroma"),
+        _in_one("Chroma"),
     ),
     _loose(
         "Stable Diffusion 3",
-        _unserved("Stable Diffusion 3"),
+        _in_one("Stable Diffusion 3"),
         {"joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
     ),
+    _loose("Qwen-Image", _in_one("Qwen-Image"), {"txt_norm.weight": (3584,), "img_in.weight": (3072, 64)}),
     _refused(
         "Flux in bitsandbytes' NF4",
         "flux-dev",

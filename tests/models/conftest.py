@@ -89,6 +89,13 @@ def clip(**changes: object) -> tuple[CLIPTextModel, CLIPTokenizer]:
     return CLIPTextModel(config), tokenizer
 
 
+def t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config), T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
 LEVELS: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (8, 8, 16, 16),
@@ -124,18 +131,15 @@ def save_sd(folder: Path, unet: dict[str, Any], text: dict[str, object], schedul
 def save_flux(folder: Path, guidance: bool, fills: bool = False) -> Path:
     """fills: a FluxFillPipeline, of the published width of its latents."""
     text_encoder, tokenizer = clip()
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    t5_encoder, t5_tokenizer = t5(TEXT_WIDTH)
     pipeline, channels = (FluxFillPipeline, 16) if fills else (FluxPipeline, 4)
     pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
         vae=autoencoder(channels, 0.1),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=len(pieces), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        ),
-        tokenizer_2=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH),
+        text_encoder_2=t5_encoder,
+        tokenizer_2=t5_tokenizer,
         transformer=FluxTransformer2DModel(
             in_channels=384 if fills else 4 * channels,
             out_channels=4 * channels,

@@ -14,7 +14,7 @@ from cache import DeepCache, NoCache
 from models.base import FreeU, Img2Img, Step
 from models.errors import GenerationCancelled
 from models.families import FAMILIES
-from models.families.flux import FLUX
+from models.families.flow import FlowFamily
 from models.generation import LoadedModel
 from tests.models.stages.test_stages import picture
 from tests.models.test_generation import PARAMS, ignore, pixels, plain
@@ -81,5 +81,5 @@ def test_each_unet_family_has_published_factors() -> None:
     published = {name: family.freeu for name, family in FAMILIES.items()}
     assert published["sdxl"] == FreeU(b1=1.3, b2=1.4, s1=0.9, s2=0.2)
     assert {name for name, factors in published.items() if factors is None} == {
-        name for name, family in FAMILIES.items() if isinstance(family, type(FLUX))
+        name for name, family in FAMILIES.items() if isinstance(family, FlowFamily)
     }

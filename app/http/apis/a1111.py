@@ -19,13 +19,12 @@ from app.errors import Invalid, Unsupported, shown
 from app.http.apis.a1111_payload import (
     OVERRIDES,
     SCRIPT,
-    SETTINGS,
     Img2ImgOptions,
     Options,
     payload_schema,
     read_payload,
 )
-from app.http.foreign import same
+from app.http.foreign import SETTINGS, same
 from app.http.pages import resident_bytes
 from app.http.render import IMAGE_BODY, errors, json_body
 from app.http.request import asked, interrupted, owner_of, read_object, request_id_of, service_of, texts_of, waited
@@ -115,8 +114,8 @@ async def _draw(request: Request, kind: type[Options]) -> Response:
 async def _submitted(request: Request, kind: type[Options]) -> JobRecord:
     service = service_of(request)
     async with asked(request) as body:
-        fields, same_aspect = read_payload(body, kind, service.chosen.get(owner_of(request)))
-        job = await service.resolver.job(fields, request_id_of(request), same_aspect=same_aspect)
+        fields, reading = read_payload(body, kind, service.chosen.get(owner_of(request)))
+        job = await service.resolver.job(fields, request_id_of(request), reading)
     return await service.jobs.submit(job, owner_of(request), ephemeral=True, api=API)
 
 

@@ -1,6 +1,7 @@
-"""/sdapi/v1/extra-single-image and extra-batch-images: pictures enlarged as they are.
+"""/sdapi/v1/extra-single-image and extra-batch-images: pictures enlarged as they are. /controlnet: what its units name.
 
-Their fields: modules/api/models.py and scripts/postprocessing_upscale.py of AUTOMATIC1111's version 1.10.
+Their fields: modules/api/models.py and scripts/postprocessing_upscale.py of AUTOMATIC1111's version 1.10. The lists:
+scripts/api.py of sd-webui-controlnet 1.1.455.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from starlette.responses import JSONResponse
 from app.engine.types import UpscaleJob
 from app.errors import Invalid
 from app.http.apis.a1111 import API
-from app.http.foreign import Foreign, translated
+from app.http.foreign import PREPROCESSORS, Foreign, translated
 from app.http.pictures import MOST_PIXELS, SMALLEST_PICTURE
 from app.http.render import errors, json_body
 from app.http.request import asked, owner_of, request_id_of, service_of, waited
 from app.http.resolve import Adapters
-from app.http.schemas import Name, validated
+from app.http.schemas import MOST_CONTROLS, Name, validated
 from app.images import read_picture
 from app.jobs.record import Drawn
 from app.settings import Settings
 from models import upscaling
 from models.base import Enlargement, ResamplingName, Upscaler
 
-router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+router = APIRouter(tags=["AUTOMATIC1111"])
 NONE = "None"
 RESAMPLED: tuple[ResamplingName, ...] = get_args(ResamplingName)
 LONGEST_SIDE = 2**13  # pixels of a result
@@ -129,16 +130,41 @@ def _enlarging(summary: str, kind: type[SingleExtras | BatchExtras], answer: typ
     }
 
 
-@router.post("/extra-single-image", **_enlarging("Enlarge a picture", SingleExtras, SingleAnswer))
+@router.post("/sdapi/v1/extra-single-image", **_enlarging("Enlarge a picture", SingleExtras, SingleAnswer))
 async def single(request: Request) -> Response:
     """By one upscaler or two, blended. Nothing is drawn over it, and its metadata is left out."""
     return await _enlarge(request, SingleExtras)
 
 
-@router.post("/extra-batch-images", **_enlarging("Enlarge several pictures", BatchExtras, BatchAnswer))
+@router.post("/sdapi/v1/extra-batch-images", **_enlarging("Enlarge several pictures", BatchExtras, BatchAnswer))
 async def batch(request: Request) -> Response:
     """As extra-single-image, each by itself."""
     return await _enlarge(request, BatchExtras)
+
+
+@router.get("/controlnet/version", summary="Which units of ControlNet are understood", responses=errors(401))
+async def version() -> dict[str, int]:
+    """The version of its API, which clients ask for to see whether it is there."""
+    return {"version": 3}
+
+
+@router.get("/controlnet/model_list", summary="The ControlNets that a unit can name", responses=errors(401))
+def model_list(request: Request) -> dict[str, list[str]]:
+    """Those of GET /api/controlnets."""
+    return {"model_list": list(Adapters(service_of(request).settings).controlnets.files())}
+
+
+@router.get("/controlnet/module_list", summary="What can be made of a unit's picture", responses=errors(401))
+async def module_list() -> dict[str, Any]:
+    """Other maps are made by the client."""
+    detail = {"model_free": False, "sliders": []}
+    return {"module_list": list(PREPROCESSORS), "module_detail": dict.fromkeys(PREPROCESSORS, detail)}
+
+
+@router.get("/controlnet/settings", summary="How many units a request can have", responses=errors(401))
+async def unit_count() -> dict[str, int]:
+    """As many as control can have."""
+    return {"control_net_unit_count": MOST_CONTROLS}
 
 
 async def _enlarge(request: Request, kind: type[SingleExtras | BatchExtras]) -> Response:

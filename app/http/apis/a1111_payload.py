@@ -12,91 +12,33 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import Invalid, Unsupported, shown
-from app.http.foreign import Foreign, same, translated, whole_numbers
-from app.http.schemas import KNOWN, LONGEST_NAME, GenerateRequest, parse, request_schema, validated
+from app.http.foreign import (
+    HIRES,
+    IMG2IMG,
+    MASKED,
+    PREPROCESSORS,
+    SEND_THE_MAP,
+    SETTINGS,
+    TXT2IMG,
+    UNIT,
+    same,
+    translated,
+    whole_numbers,
+)
+from app.http.pictures import Reading
+from app.http.render import request_schema
+from app.http.schemas import KNOWN, LONGEST_NAME, GenerateRequest, parse, validated
 from app.infotext import pair, scheduler_alone
 
 SCRIPT = "WaveSpeed"
 """Under this name `alwayson_scripts` takes our own fields: {"WaveSpeed": {"args": [{"deepcache_enabled": true}]}}."""
-_NOT_SAVED = "Pictures are in the answer and kept nowhere."
-_SAMPLER_NOISE = "Samplers here have no such setting."
-# Read by AUTOMATIC1111 only beside something that is refused here, or by models of another kind: whatever its value, it
-# changes nothing there either.
-_IDLE = Foreign(None, "It is read beside what there is not here.")
-FOREIGN = {
-    "styles": Foreign(([], [""]), "Write the style into the prompt."),
-    "subseed_strength": Foreign((0,), "Seeds are not mixed here."),
-    "seed_resize_from_h": Foreign((0, -1), "Seeds are not resized here."),
-    "seed_resize_from_w": Foreign((0, -1), "Seeds are not resized here."),
-    "restore_faces": Foreign((False,), "Set adetailer, a field of ours, instead."),
-    "tiling": Foreign((False,), "Pictures that tile are not drawn here."),
-    "do_not_save_samples": Foreign((False, True), _NOT_SAVED),
-    "do_not_save_grid": Foreign((False, True), _NOT_SAVED),
-    "save_images": Foreign((False,), _NOT_SAVED, ignored=(True,)),
-    "send_images": Foreign((True,), _NOT_SAVED, ignored=(False,)),
-    "s_churn": Foreign((0,), _SAMPLER_NOISE),
-    "s_tmin": Foreign((0,), _SAMPLER_NOISE),
-    "s_tmax": Foreign((0,), _SAMPLER_NOISE),
-    "s_noise": Foreign((1,), _SAMPLER_NOISE),
-    "s_min_uncond": Foreign((0,), "Set guidance_end, a field of ours, instead."),
-    "script_name": Foreign(("", "None"), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
-    "script_args": Foreign(([],), "There are no scripts here but WaveSpeed, in alwayson_scripts."),
-    "disable_extra_networks": Foreign((False,), "Leave the LoRAs out of the prompt."),
-    "comments": Foreign(({},), "Leave it out."),
-    "infotext": Foreign(("",), "Send the settings as fields."),
-    "firstpass_image": Foreign((), "Use img2img."),
-    "firstphase_width": Foreign((0,), "Set enable_hr and hr_scale 2."),
-    "firstphase_height": Foreign((0,), "Set enable_hr and hr_scale 2."),
-    "override_settings_restore_afterwards": Foreign(
-        (True,), "override_settings belong to their request; POST options chooses a model.", ignored=(False,)
-    ),
-    **dict.fromkeys(("url", "auth"), Foreign(None, "They are the client's own.")),
-    **dict.fromkeys(("subseed", "hr_cfg"), _IDLE),
-}
-FOREIGN_IMG2IMG = FOREIGN | {
-    "latent_mask": Foreign((), "Send it as mask."),
-    "initial_noise_multiplier": Foreign((1,), "Set denoising_strength."),
-    "include_init_images": Foreign((False,), "The picture is with you already."),
-    "enable_hr": Foreign((False,), "Set hires_fix, a field of ours, instead."),
-    **dict.fromkeys(("mask_round", "image_cfg_scale"), _IDLE),
-}
-MASKED = FOREIGN_IMG2IMG | {"inpainting_mask_invert": Foreign((0,), "Send the mask inverted: what is white is drawn.")}
-"""Of an img2img with a mask; `_mask` reads the other fields of it."""
-_OF_MASK = (
-    *("inpaint_full_res", "inpaint_full_res_padding", "inpainting_fill", "inpainting_mask_invert"),
-    *("mask_blur", "mask_blur_x", "mask_blur_y"),
-)
-FOREIGN_IMG2IMG |= dict.fromkeys(_OF_MASK, _IDLE)
-_HIRES = "hires_fix here enlarges with Lanczos or an upscaler to twice the size and draws over it at half strength."
-HIRES = {
-    "hr_scale": Foreign((2,), _HIRES),
-    "hr_upscaler": Foreign(("Lanczos",), _HIRES),
-    "denoising_strength": Foreign((0.5,), _HIRES),
-    "hr_second_pass_steps": Foreign((0,), _HIRES),
-    "hr_resize_x": Foreign((0,), _HIRES),
-    "hr_resize_y": Foreign((0,), _HIRES),
-    "hr_checkpoint_name": Foreign(("", "Use same checkpoint"), _HIRES),
-    "hr_sampler_name": Foreign(("", "Use same sampler"), _HIRES),
-    "hr_scheduler": Foreign(("", "Use same scheduler"), _HIRES),
-    "hr_prompt": Foreign(("",), _HIRES),
-    "hr_negative_prompt": Foreign(("",), _HIRES),
-    "hr_additional_modules": Foreign(([], ["Use same choices"]), _HIRES),
-}
 _HIRES_DEFAULTS = {"hr_scale": 2.0, "hr_upscaler": "Latent", "denoising_strength": 0.75}
-_OWN_VAE = "A model is used with the VAE that it comes with."
-SETTINGS = {
-    "sd_model_checkpoint": Foreign(("",), ours="model"),
-    "CLIP_stop_at_last_layers": Foreign(ours="clip_skip"),
-    "samples_format": Foreign(ours="output_format"),
-    "live_previews_enable": Foreign(ours="enable_preview"),
-    "skip_early_cond": Foreign(ours="guidance_start"),
-    "sd_vae": Foreign(("Automatic", "None", ""), _OWN_VAE),
-    "forge_additional_modules": Foreign(([],), _OWN_VAE),
-    "img2img_color_correction": Foreign((False,), "Colours are left as they are drawn."),
-    "eta_noise_seed_delta": Foreign((0,), "Give another seed."),
-}
-"""Of override_settings."""
 OVERRIDES = [name for name, field in SETTINGS.items() if field.ours]
+CUT = (1, "Crop and Resize", "Inner Fit (Scale to Fit)", "Scale to Fit (Inner Fit)")
+UNCUT = (0, 2, "Just Resize", "Resize and Fill", "Outer Fit (Shrink to Fit)", "Envelope (Outer Fit)")
+"""How a unit brings its picture to the drawing's aspect: by cutting it, as here, or otherwise."""
+OF_UNIT = {"model": "model", "weight": "weight", "guidance_start": "start", "guidance_end": "end"}
+_HASH = re.compile(r"\s*\[[0-9a-f]{6,10}\]$")  # that it shows behind a model's name
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Word = Annotated[str, Field(max_length=LONGEST_NAME)]
@@ -107,7 +49,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     title: ClassVar = "Txt2ImgRequest"
-    foreign: ClassVar = FOREIGN
+    foreign: ClassVar = TXT2IMG
 
     sampler_name: _Word | None = Field(
         None, description="As GET /sdapi/v1/samplers lists them; null or empty: the model's own."
@@ -127,8 +69,8 @@ class Options(BaseModel):
     )
     alwayson_scripts: dict[str, Any] | None = Field(
         None,
-        description=f"{SCRIPT}: {{args: [{{…}}]}} with any field of POST /api/generate; ADetailer with a model for "
-        "faces; others only switched off.",
+        description=f"{SCRIPT}: {{args: [{{…}}]}} with any field of POST /api/generate; ControlNet, whose units are "
+        "control; ADetailer with a model for faces; others only switched off.",
     )
     refiner_checkpoint: _Word | None = Field(None, description="refiner_model; empty or None: none.")
     refiner_switch_at: float | None = Field(
@@ -141,7 +83,7 @@ class Img2ImgOptions(Options):
     """And those of img2img alone."""
 
     title: ClassVar = "Img2ImgRequest"
-    foreign: ClassVar = FOREIGN_IMG2IMG
+    foreign: ClassVar = IMG2IMG
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)] = Field(
         description="One picture, base64 or a data URL. Never a path or a URL."
     )
@@ -150,8 +92,10 @@ class Img2ImgOptions(Options):
     )
 
 
-def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = None) -> tuple[GenerateRequest, bool]:
-    """The request; must the picture have the drawing's aspect already?
+def read_payload(
+    body: dict[str, Any], kind: type[Options], model: str | None = None
+) -> tuple[GenerateRequest, Reading]:
+    """The request, and how its pictures are read.
 
     model: of a request that names none. Raises Invalid, Unsupported or Incompatible.
     """
@@ -192,13 +136,16 @@ def read_payload(body: dict[str, Any], kind: type[Options], model: str | None = 
         values["model"] = model
     fields = parse(values, (*KNOWN, *kind.model_fields, *kind.foreign), said)
     # Only mode 1 cuts the picture there as it is cut here.
-    return fields, isinstance(options, Img2ImgOptions) and options.resize_mode != 1
+    if isinstance(options, Img2ImgOptions) and options.resize_mode != 1:
+        values.uncut.add("img2img_image")
+    return fields, Reading(uncut=frozenset(values.uncut))
 
 
 class _Values(dict[str, Any]):
-    """Our fields, from wherever in the payload they come."""
+    """Our fields, from wherever in the payload they come. uncut: as of Reading."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
+        self.uncut: set[str] = set()
         # null is AUTOMATIC1111's word for "the default", also where ours knows none.
         super().__init__({name: value for name, value in body.items() if value is not None})
 
@@ -239,6 +186,8 @@ def _scripts(values: _Values, options: Options) -> list[str]:
                 values.put(field, value, f"{origin}.{shown(field)}")
         elif _is_off(args):
             continue
+        elif name.lower() == "controlnet" and isinstance(args, list):
+            said += _units(values, options, args, origin)
         elif name.lower() == "adetailer" and _finds_faces(args, img2img=isinstance(options, Img2ImgOptions)):
             values.put("adetailer", True, origin)
             said.append(f"{origin}: faces are found by this server's own detector.")
@@ -275,6 +224,58 @@ def _finds_faces(args: list[Any], *, img2img: bool) -> bool:
         case [{"ad_model": str(model), **rest}]:
             return model.startswith("face_") and not any(rest[key] for key in rest.keys() - {"ad_tab_enable"})
     return False
+
+
+def _units(values: _Values, options: Options, args: list[Any], origin: str) -> list[str]:
+    """ControlNet's units that are on, as control. A sentence on each of their fields that is left out."""
+    control: list[dict[str, Any]] = []
+    said: list[str] = []
+    for place, unit in enumerate(args):
+        where = f"{origin}.args.{place}"
+        if isinstance(unit, bool) or _is_idle(unit):
+            continue
+        if not isinstance(unit, dict):
+            raise Invalid(f"{where} is a unit: an object with module, model, image, weight and others.", field=where)
+        module = unit.get("module") or "none"
+        edges = PREPROCESSORS.get(module.lower()) if isinstance(module, str) else None
+        if edges is None:
+            raise Unsupported(
+                f"There is no preprocessor {shown(str(module))!r} here but {', '.join(PREPROCESSORS)}. {SEND_THE_MAP}",
+                field=f"{where}.module",
+            )
+        unread = ("module",) if edges else ("module", "threshold_a", "threshold_b")
+        read = {name: value for name, value in unit.items() if name not in unread}
+        rest, left_out = translated(whole_numbers(read), UNIT, f"{where}.")
+        said += left_out
+        image, mode = _picture_of(rest, where), rest.pop("resize_mode", None)
+        if image is None and isinstance(options, Img2ImgOptions):
+            image = options.init_images[0]
+        if not any(same(mode, one) for one in (None, *CUT, *UNCUT)):
+            known = ", ".join(map(str, CUT + UNCUT))
+            raise Invalid(f"{where}.resize_mode is one of {known}.", field=f"{where}.resize_mode")
+        if mode in UNCUT:
+            values.uncut.add(f"control.{len(control)}.image")
+        ours = {name: rest.pop(theirs) for theirs, name in OF_UNIT.items() if rest.get(theirs) is not None}
+        if isinstance(ours.get("model"), str):
+            ours["model"] = _HASH.sub("", ours["model"])
+        for name, value in rest.items():
+            if name not in ("enabled", *OF_UNIT) and value is not None:
+                message = f"A unit of ControlNet has no {shown(name)!r} here; leave it out."
+                raise Unsupported(message, field=f"{where}.{shown(name)}")
+        control.append({**ours, "edges": edges, **({} if image is None else {"image": image})})
+    values.put("control", control, origin)
+    return said
+
+
+def _picture_of(unit: dict[str, Any], where: str) -> Any:
+    """A unit's picture, which is taken out of it: text, or an object with a mask beside it."""
+    image, older = unit.pop("image", None), unit.pop("input_image", None)
+    image = older if image in (None, "") else image
+    if isinstance(image, dict):
+        if image.get("mask"):
+            raise Unsupported("A ControlNet sees the whole picture: leave the mask out.", field=f"{where}.image.mask")
+        image = image.get("image")
+    return None if image in (None, "") else image
 
 
 def _mask(values: _Values) -> None:

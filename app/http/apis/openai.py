@@ -1,4 +1,4 @@
-"""POST /v1/images/generations, GET /v1/models. Every field of our own is taken beside theirs."""
+"""POST /v1/images/generations and edits, GET /v1/models. Every field of our own is taken beside theirs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import base64
 import io
 import json
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -20,14 +22,15 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from app import images
-from app.engine.types import Engine, Job
+from app.engine.types import Job, ModelInfo
 from app.errors import Invalid, ServiceError, shown
-from app.http.foreign import Foreign, translated, whole_numbers
-from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, json_body
-from app.http.request import asked, owner_of, request_id_of, service_of, waited
+from app.http.foreign import EDITS, IMAGES, Foreign, translated, whole_numbers
+from app.http.pictures import MOST_PIXELS, OURS, Reading
+from app.http.render import ImagesAnswer, ModelCard, ModelCards, errors, form_body, json_body, request_schema
+from app.http.request import FormFile, asked, owner_of, request_id_of, service_of, waited
 from app.http.resolve import pick_model, served
-from app.http.schemas import KNOWN, GenerateRequest, parse, request_schema, validated
-from app.images import OutputFormat
+from app.http.schemas import KNOWN, GenerateRequest, parse, validated
+from app.images import OutputFormat, read_size
 from app.jobs.jobs import Jobs
 from app.jobs.record import Drawn, JobRecord, spaced
 
@@ -38,20 +41,7 @@ EXAMPLE = {
     "deepcache_enabled": True,
     "deepcache_interval": 3,
 }
-FOREIGN = {
-    "quality": Foreign(
-        ("auto", "standard"), "Pictures have one quality: set steps.", ignored=("low", "medium", "high", "hd")
-    ),
-    "style": Foreign(("vivid",), "Say it in the prompt.", ignored=("natural",)),
-    "background": Foreign(("auto", "opaque"), "Pictures here are opaque."),
-    "moderation": Foreign(("auto", "low"), "Nothing is moderated here."),
-    "output_compression": Foreign((100,), "jpeg and webp are written at quality 95."),
-    "complexity": Foreign((), "Leave it out."),
-    "frame_count": Foreign((), "Leave it out; pictures here do not move."),
-    "frame_duration_ms": Foreign((), "Leave it out; pictures here do not move."),
-    "svg": Foreign((), "Leave it out; pictures here are png, jpeg or webp."),
-    "enable_preview": Foreign((False,), "Set stream and partial_images."),
-}
+PICTURES = ("image", "image[]")  # of an edit; the latter is what clients write who have a list of one
 _Word = Annotated[str, Field(max_length=200)]
 
 
@@ -64,7 +54,8 @@ class ImageOptions(BaseModel):
     size: str | None = Field(
         None,
         max_length=20,
-        description="WIDTHxHEIGHT in pixels, as width and height; auto, the default, is the model's own size.",
+        description="WIDTHxHEIGHT in pixels, as width and height; auto, the default, is the model's own size, over a "
+        "picture in its aspect.",
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
@@ -100,9 +91,32 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 )
 async def generations(request: Request) -> Response:
     """All fields of POST /api/generate can stand beside these: through a client's `extra_body`."""
-    options, record, job = await _submitted(request)
+    return await _drawn(request, *await _submitted(request), "image_generation")
+
+
+@router.post(
+    "/images/edits",
+    summary="Draw a picture over, whole or within a mask, as the OpenAI images API does",
+    response_model=ImagesAnswer,
+    responses={
+        200: {
+            "description": "As of generations; the events are `image_edit.partial_image` and `image_edit.completed`.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **errors(401, 404, 413, 422, 429, 500, 503, 504),
+    },
+    openapi_extra=form_body("ImageEditRequest"),
+)
+async def edits(request: Request) -> Response:
+    """A form (multipart/form-data) with one picture as the file `image`, and perhaps a `mask`. All fields of POST
+    /api/generate can stand beside these, those that are no text as JSON.
+    """
+    return await _drawn(request, *await _submitted_edit(request), "image_edit")
+
+
+async def _drawn(request: Request, options: ImageOptions, record: JobRecord, job: Job, kind: str) -> Response:
     if options.stream:
-        events = _events(service_of(request).jobs, record, job, options.partials)
+        events = _events(service_of(request).jobs, record, job, options.partials, kind)
         await anext(events)  # from here on it gives the job up when it is closed
         return _Events(events, headers={"X-Accel-Buffering": "no"})
     drawn = await waited(request, record)
@@ -110,12 +124,36 @@ async def generations(request: Request) -> Response:
 
 
 async def _submitted(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
-    service = service_of(request)
     async with asked(request) as body:
-        options, fields = read_images(body, service.engine)
-        job = await service.resolver.job(fields, request_id_of(request))
-    record = await service.jobs.submit(job, owner_of(request), ephemeral=True, heard=options.partials > 0)
-    return options, record, job
+        options, fields = read_images(body, IMAGES)
+        job = await _job(request, fields)
+    return options, await _record(request, options, job), job
+
+
+async def _submitted_edit(request: Request) -> tuple[ImageOptions, JobRecord, Job]:
+    async with asked(request, form=True) as form:
+        options, fields = read_images(read_edit(form), EDITS)
+        reading = Reading(field="image", clear_mask=True)
+        job = await _job(request, fields, reading)
+    return options, await _record(request, options, job), job
+
+
+async def _job(request: Request, fields: GenerateRequest, reading: Reading = OURS) -> Job:
+    """A request that names no size has the model's own, in the aspect of its picture if there is one."""
+    service = service_of(request)
+    if not {"width", "height"} & fields.model_fields_set:
+        model = pick_model(fields, service.engine.catalogue())
+        width, height = model.native_size
+        if fields.img2img_enabled and (picture := fields.img2img_image) is not None:
+            of = partial(read_size, picture, field=reading.field, max_pixels=MOST_PIXELS)
+            width, height = _in_aspect(model, await asyncio.to_thread(of))
+        fields = fields.model_copy(update={"width": width, "height": height})
+    return await service.resolver.job(fields, request_id_of(request), reading)
+
+
+async def _record(request: Request, options: ImageOptions, job: Job) -> JobRecord:
+    jobs = service_of(request).jobs
+    return await jobs.submit(job, owner_of(request), ephemeral=True, heard=options.partials > 0)
 
 
 @router.get("/models", summary="The models, as the OpenAI API lists them", responses=errors(401, 503))
@@ -134,11 +172,11 @@ async def model(request: Request, model: str) -> ModelCard:
     return ModelCard(id=model, created=int(service.metrics.started))
 
 
-def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, GenerateRequest]:
-    """Raises Invalid, Unsupported, ModelNotFound; NotReady where the size is the model's and no model is known yet."""
+def read_images(body: dict[str, Any], foreign: Mapping[str, Foreign]) -> tuple[ImageOptions, GenerateRequest]:
+    """Raises Invalid, Unsupported."""
     if "num_images" in body:
         raise Invalid("num_images is called n here.", field="num_images")
-    body, said = translated(whole_numbers(body), FOREIGN)
+    body, said = translated(whole_numbers(body), foreign)
     options = validated(ImageOptions, {name: body.pop(name) for name in ImageOptions.model_fields if name in body})
     if options.partials and not options.stream:
         raise Invalid("partial_images are sent on a stream: set stream to true.", field="partial_images")
@@ -151,12 +189,64 @@ def read_images(body: dict[str, Any], engine: Engine) -> tuple[ImageOptions, Gen
         if name in body:
             raise Invalid(f"size says {name} already; give one of them.", field=name)
         body[name] = pixels
-    known = (*KNOWN, *ImageOptions.model_fields, *FOREIGN)
-    fields = parse({**body, "num_images": options.n or 1, "enable_preview": options.partials > 0}, known, said)
-    if not {"width", "height"} & fields.model_fields_set:
-        width, height = pick_model(fields, engine.catalogue()).native_size
-        fields = fields.model_copy(update={"width": width, "height": height})
-    return options, fields
+    known = (*KNOWN, *ImageOptions.model_fields, *foreign)
+    return options, parse({**body, "num_images": options.n or 1, "enable_preview": options.partials > 0}, known, said)
+
+
+def read_edit(form: Mapping[str, str | FormFile]) -> dict[str, Any]:
+    """The body that a form means, as `read_images` takes it. Raises Invalid."""
+    body: dict[str, Any] = {
+        name: value if isinstance(value, FormFile) or name in _texts() else _value(value)
+        for name, value in form.items()
+        if name not in (*PICTURES, "mask")
+    }
+    pictures = [name for name in PICTURES if name in form]
+    if len(pictures) != 1:
+        raise Invalid("A form needs one picture, the file image; several are not drawn together here.", field="image")
+    ours = {"img2img_enabled": True, "img2img_image": _file(form, pictures[0])}
+    if "mask" in form:
+        ours["mask"] = _file(form, "mask")
+        body.setdefault("img2img_denoise", 1)
+    for name in ours:
+        if name in body:
+            raise Invalid(f"{name} is said by the file image; leave it out.", field=name)
+    return body | ours
+
+
+def _file(form: Mapping[str, str | FormFile], name: str) -> str:
+    value = form[name]
+    if not isinstance(value, FormFile):
+        raise Invalid(f"{name} must be a file, with a filename in its part of the form.", field=name)
+    return value.base64
+
+
+@cache
+def _texts() -> frozenset[str]:
+    """The fields whose values are text; in a form the others are JSON."""
+    properties = {**request_schema()["properties"], **ImageOptions.model_json_schema()["properties"]}
+    return frozenset(
+        name for name, schema in properties.items() if "string" in {one.get("type") for one in _kinds(schema)}
+    )
+
+
+def _kinds(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [schema, *schema.get("anyOf", ())]
+
+
+def _value(text: str) -> Any:
+    """What is no JSON stays as it is, for the schema to refuse it by its name."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _in_aspect(model: ModelInfo, picture: tuple[int, int]) -> tuple[int, int]:
+    """About as many pixels as the model's own size, next to the picture's aspect."""
+    side, aspect = math.sqrt(math.prod(model.native_size)), math.sqrt(picture[0] / picture[1])
+    multiple, lengths = model.size_multiple, (side * aspect, side / aspect)
+    width, height = (min(2048, max(64, round(length / multiple) * multiple)) for length in lengths)
+    return width, height
 
 
 def _size(text: str | None) -> dict[str, int]:
@@ -168,15 +258,35 @@ def _size(text: str | None) -> dict[str, int]:
     return {"width": int(match[1]), "height": int(match[2])}
 
 
-def images_schema() -> dict[str, Any]:
-    """JSON Schema of the body, for OpenAPI."""
+def schemas() -> dict[str, dict[str, Any]]:
+    """The bodies' JSON Schemas by name, for OpenAPI."""
     ours = request_schema()
     ours.pop("$defs", None)
-    del ours["properties"]["num_images"]
+    known = ours["properties"]
+    del known["num_images"]
     theirs = ImageOptions.model_json_schema()["properties"]
-    foreign = {name: field.schema(ours["properties"]) for name, field in FOREIGN.items()}
-    properties = {**ours["properties"], **theirs, **foreign}
-    return {**ours, "title": "ImagesRequest", "properties": properties, "examples": [EXAMPLE]}
+    drawn, edited = ({name: field.schema(known) for name, field in table.items()} for table in (IMAGES, EDITS))
+    file = {"type": "string", "format": "binary"}
+    files = {
+        "image": {**file, "description": "The picture, a PNG, JPEG or WebP file. Also called image[]."},
+        "mask": {**file, "description": "Of its aspect; what is transparent is drawn anew, by default from noise."},
+    }
+    form = {name: schema for name, schema in known.items() if not name.startswith(("img2img_image", "img2img_enabled"))}
+    return {
+        "ImagesRequest": {
+            **ours,
+            "title": "ImagesRequest",
+            "properties": {**known, **theirs, **drawn},
+            "examples": [EXAMPLE],
+        },
+        "ImageEditRequest": {
+            **ours,
+            "title": "ImageEditRequest",
+            "properties": {**form, **theirs, **edited, **files},
+            "required": ["image", "prompt"],
+            "examples": [],
+        },
+    }
 
 
 SILENCE = 2.0  # seconds, after which a stream says that it is alive
@@ -206,7 +316,7 @@ class _Events(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(jobs: Jobs, record: JobRecord, job: Job, partials: int) -> AsyncGenerator[bytes, None]:
+async def _events(jobs: Jobs, record: JobRecord, job: Job, partials: int, kind: str) -> AsyncGenerator[bytes, None]:
     """The stream of one job; a comment first, and one whenever there was nothing to say for a while."""
     try:
         yield _ALIVE
@@ -216,10 +326,10 @@ async def _events(jobs: Jobs, record: JobRecord, job: Job, partials: int) -> Asy
                 yield _ALIVE
             elif event.name == "preview" and sent < partials and _due(event.data, sent, partials):
                 picture = await asyncio.to_thread(_converted, event.data["image"], job.output_format)
-                yield _event("partial_image", {"partial_image_index": sent, **_picture(job, picture)})
+                yield _event(f"{kind}.partial_image", {"partial_image_index": sent, **_picture(job, picture)})
                 sent += 1
         drawn = await asyncio.shield(record.outcome)
-        for line in await asyncio.to_thread(list, _completed(drawn)):
+        for line in await asyncio.to_thread(list, _completed(drawn, kind)):
             yield line
     except ServiceError as error:
         data = json.dumps({"type": "error", **error.body(job.id)})
@@ -233,10 +343,10 @@ def _due(preview: Mapping[str, Any], sent: int, partials: int) -> bool:
     return bool(preview["step"] * (partials + 1) >= (sent + 1) * preview["total"])
 
 
-def _completed(drawn: Drawn) -> Iterator[bytes]:
+def _completed(drawn: Drawn, kind: str) -> Iterator[bytes]:
     for number, picture in enumerate(drawn.images, start=1):
         report = drawn.report if number == len(drawn.images) else {}
-        yield _event("completed", {**_picture(drawn.drawing, picture), "usage": _USAGE, **report})
+        yield _event(f"{kind}.completed", {**_picture(drawn.drawing, picture), "usage": _USAGE, **report})
 
 
 def _form(job: Job) -> dict[str, object]:
@@ -255,6 +365,5 @@ def _converted(preview: str, output_format: OutputFormat) -> bytes:
     return jpeg if output_format == "jpeg" else images.encode(Image.open(io.BytesIO(jpeg)), output_format)
 
 
-def _event(name: str, data: dict[str, object]) -> bytes:
-    kind = f"image_generation.{name}"
+def _event(kind: str, data: dict[str, object]) -> bytes:
     return format_sse_event(data_str=json.dumps({"type": kind, **data}), event=kind)

@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse
 from app.errors import Incompatible, Invalid
 from app.http.render import IMAGE_BODY, GenerateAnswer, JobAnswer, accepted_image, bytes_answer, errors, json_body
 from app.http.request import asked, interrupted, owner_of, repeated, request_id_of, service_of, texts_of, waited
+from app.http.resolve import Adapters
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
 from app.infotext import drawn_with
@@ -86,9 +87,10 @@ async def interrupt(request: Request) -> dict[str, str]:
     return {"status": "interrupted"}
 
 
-@drawing.get("/api/controlnets", summary="The ControlNets: none", responses=errors(401))
-async def controlnets() -> dict[str, list[str]]:
-    return {"models": []}
+@drawing.get("/api/controlnets", summary="The ControlNets that control can name", responses=errors(401))
+def controlnets(request: Request) -> dict[str, list[str]]:
+    """Also in GET /api/adapters. Whether one fits a model is seen when it is used."""
+    return {"models": list(Adapters(service_of(request).settings).controlnets.files())}
 
 
 @drawing.post(

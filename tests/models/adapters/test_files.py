@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def test_a_name_finds_its_file_with_or_without_the_suffix(folder: WeightsFolder)
     assert folder.find("ink") == folder.find("ink.safetensors") == ("ink", ink)
     assert folder.find("alias") == ("alias", ink)
     assert list(folder.files()) == ["alias", "ink", "sub/deep"]
+
+
+def test_a_folder_in_diffusers_format_is_one_where_such_are_asked_for(folder: WeightsFolder) -> None:
+    """Whole, whatever lies in it; the folder itself is none, and what leads out of it neither."""
+    root = folder.path.resolve()  # type: ignore[union-attr]
+    for path in (root / "config.json", root / "sub" / "config.json", root.parent / "outside" / "config.json"):
+        path.write_bytes(b"{}")
+    (root / "again.v2").symlink_to(root / "sub")
+    whole = WeightsFolder(root, "ControlNet", diffusers=True)
+    assert whole.files() == {"alias": root / "ink.safetensors", "ink": root / "ink.safetensors", "sub": root / "sub"}
+    assert whole.find("sub") == ("sub", root / "sub")
+    assert list(folder.files()) == ["alias", "ink", "sub/deep"]
+
+
+def test_what_comes_with_the_service_is_there_unless_the_operator_has_one_of_its_name(folder: WeightsFolder) -> None:
+    ink = folder.find("ink")[1]
+    more = replace(folder, embedded={"ink": ink.parent / "x", "blue": ink.parent / "y"})
+    assert (more.find("ink"), more.find("blue")) == (("ink", ink), ("blue", ink.parent / "y"))
+    assert list(more.files()) == ["alias", "blue", "ink", "sub/deep"]
 
 
 def test_a_file_of_a_subfolder_is_found_by_its_path_and_where_it_is_the_only_one_by_its_name(

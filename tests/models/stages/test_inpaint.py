@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FluxFillPipeline,
     FluxInpaintPipeline,
     StableDiffusionInpaintPipeline,
@@ -25,6 +26,7 @@ from models.families import FAMILIES
 from models.families.flux import FluxModel
 from models.generation import LoadedModel
 from models.libraries import quiet
+from models.sampling import samplers
 from models.stages.inpaint import close_up
 from tests.models.conftest import BETAS, TWO_LEVELS, save_flux, save_sd, save_sdxl
 from tests.models.stages.test_stages import PARAMS, ignore, picture, pixels
@@ -64,6 +66,9 @@ def by_diffusers(model: Any, params: GenerationParams, mask: Image.Image) -> np.
         "guidance_scale": params.guidance_scale,
     }
     parts = model.pipeline.components
+    if params.scheduler == "ays":
+        parts = {**parts, "scheduler": EulerDiscreteScheduler.from_config(parts["scheduler"].config)}
+        arguments["timesteps"] = samplers.custom_timesteps("ays", params.steps)
     name = type(model.pipeline).__name__
     with quiet():
         if isinstance(model.model, FluxModel):
@@ -130,6 +135,16 @@ def test_within_a_mask_diffusers_own_pipelines_draw_and_outside_the_picture_stay
     assert np.array_equal(pixels(drawn.images), under(MASK, kept, by_diffusers(model, params, MASK)))
     assert [one.name for one in drawn.stages] == ["inpaint"]
     assert not np.array_equal(pixels(drawn.images)[0], pixels(drawn.images)[1])
+
+
+@pytest.mark.parametrize("denoise", [0.5, 1.0])
+def test_within_a_mask_a_list_of_timesteps_is_begun_where_its_steps_begin(sd: LoadedModel, denoise: float) -> None:
+    """Align Your Steps, which a pipeline is handed as a list."""
+    params = replace(within(denoise=denoise, blur=0), sampler="euler", scheduler="ays")
+    drawn = sd.generate(params, NoCache(), ignore)
+    expected = under(MASK, picture(SIDE, SIDE), by_diffusers(sd, params, MASK))
+    assert np.array_equal(pixels(drawn.images), expected)
+    assert drawn.stages[0].steps == denoise * params.steps
 
 
 def test_a_latent_is_drawn_where_the_mask_touches_it(sd: LoadedModel) -> None:

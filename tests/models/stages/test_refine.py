@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
 from app.engine.runner import summarise_stages
 from cache import DeepCache, NoCache
-from models.base import Embedding, Generation, GenerationParams, Img2Img, ModelSpec, Multiscale, Refiner, Step
+from models.base import Embedding, Generation, GenerationParams, Img2Img, Inpaint, ModelSpec, Multiscale, Refiner, Step
 from models.errors import GenerationCancelled, NeedsPicture, TooFewSteps
 from models.families.sdxl import SDXL
 from models.generation import LoadedModel
@@ -63,9 +68,14 @@ def img2img(model: LoadedModel, vae: Any) -> Any:
     return made
 
 
-def ensemble(base: LoadedModel, refiner: LoadedModel, params: GenerationParams) -> list[Image.Image]:
-    """diffusers' ensemble of expert denoisers, as its documentation has it, with nothing of ours in between."""
-    pipeline: Any = base.pipeline
+def ensemble(
+    base: LoadedModel, refiner: LoadedModel, params: GenerationParams, first: Any = None, begin: Any = None
+) -> list[Image.Image]:
+    """diffusers' ensemble of expert denoisers, as its documentation has it, with nothing of ours in between.
+
+    first: the pipeline that begins, the model's own unless told; begin: what it takes besides the text.
+    """
+    pipeline: Any = first or base.pipeline
     assert params.refiner is not None
     same: dict[str, Any] = {
         "prompt": params.prompt,
@@ -76,13 +86,14 @@ def ensemble(base: LoadedModel, refiner: LoadedModel, params: GenerationParams) 
     }
     with quiet():
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in params.seeds]
-        switch, size = params.refiner.switch, {"width": params.width, "height": params.height}
+        switch = params.refiner.switch
+        begin = begin or {"width": params.width, "height": params.height, "denoising_end": switch}
         if params.sampler == "dpmpp_2m":
             karras = {"use_karras_sigmas": True, "algorithm_type": "dpmsolver++", "solver_order": 2}
             scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **karras)
             pipeline = type(pipeline)(**{**pipeline.components, "scheduler": scheduler}, add_watermarker=False)
             pipeline.set_progress_bar_config(disable=True)
-        begun = pipeline(**same, **size, generator=generators, denoising_end=switch, output_type="latent").images
+        begun = pipeline(**same, **begin, generator=generators, output_type="latent").images
         finish = img2img(refiner, pipeline.vae)
         finish.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         images: list[Image.Image] = finish(**same, image=begun, denoising_start=switch, generator=generators).images
@@ -100,6 +111,32 @@ def test_it_is_diffusers_own_pair_of_pipelines(
     assert np.array_equal(pixels(drawn.images), pixels(ensemble(pair, refiner, params)))
     assert [(one.name, one.width) for one in drawn.stages] == [("base", params.width), ("refiner", params.width)]
     assert sum(one.steps for one in drawn.stages) == 10
+
+
+def test_within_a_mask_both_parts_draw_and_what_it_keeps_is_the_picture(
+    pair: LoadedModel, refiner: LoadedModel
+) -> None:
+    """diffusers' inpainting pipeline begins, its refiner, which knows no mask, goes on; what is kept is put back.
+
+    Its `denoising_end` would hand on the kept part without noise: it is stopped after its sixth step instead.
+    """
+
+    def stop(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipeline._interrupt = index == 5
+        return tensors
+
+    kept, mask = picture(64, 64), Image.new("L", (64, 64))
+    mask.paste(255, (16, 24, 48, 56))
+    over = Img2Img(picture=kept, denoise=1.0, inpaint=Inpaint(mask=mask, blur=0))
+    params = replace(PARAMS, img2img=over)
+    drawn = pair.generate(params, NoCache(), ignore)
+    inpainting = StableDiffusionXLInpaintPipeline(**pair.pipeline.components, add_watermarker=False)
+    inpainting.set_progress_bar_config(disable=True)
+    begin = {"image": [kept] * 2, "mask_image": mask, "strength": 1.0, "callback_on_step_end": stop}
+    expected = pixels(ensemble(pair, refiner, params, inpainting, {"width": 64, "height": 64, **begin}))
+    white = np.asarray(mask)[..., None] > 0
+    assert np.array_equal(pixels(drawn.images), np.where(white, expected, np.asarray(kept)))
+    assert [(one.name, one.steps) for one in drawn.stages] == [("inpaint", 6), ("refiner", 4)]
 
 
 def test_a_kept_run_is_gone_on_from_with_the_same_refiner_alone(sdxl: LoadedModel, refiner: LoadedModel) -> None:

@@ -256,7 +256,7 @@ def test_without_a_small_decoder_colours_are_a_fit_to_the_encoder() -> None:
     levels = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         clean = tiny.pipeline.vae.encode(levels).latent_dist.mode() * tiny.pipeline.vae.config.scaling_factor
-        colours = linear(tiny.pipeline, tiny.model.device)(clean)[0]
+        colours = linear(tiny.model)(clean)[0]
     small = torch.nn.functional.avg_pool2d(levels, 8)[0]
     assert colours.shape == small.shape
     correlation = torch.corrcoef(torch.stack([colours.flatten(), small.flatten()]))[0, 1]

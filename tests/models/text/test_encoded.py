@@ -55,19 +55,18 @@ def test_what_an_encoding_follows_from_is_in_the_key(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"prompt": "b"},
         {"negative_prompt": "b"},
-        {"guidance_scale": 1.0},
         {"clip_skip": 2},
         {"loras": (Lora(name="l", path=lora),)},
         {"loras": (Lora(name="l", path=lora, weight=0.5),)},
         {"embeddings": (Embedding(name="w", path=word),)},
     ]
-    keys = {key_of(params), *(key_of(replace(params, **change)) for change in changes)}
-    assert len(keys) == len(changes) + 1
-    assert key_of(replace(params, steps=3, seeds=(1, 2), guidance_scale=2.0)) == key_of(params)
+    whole, *others = [key_of(replace(params, **change), guided=True) for change in ({}, *changes)]
+    assert len({whole, key_of(params, guided=False), *others}) == len(changes) + 2
+    assert key_of(replace(params, steps=3, seeds=(1, 2), guidance_scale=2.0), guided=True) == whole
     adapted = replace(params, loras=(Lora(name="l", path=lora),))
-    before = key_of(adapted)
+    before = key_of(adapted, guided=True)
     os.utime(lora, ns=(1, 1))  # exchanged for another file
-    assert key_of(adapted) != before
+    assert key_of(adapted, guided=True) != before
 
 
 def made(numbers: int) -> dict[str, torch.Tensor]:
