@@ -6,8 +6,8 @@ FROM ${BASE_IMAGE} AS build
 # Where PyTorch comes from besides the default index. Empty: the index's own build, on Linux the CUDA one.
 # For a machine without a GPU: the address of PyTorch's CPU builds, from the "Get started" page of PyTorch's site.
 ARG TORCH_INDEX_URL=""
-# Extras of pyproject.toml besides, separated by commas: "otel".
-ARG EXTRAS=""
+# Extras of pyproject.toml, separated by commas: "ui" is the page at /; "ui,otel" traces besides.
+ARG EXTRAS="ui"
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python3 -m venv /opt/wavespeed
@@ -44,8 +44,8 @@ RUN find / -xdev \( -path '*/python3*/ensurepip' -o -path '*/python3*/*-packages
     && chown --recursive wavespeed:wavespeed /srv/wavespeed
 COPY --from=build /opt/wavespeed /opt/wavespeed
 
-# The root file system may be read-only: only logs/, /tmp and, if WAVESPEED_JOBS_FOLDER names it, jobs/ are written to, and
-# hub/ where HF_HUB_OFFLINE=0 lets models be fetched.
+# The root file system may be read-only: only logs/, jobs/ and /tmp are written to, and hub/ where HF_HUB_OFFLINE=0 lets
+# models be fetched.
 ENV PATH=/opt/wavespeed/bin:$PATH \
     HOME=/tmp \
     HF_HOME=/srv/wavespeed/hub \
@@ -57,7 +57,7 @@ ENV PATH=/opt/wavespeed/bin:$PATH \
 WORKDIR /srv/wavespeed
 # By number: a cluster that demands a user other than root cannot look a name up.
 USER 10001:10001
-VOLUME /srv/wavespeed/logs
+VOLUME /srv/wavespeed/logs /srv/wavespeed/jobs
 EXPOSE 7861
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-c", "\
 import http.client, os, sys; \

@@ -10,7 +10,7 @@ import typer
 
 from app.cli import bar
 from app.cli.calibrate import calibrate, threshold
-from app.cli.compare import compare
+from app.cli.compare import compare, demo
 from app.cli.generate import generate
 from app.cli.plot import plot
 from app.cli.serve import models, serve
@@ -24,6 +24,7 @@ cli = typer.Typer(
 cli.command()(serve)
 cli.command()(generate)
 cli.command()(compare)
+cli.command()(demo)
 cli.command()(plot)
 cli.command()(models)
 cli.command()(calibrate)

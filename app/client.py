@@ -84,7 +84,7 @@ class Event:
 class Client:
     """Raises ApiError for what the service refuses or cannot do, Unreachable where there is no service.
 
-    `key` is one of the server's API keys. Close it, or use it in a `with`.
+    `key` is one of the server's API keys; `headers` go with every request. Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class Client:
         address: str = ADDRESS,
         *,
         key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float = PATIENCE,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {**(headers or {}), **({} if key is None else {"Authorization": f"Bearer {key}"})}
         patience = httpx2.Timeout(timeout, connect=10.0)
         try:
             self._http = httpx2.Client(base_url=address, headers=headers, timeout=patience, transport=transport)
@@ -126,6 +127,18 @@ class Client:
     def job(self, identity: str) -> Job:
         """A job that was submitted before."""
         return Job(self, self._ask("GET", _job(identity)))
+
+    def jobs(self, limit: int = 50, before: str | None = None) -> list[Job]:
+        """This caller's jobs, the newest first; `before`: older ones than the job of that id."""
+        asked = {"limit": limit} | ({} if before is None else {"before": before})
+        return [Job(self, row) for row in self._ask("GET", "/api/jobs", params=asked)["jobs"]]
+
+    def settings_of(self, picture: bytes) -> dict[str, Any]:
+        """The fields that a PNG of this service's or of AUTOMATIC1111's says it was drawn with; empty for others."""
+        fields: dict[str, Any] = self._ask(
+            "POST", "/api/images/metadata", json={"image": base64.b64encode(picture).decode("ascii")}
+        )["fields"]
+        return fields
 
     def models(self) -> list[dict[str, Any]]:
         """The rows of GET /api/models."""
@@ -228,6 +241,10 @@ class Job:
         self._take(self._client._ask("DELETE", _job(self.id)))
         return self
 
+    def forget(self) -> None:
+        """With its pictures, for good."""
+        self._client._ask("DELETE", _job(self.id, "/result"))
+
     def _take(self, answer: dict[str, Any]) -> None:
         result = answer.pop("result", None)
         self.data: Mapping[str, Any] = answer
@@ -243,6 +260,8 @@ def _job(identity: str, part: str = "") -> str:
 
 
 def _answer(response: httpx2.Response) -> dict[str, Any]:
+    if response.status_code == 204:
+        return {}
     try:
         body = response.json()
     except ValueError:

@@ -250,6 +250,21 @@ def drawn_with(texts: Mapping[str, str]) -> dict[str, object]:
     return found
 
 
+def fields_of(found: Mapping[str, object]) -> dict[str, object]:
+    """What `drawn_with` found, as fields of a request."""
+    names = ("prompt", "negative_prompt", "model", "width", "height", "steps", "guidance_scale", "guidance_rescale")
+    finer = ("guidance_start", "guidance_end", "clip_skip", "sampler", "scheduler", "seed", "loras")
+    fields = {name: found[name] for name in (*names, *finer) if name in found}
+    match found.get("cache"):
+        case {"strategy": "deepcache", "interval": interval, "depth": depth}:
+            fields |= {"deepcache_enabled": True, "deepcache_interval": interval, "deepcache_depth": depth}
+        case {"strategy": "first_block", "threshold": threshold}:
+            fields |= {"fbcache_enabled": True, "fbcache_threshold": threshold}
+        case {"strategy": "none"}:
+            fields |= {"fbcache_enabled": False}
+    return fields
+
+
 def text_chunks(
     params: GenerationParams, seed: int, model: str, strategy: str, cache: Mapping[str, object]
 ) -> dict[str, str]:

@@ -37,7 +37,10 @@ _FILE_ROOM, _STDERR_ROOM = 32 * 2**20, 2**20  # bytes that may wait
 _RETRY = 1.0  # seconds after a write that failed
 _LONGEST = 2**13  # bytes of a foreign line on stderr that are passed on at once
 # Third parties are heard from their warnings on: at DEBUG the log is to hold our steps, not their polling.
-_QUIET = [logging.Filter(name) for name in ("asyncio", "httpx", "httpcore", "PIL", "uvicorn.access")]
+_QUIET = [
+    logging.Filter(name)
+    for name in ("asyncio", "httpx", "httpx2", "httpcore", "httpcore2", "PIL", "uvicorn.access", "websockets")
+]
 _END = b"\0 the end of what is written to stderr\n"
 
 

@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from app.errors import CannotStart
 
-OTHERS = ("KEY", "UI_SERVER", "UI_API_KEY", "UI_HOST", "UI_PORT")  # the client's and the page's own WAVESPEED_*
+OTHERS = ("KEY",)  # the client's own WAVESPEED_*
 # What Kubernetes sets in every container for a service called wavespeed-…: WAVESPEED_API_PORT_80_TCP=tcp://10.3.2.1:80.
 _OF_A_CLUSTER = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_(TCP|UDP))?(?=.*=\w+://)|_PORT_\d+_(TCP|UDP)_")
 _FORMS = {
@@ -98,18 +98,23 @@ class Settings(BaseSettings):
     )
     stop_seconds: float = Field(10.0, gt=0, description="Time for a worker to end by itself at shutdown.")
     jobs_folder: Path | None = Field(
-        None, description="Where jobs and their results are kept over a restart; unset: in memory."
+        None,
+        description="Where jobs and their pictures are kept over a restart. Unset: in jobs/, on Ray in memory; empty: "
+        "in memory.",
     )
     jobs_restart: Literal["lost", "requeue"] = Field(
         "lost", description="What a restart does with jobs that were not done: answer lost_at_restart, or run them."
     )
-    result_seconds: float = Field(3600.0, gt=0, description="How long a job and its result are kept after its end.")
+    result_seconds: float = Field(
+        30 * 86400.0, gt=0, description="How long a job and its result are kept after its end."
+    )
     result_bytes: int = Field(
         512 * 2**20, ge=2**20, description="Room for all kept results together; the oldest go first."
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="Bearer keys, separated by commas. None: whoever reaches the port may use it."
     )
+    page: bool = Field(True, description="Show the page at /, where Streamlit is installed.")
     metrics_open: bool = Field(True, description="With API keys: /metrics asks for none.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Names, separated by commas, that the server goes by without keys, beside its IP and localhost."
@@ -179,6 +184,11 @@ class Settings(BaseSettings):
             if isinstance(source, EnvSettingsSource | DotEnvSettingsSource):
                 refuse_unknown(source.env_vars, "WAVESPEED_", known)
         return init_settings, env_settings, dotenv_settings
+
+    @field_validator("jobs_folder", mode="before")
+    @classmethod
+    def _in_memory(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("face_detector", "models_file")
     @classmethod

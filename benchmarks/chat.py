@@ -46,6 +46,7 @@ def _qwen3(kind: Any) -> tuple[Any, Qwen2Tokenizer]:
 
 def flux2_klein(distilled: bool) -> Flux2KleinPipeline:
     text_encoder, tokenizer = _qwen3(Qwen3ForCausalLM)
+    text_encoder.lm_head.weight = text_encoder.model.embed_tokens.weight  # one matrix, also without its numbers
     vae = AutoencoderKLFlux2()
     vae.bn = on_cpu(nn.BatchNorm2d, num_features=128, eps=1e-4, affine=False)
     return Flux2KleinPipeline(

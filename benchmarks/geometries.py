@@ -140,18 +140,18 @@ def _materialise(network: nn.Module, dtype: torch.dtype, fill: Fill) -> None:
     from overflow in float16.
     """
     kept = (getattr(network, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in network.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in made:  # a matrix that two layers share
-                module._parameters[key] = made[id(parameter)]
+            if parameter is not None and parameter in made:  # a matrix that two layers share
+                module._parameters[key] = made[parameter]
             elif parameter is not None:
                 own = torch.float32 if any(part in f"{name}.{key}".split(".") for part in kept) else dtype
                 weight = fill(parameter.shape, parameter.dtype if parameter.element_size() == 1 else own)
                 if (kind := getattr(parameter, "quant_type", None)) is not None:
                     module._parameters[key] = GGUFParameter(weight, quant_type=kind)
                 else:
-                    made[id(parameter)] = module._parameters[key] = nn.Parameter(weight, requires_grad=False)
+                    made[parameter] = module._parameters[key] = nn.Parameter(weight, requires_grad=False)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 numbers = torch.arange(buffer.numel(), device="cpu").view(buffer.shape)

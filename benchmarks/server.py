@@ -34,8 +34,8 @@ class Server:
         """One that waits for long answers."""
         return httpx.Client(base_url=self.url, timeout=600)
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=30)
 
     def worker(self) -> int | None:
         """The process id of the worker, when it is ready."""
@@ -58,14 +58,15 @@ def running(
     """`python` with the arguments `command`, which must serve as `app serve` does; ready to take jobs.
 
     `prepare` lays out the folder that it runs in; `settings` are its environment variables, and no other `WAVESPEED_*`
-    or `LD_*` of ours reaches it. What is asked for twice is drawn twice.
+    or `LD_*` of ours reaches it. What is asked for twice is drawn twice, and there is no page.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WAVESPEED_", "LD_"))}
     with tempfile.TemporaryDirectory(prefix="wavespeed-") as name:
         folder = Path(name)
         if prepare is not None:
             prepare(folder)
-        environment = kept | {"PYTHONPATH": str(ROOT), "WAVESPEED_RESUME_BYTES": "0"} | settings
+        ours = {"PYTHONPATH": str(ROOT), "WAVESPEED_RESUME_BYTES": "0", "WAVESPEED_PAGE": "false"}
+        environment = kept | ours | settings
         with (folder / "stderr").open("wb") as stderr:
             process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, stderr=stderr)
         try:

@@ -74,6 +74,13 @@ class Run(ABC):
         self.report.cache_bytes = max(self.report.cache_bytes, sum(one.bytes for one in self.lanes.values()))
         return output
 
+    def ends(self, lane: Lane) -> bool:
+        """Whether the lane's present call, which is not its first, is known to be the run's last.
+
+        Known where computed calls repay, since nothing later repays a reused last one: what it answers is the picture.
+        """
+        return self._correction is not None and self._correction.ends_with(lane.calls)
+
     @abstractmethod
     def step(self, call: Call, lane: Lane) -> tuple[Any, Decision]:
         """The denoiser's answer, computed or reused, and which it was."""

@@ -6,11 +6,15 @@ answer is changed by what the sampler, frozen from here on, would have made of t
 
     ε'[j] = ε[j] + Σ r[k] / r[j] · (p(k) - ε̂[k])        over the reused calls k since the last computed one,
 
-with ε̂[k] what was answered at k, p the polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
+with ε̂[k] what was answered at k, p a polynomial in (1 + call)^0.7 through ε[j] and the computed predictions before it
 (two, at most; predictions bend most in a run's first calls, and less in that coordinate than over the calls), and r[k]
 the response of the final latent to a unit of prediction at call k (`responses`). It is the corrector of a
 predictor-corrector solver (UniPC, Zhao et al. 2023, arXiv:2302.04867, section 3.2), as that one without another
 evaluation.
+
+p is a parabola where it owes less than the line through the newest two of its predictions, for each batch item, and
+that line otherwise: a forecast, which did not know ε[j], and a line that does are near each other by being right, where
+forecasts are good and the predictions bend in ways that no parabola follows.
 """
 
 from __future__ import annotations
@@ -26,12 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .prediction import Diffusion, FlowMatching, Level, prediction_of, setting
+from .prediction import Diffusion, FlowMatching, Level, Prediction, prediction_of, setting
 from .transfer import upload
 from .views.base import Decision, Response, Responses, predicted, with_prediction
 
-# Of clean latents, their standard deviation: σ_data of Karras et al. 2022, "Elucidating the Design Space", section 5.
+# Of clean latents, their standard deviation, as a response takes it. A diffusion's is σ_data of Karras et al. 2022,
+# "Elucidating the Design Space", section 5. A flow's next to nothing: its estimate of the clean latents stays where it
+# is, and errors of the latents go with the noise, but for its last call. docs/decisions/other-models.md.
 SPREAD = 0.5
+SPREAD_OF_FLOW = 0.01
 SMALL = 1e-3  # a prediction that no scheduler clips
 EVEN = 1.5  # of timesteps: the longest step by the mean one, at most
 
@@ -97,8 +104,8 @@ def responses(scheduler: Any) -> Response | None:
     """By how much a change of each remaining call's prediction moves the final latent, and by what kind of sampler.
 
     What the later calls make of it counts: a network takes a part of the change for noise and removes it. How much is
-    here what the best network for Gaussian pictures of spread SPREAD does. In noise σ ≫ SPREAD a change shrinks as the
-    noise does (the estimate of the clean latents stays), below it stays.
+    here what the best network for Gaussian pictures of a spread does (`spread_of`). In noise of more than the spread a
+    change shrinks as the noise does (the estimate of the clean latents stays), below it stays.
 
     scheduler: a diffusers scheduler whose timesteps are set, before its next step. None where that is not known
     beforehand (`follows`); where two calls share a timestep, as a prediction is no function of the call's number then;
@@ -115,12 +122,12 @@ def responses(scheduler: Any) -> Response | None:
     if isinstance(prediction, Diffusion) and not is_even(remaining.tolist()):
         return None
     unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
-    stepper = stepping_copy(scheduler)
+    stepper, spread = stepping_copy(scheduler), spread_of(prediction)
     sample = torch.zeros(1, calls, 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
     for call, timestep in enumerate(remaining):
         x = stepper.scale_model_input(sample, timestep) if hasattr(stepper, "scale_model_input") else sample
         level = prediction.at(float(timestep) / unit)
-        output = prediction.output(x, _likely(level) * x, level)
+        output = prediction.output(x, _likely(level, spread) * x, level)
         output[:, call] += SMALL
         sample = stepper.step(output, timestep, sample, return_dict=False)[0]
     found = sample.flatten() / SMALL
@@ -128,9 +135,14 @@ def responses(scheduler: Any) -> Response | None:
     return Response(tuple(found.tolist()), multistep) if found.isfinite().all() else None
 
 
-def _likely(level: Level) -> float:
-    """The share of a latent that is the estimate of the clean one, for clean latents of standard deviation SPREAD."""
-    return level.alpha * SPREAD**2 / ((level.alpha * SPREAD) ** 2 + level.sigma**2)
+def spread_of(prediction: Prediction) -> float:
+    """The standard deviation of clean latents that a response takes for granted."""
+    return SPREAD_OF_FLOW if isinstance(prediction, FlowMatching) else SPREAD
+
+
+def _likely(level: Level, spread: float) -> float:
+    """The share of a latent that is the estimate of the clean one, for clean latents of this standard deviation."""
+    return level.alpha * spread**2 / ((level.alpha * spread) ** 2 + level.sigma**2)
 
 
 def stepping_copy(scheduler: object) -> Any:
@@ -190,6 +202,10 @@ class Correction:
         """Of this run's sampler; None where it is not known, and nothing is corrected."""
         return self._ask()
 
+    def ends_with(self, number: int) -> bool:
+        """Whether call `number` of a lane is known to be its last. Not to be asked before the run's first call."""
+        return self.response is not None and number == len(self.response.moves) - 1
+
     def after(self, number: int, decision: Decision, output: Any, ledger: Ledger) -> Any:
         """What call `number` of a lane is to answer instead of `output`; noted in that lane's `ledger`."""
         response = self.response
@@ -238,14 +254,21 @@ def _repaid(items: _Items, number: int, began: int, prediction: Tensor, response
     moves = response.moves
     answer: Tensor | None = None
     if items.owed is not None and items.computed and _can_repay(items.reused, number, moves):
-        owed = items.owed.neg_()
-        places = [_place(call - began) for call in known]
-        shares = [lagrange(places, _place(call - began)) for call in items.reused]
-        for node, anchor in enumerate(anchors):
-            weight = sum(moves[call] * share[node] for call, share in zip(items.reused, shares, strict=True))
-            owed.add_(anchor, alpha=weight)
+        places = {call: _place(call - began) for call in (*known, *items.reused)}
+
+        def owed(nodes: int) -> Tensor:
+            """Σ r[k] (p(k) - ε̂[k]) with p through so many of the newest predictions."""
+            at = [places[call] for call in known[:nodes]]
+            weights = [(moves[call], lagrange(at, places[call])) for call in items.reused]
+            found = torch.neg(told)
+            for node, anchor in enumerate(anchors[:nodes]):
+                found.add_(anchor, alpha=sum(move * share[node] for move, share in weights))
+            return found
+
+        told = items.owed
         part = SHARE if response.multistep and len(items.reused) >= LONG else 1.0
-        answer = owed.div_(moves[number] / part).add_(prediction).to(prediction.dtype)
+        change = _smaller(owed(len(known)), owed(len(known) - 1))
+        answer = change.div_(moves[number] / part).add_(prediction).to(prediction.dtype)
     items.owed = None
     items.reused = []
     # The caller may write into what it is given, so that what is kept is not that very tensor.
@@ -253,6 +276,12 @@ def _repaid(items: _Items, number: int, began: int, prediction: Tensor, response
     items.computed = known[:ANCHORS]
     items.anchors = [kept, *items.anchors][:ANCHORS]
     return answer
+
+
+def _smaller(one: Tensor, other: Tensor) -> Tensor:
+    """Of two tensors (items, …), for each item the one of the smaller norm; the first where they are level."""
+    one_square, other_square = (tensor.float().square().flatten(1).sum(1) for tensor in (one, other))
+    return torch.where((other_square < one_square).view(-1, *(1,) * (one.dim() - 1)), other, one)
 
 
 def _parts(items: _Items, decision: Decision) -> list[_Items]:

@@ -77,7 +77,7 @@ def test_imports_point_down(package: str) -> None:
     assert offenders == {}
 
 
-ROOMS = ("ground", "engine", "jobs", "http", "ray", "cli", "ui", "__main__")
+ROOMS = ("ground", "ui", "engine", "jobs", "http", "ray", "cli", "__main__")
 """Of app/, from the bottom up; what lies in app/ itself is the ground floor."""
 DOORS = {
     "ground": {"ground"},
@@ -85,7 +85,7 @@ DOORS = {
     "jobs": {"ground", "engine", "jobs"},
     "http": {"ground", "engine", "jobs", "http"},
     "ray": {"ground", "engine", "jobs", "http", "ray"},
-    "cli": {"ground", "engine", "jobs", "http", "cli"},
+    "cli": {"ground", "ui", "engine", "jobs", "http", "cli"},
     "ui": {"ground", "ui"},
     "__main__": set(ROOMS),
 }
@@ -195,8 +195,8 @@ def test_modules_are_named_after_what_they_hold() -> None:
 def test_the_http_process_needs_neither_torch_nor_diffusers() -> None:
     """A refusal costs milliseconds, and the server is up before the models are."""
     check = (
-        "import sys, app.http.app, app.__main__, app.engine.supervisor, app.engine.runner\n"
-        "print(*sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+        "import sys, app.http.app, app.__main__, app.engine.supervisor, app.engine.runner, app.ui.application\n"
+        "print(*sorted({'torch', 'diffusers', 'transformers', 'streamlit'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.stdout.strip(), ran.returncode) == ("", 0), ran.stderr

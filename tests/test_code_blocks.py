@@ -24,7 +24,6 @@ from diffusers import StableDiffusionPipeline
 
 from app.__main__ import cli
 from app.settings import Settings, variable
-from app.ui.settings import PageSettings
 from benchmarks.server import Server, running
 from tests.models.conftest import sd_folder
 
@@ -205,8 +204,7 @@ def options(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_settings_named_anywhere_are_settings(document: Path) -> None:
     named = set(re.findall(r"\b(?:WAVESPEED|LD)_[A-Z_]*[A-Z]\b", document.read_text(encoding="utf-8")))
-    of_page = {f"WAVESPEED_UI_{field.upper()}" for field in PageSettings.model_fields}
-    assert named <= {variable(field) for field in Settings.model_fields} | of_page
+    assert named <= {variable(field) for field in Settings.model_fields}
 
 
 @pytest.mark.parametrize(

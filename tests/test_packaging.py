@@ -50,7 +50,6 @@ def test_constraints_hold_nothing_but_pins() -> None:
     [
         "scripts/run",
         "scripts/run-ray",
-        "scripts/ui",
         "scripts/test",
         "scripts/bench",
         "scripts/gpu-check",

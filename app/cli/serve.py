@@ -8,23 +8,29 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.cli import bar
 from app.errors import CannotStart
-from app.settings import read_settings
+from app.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from app.ui.application import Page
 
 _log = logging.getLogger("app")
+
+JOBS_FOLDER = Path("jobs")
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_HOST.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; overrides WAVESPEED_PORT.")] = None,
 ) -> None:
-    """Serve the HTTP API until interrupted. Settings come from WAVESPEED_* variables and .env."""
+    """Serve the HTTP API and the page until interrupted. Settings come from WAVESPEED_* variables and .env."""
     from app.engine.runner import runner_factory
     from app.engine.supervisor import local_engine
     from app.http.app import create_app
@@ -33,12 +39,30 @@ def serve(
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = read_settings(**given)
+    settings = settings.model_copy(update={"jobs_folder": kept_in(settings)})
     check_devices(settings.devices)
     factory = runner_factory(settings)
     with logging_to(settings.log_folder, settings.log_level, settings.log_format, whole_stderr=True) as path:
         _log.info("log file %s, settings changed: %s", path, ", ".join(sorted(settings.model_fields_set)) or "none")
-        engine = local_engine(settings, factory)
-        serve_until_told(create_app(settings, engine), settings, engine)
+        engine, page = local_engine(settings, factory), page_if_installed(settings)
+        serve_until_told(create_app(settings, engine, page), settings, engine, page)
+
+
+def kept_in(settings: Settings) -> Path | None:
+    """The folder of jobs and pictures: JOBS_FOLDER unless a setting names one, or, being empty, none."""
+    return settings.jobs_folder if "jobs_folder" in settings.model_fields_set else JOBS_FOLDER
+
+
+def page_if_installed(settings: Settings) -> Page | None:
+    """The page that is shown at /; None without the extra `ui`, or where none is wanted."""
+    from app.ui.application import Page
+
+    if not settings.page:
+        return None
+    if find_spec("streamlit") is None:
+        _log.info("Streamlit is not installed: there is no page at /")
+        return None
+    return Page(settings.max_body_bytes)
 
 
 def models() -> None:

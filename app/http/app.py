@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app import __version__
 from app.engine.types import Engine, Job
@@ -39,8 +40,22 @@ _FOREIGN = {
 }
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    """The app starts `engine` when it starts and stops it when it stops."""
+class Page(Protocol):
+    """What is shown at /: an application beside ours, which asks this service as any client does.
+
+    `address`: where it does, set before its lifespan begins; `token`: by which it may say for whom it asks.
+    """
+
+    address: str
+    token: str
+
+    def lifespan(self) -> Callable[[Any], AbstractAsyncContextManager[None]]: ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+def create_app(settings: Settings, engine: Engine, page: Page | None = None) -> FastAPI:
+    """The app starts `engine` and `page` when it starts and stops them when it stops."""
     metrics = Metrics()
     decoders = ThreadPoolExecutor(max(1, available_cores() // 4), "decode", _step_back)
     resolver = Resolver(engine, settings, decoders)
@@ -55,7 +70,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         await jobs.start()
         await engine.start()
         try:
-            yield
+            async with AsyncExitStack() as stack:
+                if page is not None:
+                    await stack.enter_async_context(page.lifespan()(app))
+                yield
         finally:
             await engine.stop()
             await jobs.stop()
@@ -72,7 +90,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     )
     uploads = Uploads(LARGEST_AT_ONCE * settings.max_body_bytes)
     app.state.service = Service(settings, engine, metrics, jobs, resolver, uploads)
-    guard = Guard(settings.api_keys, settings.allowed_hosts, settings.cors_origins, metrics_open=settings.metrics_open)
+    guard = Guard(
+        settings.api_keys,
+        settings.allowed_hosts,
+        settings.cors_origins,
+        metrics_open=settings.metrics_open,
+        page=None if page is None else page.token,
+    )
     app.add_middleware(RequestContext, guard=guard)
     if settings.cors_origins:  # added last, so outermost: a preflight carries no key, and a refusal must be readable
         app.add_middleware(
@@ -85,6 +109,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    if page is not None:
+        app.router.routes.extend(pages.page_routes(page, guard))
     for module in (wavespeed, openai, a1111, a1111_extras, pages):
         app.include_router(module.router)
     _describe(app)

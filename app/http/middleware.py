@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,14 +23,27 @@ from app.log import request_id
 
 _log = logging.getLogger(__name__)
 
-# Nothing here is a page: a browser that is led to an answer runs nothing in it, frames it nowhere, guesses no type for
-# it and keeps no copy. /docs sets its own policy.
+# An answer is no page: a browser that is led to it runs nothing in it, frames it nowhere, guesses no type for it and
+# keeps no copy. /docs sets its own policy.
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# The page loads and asks nothing of another host. Streamlit brings components as blobs and compiles charts.
+_PAGE_POLICY = (
+    "default-src 'self'; script-src 'self' blob: 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'self'; form-action 'self'; object-src 'none'; "
+    "frame-ancestors 'none'"
+)
+PAGE_SOCKET = "/_stcore/stream"
+PAGE_ADDRESSES = ("/", "/favicon.png", "/manifest.json", "/_stcore/health", "/_stcore/host-config", PAGE_SOCKET)
+PAGE_FOLDERS = ("/static/", "/media/", "/_stcore/upload_file/", "/_stcore/bidi-components/")
+"""What the page takes of Streamlit's addresses; its others are not served."""
+KEY_COOKIE = "wavespeed_key"
+VISITOR = "X-WaveSpeed-Visitor"
+"""A header of the page's requests: its token, a space, and the address of whoever looks at it."""
 
 
 class RequestContext:
@@ -43,6 +57,13 @@ class RequestContext:
         self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            try:
+                self._guard.owner(scope)
+            except ServiceError as error:
+                _log.info("refused a websocket type=%s: %s", error.type, error.message)
+                await send({"type": "websocket.close", "code": 1008})  # before it was accepted, so: HTTP 403
+                return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -62,6 +83,8 @@ class RequestContext:
                 started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = identity
+                if self._guard.is_page(scope["path"]):
+                    headers.setdefault("Content-Security-Policy", _PAGE_POLICY)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -120,19 +143,32 @@ class Guard:
     """Who may ask, and whose a request is.
 
     Every address asks for a key, new ones too, but health, the documentation and, if `metrics_open`, /metrics. Without
-    keys whoever reaches the port may ask. A page in somebody's browser reaches it by a name of its own that it points
+    keys whoever reaches the port may ask. Somebody's browser reaches it for a foreign page by a name that is pointed
     here (DNS rebinding): it is stopped by the name, which must be an address, one word, or among `hosts`. A page of
-    another web site can send what a form can send, without asking first: it is stopped by the origin that its browser
-    names, unless that is among `origins`.
+    another web site can send what a form can send, without asking first, and open a websocket: it is stopped by the
+    origin that its browser names, unless that is among `origins`.
+
+    `page`: the token of the page that this server has, by which the page may say for whom it asks. What the page itself
+    is made of is asked for by browsers, which send a key as a cookie: that opens no other address.
     """
 
     def __init__(
-        self, keys: Sequence[str], hosts: Sequence[str], origins: Sequence[str] = (), *, metrics_open: bool
+        self,
+        keys: Sequence[str],
+        hosts: Sequence[str],
+        origins: Sequence[str] = (),
+        *,
+        metrics_open: bool,
+        page: str | None = None,
     ) -> None:
         self._keys = [_digest(key.encode()) for key in keys]
         self._hosts = {host.lower() for host in hosts}
         self._origins = {origin.lower() for origin in origins}
         self._open = {*_OPEN, "/metrics"} if metrics_open else set(_OPEN)
+        self._page = page
+
+    def is_page(self, path: str) -> bool:
+        return self._page is not None and (path in PAGE_ADDRESSES or path.startswith(PAGE_FOLDERS))
 
     def owner(self, scope: Scope) -> str:
         """The key that matched, by a name that does not tell it; without keys the peer's address.
@@ -145,12 +181,27 @@ class Guard:
                 f"This server does not go by the name {shown(headers['host'])!r}. Address it by its IP address or as "
                 "localhost; its operator can list further names in WAVESPEED_ALLOWED_HOSTS."
             )
-        if scope["method"] not in _LOOKS:
+        if scope["type"] == "websocket" or scope["method"] not in _LOOKS:
             self._check_origin(headers)
-        path, client = scope["path"], scope.get("client")
+        path = scope["path"]
         if not self._keys or path in self._open or path.startswith(_OPEN_FOLDER):
-            return f"peer:{client[0]}" if client else "peer:"
+            return f"peer:{self._visitor(headers) or (scope.get('client') or [''])[0]}"
+        if self.is_page(path):
+            return self.owner_of_key(cookie_key(headers))
         return self._key(headers.get("authorization", ""), basic=path.startswith(_BASIC_FOLDER))
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether a browser is to be shown the page, or has to give a key first."""
+        try:
+            return not self._keys or bool(self.owner_of_key(cookie_key(Headers(scope=scope))))
+        except Unauthorized:
+            return False
+
+    def _visitor(self, headers: Headers) -> str:
+        """For whom the page asks; empty for a request that is not the page's."""
+        token, _, address = headers.get(VISITOR, "").partition(" ")
+        page = self._page is not None and hmac.compare_digest(_digest(token.encode()), _digest(self._page.encode()))
+        return address if page else ""
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin", "").lower()
@@ -167,10 +218,14 @@ class Guard:
         key = key.strip()
         if basic and scheme.lower() == "basic":
             scheme, key = "bearer", _password(key)
+        return self.owner_of_key(key if scheme.lower() == "bearer" else "")
+
+    def owner_of_key(self, key: str) -> str:
+        """Raises Unauthorized for what is none of the keys."""
         given = _digest(key.encode())
         # Digests are of one length, and all of them are compared: the time tells neither a key's length nor its place.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
-        if scheme.lower() != "bearer" or not any(matches):
+        if not any(matches):
             raise Unauthorized("Send one of this server's keys as Authorization: Bearer <key>.")
         return KEY_OWNER + given.hex()[:16]
 
@@ -186,6 +241,20 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def key_cookie(key: str) -> str:
+    """A key as a cookie's value, which some of a key's characters would end."""
+    return base64.urlsafe_b64encode(key.encode()).decode()
+
+
+def cookie_key(headers: Headers) -> str:
+    """The key that a browser sends; empty, which is no key, if it sends none."""
+    value = cookie_parser(headers.get("cookie", "")).get(KEY_COOKIE, "")
+    try:
+        return base64.urlsafe_b64decode(value).decode()
+    except ValueError:
+        return ""
 
 
 def _password(credentials: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,12 +20,15 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import ASGIApp
 
 from app.engine.types import NOT_LOADED, DeviceStatus, Engine, EngineStatus, ModelInfo, WorkerState
-from app.errors import NotFound, NotReady
+from app.errors import NotFound, NotReady, Unauthorized
+from app.http.middleware import KEY_COOKIE, PAGE_ADDRESSES, PAGE_FOLDERS, PAGE_SOCKET, Guard, key_cookie
 from app.http.render import errors
-from app.http.request import service_of
+from app.http.request import body_of, service_of
 from app.http.resolve import Adapters
 from app.metrics import Metrics
 
@@ -48,7 +53,48 @@ def _page(name: str) -> FileResponse:
 
 @router.get("/", include_in_schema=False)
 async def home() -> FileResponse:
+    """Where the server has no page to draw on."""
     return _page("home.html")
+
+
+_KEY_SECONDS = 30 * 24 * 3600  # for which a browser keeps the key
+
+
+def page_routes(page: ASGIApp, guard: Guard) -> list[BaseRoute]:
+    """The addresses that `page` is made of. Who has to give a key is asked for it at /, with a form."""
+
+    async def entrance(request: Request) -> ASGIApp:
+        return page if guard.admits(request.scope) else _key_form("")
+
+    async def enter(request: Request) -> Response:
+        form = urllib.parse.parse_qs((await body_of(request)).decode("ascii", "replace"))
+        key = form.get("key", [""])[0].strip()
+        try:
+            guard.owner_of_key(key)
+        except Unauthorized:
+            return _key_form("That is none of this server's keys.")
+        answer = RedirectResponse("./", 303)
+        secure = request.url.scheme == "https"
+        answer.set_cookie(KEY_COOKIE, key_cookie(key), _KEY_SECONDS, httponly=True, samesite="strict", secure=secure)
+        return answer
+
+    parts = [address for address in PAGE_ADDRESSES if address not in ("/", PAGE_SOCKET)]
+    return [
+        Route("/", entrance, methods=["GET"], include_in_schema=False),
+        Route("/", enter, methods=["POST"], include_in_schema=False),
+        WebSocketRoute(PAGE_SOCKET, page),
+        *(Route(address, page) for address in parts),
+        *(Route(f"{folder}{{rest:path}}", page) for folder in PAGE_FOLDERS),
+    ]
+
+
+def _key_form(said: str) -> Response:
+    """Asks a browser for a key. `said`: what was wrong with the one that it gave."""
+    words = (_OURS / "key.html").read_text(encoding="utf-8").replace("{said}", html.escape(said))
+    policy = _POLICY.replace("form-action 'none'", "form-action 'self'")
+    # Without a referrer a browser would not say either that the form is ours.
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "same-origin"}
+    return HTMLResponse(words, Unauthorized.status, headers)
 
 
 @router.get("/docs", include_in_schema=False)

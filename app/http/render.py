@@ -132,7 +132,18 @@ class JobAnswer(BaseModel):
     started: float | None = Field(description="When a worker took it first.")
     finished: float | None = Field(description="When it ended.")
     error: ErrorDetail | None = Field(description="Why it was not done.")
+    request: dict[str, Any] | None = Field(
+        description="What was asked, with the model and the seed that were taken. `left_out` names the fields that "
+        "were too long to be kept. null for a job that was not done when the server was restarted."
+    )
     result: GenerateAnswer | None = Field(None, description="What POST /api/generate answers; of a job that is done.")
+
+
+class JobsAnswer(BaseModel):
+    """Some of the caller's jobs, the newest first."""
+
+    jobs: list[JobAnswer] = Field(description="Without their results.")
+    more: bool = Field(description="Whether there are older ones.")
 
 
 class ErrorDetail(BaseModel):

@@ -31,7 +31,7 @@ from app.http.resolve import SEEDS, Resolver
 from app.http.schemas import GenerateRequest
 from app.images import read_texts
 from app.jobs.jobs import Jobs
-from app.jobs.record import Drawn, JobRecord
+from app.jobs.record import LEFT_OUT, Drawn, JobRecord
 from app.metrics import Metrics
 from app.settings import Settings
 
@@ -160,9 +160,10 @@ def repeated(request: Request, body: dict[str, Any]) -> dict[str, Any]:
     except JobNotFound as error:
         message = f"{error.message} Those of POST /api/jobs alone are kept."
         raise JobNotFound(message, field="rerender") from None
-    if first is None:
+    if first is None or LEFT_OUT in first:
         raise Unsupported(
-            "The fields of that job are not kept: they held a picture, or the server was restarted. Send them again.",
+            "The fields of that job are not kept: they held a picture, or the server was restarted before its end. "
+            "Send them again.",
             field="rerender",
         )
     gone = OF_ONE_ANSWER | {name for name in first if name.startswith(CACHES)}
@@ -183,7 +184,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise Invalid(f"The body must be JSON: send Content-Type: application/json, not {shown(kind) or 'none'}.")
-    body = await _read(request, service_of(request).settings)
+    body = await body_of(request)
     if not body.strip():
         raise Invalid("The body is empty; send a JSON object with at least a prompt.")
     if len(body) > SMALL:
@@ -210,7 +211,7 @@ async def read_form(request: Request) -> dict[str, str | FormFile]:
     boundary = options.get(b"boundary", b"")
     if not 0 < len(boundary) <= LONGEST_BOUNDARY:
         raise Invalid(f"multipart/form-data needs a boundary of 1 to {LONGEST_BOUNDARY} characters in Content-Type.")
-    body = await _read(request, service_of(request).settings)
+    body = await body_of(request)
     if len(body) > SMALL:
         return await asyncio.to_thread(_parts, body, boundary)
     return _parts(body, boundary)
@@ -242,9 +243,11 @@ def _length(request: Request) -> int | None:
     return int(length[:20]) if length.isascii() and length.isdigit() else None
 
 
-async def _read(request: Request, settings: Settings) -> bytes:
+async def body_of(request: Request) -> bytes:
+    """Raises Invalid, BodyTooLarge, BodyTimeout; Cancelled when the client leaves before the end."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Invalid("A compressed body is not read; send it without Content-Encoding.")
+    settings = service_of(request).settings
     limit = settings.max_body_bytes
     too_large = BodyTooLarge(f"The body is longer than {limit} bytes, the most that this server reads.")
     if (_length(request) or 0) > limit:

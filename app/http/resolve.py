@@ -349,16 +349,12 @@ def _sampler(request: GenerateRequest, model: ModelInfo) -> tuple[str | None, st
 def _strategy(request: GenerateRequest, model: ModelInfo) -> CacheStrategy:
     forecast = request.cache_forecast
     if request.deepcache_enabled:
-        chosen = _given(schedule=request.deepcache_schedule, guidance=request.deepcache_guidance)
+        named: dict[str, Any] = {"schedule": request.deepcache_schedule, "guidance": request.deepcache_guidance}
+        chosen = {name: value for name, value in named.items() if value is not None}  # the others are its own to choose
         return DeepCache(**request.deepcache, **chosen, forecast=forecast)
     if model.cache == "first_block" and request.fbcache_enabled is not False:
         return FirstBlockCache(request.fbcache_threshold, request.fbcache_max_consecutive, forecast)
     return NoCache()
-
-
-def _given(**settings: Any) -> dict[str, Any]:
-    """Those that the request names; the others are the strategy's to choose."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _warnings(request: GenerateRequest, model: ModelInfo) -> list[str]:

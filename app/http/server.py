@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.engine.types import Engine
 from app.errors import CannotStart
+from app.http.app import Page
 from app.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -140,8 +141,11 @@ def _give_back_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
-def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
-    """Serve `app`, whose engine is `engine`. Raises SystemExit, with code 2 where a setting is at fault."""
+def serve_until_told(app: FastAPI, settings: Settings, engine: Engine, page: Page | None = None) -> None:
+    """Serve `app`, whose engine is `engine` and whose page `page`.
+
+    Raises SystemExit, with code 2 where a setting is at fault.
+    """
     _give_back_large_blocks()
     told: list[int] = []
     config = uvicorn.Config(
@@ -149,7 +153,8 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         # Else uvicorn takes others where they are installed, with the extra `ray` one that bounds no header.
         http="h11",
         loop="asyncio",
-        ws="none",
+        ws="none" if page is None else "websockets-sansio",
+        ws_per_message_deflate=False,  # it would take the event loop's time
         log_config=None,
         access_log=False,
         server_header=False,
@@ -158,7 +163,10 @@ def serve_until_told(app: FastAPI, settings: Settings, engine: Engine) -> None:
         timeout_graceful_shutdown=_ANSWERING,
     )
     try:
-        Server(config, engine, settings.drain_seconds).run(_listen(settings.host, settings.port))
+        sockets = _listen(settings.host, settings.port)
+        if page is not None:
+            page.address = addresses(sockets)[0]
+        Server(config, engine, settings.drain_seconds).run(sockets)
     except CannotStart as error:
         _log.error("%s", error)
         raise SystemExit(2) from None

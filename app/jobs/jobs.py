@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import logging
-import pickle
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -31,7 +30,6 @@ KEY_OWNER = "key:"
 """How the name of an owner begins that is an API key. Its jobs are seen by that key alone."""
 Resolve = Callable[[Mapping[str, Any], str], Awaitable[Job]]
 _LOST = "The server was restarted before the job was done. Send it again."
-_LONGEST_REQUEST = 64 * 2**10  # bytes of a body that is kept for as long as its job: without an upload it is shorter
 _PAUSE = 0.5  # seconds between two tries to hand a job of an earlier run to the engine
 _TRIM_SECONDS = 60.0  # for which a follower that lost its connection can come back to every event of an ended job
 
@@ -65,7 +63,7 @@ class Jobs:
             found = await self._results.open([record.id for record in records if record.state is JobState.DONE])
         except (OSError, sqlite3.Error, ValueError) as error:
             busy = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
-            reason = "another server uses it" if busy else error
+            reason = "another server uses it; name another folder, or none to keep jobs in memory" if busy else error
             raise errors.CannotStart(
                 f"WAVESPEED_JOBS_FOLDER: {str(self._folder)!r} cannot be used: {reason}"
             ) from error
@@ -141,7 +139,7 @@ class Jobs:
                 self._keys[key] = record.id
             if record.saved is not None:
                 await self._promise(record, record.saved)
-            _forget_upload(record)  # on disk it stays for as long as a restart needs it
+            record.forget_upload()  # on disk it stays for as long as a restart needs it
             return record
 
     async def _promise(self, record: JobRecord, saved: asyncio.Future[None]) -> None:
@@ -186,6 +184,10 @@ class Jobs:
         """The owner's jobs under way that came by this API, the oldest first."""
         return [one for one in self._records.values() if (one.owner, one.api, one.ended) == (owner, api, False)]
 
+    def kept(self, owner: str) -> Iterator[JobRecord]:
+        """The owner's jobs, under way or ended, that are not forgotten yet, the newest first."""
+        return (one for one in reversed(self._records.values()) if one.owner == owner and not one.ephemeral)
+
     def waiting(self) -> list[JobRecord]:
         """Everybody's jobs that no worker has yet."""
         return [one for one in self._records.values() if one.state is JobState.QUEUED and not one.ended]
@@ -215,6 +217,12 @@ class Jobs:
             raise errors.JobFinished("The job has ended already. There was nothing to cancel.")
         if (watcher := self._watchers.get(record.id)) is not None:
             await asyncio.wait({watcher})
+
+    async def forget(self, record: JobRecord) -> None:
+        """With its pictures, for good; one that is under way is given up first."""
+        if not record.ended:
+            await self.cancel(record)
+        await self._erase([record.id])
 
     def _hand_over(self, record: JobRecord, job: AnyJob, *, heard: bool = True, promised: bool = False) -> None:
         if isinstance(job, Job):
@@ -325,7 +333,7 @@ class Jobs:
             del self._records[record.id]
             settle(record.outcome, outcome)
             return
-        _forget_upload(record)
+        record.forget_upload()
         asyncio.get_running_loop().call_later(_TRIM_SECONDS, record.events.trim)
         self._forget_later(record)
         try:
@@ -335,7 +343,7 @@ class Jobs:
 
     async def _save(self, record: JobRecord) -> None:
         if self._store is not None:
-            await self._store.put(record, with_request=self._requeue)
+            await self._store.put(record, with_request=self._requeue or record.ended)
 
     def _free_key(self, record: JobRecord) -> None:
         if record.key is not None and self._keys.get(record.key) == record.id:
@@ -377,13 +385,8 @@ class Jobs:
                         break
                     self._hand_over(record, job, promised=True)
                     record.model = job.model
-                    _forget_upload(record)
+                    record.forget_upload()
                 except NotReady:
                     await asyncio.sleep(_PAUSE)
                 except ServiceError as error:  # the model is gone, or an update refuses what was fine before
                     await self._end(record, error)
-
-
-def _forget_upload(record: JobRecord) -> None:
-    if record.request is not None and len(pickle.dumps(record.request)) > _LONGEST_REQUEST:  # quicker than JSON
-        record.request = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import pickle
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -16,6 +17,9 @@ from app.metrics import CacheUse
 EventName = Literal["queued", "running", "progress", "preview", "done", "error"]
 
 LONGEST = 2048  # events kept of one job: more than the longest request has steps
+LEFT_OUT = "left_out"
+"""Beside the fields of a kept request: the names of those that were too long to be kept, which hold pictures."""
+_LONGEST_REQUEST = 64 * 2**10  # bytes of a request that is kept for as long as its job
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +189,8 @@ class JobRecord:
     ephemeral: its request waits for it; nobody asks for it later, and nothing of it is kept. Then `outcome` is what it
         waits for: a Drawn, or the ServiceError that the client is answered with.
     api: by which of the APIs it came, where that matters. handle: the engine's, while it has the job.
-    request: the client's body, with the model and the seed that it left open; None for one that is too long to be kept.
-        On disk only where a restart is to take jobs up again.
+    request: the client's body, with the model and the seed that it left open. What makes it too long goes once the job
+        is promised, see LEFT_OUT. On disk from the job's end on; sooner where a restart is to take jobs up again.
     key, fingerprint: hashes of the idempotency key and of the body. `saved`: done when the promise is on disk.
     error: what a client that waited would have been answered.
     """
@@ -228,6 +232,18 @@ class JobRecord:
             raise RuntimeError(f"job {self.id} was to end a second time")
         self.state, self.error, self.finished = state, error, time.time()
 
+    def forget_upload(self) -> None:
+        if self.request is None:
+            return
+        kept, left_out = dict(self.request), list(self.request.get(LEFT_OUT, ()))
+        sizes = {name: len(pickle.dumps(value)) for name, value in kept.items()}  # quicker than JSON
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            if sum(sizes.values()) <= _LONGEST_REQUEST:
+                break
+            del kept[name], sizes[name]
+            left_out.append(name)
+        self.request = kept | ({LEFT_OUT: left_out} if left_out else {})
+
     def shown(self) -> dict[str, object]:
         """The job as its client sees it, without the result."""
         return {
@@ -242,4 +258,5 @@ class JobRecord:
             "started": round(self.started, 3) if self.started else None,
             "finished": round(self.finished, 3) if self.finished else None,
             "error": self.error,
+            "request": self.request,
         }

@@ -1,51 +1,68 @@
-"""`python -m app.ui`: serves the page."""
+"""The page's process: Streamlit behind a Unix socket. The service starts it, and writes it its settings."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated
 
-import typer
-from pydantic import ValidationError
+import uvicorn
+from streamlit import App, config
 
-from app.ui.settings import PageSettings
-
-PAGE = Path(__file__).with_name("page.py")
+SCRIPT = Path(__file__).with_name("page.py")
+_MB = 2**20
 
 
-def options(settings: PageSettings) -> list[str]:
-    """Streamlit's: no usage statistics, no stack traces, no watching of files."""
-    listening = {"server.address": settings.host, "server.port": settings.port}
-    fixed = {
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
+def options(largest_upload: int) -> dict[str, object]:
+    """Streamlit's: no usage statistics, no stack traces, no watching of files, no origin check of its own.
+
+    The service has checked the origin of whatever arrives here; Streamlit's check would ask the internet for the
+    machine's address. `largest_upload`: bytes.
+    """
+    return {
+        "browser.gatherUsageStats": False,
         "client.showErrorDetails": "none",
         "client.toolbarMode": "minimal",
+        "logger.level": "warning",
+        "runner.postScriptGC": False,  # a collection of everything after each run of a script
+        "server.enableAgentApi": False,
+        "server.enableCORS": False,
+        "server.enableXsrfProtection": False,
+        "server.fileWatcherType": "none",
+        "server.headless": True,
+        "server.maxUploadSize": max(1, largest_upload * 3 // 4 // _MB),  # base64 of it is what the service reads
+        "theme.primaryColor": "#2f6fed",
+        "theme.dark.primaryColor": "#3d7bf0",
     }
-    return [f"--{name}={value}" for name, value in {**listening, **fixed}.items()]
 
 
-def main(
-    server: Annotated[str | None, typer.Option(help="The server's address; overrides WAVESPEED_UI_SERVER.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; overrides WAVESPEED_UI_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; overrides WAVESPEED_UI_PORT.")] = None,
-) -> None:
-    """Serve the page until interrupted."""
-    given = {name: value for name, value in (("server", server), ("host", host), ("port", port)) if value is not None}
-    try:
-        settings = PageSettings(**given)  # type: ignore[arg-type]  # checked by pydantic
-    except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            where = "".join(f"WAVESPEED_UI_{str(name).upper()}: " for name in fault["loc"])
-            print(f"{where}{fault['msg'].removeprefix('Value error, ')}.", file=sys.stderr)
-        raise typer.Exit(2) from None
-    os.environ["WAVESPEED_UI_SERVER"] = settings.server
-    command = [sys.executable, "-m", "streamlit", "run", str(PAGE), *options(settings)]
-    os.execv(sys.executable, command)
+def main() -> None:
+    settings = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_service, daemon=True).start()
+    for name, value in options(settings["largest_upload"]).items():
+        config.set_option(name, value)
+    page = App(SCRIPT, secrets={"address": settings["address"], "token": settings["token"]})
+    uvicorn.run(
+        page,
+        uds=settings["socket"],
+        http="h11",
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        ws_max_size=64 * _MB,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+
+
+def _end_with_the_service() -> None:
+    sys.stdin.read()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,23 +10,26 @@ from typing import Any
 
 import streamlit as st
 
-from app.client import ApiError, Client, ClientError
+from app.client import Client, ClientError
+from app.ui.application import KEY_COOKIE, VISITOR
 from app.ui.refusal import explained
-from app.ui.settings import PageSettings
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
 RETRY_SECONDS = 2.0
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 120.0
 
 
 @dataclass
 class Connection:
-    """Of one session. `models` stay as last heard while the server is away, so that nothing typed is lost."""
+    """Of one session. `models` stay as last heard while the server is away, so that nothing typed is lost.
+
+    `owner`: whose pictures the server shows here; `adapters`: the names of GET /api/adapters.
+    """
 
     server: Client
-    address: str
-    key: str
+    owner: str
     models: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapters: dict[str, list[str]] = field(default_factory=dict)
     default: str = ""
     error: ClientError | None = None
     _heard: float = -FRESH_SECONDS
@@ -34,45 +38,39 @@ class Connection:
         if self.error is None and time.monotonic() - self._heard < FRESH_SECONDS:
             return
         try:
-            catalogue = self.server.catalogue()
+            catalogue, self.adapters = self.server.catalogue(), self.server.adapters()
             self.models = {row["name"]: row for row in catalogue["models"] if "family" in row}
             self.default = catalogue["default"]
         except ClientError as error:
             self.error = error
-        except (KeyError, TypeError):
-            self.error = ClientError(f"What answers at {self.address} is no WaveSpeed server. Set WAVESPEED_UI_SERVER.")
         else:
             self.error, self._heard = None, time.monotonic()
 
 
-def of_session(settings: PageSettings) -> Connection:
-    """The session's connection, with the key that was typed into the page, else the operator's."""
-    key = str(st.session_state.get("api_key", "")).strip() or settings.api_key
+def of_session() -> Connection:
+    """The session's connection: to the service that shows this page, with the visitor's key and for their address."""
     known: Connection | None = st.session_state.get("connection")
-    if known is None or (known.address, known.key) != (settings.server, key):
-        client = Client(settings.server, key=key or None, timeout=ANSWER_SECONDS)
-        if known is not None and st.session_state.get("run") is None:  # a run goes on with the client that it has
-            known.server.close()
-        kept = (known.models, known.default) if known is not None else ({}, "")
-        known = st.session_state["connection"] = Connection(client, settings.server, key, *kept)
+    if known is None:
+        key, address = visitor()
+        headers = {VISITOR: f"{st.secrets['token']} {address}"}
+        client = Client(str(st.secrets["address"]), key=key, headers=headers, timeout=ANSWER_SECONDS)
+        known = st.session_state["connection"] = Connection(client, key or address)
     known.refresh()
     return known
 
 
+def visitor() -> tuple[str | None, str]:
+    """The key that whoever looks at the page gave at the door, where one was asked for, and their address."""
+    value = st.context.cookies.get(KEY_COOKIE)
+    key = base64.urlsafe_b64decode(value).decode() if value else None
+    return key, st.context.headers.get(VISITOR, "")
+
+
 def show(connection: Connection) -> None:
-    """Where the server is and the key for it; open where a key is what is missing."""
-    wants_key = isinstance(connection.error, ApiError) and connection.error.status == 401
-    with st.expander(f"Server `{connection.address}`", expanded=wants_key):
-        st.text_input(
-            "API key",
-            type="password",
-            key="api_key",
-            help="Only where the server's operator has set keys. It is kept for as long as this page is open.",
-        )
+    """What is wrong, if something is, and the way to try again."""
     if connection.error is not None:
         st.error(explained(connection.error), icon=":material/cloud_off:")
-        if not wants_key:
-            _retry(connection)
+        _retry(connection)
 
 
 @st.fragment(run_every=RETRY_SECONDS)

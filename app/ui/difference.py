@@ -24,7 +24,7 @@ def difference(first: bytes, second: bytes, amplify: int) -> Image.Image:
     return Image.fromarray(np.clip(distance, 0, 255).astype(np.uint8))
 
 
-def thumbnail(picture: bytes, side: int = 256) -> bytes:
+def thumbnail(picture: bytes, side: int = 400) -> bytes:
     """A JPEG of at most `side` pixels a side."""
     with Image.open(io.BytesIO(picture)) as image:
         small = image.convert("RGB")

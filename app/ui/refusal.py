@@ -8,9 +8,10 @@ from app.client import ApiError, ClientError, Unreachable
 def explained(error: ClientError) -> str:
     """The server's own sentence where there is one."""
     match error:
+        case ApiError(status=401):
+            return "The server no longer knows the key that you gave. Load the page anew to give another one."
         case ApiError(retry_after=int(seconds)):
             return f"{error.message} Try again in {seconds} s."
         case Unreachable():
-            remedy = "Start it with scripts/run, or start the page with WAVESPEED_UI_SERVER set to where it runs."
-            return f"{error} {remedy}"
+            return "The server does not answer. If it was ended, start it again: scripts/run."
     return str(error)

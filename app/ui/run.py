@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from app.client import Client, ClientError, Event, Generated, Job
+from app.client import Client, ClientError, Event, Job
 from app.ui.refusal import explained
 
 _log = logging.getLogger(__name__)
@@ -27,17 +27,20 @@ class Progress:
     decisions: str = ""
     preview: bytes | None = None
     error: str | None = None
-    drawn: Generated | None = None
+    drawn: Job | None = None
 
 
 @dataclass(eq=False)
 class Run:
-    """`progress` may be read from any thread. `purpose` and `values` are the page's own, and come back with the run."""
+    """`progress` may be read from any thread. `purpose` is the page's own, and comes back with the run.
+
+    `body`: what is submitted; of a job that is under way already, `joined`, it is not looked at.
+    """
 
     server: Client
     body: Mapping[str, Any]
     purpose: str = "draw"
-    values: Mapping[str, Any] = field(default_factory=dict)
+    joined: Job | None = None
     progress: Progress = field(default_factory=Progress, init=False)
     ended: threading.Event = field(default_factory=threading.Event, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
@@ -64,7 +67,7 @@ class Run:
 
     def _follow(self) -> None:
         try:
-            job = self._job = self.server.submit(**self.body)
+            job = self._job = self.joined or self.server.submit(**self.body)
             if self._cancelled:  # while the server had not yet named the job
                 self.cancel()
             for event in job.events():
@@ -73,7 +76,8 @@ class Run:
                 self._set(state="cancelled")
             else:
                 self._set(state="fetching")
-                self._set(state="done", drawn=job.refresh().result())
+                job.result()
+                self._set(state="done", drawn=job)
         except ClientError as error:
             self._set(state="failed", error=explained(error))
         except Exception as error:  # noqa: BLE001  # the page waits for an end, and must not wait for ever

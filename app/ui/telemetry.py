@@ -1,4 +1,4 @@
-"""The server's telemetry, now and since the page was opened."""
+"""The server's telemetry, now and while it is looked at."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ def sample(telemetry: Mapping[str, Any], at: datetime.datetime) -> dict[str, Any
 
 
 @st.fragment(run_every=EVERY_SECONDS)
-def show(server: Client, *, visible: bool) -> None:
-    """Samples whether visible or not, so that the curves have no gaps."""
+def show(server: Client) -> None:
+    """Samples while it is looked at."""
     samples: deque[dict[str, Any]] = st.session_state.setdefault("samples", deque(maxlen=KEPT))
     try:
         telemetry = server.telemetry()
     except ClientError as error:
-        if visible:
-            st.error(explained(error))
+        st.error(explained(error))
         return
     samples.append(sample(telemetry, datetime.datetime.now()))
-    if visible:
-        _numbers(telemetry)
-        _curves(telemetry, list(samples))
+    _numbers(telemetry)
+    _curves(telemetry, list(samples))
 
 
 def _numbers(telemetry: Mapping[str, Any]) -> None:

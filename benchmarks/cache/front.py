@@ -59,15 +59,20 @@ def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result 
 
 
 def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result | None:
-    """What fewer steps buy at `speedup`: between the nearest runs on either side, picture by picture on a line.
+    """What fewer steps buy at `speedup` (`matched`). Its `label` says the steps."""
+    return matched(results, FEWER, axis, speedup)
 
-    Its `label` says the steps. The slower run itself where it is as fast or no faster one is known; None without one.
+
+def matched(results: Sequence[Result], method: str, axis: Axis, value: float) -> Result | None:
+    """What `method` gives where the axis has `value`: between its nearest runs on either side, by picture on a line.
+
+    The lower run itself where it lies there or no higher one is known; None without one. The label says between which.
     """
-    fewer = sorted((one for one in results if one.method == FEWER), key=axis)
-    near = next((one for one in reversed(fewer) if axis(one) <= speedup), None)
-    far = next((one for one in fewer if axis(one) > speedup), None)
-    if near is None or far is None or axis(near) == speedup:
-        return near and replace(near, label=str(near.steps))
-    share = (speedup - axis(near)) / (axis(far) - axis(near))
+    own = sorted((one for one in results if one.method == method), key=axis)
+    near = next((one for one in reversed(own) if axis(one) <= value), None)
+    far = next((one for one in own if axis(one) > value), None)
+    if near is None or far is None or axis(near) == value:
+        return near
+    share = (value - axis(near)) / (axis(far) - axis(near))
     between = [a + share * (b - a) for a, b in zip(near.psnr_db, far.psnr_db, strict=True)]
-    return replace(near, label=f"{near.steps} to {far.steps}", psnr_db=between)
+    return replace(near, label=f"{near.label} to {far.label}", psnr_db=between)

@@ -51,8 +51,8 @@ class Reference:
     def bytes(self) -> int:
         return self._history.bytes + self._scale.nbytes
 
-    def judge(self, call: int, probe: Tensor) -> Verdict:
-        """Decide for call number `call`, in which the first block added `probe`."""
+    def judge(self, call: int, probe: Tensor, *, last: bool = False) -> Verdict:
+        """Decide for call number `call`, in which the first block added `probe`. The last one of a run computes."""
         history = self._history
         moved, rest = history.ahead_of(probe, call)
         numbers = _means(rest.abs_()).div_(self._scale)
@@ -60,7 +60,7 @@ class Reference:
         changes = [spent + ratio for spent, ratio in zip(self._spent, ratios, strict=True)]
         rows = []
         for row, change in enumerate(changes):
-            reuse = change < self._threshold and self._streak[row] < self._cap  # false for NaN
+            reuse = not last and change < self._threshold and self._streak[row] < self._cap  # false for NaN
             self._streak[row] = self._streak[row] + 1 if reuse else 0
             self._spent[row] = change if reuse and self._forecast else 0.0
             if not reuse:

@@ -213,7 +213,7 @@ class Turn:
 
     def decide(self, kept: Kept) -> list[float]:
         """Set which items compute. Returns how many calls each has moved on."""
-        verdict = kept.reference.judge(self.lane.calls, self.probe)
+        verdict = kept.reference.judge(self.lane.calls, self.probe, last=self.run.ends(self.lane))
         self.rows, self.changes = verdict.rows, verdict.changes
         for row, change in enumerate(verdict.changes):
             if not math.isfinite(change):

@@ -72,7 +72,7 @@ class ResidualRecorder:
     """A strategy that computes every call and keeps the first block's residuals, on the CPU.
 
     `lanes` has an entry a lane of each run: its residuals (items, tokens, channels), call by call. `reuse_cost` is the
-    share of a full call's operations that a reuse call would need.
+    share of a full call's operations that a reuse call would need. `ends` is whether a run knows its last call.
     """
 
     name: ClassVar[str] = "none"
@@ -80,6 +80,7 @@ class ResidualRecorder:
     def __init__(self) -> None:
         self.lanes: list[list[Tensor]] = []
         self.reuse_cost: float | None = None
+        self.ends = False
 
     @contextmanager
     def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
@@ -108,6 +109,8 @@ class ResidualRecorder:
                 self.reuse_cost = denoiser.first_block_cost(*on_meta(call.args, call.kwargs))
             residuals = lanes.setdefault(call.lane, [])
             output = call.run()
+            if not report.decisions:
+                self.ends = denoiser.responses() is not None
             report.record((True,) * denoiser.batch_of(call))
             return output
 

@@ -8,6 +8,7 @@ quite the uncached one's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -36,8 +37,11 @@ class Found:
     speedup: float
 
 
-def decisions(residuals: Sequence[Tensor], settings: FirstBlockCache) -> list[str]:
-    """The letters, of each item, that `settings` would have given a lane with these residuals of the first block."""
+def decisions(residuals: Sequence[Tensor], settings: FirstBlockCache, *, ends: bool = False) -> list[str]:
+    """The letters, of each item, that `settings` would have given a lane with these residuals of the first block.
+
+    ends: whether the run would have known its last call, which a forecast does not take.
+    """
     reference: Reference | None = None
     letters: list[str] = []
     for call, recorded in enumerate(residuals):
@@ -48,7 +52,8 @@ def decisions(residuals: Sequence[Tensor], settings: FirstBlockCache) -> list[st
             reference = reference or Reference(settings, call, residual)
             letters = letters or [""] * items
         else:
-            rows = reference.judge(call, residual).rows
+            last = ends and settings.forecast and call == len(residuals) - 1
+            rows = reference.judge(call, residual, last=last).rows
             if rows:
                 reference.keep(call, residual, None if len(rows) == items else rows)
         letters = [known + ("C" if row in rows else "R") for row, known in enumerate(letters)]
@@ -57,7 +62,8 @@ def decisions(residuals: Sequence[Tensor], settings: FirstBlockCache) -> list[st
 
 def expected(recorder: ResidualRecorder, settings: FirstBlockCache) -> Found:
     """What `settings` would have saved in the recorded runs. Raises ValueError for none."""
-    letters = "".join(line for residuals in recorder.lanes for line in decisions(residuals, settings))
+    lines = [decisions(residuals, settings, ends=recorder.ends) for residuals in recorder.lanes]
+    letters = "".join(itertools.chain(*lines))
     if not letters or recorder.reuse_cost is None:
         raise ValueError("nothing was recorded: run the network with the recorder attached first")
     reused = letters.count("R")

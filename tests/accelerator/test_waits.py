@@ -67,7 +67,7 @@ def test_items_that_decide_apart_are_read_together(run: Any, device: Accelerator
 
     device.script = script
     found = run(FLUX_SCHNELL, FirstBlockCache(), seeds=(1, 2), batch_size=2)
-    assert found.generation.reports[0].item_decisions == ["CRR", "CCC"]
+    assert found.generation.reports[0].item_decisions == ["CRC", "CCC"]
     assert [sum(step.values()) for step in found.steps] == [0, 1, 1]
 
 
@@ -93,5 +93,5 @@ def test_the_correction_acts_off_the_cpu(run: Any) -> None:
     cases = [(SD15, DeepCache(interval=2), sampler) for sampler in ("euler", "dpmpp_2m", "unipc", "ddim")]
     for geometry, strategy, sampler in [*cases, (FLUX_DEV, FirstBlockCache(max_consecutive=1), "euler")]:
         (report,) = run(geometry, strategy, sampler=sampler, steps=4).generation.reports
-        assert report.decisions == "CRCR"
+        assert report.decisions == ("CRCC" if geometry == FLUX_DEV else "CRCR")  # a known last call computes
         assert report.settings["correction"] is True

@@ -348,11 +348,13 @@ async def test_a_picture_tells_what_it_was_drawn_with(client: httpx.AsyncClient)
     metadata = (await client.post("/api/images/metadata", json=picture)).json()["metadata"]
     del fields["model"]
     assert metadata == {"prompt": "a fog", "negative_prompt": "b", **SIZE, **fields, "model_path": "fine"}
+    again = (await client.post("/api/images/metadata", json=picture)).json()["fields"]
+    assert (await client.post("/api/generate", json=again)).json()["image"] == drawn.json()["image"]
     for kind in ("JPEG", "WEBP", "PNG"):
         mute = {"image": base64.b64encode(encoded(Image.new("RGB", (8, 8)), kind)).decode()}
         empty = await client.post(f"{SD}/png-info", json=mute)
         assert empty.json() == {"info": "", "items": {}, "parameters": {}}
-        assert (await client.post("/api/images/metadata", json=mute)).json() == {"metadata": {}}
+        assert (await client.post("/api/images/metadata", json=mute)).json() == {"metadata": {}, "fields": {}}
 
 
 def texts(count: int) -> bytes:

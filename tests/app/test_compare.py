@@ -77,6 +77,23 @@ def test_a_unet_is_compared_under_all_presets_and_a_transformer_under_thresholds
     assert next(iter(unet)) == next(iter(flux)) == "uncached"
 
 
+def test_wished_speeds_stand_in_the_presets_place() -> None:
+    models = fake_catalogue().models
+    rows = settings_of(models["flux"], (2.0, 3.0))
+    assert list(rows) == ["uncached", "2 times as fast", "3 times as fast"]
+    assert list(rows.values()) == [{"fbcache_enabled": False}, {"cache_speedup": 2.0}, {"cache_speedup": 3.0}]
+    assert settings_of(models["fine"], (2.0,))["uncached"] == {}
+
+
+def test_the_demonstration_is_drawn_without_typing(runner: RecordingRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cli.compare.SPEEDUPS", (1.0,))  # the fake models have no profile to choose by
+    result = CliRunner().invoke(command_line.cli, ["demo"])
+    assert result.exit_code == 0, result.output
+    with Image.open("demo.png") as image:
+        assert len(strips(image, 2)) == 2
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["uncached", "1", "demo.png"]
+
+
 def test_every_row_is_warmed_up_and_then_timed_in_turn(runner: RecordingRunner) -> None:
     comparison = compared({"prompt": "a", "model": "flux", "seed": 3}, Settings(), repeats=2)
     strategies = [job.strategy for job in runner.jobs]

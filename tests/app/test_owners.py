@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.http.middleware import Guard
 from app.settings import Settings
 from tests.app.children import Nursery
 from tests.app.conftest import client_of
@@ -21,6 +22,7 @@ CHANGES = [
     ("POST", "/api/generate"),
     ("POST", "/api/jobs"),
     ("DELETE", "/api/jobs/" + "0" * 32),
+    ("DELETE", "/api/jobs/" + "0" * 32 + "/result"),
     ("POST", "/v1/images/generations"),
     ("POST", "/sdapi/v1/txt2img"),
     ("POST", "/sdapi/v1/img2img"),
@@ -159,3 +161,17 @@ async def test_a_listed_origin_may_send_what_client_packages_send(engine: FakeEn
 
 def test_no_proxy_is_believed_unless_it_is_named() -> None:
     assert Settings(_env_file=None).proxies == ()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("token", ["ours", "another", ""])
+async def test_the_page_alone_says_for_whom_it_asks(token: str) -> None:
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/api/jobs",
+        "client": ("127.0.0.1", 1),
+        "headers": [(b"host", b"localhost"), (b"x-wavespeed-visitor", f"{token} 10.0.0.7".encode())],
+    }
+    own = Guard((), (), metrics_open=True, page="ours")
+    assert own.owner(scope) == ("peer:10.0.0.7" if token == "ours" else "peer:127.0.0.1")
+    assert Guard((), (), metrics_open=True).owner(scope) == "peer:127.0.0.1"  # a server without a page believes nobody

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.cli.serve import check_devices
+from app.cli.serve import check_devices, kept_in, page_if_installed
 from app.errors import CannotStart
 from app.settings import OTHERS, Settings, faults, read_settings
-from app.ui.settings import PageSettings
 
 
 def test_defaults_are_the_contracts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,12 +118,9 @@ def test_a_variable_that_there_is_not_ends_the_start(
     assert str(refused.value) == f"{name.upper()} is no variable that is read here; the nearest one is {nearest}."
 
 
-def test_variables_of_the_client_the_page_and_a_cluster_are_let_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_variables_of_the_client_and_a_cluster_are_let_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Kubernetes tells every container of each service; ours may be called wavespeed-api."""
     monkeypatch.chdir(tmp_path)
-    assert {f"UI_{name.upper()}" for name in PageSettings.model_fields} | {"KEY"} == set(OTHERS)
     (tmp_path / ".env").write_text("".join(f"WAVESPEED_{name}=x\n" for name in OTHERS))
     for name, value in {
         "WAVESPEED_API_SERVICE_HOST": "10.3.2.1",
@@ -217,8 +213,18 @@ def test_a_cuda_device_is_one_that_the_driver_counts(monkeypatch: pytest.MonkeyP
         check_devices((missing,))
 
 
-def test_the_page_too_refuses_a_variable_that_there_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_kept_lies_in_a_folder_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WAVESPEED_UI_SEVER", "http://elsewhere")
-    with pytest.raises(ValidationError, match=r"UI_SEVER is no variable that is read here; .* is WAVESPEED_UI_SERVER"):
-        PageSettings()
+    assert kept_in(read_settings()) == Path("jobs")
+    monkeypatch.setenv("WAVESPEED_JOBS_FOLDER", "elsewhere")
+    assert kept_in(read_settings()) == Path("elsewhere")
+    monkeypatch.setenv("WAVESPEED_JOBS_FOLDER", "")
+    assert kept_in(read_settings()) is None
+
+
+def test_the_page_is_where_streamlit_is_unless_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, unwanted = (Settings(_env_file=None, page=page) for page in (True, False))  # type: ignore[call-arg]
+    monkeypatch.setattr("app.cli.serve.find_spec", lambda name: object())
+    assert (page_if_installed(wanted) is None, page_if_installed(unwanted)) == (False, None)
+    monkeypatch.setattr("app.cli.serve.find_spec", lambda name: None)
+    assert page_if_installed(wanted) is None

@@ -59,9 +59,9 @@ def test_matching_points() -> None:
 def test_fewer_steps_at_equal_speed_lie_between_two_runs() -> None:
     runs = [
         Result("ours", "", psnr_db=[90.0, 90.0], operations_speedup=2.0),
-        Result("fewer steps", "", steps=9, psnr_db=[20.0, 30.0], operations_speedup=2.2),
-        Result("fewer steps", "", steps=11, psnr_db=[24.0, 50.0], operations_speedup=1.8),
-        Result("fewer steps", "", steps=14, psnr_db=[80.0, 80.0], operations_speedup=1.4),
+        Result("fewer steps", "9", steps=9, psnr_db=[20.0, 30.0], operations_speedup=2.2),
+        Result("fewer steps", "11", steps=11, psnr_db=[24.0, 50.0], operations_speedup=1.8),
+        Result("fewer steps", "14", steps=14, psnr_db=[80.0, 80.0], operations_speedup=1.4),
     ]
     found = [shortened(runs, in_operations, speedup) for speedup in (1.3, 1.8, 1.9, 9.0)]
     assert [one and (one.label, one.psnr_db) for one in found] == [

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from cache import CacheReport, DeepCache, Denoiser, FirstBlockCache, attach, solver, view_of
 from cache.patching import shadowed
+from cache.prediction import prediction_of
 from cache.run import Lane, Run
-from cache.solver import SPREAD, Correction, Ledger, lagrange, responses
+from cache.solver import Correction, Ledger, lagrange, responses, spread_of
 from cache.views.base import Call, Decision, Response
 from tests.cache.networks import denoise_flux, denoise_unet, small_flux, small_unet
 
@@ -94,8 +95,10 @@ def corrected(letters: str, predictions: Sequence[Tensor], known: Response | Non
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
 def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None:
-    """The denoiser is the exact one for Gaussian pictures of spread SPREAD around a mean."""
+    """The denoiser is the exact one for Gaussian pictures around a mean; those of a flow have hardly a spread."""
     torch.manual_seed(0)
+    spread = spread_of(prediction_of(scheduler))
+    assert spread == (0.01 if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else 0.5)
     start, mean = torch.randn(2, 1, 3, 2, 2, dtype=torch.float64)
 
     def predicted(number: int, x: Tensor, changed: int | None = None) -> Tensor:
@@ -105,7 +108,7 @@ def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None
             alpha, sigma = math.sqrt(square), math.sqrt(1 - square)
         else:
             alpha, sigma = 1 - timestep / 1000, timestep / 1000
-        clean = mean + alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2) * (x - alpha * mean)
+        clean = mean + alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * (x - alpha * mean)
         noise = (x - alpha * clean) / sigma
         kind = scheduler.config.get("prediction_type", "flow")
         answer = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "flow": noise - clean}[kind]
@@ -119,6 +122,20 @@ def test_a_response_is_what_a_changed_prediction_changes(scheduler: Any) -> None
     for changed in range(CALLS):
         change = sampled(scheduler, partial(predicted, changed=changed), start) - plain
         torch.testing.assert_close(change, torch.full_like(change, found.moves[changed]), rtol=2e-2, atol=1e-3)
+
+
+def test_a_flow_that_predicts_its_clean_sample_is_repaid_what_it_does_not_heal() -> None:
+    """What is left of an error later is the noise then by the noise after its call: the closed form."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(CALLS)
+    found = responses(scheduler)
+    assert found is not None
+    sigmas = scheduler.sigmas.tolist()
+    for early in range(CALLS - 4):  # while there is noise left
+        late = early + 2
+        step = sigmas[early + 1] - sigmas[early], sigmas[late + 1] - sigmas[late]
+        left = sigmas[late + 1] / sigmas[early + 1]
+        assert found.moves[early] / found.moves[late] == pytest.approx(left * step[0] / step[1], rel=0.02)
 
 
 class Unknown(DDIMScheduler):
@@ -254,6 +271,23 @@ def test_a_multistep_sampler_is_repaid_a_part_of_a_long_row(letters: str, share:
     assert not torch.equal(whole, answers[-1])
     torch.testing.assert_close(part - answers[-1], share * (whole - answers[-1]), rtol=1e-12, atol=1e-12)
     assert torch.equal(part, whole) is (share == 1)
+
+
+def test_what_a_line_owes_less_for_is_not_held_against_a_parabola() -> None:
+    """For each item: one was told what the line says and owes nothing, the other is repaid by the parabola."""
+    torch.manual_seed(0)
+    first, second, third = torch.randn(3, 2, 1, 2, 2, dtype=torch.float64)
+    at = [(1 + call) ** 0.7 for call in range(4)]
+    share = (at[2] - at[1]) / (at[3] - at[1])
+    line = second + share * (third - second)
+    curve = np.polynomial.Polynomial.fit  # through three points, another way than by Lagrange's
+    known = torch.stack([first, second, third]).flatten(1).numpy()
+    bent = torch.tensor([curve([at[0], at[1], at[3]], column, 2)(at[2]) for column in known.T]).view_as(line)
+    told = line.clone()
+    told[1] = 3 * bent[1] - 2 * line[1]  # beyond the parabola, on its side of the line
+    (*_, found) = corrected("CCRC", [first, second, told, third], Response([1.0] * 4))
+    torch.testing.assert_close(found[0], third[0])
+    torch.testing.assert_close(found[1], third[1] + bent[1] - told[1])
 
 
 @pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)

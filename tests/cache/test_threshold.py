@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cache import FirstBlockCache, IncompatibleDenoiser, attach
+from cache import FirstBlockCache, IncompatibleDenoiser, attach, view_of
 from cache.tuning.recorder import ResidualRecorder
 from cache.tuning.threshold import Unreachable, decisions, expected, threshold_for
+from cache.views.base import Response
 from tests.cache.networks import denoise_flux, denoise_unet, flux_inputs, tiny_flux, tiny_sd
 
 
@@ -61,6 +62,25 @@ def test_the_rule_on_recorded_residuals_decides_as_a_run_does(forecast: bool) ->
         if report.reused:
             assert recorder.reuse_cost == report.reuse_cost
     assert len(seen) > 3
+
+
+@pytest.mark.parametrize(("forecast", "known"), [(True, True), (True, False), (False, True)])
+def test_the_last_call_computes_where_it_is_known(forecast: bool, known: bool) -> None:
+    """Nothing mends what it answers. The published cache takes what comes."""
+    network, inputs = tiny_flux(), drifting(calls=4)
+    response = Response([1.0] * len(inputs)) if known else None
+    view = view_of(network).sampled(lambda: response)
+    recorder, settings = ResidualRecorder(), FirstBlockCache(1.0, forecast=forecast)
+    with attach(view, recorder):
+        run(network, inputs)
+    with attach(view, settings) as report:
+        run(network, inputs)
+    last = {letters[-1] for letters in report.item_decisions}
+    assert ("R" not in last) is (forecast and known)
+    assert recorder.ends is known
+    assert decisions(recorder.lanes[0], settings, ends=recorder.ends) == report.item_decisions
+    letters = "".join(report.item_decisions)
+    assert expected(recorder, settings).hit_rate == letters.count("R") / len(letters)
 
 
 def test_recording_changes_nothing_and_leaves_nothing_behind() -> None:

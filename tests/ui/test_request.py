@@ -18,13 +18,29 @@ from app.http.schemas import PRESETS as API_PRESETS
 from app.http.schemas import parse
 from app.ui import strip
 from app.ui.difference import difference, psnr
-from app.ui.history import Drawn
+from app.ui.gallery import Drawn
 from app.ui.refusal import explained
-from app.ui.request import DEFAULTS, PRESETS, body, no_deepcache, no_fbcache, reuse_cost, uncached
+from app.ui.request import (
+    ASPECTS,
+    DEFAULTS,
+    PRESETS,
+    SPEEDS,
+    aspect_of,
+    body,
+    no_deepcache,
+    no_fbcache,
+    reuse_cost,
+    size_of,
+    widgets,
+)
 from app.ui.result import faster
-from app.ui.settings import PageSettings
+from app.ui.scenes import PLACES, TIMES, WEATHERS, scene
+from app.ui.source import fitting, wrong_with
+from models.embedded.recipe import grammar
 
+NATIVE = {"native_size": [512, 512], "render_sizes": []}
 UNET: dict[str, Any] = {
+    **NATIVE,
     "name": "unet",
     "cache": "deepcache",
     "branches": [
@@ -34,21 +50,22 @@ UNET: dict[str, Any] = {
         {"branch": 3, "reuse_cost": 0.47},
     ],
 }
-FLUX: dict[str, Any] = {"name": "flux", "cache": "first_block", "branches": []}
+FLUX: dict[str, Any] = {**NATIVE, "name": "flux", "cache": "first_block", "branches": []}
+PIXEL = b"not looked at"
 
 
 def test_presets_are_those_of_the_api() -> None:
     for name, preset in PRESETS.items():
-        sent = body({**DEFAULTS, "deepcache_enabled": True, **preset}, UNET)
+        sent = body({**DEFAULTS, "by_hand": True, **preset}, UNET)
         assert {field: sent[field] for field in API_PRESETS[name]} == API_PRESETS[name]
     assert PRESETS.keys() == API_PRESETS.keys()
 
 
 @pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_what_is_sent_is_valid_and_for_the_model_alone(model: dict[str, Any], enabled: bool) -> None:
-    values = {**DEFAULTS, "deepcache_enabled": enabled, "fbcache_enabled": enabled, "negative_prompt": "fog", "seed": 3}
-    sent = body(values, model)
+def test_what_is_set_by_hand_is_valid_and_for_the_model_alone(model: dict[str, Any], enabled: bool) -> None:
+    values = {**DEFAULTS, "by_hand": True, "deepcache_enabled": enabled, "fbcache_enabled": enabled}
+    sent = body({**values, "negative_prompt": "fog", "seed": 3, "deepcache_forecast": False}, model)
     parse(sent)
     assert sent.get("deepcache_enabled", False) == (enabled and model is UNET)
     assert ("fbcache_threshold" in sent) == (enabled and model is FLUX)
@@ -57,15 +74,75 @@ def test_what_is_sent_is_valid_and_for_the_model_alone(model: dict[str, Any], en
 
 
 @pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
-def test_the_uncached_request_differs_in_the_cache_and_names_the_seed(model: dict[str, Any]) -> None:
-    values = {**DEFAULTS, "deepcache_enabled": True, "deepcache_forecast": False}
-    sent = body(values, model)
-    plain = uncached(sent, {"seeds": [7]})
-    resolved = parse(plain)
-    assert (resolved.seed, resolved.deepcache_enabled, resolved.cache_forecast) == (7, False, True)
-    assert resolved.fbcache_enabled is (False if model is FLUX else None)
-    same = {name: value for name, value in sent.items() if "cache" not in name}
-    assert {name: plain[name] for name in same} == same
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_the_speed_is_one_field_of_the_request(model: dict[str, Any], speed: float | str) -> None:
+    sent = body({**DEFAULTS, "speed": speed}, model)
+    parse(sent)
+    said = {name: value for name, value in sent.items() if "cache" in name}
+    unet: dict[str | float, dict[str, Any]] = {
+        "off": {},
+        "balanced": {"deepcache_enabled": True, "deepcache_preset": "balanced"},
+    }
+    flux: dict[str | float, dict[str, Any]] = {"off": {"fbcache_enabled": False}, "balanced": {"fbcache_enabled": True}}
+    assert said == (unet if model is UNET else flux).get(speed, {"cache_speedup": speed})
+
+
+@pytest.mark.parametrize("mask", [None, PIXEL])
+@pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
+def test_a_picture_to_begin_from_and_its_mask_are_sent(model: dict[str, Any], mask: bytes | None) -> None:
+    sent = body({**DEFAULTS, "speed": 3.0}, model, PIXEL, mask)
+    parse(sent)
+    assert (sent["img2img_enabled"], sent["img2img_denoise"], "mask" in sent) == (True, 0.6, mask is not None)
+    assert ("cache_speedup" in sent) == (model is FLUX)  # DeepCache does not go with it
+
+
+@pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"speed": "off"},
+        {"speed": 3.0, "prompt": "x", "seed": 5, "steps": 7, "guidance_scale": 2.0, "hires_fix": True, "num_images": 3},
+        {"by_hand": True, **PRESETS["partial"], "deepcache_schedule": "uniform", "fbcache_threshold": 0.2},
+        {"loras": ["a/b"], "lora-a/b": 0.7, "upscale": "big", "seed": 0},
+    ],
+    ids=["as it begins", "off", "speed", "by hand", "styles"],
+)
+def test_the_widgets_take_a_request_back(values: dict[str, Any], model: dict[str, Any]) -> None:
+    sent = body({**DEFAULTS, **values}, model)
+    assert body({**DEFAULTS, **widgets(sent, model)}, model) == sent
+
+
+def test_the_scenes_are_the_grammar_s() -> None:
+    """The page must not import what trains the models."""
+    assert tuple(map(tuple, (grammar.WEATHERS, grammar.PLACES, grammar.TIMES))) == (WEATHERS, PLACES, TIMES)
+    assert scene("misty", "forest", "dawn") == str(grammar.Triple("misty", "forest", "dawn"))
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+def test_an_aspect_s_size_is_the_model_s_area(aspect: str) -> None:
+    width, height = size_of(ASPECTS[aspect], UNET)
+    assert width * height == pytest.approx(512 * 512, rel=0.12)
+    assert width / height == pytest.approx(ASPECTS[aspect], rel=0.1)
+    assert aspect_of(width, height, UNET) == aspect
+    assert size_of(1.5, {**UNET, "render_sizes": [[192, 128]]}) == (768, 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"), [((768, 512), (768, 512)), ((8000, 4000), (1440, 736)), ((60, 40), (640, 416))]
+)
+def test_a_dropped_picture_s_size_is_one_that_can_be_drawn(size: tuple[int, int], drawn: tuple[int, int]) -> None:
+    assert fitting(*size, UNET) == drawn
+
+
+def test_a_drop_that_is_no_picture_is_told_in_a_sentence() -> None:
+    png = _png(np.zeros((40, 60, 3), np.uint8))
+    assert wrong_with(png) is None
+    for broken in (b"", b"GIF89a", png[:60], b"<svg/>"):
+        assert "no picture that can be read" in str(wrong_with(broken))
+    out = io.BytesIO()
+    Image.new("1", (5000, 5000)).save(out, "PNG")
+    assert "5000×5000" in str(wrong_with(out.getvalue()))
 
 
 def test_reasons_stand_where_a_cache_does_not_apply() -> None:
@@ -122,17 +199,11 @@ def test_errors_are_the_servers_sentence_and_a_remedy() -> None:
     full = ApiError(429, "queue_full", "The queue is full.", None, "id", retry_after=5)
     assert explained(full) == "The queue is full. Try again in 5 s."
     assert "scripts/run" in explained(Unreachable("http://x cannot be reached."))
-
-
-@pytest.mark.parametrize("address", ["localhost:7861", "ftp://a", "http://", "http://a/?b"])
-def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WAVESPEED_UI_SERVER", address)
-    with pytest.raises(ValueError, match="is no address"):
-        PageSettings()
+    assert "Load the page anew" in explained(ApiError(401, "unauthorized", "Send a key.", None, "id"))
 
 
 def test_the_page_knows_of_the_service_its_client_alone() -> None:
-    """So that its container holds neither the engine nor the models."""
+    """So that its process holds neither the engine nor the models."""
     imports = [
         line
         for path in (Path(__file__).resolve().parents[2] / "app" / "ui").glob("*.py")
@@ -144,7 +215,8 @@ def test_the_page_knows_of_the_service_its_client_alone() -> None:
 
 def test_a_run_that_was_not_drawn_again_is_no_measurement() -> None:
     def shown(seconds: float, *, reused: bool = False) -> Drawn:
-        return Drawn({}, {}, {"timings": {"denoise_seconds": seconds}, "reused_run": reused}, ())
+        answer = {"timings": {"denoise_seconds": seconds}, "reused_run": reused}
+        return Drawn(None, {}, answer, ())  # type: ignore[arg-type]  # the job is not looked at
 
     assert "2.00× as fast" in faster(shown(1.0), shown(2.0))
     for pair in ((shown(1.0), shown(0.0, reused=True)), (shown(0.0, reused=True), shown(2.0))):

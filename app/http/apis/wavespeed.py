@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from app.errors import Incompatible, Invalid
-from app.http.render import IMAGE_BODY, GenerateAnswer, JobAnswer, accepted_image, bytes_answer, errors, json_body
+from app.http.render import (
+    IMAGE_BODY,
+    GenerateAnswer,
+    JobAnswer,
+    JobsAnswer,
+    accepted_image,
+    bytes_answer,
+    errors,
+    json_body,
+)
 from app.http.request import asked, interrupted, owner_of, repeated, request_id_of, service_of, texts_of, waited
 from app.http.resolve import Adapters
 from app.http.schemas import EXAMPLE, GenerateRequest, parse
 from app.images import OutputFormat
-from app.infotext import drawn_with
+from app.infotext import drawn_with, fields_of
 from app.jobs.record import JobRecord
 
 API = "generate"
@@ -100,11 +110,16 @@ def controlnets(request: Request) -> dict[str, list[str]]:
     openapi_extra=IMAGE_BODY,
 )
 async def metadata(request: Request) -> dict[str, dict[str, Any]]:
-    """By the names of LightDiffusion-Next, as fields of a request; of pictures drawn here or by AUTOMATIC1111."""
+    """`metadata` by the names of LightDiffusion-Next; `fields` as a request here has them, so that sent again they draw
+    the picture again, as far as it tells. Of pictures drawn here or by AUTOMATIC1111; of others both are empty.
+    """
     found = drawn_with(await texts_of(request))
     same = ("prompt", "negative_prompt", "seed", "steps", "sampler", "scheduler", "width", "height")
     names = {**dict(zip(same, same, strict=True)), "cfg_scale": "guidance_scale", "model_path": "model"}
-    return {"metadata": {theirs: found[ours] for theirs, ours in names.items() if ours in found}}
+    return {
+        "metadata": {theirs: found[ours] for theirs, ours in names.items() if ours in found},
+        "fields": fields_of(found),
+    }
 
 
 def _picture_format(request: Request, fields: GenerateRequest) -> OutputFormat | None:
@@ -161,6 +176,21 @@ def _unseen(record: Found, last_event_id: LastEventId = None) -> int:
 Unseen = Annotated[int, Depends(_unseen)]
 
 
+@later.get("/api/jobs", summary="The caller's jobs", response_model=JobsAnswer, responses=errors(401, 422))
+async def jobs(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=200, description="At most so many.")] = 50,
+    before: Annotated[str | None, Query(description="The id of a job: older ones than it alone.")] = None,
+) -> Response:
+    """The newest first, without their results; `more` says whether there are older ones."""
+    kept = service_of(request).jobs.kept(owner_of(request))
+    if before is not None:
+        kept = itertools.dropwhile(lambda record: record.id != before, kept)
+        next(kept, None)
+    found = list(itertools.islice(kept, limit + 1))
+    return JSONResponse({"jobs": [record.shown() for record in found[:limit]], "more": len(found) > limit})
+
+
 @later.get(
     "/api/jobs/{job_id}",
     summary="How far a job is, and its pictures when it is done",
@@ -180,6 +210,17 @@ async def cancel(request: Request, record: Found) -> Response:
     """A waiting job is gone at once, a running one leaves its worker at the next step. Twice is as good as once."""
     await service_of(request).jobs.cancel(record)
     return JSONResponse(record.shown())
+
+
+@later.delete(
+    "/api/jobs/{job_id}/result",
+    status_code=204,
+    summary="Forget a job and its pictures",
+    responses=errors(401, 404, 422),
+)
+async def forget(request: Request, record: Found) -> None:
+    """For good. One that is under way is cancelled first."""
+    await service_of(request).jobs.forget(record)
 
 
 @later.get(

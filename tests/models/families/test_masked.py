@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cache import CacheStrategy, FirstBlockCache, NoCache
+from models import models_file
 from models.base import Generation, GenerationParams, Img2Img, Inpaint, Lora, ModelSpec, Multiscale, Step
 from models.families import FAMILIES
 from models.generation import LoadedModel
@@ -212,6 +213,15 @@ def test_folders_are_known_by_what_they_hold(folders: dict[str, Any]) -> None:
     assert {row["error"] for row in rows.values()} == {None}
     assert {row["cache"] for row in rows.values()} == {"first_block"}
     assert not any(row["inpaints"] for row in rows.values())
+
+
+def test_none_of_them_is_what_flux_enabled_asks_for(folders: dict[str, Any], tmp_path: Any) -> None:
+    entry = f'[[models]]\nname = "three"\nfamily = "sd3.5"\nfolder = "{folders["sd3.5"]}"\n'
+    (tmp_path / "models.toml").write_text(f"embedded = false\n{entry}")
+    assert models_file.read(tmp_path / "models.toml").default_flux is None
+    (tmp_path / "models.toml").write_text(f'default_flux = "three"\n{entry}')
+    with pytest.raises(models_file.BadModelsFile, match="default_flux"):
+        models_file.read(tmp_path / "models.toml")
 
 
 @FIRST

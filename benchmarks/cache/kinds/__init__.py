@@ -1,0 +1,1 @@
+"""Whether the caches' defaults hold on small models of other kinds."""
