@@ -53,14 +53,15 @@ def parted(request: float, call: float, encoding: float, stages: float) -> dict[
 def bare(threads: int) -> Callable[[Sequence[Fields]], list[Image.Image]]:
     """Draws requests that differ in prompts and seeds alone in one call of tiny-sd's pipeline, with nothing of ours.
 
-    Resampled to their size, as the service does. To be called before torch is imported.
+    Enlarged to their size, as the service does. To be called before torch is imported.
     """
     share_cores()  # as the service's worker does
     import torch
 
+    from models import fine
     from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
     from models.libraries import quiet
-    from models.limits import fit, render_size
+    from models.limits import fine_decoder, fit, render_size
     from models.registry import Registry
 
     torch.set_num_threads(threads)
@@ -73,7 +74,8 @@ def bare(threads: int) -> Callable[[Sequence[Fields]], list[Image.Image]]:
         given = {"num_inference_steps": asked[0]["steps"], "guidance_scale": model.spec.guidance_scale}
         seeds = [torch.Generator("cpu").manual_seed(fields["seed"]) for fields in asked]
         prompts = [fields["prompt"] for fields in asked]
-        with quiet():
+        folder = fine_decoder(model.spec, (width, height), *size)
+        with quiet(), fine.decoding(model.pipeline.vae, folder, model.device):
             made = model.pipeline(prompts, generator=seeds, width=width, height=height, **given).images
         return [fit(image, *size) for image in made]
 

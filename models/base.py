@@ -330,6 +330,8 @@ class ModelSpec:
     `vae_tiling`, `vae_slicing`: decode pictures in tiles, and batches one by one, to need less memory.
     `render_sizes`: the (width, height) pairs, pixels, that the model draws well. Empty: any size that the request
     names. Otherwise a request is drawn at the pair of the nearest aspect and resampled.
+    `fine_decoder`: the folder of a decoder of four times the resolution (`models/fine.py`), for a request of more
+    pixels than were drawn. None: the autoencoder's own.
     `vocabulary`: the words that the model was trained on. Empty: any.
     """
 
@@ -349,6 +351,7 @@ class ModelSpec:
     steps: int | None = None
     guidance_scale: float | None = None
     render_sizes: tuple[tuple[int, int], ...] = ()
+    fine_decoder: Path | None = None
     vocabulary: frozenset[str] = frozenset()
 
 

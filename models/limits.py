@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import GenerationParams, ModelSpec
@@ -27,6 +28,11 @@ def render_size(spec: ModelSpec, width: int, height: int) -> tuple[int, int]:
         return round(aspect, 9), abs(math.log(size[0] * size[1] / (width * height)))
 
     return min(spec.render_sizes, key=distance)
+
+
+def fine_decoder(spec: ModelSpec, drawn: tuple[int, int], width: int, height: int) -> Path | None:
+    """The folder of the model's fine decoder, where a picture of `drawn` (width, height) is to become a larger one."""
+    return spec.fine_decoder if drawn[0] < width or drawn[1] < height else None
 
 
 def need_two(params: GenerationParams, name: str) -> None:
@@ -67,7 +73,8 @@ def warnings(spec: ModelSpec, prompt: str, width: int, height: int) -> list[str]
     sentences = []
     drawn = render_size(spec, width, height)
     if drawn != (width, height):
-        sentences.append(f"{spec.name} draws at {drawn[0]}×{drawn[1]}; the picture was resampled to {width}×{height}.")
+        how = "resampled" if fine_decoder(spec, drawn, width, height) is None else "enlarged"
+        sentences.append(f"{spec.name} draws at {drawn[0]}×{drawn[1]}; the picture was {how} to {width}×{height}.")
     if unknown := unknown_words(spec, prompt):
         named = ", ".join(word[:_LETTERS_NAMED] for word in unknown[:_WORDS_NAMED])
         more = f" and {len(unknown) - _WORDS_NAMED} more" if len(unknown) > _WORDS_NAMED else ""

@@ -107,10 +107,10 @@ class RegistryRunner:
         while_exhausted(loading, partial(self._give_up_idle, used), self._registry.device)
 
     def warm(self, model: str) -> None:
-        """A computed and a reused step at the model's own size. A failure is left to the request that meets it too."""
+        """A computed and a reused step, and an enlargement where there is one. Failures are left to the requests."""
         info = self.catalogue().models[model]
         strategy = DeepCache(interval=2) if info.cache == "deepcache" else FirstBlockCache()
-        width, height = info.native_size
+        width, height = (side * (2 if info.render_sizes else 1) for side in info.native_size)
         params = GenerationParams(
             prompt="a", width=width, height=height, steps=2, guidance_scale=info.guidance_scale, seeds=(0,)
         )

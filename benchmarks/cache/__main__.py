@@ -1,7 +1,7 @@
 """The command line: measures, prints a table a model, and one JSON object as the last line.
 
 python -m benchmarks.cache             the presets: time, counted operations and quality, in a few minutes
-python -m benchmarks.cache --full      the whole grid with every peer; writes docs/benchmarks.md's tables and plots
+python -m benchmarks.cache --full      the whole grid with every peer; writes docs/benchmarks.md's tables
 python -m benchmarks.cache --weights   tiny-flux in small weights: their loss beside the cache's; writes its table
 """
 
@@ -23,7 +23,7 @@ from app.cli import bar
 from benchmarks.cache.claims import forecast_time, of_intervals, of_overheads, of_thresholds
 from benchmarks.cache.measure import Bench, Result, pairs
 from benchmarks.cache.overhead import overhead
-from benchmarks.cache.page import COLUMNS, draw, part, row
+from benchmarks.cache.page import COLUMNS, part, row
 from benchmarks.cache.settings import EVEN, PLAIN_REUSE, Setting, branches, full, presets
 from benchmarks.cache.weights import COLUMNS as WEIGHTS_COLUMNS
 from benchmarks.cache.weights import rows as weights_rows
@@ -35,7 +35,11 @@ from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 
-_MEASURED_CODE = ("cache/**/*.py", "models/**/*.py", "benchmarks/cache/peers.py", "benchmarks/cache/measure.py")
+_MEASURED_CODE = (
+    "cache/**/*.py",
+    "models/**/*.py",
+    *(f"benchmarks/cache/{name}.py" for name in ("measure", "papers", "peers", "perceptual")),
+)
 PAGE, STORE = ROOT / "docs" / "benchmarks.md", ROOT / "out" / "benchmark-cache"
 OVERHEAD_REPEATS = 40
 FORECAST_REPEATS = 20
@@ -148,7 +152,6 @@ def main(
         claims = demands(bench, settings, results) if whole else []
         if whole:
             fill(page, {name: [f"`{command()}`: {said} {conditions(measured)}", "", *part(results, claims)]})
-            draw(results, page.parent / "images" / f"pareto-{name}.png")
         rows = {result.name: result.row() for result in results}
         models[name] = {"conditions": said, "settings": rows, "demands": list(map(asdict, claims))}
     print(json.dumps({"benchmark": "cache", "pictures": pictures, "machine": measured, "models": models}))

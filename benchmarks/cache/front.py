@@ -24,17 +24,21 @@ def in_operations(result: Result) -> float:
 AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
 
 
-def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
-    """Those of ours that no other of ours beats in both speed-up and mean PSNR, slowest first.
-
-    A shortened run in which the cache never acted is fewer steps, and none of ours.
-    """
+def unbeaten(results: Iterable[Result], axis: Axis) -> list[Result]:
+    """Those that no other beats in both speed-up and mean PSNR, slowest first."""
     front: list[Result] = []
-    acting = (one for one in results if one.ours and one.acts and one.hit_rate > 0)
-    for result in sorted(acting, key=lambda one: (axis(one), one.mean_psnr), reverse=True):
+    for result in sorted(results, key=lambda one: (axis(one), one.mean_psnr), reverse=True):
         if not front or result.mean_psnr > front[-1].mean_psnr:
             front.append(result)
     return front[::-1]
+
+
+def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
+    """Those of ours that no other of ours beats.
+
+    A shortened run in which the cache never acted is fewer steps, and none of ours.
+    """
+    return unbeaten((one for one in results if one.ours and one.acts and one.hit_rate > 0), axis)
 
 
 def above(results: Sequence[Result], axis: Axis) -> Iterator[tuple[Result, float | None]]:
@@ -64,15 +68,27 @@ def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result |
 
 
 def matched(results: Sequence[Result], method: str, axis: Axis, value: float) -> Result | None:
-    """What `method` gives where the axis has `value`: between its nearest runs on either side, by picture on a line.
-
-    The lower run itself where it lies there or no higher one is known; None without one. The label says between which.
-    """
+    """What `method` gives where the axis has `value` (`at_speed`), and beyond its highest run that one."""
     own = sorted((one for one in results if one.method == method), key=axis)
-    near = next((one for one in reversed(own) if axis(one) <= value), None)
-    far = next((one for one in own if axis(one) > value), None)
-    if near is None or far is None or axis(near) == value:
+    return own[-1] if own and axis(own[-1]) < value else at_speed(own, axis, value)
+
+
+def at_speed(points: Iterable[Result], axis: Axis, speedup: float) -> Result | None:
+    """Between the nearest of `points` on either side of `speedup`, picture by picture on a line.
+
+    A point itself where it is as fast; None beyond either end.
+    """
+    ordered = sorted(points, key=axis)
+    near = next((one for one in reversed(ordered) if axis(one) <= speedup), None)
+    far = next((one for one in ordered if axis(one) > speedup), None)
+    if near is not None and axis(near) == speedup:
         return near
-    share = (value - axis(near)) / (axis(far) - axis(near))
-    between = [a + share * (b - a) for a, b in zip(near.psnr_db, far.psnr_db, strict=True)]
-    return replace(near, label=f"{near.label} to {far.label}", psnr_db=between)
+    if near is None or far is None:
+        return None
+    share = (speedup - axis(near)) / (axis(far) - axis(near))
+
+    def between(one: Sequence[float], other: Sequence[float]) -> list[float]:
+        return [a + share * (b - a) for a, b in zip(one, other, strict=True)]
+
+    between_psnr, between_lpips = between(near.psnr_db, far.psnr_db), between(near.lpips, far.lpips)
+    return replace(near, label=f"{near.label} to {far.label}", psnr_db=between_psnr, lpips=between_lpips)

@@ -18,6 +18,7 @@ from skimage.metrics import structural_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from benchmarks.cache import perceptual
 from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
 from cache import CacheReport, CacheStrategy, Denoiser
@@ -141,6 +142,7 @@ class Result(Point):
     _: KW_ONLY
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
+    lpips: list[float] = field(default_factory=list)  # empty where its weights are not installed
     identical: int = 0
     hit_rate: float = 0.0  # share of the denoiser's calls that ran less than the whole network
     operations: int = 0  # of the denoiser, all pictures together
@@ -173,6 +175,7 @@ class Result(Point):
             "psnr_db": self.mean_psnr,
             "psnr_interval": interval(self.psnr_db),
             "ssim": statistics.mean(self.ssim),
+            "lpips": statistics.mean(self.lpips) if self.lpips else None,
         }
 
 
@@ -189,6 +192,11 @@ class Bench:
         """The uncached pictures, and what ran for them."""
         return self.pictures(PLAIN)
 
+    @cached_property
+    def lpips(self) -> perceptual.Distance | None:
+        file = perceptual.installed()
+        return None if file is None else perceptual.lpips(file)
+
     def quality(self, setting: Setting) -> Result:
         """Draw every pair and compare."""
         reference, plain = self.reference
@@ -199,6 +207,7 @@ class Bench:
             **({one.name: getattr(setting, one.name) for one in fields(Point)} | {"steps": self._steps(setting)}),
             psnr_db=[psnr(*couple) for couple in couples],
             ssim=[ssim(*couple) for couple in couples],
+            lpips=[self.lpips(*couple) for couple in couples] if self.lpips else [],
             identical=sum(np.array_equal(*couple) for couple in couples),
             hit_rate=watched.hit_rate,
             operations=watched.operations,

@@ -1,18 +1,19 @@
-"""A model's part of docs/benchmarks.md, and its plot."""
+"""A model's part of docs/benchmarks.md, and the plot of the fronts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cache.front import AXES, Axis, above, our_front
-from benchmarks.cache.measure import Result, interval
+from benchmarks.cache.front import AXES, above, in_operations
+from benchmarks.cache.measure import Result
+from benchmarks.cache.settings import FEWER, PRESET, WISHED
 from benchmarks.report import Claim, judged, save, table
 
-COLUMNS = "setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | kept"
+COLUMNS = "setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | LPIPS | kept"
 
 
 def part(results: Sequence[Result], claims: Sequence[Claim]) -> list[str]:
@@ -34,42 +35,82 @@ def _above(results: Sequence[Result]) -> Iterator[str]:
 def row(one: Result) -> str:
     found = one.row()
     predicted = "" if one.predicted_speedup is None else f"{one.predicted_speedup:.2f}×"
+    lpips = "" if found["lpips"] is None else f"{found['lpips']:.4f}"
     kept = "" if one.cache_bytes is None else f"{one.cache_bytes / 2**10:.0f} KiB"
     low, high = found["psnr_interval"]
     return (
         f"{one.name} | {one.hit_rate:.2f} | {one.speedup:.2f}× | {one.operations_speedup:.2f}× | {predicted} "
-        f"| {one.mean_psnr:.1f} | {low:.1f}–{high:.1f} | {found['ssim']:.3f} | {kept}"
+        f"| {one.mean_psnr:.1f} | {low:.1f}–{high:.1f} | {found['ssim']:.3f} | {lpips} | {kept}"
     )
 
 
-def draw(results: Sequence[Result], file: Path) -> None:
-    """Write a PNG of what spared work; error bars are 95 % confidence intervals of the mean PSNR over the pictures."""
-    from matplotlib.figure import Figure  # which only the page needs
+_OURS, _SHORTER, _REPEATS, _FORECASTS = "#c1121f", "#333333", "#5b7fa6", "#e08e1b"
+_REPEATING = ("DeepCache", "First Block Cache", "FasterCache", "MagCache")  # published; the others forecast
+_FASTEST, _LOWEST, _HIGHEST = 6.0, 20.0, 62.0  # of the axes: times as fast, dB
+_BESIDE, _ABOVE = 1.3, 1.6  # of two names: on the axes, what they are at least apart
 
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (unit, axis) in zip(panels, AXES.items(), strict=True):
-        _panel(panel, [one for one in results if one.acts], axis)
-        panel.set_xlabel(f"speed-up of denoising, in {unit} (uncached = 1)")
-    panels[0].set_ylabel("PSNR to the uncached picture, dB, mean")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+
+def draw(panels: Mapping[str, Mapping[str, Sequence[Result]]], file: Path) -> None:
+    """Write a PNG with a panel for each title: a line for each method, named at its end. Ours is `WISHED`'s."""
+    from matplotlib.figure import Figure  # which only the plot needs
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(13, 6.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, fronts) in zip(axes, panels.items(), strict=True):
+        panel.set(xlim=(1, _FASTEST), ylim=(_LOWEST, _HIGHEST), title=title)
+        panel.set_xlabel("times fewer operations than uncached")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.2)
+        _lines(panel, fronts)
+    axes[0].set_ylabel("PSNR to the uncached picture, dB")
+    told = [
+        Line2D([], [], color=_OURS, linewidth=3.5, label=f"ours, by {WISHED}"),
+        Line2D(
+            [],
+            [],
+            color=_OURS,
+            marker="o",
+            markerfacecolor="white",
+            linestyle="none",
+            label=f"our {PRESET} and thresholds",
+        ),
+        Line2D([], [], color=_FORECASTS, label="published, forecasting"),
+        Line2D([], [], color=_REPEATS, label="published, repeating"),
+        Line2D([], [], color=_SHORTER, linestyle="--", label="no cache, fewer steps"),
+    ]
+    figure.legend(handles=told, loc="outside lower center", ncols=len(told), frameon=False, fontsize=11)
     save(figure, file)
 
 
-def _panel(panel: Any, results: Sequence[Result], axis: Axis) -> None:
-    """Ours are dots in warm colours, the others crosses in cold ones."""
-    from matplotlib import colormaps
+def _lines(panel: Any, fronts: Mapping[str, Sequence[Result]]) -> None:
+    from matplotlib.patheffects import withStroke
 
-    front = our_front(results, axis)
-    panel.plot([axis(one) for one in front], [one.mean_psnr for one in front], color="black", label="our front")
-    for ours, marker, colours in ((True, "o", "autumn"), (False, "x", "winter")):
-        methods = list(dict.fromkeys(one.method for one in results if one.ours == ours))
-        for method, colour in zip(methods, colormaps[colours](np.linspace(0, 0.8, len(methods))), strict=True):
-            points = [one for one in results if one.method == method]
-            means, bounds = [one.mean_psnr for one in points], [interval(one.psnr_db) for one in points]
-            errors = [[abs(mean - bound[side]) for mean, bound in zip(means, bounds, strict=True)] for side in (0, 1)]
-            style = {"color": colour, "marker": marker, "linestyle": "none", "elinewidth": 0.6, "label": method}
-            panel.errorbar([axis(one) for one in points], means, yerr=errors, **style)
-    panel.axvline(1, color="black", linewidth=0.6)
-    panel.grid(alpha=0.25)
+    named: list[tuple[float, float]] = []
+    for method, front in fronts.items():
+        seen = [one for one in front if in_operations(one) <= _FASTEST and one.mean_psnr >= _LOWEST]
+        speeds, heights = [in_operations(one) for one in seen], [one.mean_psnr for one in seen]
+        colour, ours = _colour(method), method == WISHED
+        if method == PRESET:
+            panel.plot(speeds, heights, "o", color=colour, markersize=7, markerfacecolor="white", zorder=5)
+            continue
+        dashes = "--" if method == FEWER else "-"
+        width, dots = (3.5, "") if ours else (1.2, ".")
+        panel.plot(speeds, heights, dashes, color=colour, linewidth=width, marker=dots, zorder=4 if ours else 2)
+        if not seen or ours or method == FEWER:
+            continue
+        speed, height = speeds[-1], heights[-1]
+        height = next(
+            height + shift
+            for shift in sorted(np.arange(-30, 30.1, 0.2), key=abs)
+            if height + shift > _LOWEST
+            and not any(abs(speed - x) < _BESIDE and abs(height + shift - y) < _ABOVE for x, y in named)
+        )
+        named.append((speed, height))
+        edge = [withStroke(linewidth=2, foreground="white")]
+        panel.text(speed + 0.05, height, method, va="center", color=colour, fontsize=8.5, zorder=6, path_effects=edge)
+
+
+def _colour(method: str) -> str:
+    own = {WISHED: _OURS, PRESET: _OURS, FEWER: _SHORTER}
+    return own.get(method) or (_REPEATS if method in _REPEATING else _FORECASTS)

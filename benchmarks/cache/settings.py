@@ -21,6 +21,8 @@ OURS_FEWER = f"{OURS}, {FEWER}"
 EVEN = f"{OURS}, evenly placed"
 PLAIN_REUSE = f"{OURS}, plain reuse"
 PUBLISHED = "DeepCache 0.1.1"
+PRESET = "presets"
+WISHED = "cache_speedup"
 
 # What the full benchmark varies. Of steps: shares of the whole run's.
 INTERVALS = (2, 3, 4, 5, 6, 7, 8)
@@ -132,9 +134,9 @@ def _transformer(blocks: int, steps: int) -> Iterator[Setting]:
         yield Setting("diffusers FirstBlockCache", label, hook)
         for first_blocks, warmup in ((8, 8), (1, 4)):  # DBCache as it comes; with one first block and 4 warm-up calls
             pace = {"residual_diff_threshold": threshold, "max_warmup_steps": warmup, "Fn_compute_blocks": first_blocks}
-            for taylor in (0, 1) if first_blocks < blocks else ():  # else it would skip nothing
-                method = f"cache-dit F{first_blocks}W{warmup}{' Taylor' if taylor else ''}"
-                yield Setting(method, label, partial(cache_dit, settings=pace, taylor=taylor))
+            for calibrator in (None, "TaylorSeer") if first_blocks < blocks else ():  # else it would skip nothing
+                method = f"cache-dit F{first_blocks}W{warmup}{' Taylor' if calibrator else ''}"
+                yield Setting(method, label, partial(cache_dit, settings=pace, calibrator=calibrator))
     for interval in INTERVALS:
         for method, lite in (("diffusers TaylorSeer", False), ("diffusers TaylorSeer lite", True)):
             # Attention outputs, its default, or the whole output. Factors in float32, as our networks are: bfloat16,

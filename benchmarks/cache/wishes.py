@@ -18,14 +18,13 @@ from app.engine.types import ModelInfo
 from benchmarks.cache.__main__ import bench_of
 from benchmarks.cache.front import in_operations, shortened
 from benchmarks.cache.measure import Bench, Result, difference, interval
-from benchmarks.cache.settings import FEWER, FEWER_STEPS, PLAIN, Setting, ours, presets, shares
+from benchmarks.cache.settings import FEWER, FEWER_STEPS, PLAIN, WISHED, Setting, ours, presets, shares
 from benchmarks.report import conditions, machine, show, table
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 from models.tuning.choice import Wish, choose
 
 WISHES = (1.5, 2.0, 3.0, 4.0)
-WISHED = "cache_speedup"
 COLUMNS = "setting | steps | in time | in operations | PSNR dB | 95 % | over fewer steps, dB | over presets as fast, dB"
 
 

@@ -11,6 +11,8 @@ FOLDER = Path(__file__).parent
 
 # (width, height), pixels: what the recipe renders, and so what the models draw well.
 RENDER_SIZES = ((192, 128), (128, 128), (128, 192))
+# Of the latents of both: they have one autoencoder.
+FINE_DECODER = FOLDER / "fine-decoder"
 
 SPECS = (
     ModelSpec(
@@ -20,6 +22,7 @@ SPECS = (
         steps=20,
         guidance_scale=3.0,
         render_sizes=RENDER_SIZES,
+        fine_decoder=FINE_DECODER,
         vocabulary=WORDS,
     ),
     ModelSpec(
@@ -29,6 +32,7 @@ SPECS = (
         steps=28,
         guidance_scale=3.0,
         render_sizes=RENDER_SIZES,
+        fine_decoder=FINE_DECODER,
         vocabulary=WORDS,
     ),
 )

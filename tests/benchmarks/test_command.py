@@ -94,7 +94,6 @@ def test_the_full_run_writes_its_page_and_goes_on_where_it_stopped(
     first = last_line(capsys)
     page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
     for name in names:
-        assert (tmp_path / "images" / f"pareto-{name}.png").stat().st_size > 10_000
         for setting in first["models"][name]["settings"]:
             assert f"| {setting} |" in page
     told = [claim["sentence"] for claim in first["models"][names[0]]["demands"]]

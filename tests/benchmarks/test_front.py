@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.cache.front import above, at_least, in_operations, in_time, our_front, shortened
+from benchmarks.cache.front import above, at_least, at_speed, in_operations, in_time, our_front, shortened
 from benchmarks.cache.measure import Result, difference
 
 
@@ -70,6 +70,18 @@ def test_fewer_steps_at_equal_speed_lie_between_two_runs() -> None:
         ("11 to 9", [pytest.approx(23.0), pytest.approx(45.0)]),
         ("9", [20.0, 30.0]),
     ]
+
+
+def test_a_front_is_read_between_its_points_and_not_beyond() -> None:
+    front = [
+        Result("peer", "a", psnr_db=[40.0, 50.0], lpips=[0.2, 0.1], operations_speedup=1.5),
+        Result("peer", "b", psnr_db=[20.0, 30.0], lpips=[0.4, 0.3], operations_speedup=2.5),
+    ]
+    between = at_speed(front, in_operations, 2.0)
+    assert between is not None
+    assert (between.label, between.psnr_db, between.lpips) == ("a to b", [30.0, 40.0], pytest.approx([0.3, 0.2]))
+    assert at_speed(front, in_operations, 2.5) == front[1]
+    assert [at_speed(front, in_operations, speedup) for speedup in (1.4, 2.6)] == [None, None]
 
 
 def test_a_difference_is_paired() -> None:

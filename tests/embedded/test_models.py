@@ -9,24 +9,29 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from torch.nn import functional
 
 from cache import NoCache
+from models import fine
 from models.base import Control, Generation, GenerationParams, ModelSpec
 from models.control import edges
-from models.embedded import CONTROLNETS, DEFAULT, DEFAULT_FLUX, FOLDER, SPECS
+from models.embedded import CONTROLNETS, DEFAULT, DEFAULT_FLUX, FINE_DECODER, FOLDER, SPECS
 from models.embedded.recipe import judges
+from models.embedded.recipe.autoencoder import gradients, to_tensor
 from models.embedded.recipe.grammar import HELD_OUT, TRAINED, TRIPLES, Triple
 from models.embedded.recipe.renderer import render
 from models.registry import Registry
 
-FOLDERS = [*(spec.source for spec in SPECS), *CONTROLNETS.values()]
+FOLDERS = [*(spec.source for spec in SPECS), *CONTROLNETS.values(), FINE_DECODER]
 WEIGHTS = sorted(path for folder in FOLDERS for path in folder.rglob("*.safetensors"))
 
 
-def test_together_they_weigh_at_most_50_megabytes() -> None:
+def test_the_models_together_weigh_at_most_60_megabytes() -> None:
     files = [path for folder in FOLDERS for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 50_000_000
+    assert sum(path.stat().st_size for path in files) <= 60_000_000
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -41,6 +46,23 @@ def test_the_judges_know_fresh_renderings() -> None:
     fresh = [render(triple, 4_000_000 + i) for i, triple in enumerate(triples)]
     score = judges.score(judges.load(), fresh, triples)
     assert min(score.weather, score.place, score.time) >= 0.95
+
+
+@torch.no_grad()
+def test_the_fine_decoder_makes_the_same_picture_with_edges() -> None:
+    """Of what the autoencoder keeps of renderings, against its own picture resampled."""
+    triples = [TRIPLES[0], *HELD_OUT[::5]]
+    pictures = np.stack([render(triple, 5_000_000 + i) for i, triple in enumerate(triples)])
+    vae = AutoencoderKL.from_pretrained(SPECS[0].source / "vae", dtype=torch.float32)
+    latents = vae.encode(to_tensor(pictures)).latent_dist.mean
+    own = vae.decode(latents).sample
+    with fine.decoding(vae, FINE_DECODER, torch.device("cpu")):
+        (large,) = vae.decode(latents)
+    assert large.shape == (len(triples), 3, 512, 768)
+    assert (functional.avg_pool2d(large, 4) - own).abs().mean() < 4 / 127.5
+    plain = functional.interpolate(own, scale_factor=4, mode="bicubic")
+    sharp, soft = (sum(one.square().mean() for one in gradients(pixels.clamp(-1, 1))) for pixels in (large, plain))
+    assert (sharp / soft) ** 0.5 > 1.5
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

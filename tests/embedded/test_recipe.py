@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from models.embedded.recipe import flux, latents, text, unet
+from models.embedded.recipe import data, fine, flux, latents, text, unet
 from models.embedded.recipe.grammar import HELD_OUT, PLACES, TIMES, TRAINED, TRIPLES, WEATHERS, WORDS, Triple, caption
 from models.embedded.recipe.muon import orthogonalised
 from models.embedded.recipe.renderer import render
@@ -41,6 +41,41 @@ def test_the_same_seed_draws_the_same_picture_and_another_another() -> None:
     assert first.shape == (128, 192, 3)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_scene_drawn_larger_is_the_same_scene(place: str) -> None:
+    triple = Triple("clear", place, "noon")
+    small, large = render(triple, 3).astype(float), render(triple, 3, scale=4)
+    assert large.shape == (512, 768, 3)
+    reduced = large.reshape(128, 4, 192, 4, 3).mean((1, 3))
+    assert np.abs(reduced - small).mean() < 2
+    assert np.abs(reduced - render(triple, 4)).mean() > 4
+
+
+def test_pairs_are_dealt_from_one_place_of_one_scene() -> None:
+    """Noise, so that another place or another picture would show."""
+    rng = np.random.default_rng(0)
+    large = {(w, h): rng.integers(0, 256, (3, 4 * h, 4 * w, 3), dtype=np.uint8) for w, h in data.SIZES}
+    reduced = {
+        size: torch.nn.functional.avg_pool2d(torch.tensor(pictures).permute(0, 3, 1, 2).float(), 4).round().byte()
+        for size, pictures in large.items()
+    }
+    pairs = fine.Pairs(large, {size: dict.fromkeys(fine.KINDS, one) for size, one in reduced.items()}, [])
+    small, true = pairs.deal(rng, 8)
+    assert true.shape == (8, 3, 4 * fine.CROP, 4 * fine.CROP)
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(true, 4), small, atol=0.003, rtol=0)
+
+
+def test_spoiling_leaves_what_has_no_edges() -> None:
+    torch.manual_seed(0)
+    flat = torch.full((6, 3, 32, 32), 0.5)
+    spoilt = fine.spoilt(flat, np.random.default_rng(0))
+    assert (spoilt - flat).abs().max() < 0.15  # the noise
+    edge = flat.clone()
+    edge[..., 16:] = 1
+    soft = fine.spoilt(edge, np.random.default_rng(0)).diff(dim=-1).abs().amax((1, 2, 3))
+    assert soft.min() < 0.3
 
 
 def test_noon_is_brighter_than_night_everywhere() -> None:

@@ -12,14 +12,24 @@ from pathlib import Path
 import torch
 
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from models.embedded.recipe import autoencoder, control, data, evaluate, export, flux, judges, latents, text, unet
+from models.embedded.recipe import autoencoder, control, data, evaluate, export, fine, flux, judges, latents, text, unet
 from models.embedded.recipe.training import averaged
 from models.registry import Registry
 
 PICTURES = 14_000
-STEPS = {"autoencoder": 3100, "clip": 500, "t5": 500, "unet": 2200, "flux": 1600, "flux-distilled": 350, "judges": 800}
-STEPS["control"] = 900
-STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "control", "report")
+STEPS = {
+    "autoencoder": 3100,
+    "clip": 500,
+    "t5": 500,
+    "unet": 2200,
+    "flux": 1600,
+    "flux-distilled": 350,
+    "judges": 800,
+    "fine-alike": 2100,
+    "fine": 1050,
+    "control": 900,
+}
+STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "control", "fine", "report")
 NAMES = [spec.name for spec in SPECS]
 EMBEDDED = Path(__file__).parent.parent
 
@@ -62,11 +72,17 @@ def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -
     elif stage == "control":
         trained = control.run(work, embedded / "tiny-sd", STEPS["control"])
         trained.to(torch.float16).save_pretrained(embedded / control.NAME)
+    elif stage == "fine":
+        fine.render_pairs(work)
+        fine.draw(work, embedded)
+        fine.run(work, embedded, STEPS["fine-alike"], STEPS["fine"])
+        fine.save(work, embedded)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)
         for spec in SPECS:
             if spec.name in only:
                 evaluate.assess(registry, judges.load(embedded / judges.WEIGHTS.name), spec, report)
+                evaluate.enlarge(registry, spec, report)
         evaluate.report([spec for spec in SPECS if (report / f"{spec.name}.json").exists()], report)
 
 

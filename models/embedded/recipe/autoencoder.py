@@ -37,13 +37,13 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.tensor(pictures, device=DEVICE).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def _gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
 def reconstruction_loss(made: Tensor, true: Tensor) -> Tensor:
     """L1 + MSE + the L1 of the image gradients, which is what keeps edges and stars."""
-    edges = sum(F.l1_loss(a, b) for a, b in zip(_gradients(made), _gradients(true), strict=True))
+    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(made), gradients(true), strict=True))
     return F.l1_loss(made, true) + F.mse_loss(made, true) + edges
 
 

@@ -81,13 +81,14 @@ LIGHTS = {
 
 @dataclass(slots=True)
 class Canvas:
-    """A picture in the making, and the dice."""
+    """A picture in the making, and the dice. scale: pixels a side in place of one of the size that is trained on."""
 
     pixels: Floats
     horizon: float  # y, pixels
     rng: np.random.Generator
     light: Light
     weather: str
+    scale: int = 1
     haze: Floats = field(init=False)
     tint: Floats = field(init=False)
 
@@ -109,34 +110,42 @@ class Canvas:
 
 
 @lru_cache(maxsize=256)
-def _lerp_matrix(size: int, knots: int) -> Floats:
-    """(size, knots): smooth-step interpolation of `knots` values to `size` samples."""
-    position = np.linspace(0, knots - 1.001, size)
+def _lerp_matrix(size: int, knots: int, scale: int) -> Floats:
+    """(scale × size, knots): smooth-step interpolation of `knots` values to `size` samples, each divided by `scale`."""
+    position = np.interp(
+        (np.arange(scale * size) + 0.5) / scale - 0.5, np.arange(size), np.linspace(0, knots - 1.001, size)
+    )
     left = position.astype(int)
     part = position - left
     part = part * part * (3 - 2 * part)
-    matrix = np.zeros((size, knots), np.float32)
-    matrix[np.arange(size), left] = 1 - part
-    matrix[np.arange(size), left + 1] += part
+    matrix = np.zeros((scale * size, knots), np.float32)
+    matrix[np.arange(scale * size), left] = 1 - part
+    matrix[np.arange(scale * size), left + 1] += part
     return matrix
 
 
-def line_noise(rng: np.random.Generator, size: int, knots: int, octaves: int, gain: float = 0.5) -> Floats:
-    """(size,) value noise around 0, amplitude about 1."""
+def line_noise(canvas: Canvas, knots: int, octaves: int, gain: float = 0.5, size: int | None = None) -> Floats:
+    """(size,), the canvas's width if not given: value noise around 0, amplitude about 1."""
+    scale = canvas.scale
+    size = canvas.size[1] if size is None else size
     out = np.zeros(size, np.float32)
     for octave in range(octaves):
         count = knots * 2**octave + 1
-        out += gain**octave * (_lerp_matrix(size, count) @ rng.uniform(-1, 1, count).astype(np.float32))
+        values = canvas.rng.uniform(-1, 1, count).astype(np.float32)
+        out += gain**octave * (_lerp_matrix(size // scale, count, scale) @ values)
     return out
 
 
-def cloud_noise(rng: np.random.Generator, shape: tuple[int, int], knots: tuple[int, int], octaves: int) -> Floats:
+def cloud_noise(canvas: Canvas, knots: tuple[int, int], octaves: int) -> Floats:
     """(h, w) value noise around 0, amplitude about 1."""
-    out = np.zeros(shape, np.float32)
+    scale = canvas.scale
+    height, width = canvas.size
+    out = np.zeros((height, width), np.float32)
     for octave in range(octaves):
         rows, columns = knots[0] * 2**octave + 1, knots[1] * 2**octave + 1
-        grid = rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
-        out += 0.5**octave * (_lerp_matrix(shape[0], rows) @ grid @ _lerp_matrix(shape[1], columns).T)
+        grid = canvas.rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
+        down, across = _lerp_matrix(height // scale, rows, scale), _lerp_matrix(width // scale, columns, scale)
+        out += 0.5**octave * (down @ grid @ across.T)
     return out
 
 
@@ -157,10 +166,20 @@ def disc_at(canvas: Canvas, x0: float, y0: float, radius: float) -> Floats:
     return np.clip(radius - np.hypot(x - x0, y - y0) + 0.5, 0, 1)
 
 
+def spot_at(canvas: Canvas, x0: float, y0: float) -> tuple[tuple[slice, slice], Floats]:
+    """The five pixels a side around that of (x0, y0), at the size that is trained on: where they are, and each one's
+    squared distance to the middle."""
+    scale, middle = canvas.scale, (canvas.scale - 1) / 2
+    i, j = scale * int(y0), scale * int(x0)
+    window = np.s_[max(i - 2 * scale, 0) : i + 3 * scale, max(j - 2 * scale, 0) : j + 3 * scale]
+    yy, xx = np.mgrid[window]
+    return window, (yy - i - middle) ** 2 + (xx - j - middle) ** 2
+
+
 def ridge(canvas: Canvas, base: float, rise: float, knots: int, octaves: int, gain: float, sharp: bool) -> Floats:
     """(w,) y of a skyline: `base` and `rise` in parts of the height."""
-    height, width = canvas.size
-    noise = line_noise(canvas.rng, width, knots, octaves, gain)
+    height = canvas.size[0]
+    noise = line_noise(canvas, knots, octaves, gain)
     if sharp:
         noise = 1.1 - 2.2 * np.abs(noise)
     return height * base - height * rise * noise
@@ -175,6 +194,6 @@ def ground_colour(canvas: Canvas, colour: tuple[float, float, float], depth: flo
 def fog(canvas: Canvas, y0: float, thickness: float, strength: float) -> None:
     """A drifting horizontal band round the line y0 (pixels)."""
     y, _ = grid(*canvas.size)
-    drift = line_noise(canvas.rng, canvas.size[1], 3, 2)[None, :] * thickness * 0.6
+    drift = line_noise(canvas, 3, 2)[None, :] * thickness * 0.6
     band = np.exp(-(((y - y0 - drift) / thickness) ** 2)) * strength
     canvas.paint(band.astype(np.float32), canvas.haze)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from models.embedded.recipe.canvas import LIGHTS, Canvas, cloud_noise, fog, grid, line_noise
+from models.embedded.recipe.canvas import LIGHTS, Canvas, cloud_noise, fog, grid, line_noise, spot_at
 from models.embedded.recipe.grammar import Triple
 from models.embedded.recipe.land import desert, forest, hills, mountains
 from models.embedded.recipe.sky import sky
@@ -23,11 +23,11 @@ def _lightning(canvas: Canvas) -> None:
     rng = canvas.rng
     x0 = float(rng.uniform(0.15, 0.85) * width)
     rows = np.arange(int(canvas.horizon * 1.02))
-    knots = max(4, int(canvas.horizon / 7))
+    knots = max(4, int(canvas.horizon / canvas.scale / 7))
     path = x0 + np.interp(rows, np.linspace(0, rows[-1], knots), np.cumsum(rng.uniform(-1, 1, knots)) * 0.032 * width)
     bolt = np.zeros(canvas.size, np.float32)
     near = np.abs(x - path[:, None])
-    bolt[: len(rows)] = np.clip(1.5 - near, 0, 1)
+    bolt[: len(rows)] = np.clip(0.9 + 0.6 * canvas.scale - near, 0, 1)
     halo = np.zeros(canvas.size, np.float32)
     halo[: len(rows)] = np.exp(-near / (0.05 * width)) * 0.42
     canvas.paint(halo, (0.72, 0.76, 1.0))
@@ -37,9 +37,9 @@ def _lightning(canvas: Canvas) -> None:
 def _rain(canvas: Canvas) -> None:
     y, x = grid(*canvas.size)
     slant = x + 0.35 * y
-    columns = line_noise(canvas.rng, 512, 170, 1)
-    rows = cloud_noise(canvas.rng, canvas.size, (8, 24), 1)
-    index = (slant * 1.3).astype(int) % 512
+    columns = line_noise(canvas, 170, 1, size=512 * canvas.scale)
+    rows = cloud_noise(canvas, (8, 24), 1)
+    index = (slant * 1.3).astype(int) % len(columns)
     streak = np.clip(columns[index] - 0.45, 0, 1) * np.clip(rows + 0.3, 0, 1)
     canvas.paint(
         (0.55 * streak).clip(0, 1).astype(np.float32),
@@ -51,15 +51,14 @@ def _snowfall(canvas: Canvas) -> None:
     height, width = canvas.size
     rng = canvas.rng
     layer = np.zeros((height, width), np.float32)
-    count = int(0.0055 * width * height)
+    wide, high = width // canvas.scale, height // canvas.scale
+    count = int(0.0055 * wide * high)
     for x0, y0, size in zip(
-        rng.uniform(1, width - 2, count), rng.uniform(1, height - 2, count), rng.uniform(0.9, 1.8, count), strict=True
+        rng.uniform(1, wide - 2, count), rng.uniform(1, high - 2, count), rng.uniform(0.9, 1.8, count), strict=True
     ):
-        i, j = int(y0), int(x0)
-        window = np.s_[max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3]
-        yy, xx = np.mgrid[window]
-        spot = np.clip(1.1 * np.exp(-((yy - i) ** 2 + (xx - j) ** 2) / size**2), 0, 1)
-        layer[window] = np.maximum(layer[window], spot)
+        window, square = spot_at(canvas, x0, y0)
+        spread = size * (0.6 + 0.4 * canvas.scale)
+        layer[window] = np.maximum(layer[window], np.clip(1.1 * np.exp(-square / spread**2), 0, 1))
     brightness = 0.45 + 0.55 * min(1.0, max(canvas.light.tint))
     canvas.paint(0.9 * layer, np.asarray((0.95, 0.97, 1.0), np.float32) * brightness)
 
@@ -68,19 +67,25 @@ _LAND = {"forest": forest, "mountains": mountains, "desert": desert, "hills": hi
 _WATER = {"sea": sea, "island": island}
 
 
-def render(triple: Triple, seed: int, width: int = 192, height: int = 128) -> NDArray[np.uint8]:
-    """Draw `triple`. Returns (height, width, 3) sRGB bytes; the same arguments always give the same picture."""
+def render(triple: Triple, seed: int, width: int = 192, height: int = 128, scale: int = 1) -> NDArray[np.uint8]:
+    """Draw `triple`. Returns sRGB bytes, (height, width, 3); the same arguments always give the same picture.
+
+    scale: the same scene so many times as large, (scale × height, scale × width, 3), its edges and points as fine as
+    they are at that size.
+    """
     rng = np.random.default_rng([seed, *(sum(map(ord, part)) for part in (triple.weather, triple.place, triple.time))])
     light = LIGHTS[triple.time]
     horizon = {"forest": 0.56, "mountains": 0.62, "desert": 0.56, "sea": 0.52, "hills": 0.50, "island": 0.54}[
         triple.place
     ]
+    height, width = scale * height, scale * width
     canvas = Canvas(
         np.zeros((height, width, 3), np.float32),
         height * float(horizon + rng.uniform(-0.03, 0.03)),
         rng,
         light,
         triple.weather,
+        scale,
     )
     air = np.asarray(light.horizon, np.float32)
     canvas.tint = np.asarray(light.tint, np.float32)

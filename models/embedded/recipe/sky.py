@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.embedded.recipe.canvas import LIGHTS, Canvas, cloud_noise, disc_at, grid
+from models.embedded.recipe.canvas import LIGHTS, Canvas, cloud_noise, disc_at, grid, spot_at
 
 
 def sky(canvas: Canvas) -> tuple[float, float]:
@@ -57,14 +57,14 @@ def _stars(canvas: Canvas) -> None:
     slope, offset = rng.uniform(-0.5, 0.5), rng.uniform(0.2, 0.6) * canvas.horizon
     y, x = grid(height, width)
     band = np.exp(-(((y - offset - slope * (x - width / 2)) / (0.16 * height)) ** 2))
-    canvas.paint((0.16 * band * (1 + 0.5 * cloud_noise(rng, canvas.size, (4, 6), 2))).clip(0, 1), (0.62, 0.64, 0.85))
-    count = int(0.0065 * width * canvas.horizon)
-    xs, ys = rng.uniform(1, width - 2, count), rng.uniform(1, canvas.horizon, count)
+    canvas.paint((0.16 * band * (1 + 0.5 * cloud_noise(canvas, (4, 6), 2))).clip(0, 1), (0.62, 0.64, 0.85))
+    scale = canvas.scale
+    count = int(0.0065 * (width // scale) * (canvas.horizon / scale))
+    xs, ys = rng.uniform(1, width // scale - 2, count), rng.uniform(1, canvas.horizon / scale, count)
     for x0, y0, size in zip(xs, ys, rng.choice([0.9, 1.2, 1.6], count, p=[0.5, 0.35, 0.15]), strict=True):
-        i, j = int(y0), int(x0)
-        window = np.s_[max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3]
-        yy, xx = np.mgrid[window]
-        spot = np.exp(-((yy - i) ** 2 + (xx - j) ** 2) / (0.55 * size**2)) * min(1.0, 0.55 + 0.35 * size)
+        window, square = spot_at(canvas, x0, y0)
+        spread = size * (0.6 + 0.4 * scale)  # drawn larger, a star is a finer point
+        spot = np.exp(-square / (0.55 * spread**2)) * min(1.0, 0.55 + 0.35 * size)
         layer[window] = np.maximum(layer[window], spot)
     fade = np.clip((canvas.horizon - y) / (0.12 * canvas.horizon), 0, 1)
     canvas.paint(layer * fade, (0.98, 0.98, 1.0))
@@ -75,20 +75,20 @@ def _clouds(canvas: Canvas) -> None:
     y, _ = grid(*canvas.size)
     up = np.clip(1 - y / canvas.horizon, 0, 1)
     if canvas.weather == "stormy":
-        field_ = cloud_noise(rng, canvas.size, (5, 4), 4)
+        field_ = cloud_noise(canvas, (5, 4), 4)
         mask = np.clip(0.55 + 0.9 * field_ + 0.9 * (up - 0.45), 0, 1) * np.clip(3 * up + 0.1, 0, 1)
-        lit = np.clip(0.5 + 0.8 * cloud_noise(rng, canvas.size, (6, 5), 3), 0, 1)[..., None]
+        lit = np.clip(0.5 + 0.8 * cloud_noise(canvas, (6, 5), 3), 0, 1)[..., None]
         base = np.asarray(light.middle, np.float32) * 0.32 + 0.10 * max(light.tint) + 0.01
         canvas.paint((0.92 * mask).astype(np.float32), base * (0.50 + 0.75 * lit))
         return
     if canvas.weather in ("misty", "starry"):
         return
     if canvas.weather == "snowy":
-        mask = np.clip(0.35 + 0.8 * cloud_noise(rng, canvas.size, (4, 4), 3), 0, 1) * 0.55
+        mask = np.clip(0.35 + 0.8 * cloud_noise(canvas, (4, 4), 3), 0, 1) * 0.55
         grey = np.asarray(light.horizon, np.float32) * 0.45 + 0.42 * np.asarray(light.tint, np.float32)
         canvas.paint((mask * np.clip(3 * up, 0, 1)).astype(np.float32), grey.clip(0, 0.95))
         return
-    mask = np.clip(1.7 * cloud_noise(rng, canvas.size, (9, 3), 3) - rng.uniform(0.6, 1.3), 0, 1)
+    mask = np.clip(1.7 * cloud_noise(canvas, (9, 3), 3) - rng.uniform(0.6, 1.3), 0, 1)
     mask = mask * np.clip(4 * up, 0, 1) * np.clip(3 * (1 - up), 0, 1)
     white = 0.55 * np.asarray(light.horizon, np.float32) + 0.5 * np.asarray(light.disc, np.float32) * max(light.tint)
     canvas.paint((0.75 * mask).astype(np.float32), white.clip(0, 1))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,11 @@ def train(
     ema_decay: float = 0.999,
     clip: float = 1.0,
     checkpoint_every: int = 250,
+    beside: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Minimise `loss_of(step)` over the parameters of `module`; returns `module` holding the averaged weights.
 
+    beside: what else `loss_of` changes and a checkpoint holds, by name: modules and optimizers.
     A checkpoint of the same name in `folder` is resumed; a finished one returns at once.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -71,12 +74,15 @@ def train(
         module.load_state_dict(saved["module"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        for key, other in (beside or {}).items():
+            other.load_state_dict(saved[key])
         average, start = saved["average"], saved["step"]
         print(f"{name}: resumed at step {start}", flush=True)
 
     def save(step: int) -> None:
         states = [optimizer.state_dict() for optimizer in optimizers]
         state = {"module": module.state_dict(), "optimizers": states, "average": average, "step": step}
+        state |= {key: other.state_dict() for key, other in (beside or {}).items()}
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(path)
