@@ -325,7 +325,7 @@ def test_lists_of_predictions_are_corrected_like_tensors() -> None:
     view = view_of(network).sampled(lambda: responses(scheduler))
     with attach(view, FirstBlockCache(1.0, max_consecutive=1)) as report:
         corrected = list(z_image.steps(network))[-1]
-    assert report.decisions == "CRCRCR"
+    assert report.decisions == "CRCRCC"  # the last call computes
     assert report.settings["correction"] is True
     with attach(network, FirstBlockCache(1.0, max_consecutive=1)) as plain:
         assert not torch.equal(list(z_image.steps(network))[-1], corrected)
