@@ -118,7 +118,7 @@ class LoadedModel:
         size = limits.render_size(model.spec, params.width, params.height)
         if residence is None or not residence.plan.moved:
             tiled = params.vae_tiling or (residence is not None and residence.plan.tiled)
-            controls = model.controlnets.missing_bytes(params.control)
+            controls = model.controlnets.missing_bytes(params.control) if params.control else 0
             return model.decode_bytes(*size, images, tiled=tiled) + controls
         plan = replace(residence.plan, tiled=residence.plan.tiled or params.vae_tiling)
         return max(0, plan.need(residence.sizes, self._work(params, images)) - residence.held)
@@ -151,7 +151,8 @@ class LoadedModel:
     def _work(self, params: GenerationParams, images: int) -> Work:
         size = limits.render_size(self.model.spec, params.width, params.height)
         work = self.model.work(*size, images, guided=self.model.runs_twice(params))
-        work = work.with_more(self.model.controlnets.missing_bytes(params.control))
+        if params.control:
+            work = work.with_more(self.model.controlnets.missing_bytes(params.control))
         if self._refiner is None:
             return work
         second = self._refiner.model

@@ -53,6 +53,8 @@ def begin(default: str, models: Mapping[str, Model], adapters: Adapters, *, as_b
         state["scheduler"] = None
     if state["upscale"] not in (None, *adapters["upscalers"]):
         state["upscale"] = None
+    if state["control_model"] not in adapters["controlnets"]:
+        state["control_model"] = next(iter(adapters["controlnets"]), None)
     state["loras"] = [name for name in state["loras"] if name in adapters["loras"]]
     state["aspect"] = aspect_of(state["width"], state["height"], model)
     return model

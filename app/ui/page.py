@@ -63,10 +63,10 @@ def _draw_tab(connected: Connection, model: Model) -> None:
         _button(model)
         _outcome(model)
     with settings:
-        caches.show(model, from_picture=source.picture() is not None)
+        caches.show(model, from_picture=source.beginning() is not None)
         form.size(model)
         form.seed()
-        source.show(connected.server, model, _restore)
+        source.show(connected.server, model, _restore, connected.adapters["controlnets"])
         form.finer(model, connected.models)
         form.passes(connected.adapters)
         form.styles(connected.adapters)
@@ -113,7 +113,7 @@ def _draw(model: Model) -> None:
     if source.paints() and source.mask() is None:
         st.session_state["failure"] = "Paint what is to be drawn anew first, or switch the painting off."
         return
-    _start(body(form.values(), model, source.picture(), source.mask()))
+    _start(body(form.values(), model, source.beginning(), source.mask(), source.control()))
 
 
 def _again(model: Model) -> None:
@@ -156,7 +156,7 @@ def _upscale(drawn: Drawn) -> None:
     _open(drawn)
     if LEFT_OUT in drawn.request:
         st.session_state["failure"] = (
-            "That picture was drawn over another one, which is not kept: it cannot be drawn once more."
+            "That picture was drawn from another one, which is not kept: it cannot be drawn once more."
         )
         return
     _start({**drawn.request, "upscale": _upscaler(), "enable_preview": False})

@@ -58,6 +58,10 @@ DEFAULTS: dict[str, Any] = {
     "loras": [],
     "img2img_denoise": 0.6,
     "inpaint_area": "whole",
+    "control_model": None,
+    "control_edges": True,
+    "control_weight": 1.0,
+    "control_span": (0.0, 1.0),
 }
 """Every widget that a request is made of. None: the server's default, or a random seed."""
 
@@ -73,11 +77,16 @@ _AREA = 768 * 512  # pixels of an embedded model's picture, which is enlarged to
 
 
 def body(
-    values: Mapping[str, Any], model: Model, source: bytes | None = None, mask: bytes | None = None
+    values: Mapping[str, Any],
+    model: Model,
+    source: bytes | None = None,
+    mask: bytes | None = None,
+    control: bytes | None = None,
 ) -> dict[str, Any]:
     """Of POST /api/jobs: only what the model can use, and nothing that was left to the server.
 
     `source`: an encoded picture to begin from; `mask`: another one, white where it is drawn anew.
+    `control`: one that the chosen ControlNet sees.
     """
     request = {"model": model["name"], **{name: values[name] for name in _AS_THEY_ARE}}
     request["batch_size"] = min(values["num_images"], _TOGETHER)
@@ -93,6 +102,10 @@ def body(
         }
         if mask is not None:
             request |= {"mask": _text(mask), "inpaint_area": values["inpaint_area"]}
+    if control is not None:
+        start, end = values["control_span"]
+        unit = {"model": values["control_model"], "image": _text(control), "weight": values["control_weight"]}
+        request["control"] = [{**unit, "start": start, "end": end, "edges": values["control_edges"]}]
     request |= _cache(values, model, source is not None)
     off = (None, False)  # what is not asked for, but for what is off instead of on
     return {

@@ -1,9 +1,12 @@
-"""A picture to begin from, dropped or sent from another one: how much of it is drawn anew, where, and what it tells."""
+"""A picture to draw from, dropped or sent from another one, and what it tells of how it was drawn.
+
+The next one begins from it (how much of it is drawn anew, and where), or a ControlNet sees it.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -15,6 +18,8 @@ from app.ui.refusal import explained
 from app.ui.request import Model
 from app.ui.scenes import escaped
 
+BEGIN, CONTROL = "begin", "control"
+USES = {BEGIN: "to begin from", CONTROL: "as control"}
 KINDS = ("png", "jpg", "jpeg", "webp")
 MOST_PIXELS = 2**24  # what the service reads
 _SIDES = 32
@@ -22,9 +27,23 @@ _LARGEST = 2048  # pixels a side of what is drawn
 
 
 def picture() -> bytes | None:
-    """The encoded picture that the next one begins from."""
+    """The encoded picture that was dropped or sent."""
     found: bytes | None = st.session_state.get("source")
     return found
+
+
+def beginning() -> bytes | None:
+    """It, while the next one begins from it."""
+    return None if _controls() else picture()
+
+
+def control() -> bytes | None:
+    """It, while a ControlNet sees it."""
+    return picture() if _controls() else None
+
+
+def _controls() -> bool:
+    return bool(st.session_state.get("use") == CONTROL)
 
 
 def mask() -> bytes | None:
@@ -35,14 +54,14 @@ def mask() -> bytes | None:
 
 def paints() -> bool:
     """Whether only what is painted is to be drawn anew."""
-    return picture() is not None and bool(st.session_state.get("paints"))
+    return beginning() is not None and bool(st.session_state.get("paints"))
 
 
 def take(data: bytes, model: Model, told: Mapping[str, Any] | None = None) -> None:
     """Begin from this picture from now on, at its aspect. `told`: the fields that it says it was drawn with."""
     state = st.session_state
     state["source"], state["source-told"], state["mask"] = data, told or {}, None
-    state["paints"] = False
+    state["paints"], state["use"] = False, BEGIN
     with Image.open(io.BytesIO(data)) as image:
         state["width"], state["height"] = fitting(image.width, image.height, model)
 
@@ -57,44 +76,73 @@ def fitting(width: int, height: int, model: Model) -> tuple[int, int]:
     return next(sides), next(sides)
 
 
-def show(server: Client, model: Model, restore: Any) -> None:
-    """`restore`: called with the fields that a dropped picture tells, to put them into the widgets."""
+def show(server: Client, model: Model, restore: Any, controlnets: Sequence[str]) -> None:
+    """`restore`: called with the fields that a dropped picture tells, to put them into the widgets.
+
+    `controlnets`: the names of those that can see it; without one it is there to begin from alone.
+    """
     state = st.session_state
     data = picture()
     if data is None:
         _drop(server, model)
         return
     with st.container(border=True, key="source-box"):
-        st.markdown("**Begins from this picture**")
+        if controlnets:
+            st.segmented_control("Use this picture", USES, key="use", required=True, format_func=USES.__getitem__)
+        else:
+            state["use"] = BEGIN
+            st.markdown("**Begins from this picture**")
         if paints():
             state["mask"] = components.brush(data, key="brush")
             st.caption("What you paint is drawn anew." if state["mask"] else "Paint what is to be drawn anew.")
         else:
-            st.image(data, alt="The picture to begin from", width=320)
-        st.slider(
-            "Strength",
-            0.05,
-            1.0,
-            step=0.05,
-            key="img2img_denoise",
-            help="How much of it is drawn anew: little keeps most of the picture, 1 keeps nothing.",
-        )
-        st.toggle("Draw a painted part alone", key="paints")
-        if paints():
-            st.segmented_control(
-                "Drawn at full size",
-                ("whole", "masked"),
-                key="inpaint_area",
-                required=True,
-                format_func={"whole": "the picture", "masked": "the painted part"}.__getitem__,
-            )
-        # ControlNets of the service have their place here: a model, a weight, a part of the steps for this picture.
+            st.image(data, alt="The picture to draw from", width=320)
+        if _controls():
+            _steering(controlnets)
+        else:
+            _drawing_over()
         with st.container(horizontal=True):
             if told := state.get("source-told"):
                 st.button("Restore its settings", key="restore", on_click=restore, args=(told,), type="primary")
             st.button("Remove", key="remove-source", on_click=remove, icon=":material/close:")
         if told:
             st.caption(f"It tells how it was drawn: {escaped(str(told.get('prompt', 'no prompt')))}")
+
+
+def _drawing_over() -> None:
+    st.slider(
+        "Strength",
+        0.05,
+        1.0,
+        step=0.05,
+        key="img2img_denoise",
+        help="How much of it is drawn anew: little keeps most of the picture, 1 keeps nothing.",
+    )
+    st.toggle("Draw a painted part alone", key="paints")
+    if paints():
+        st.segmented_control(
+            "Drawn at full size",
+            ("whole", "masked"),
+            key="inpaint_area",
+            required=True,
+            format_func={"whole": "the picture", "masked": "the painted part"}.__getitem__,
+        )
+
+
+def _steering(controlnets: Sequence[str]) -> None:
+    st.selectbox("ControlNet", controlnets, key="control_model", help="Made for one family of models.")
+    st.segmented_control(
+        "Map",
+        (True, False),
+        key="control_edges",
+        required=True,
+        format_func={True: "its edges", False: "the picture itself"}.__getitem__,
+        help="What the ControlNet sees: edges, if it was made for them. For another, drop the map that it reads.",
+    )
+    st.slider("Weight", 0.0, 2.0, step=0.05, key="control_weight", help="The strength of what it adds; 0 adds nothing.")
+    st.slider(
+        "Start and end", 0.0, 1.0, step=0.05, key="control_span", help="It acts between these shares of the steps."
+    )
 
 
 def remove() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from cache.views.transformer import IMAGE, TransformerDenoiser
 from .rule import Reference
 from .settings import Settings
 
-_FOLLOWED: WeakSet[nn.Module] = WeakSet()  # roots seen to hand on what blocks return: to compare, the host waits
+_FOLLOWED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""Roots seen to hand on what blocks return, by how they were looked at: to compare, the host waits."""
 Streams = dict[str, Tensor]  # by name, each (batch, tokens, channels)
 Place = tuple[int, int]  # of a block: its list, and its number there
 
@@ -86,7 +87,7 @@ class FirstBlockRun(Run):
         self.arguments = self.arguments or on_meta(call.args, call.kwargs)
         with shadowed(turn.stand_ins()):
             output = call.given({}).run()
-        _FOLLOWED.add(denoiser.root)
+        _FOLLOWED.setdefault(denoiser.root, set()).add(denoiser.reading)
         report.residuals.append(turn.change)
         report.item_residuals.append(denoiser.of_pictures(turn.changes, _larger))
         return output, tuple(row in turn.rows for row in range(turn.batch))
@@ -168,12 +169,12 @@ class Turn:
         """
         denoiser = self.denoiser
         passed, blocks = denoiser.inputs(args, kwargs), denoiser.block_lists[at[0]]
-        expected = self.handed
+        expected, followed = self.handed, denoiser.reading in _FOLLOWED.get(denoiser.root, ())
         if at[1] == 0 and any(name not in passed for name in expected):
             expected = {IMAGE: denoiser.joined(expected)}
             self.run.joins = True
         for name, stream in expected.items():
-            known = denoiser.root in _FOLLOWED and name in passed and passed[name].shape == stream.shape
+            known = followed and name in passed and passed[name].shape == stream.shape
             if name not in passed or not (known or _same(passed[name], stream)):
                 raise IncompatibleDenoiser(
                     f"{type(denoiser.root).__name__} changes {name} on its way to block {at[1]} of {blocks}, and the "

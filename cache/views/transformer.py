@@ -62,6 +62,11 @@ class TransformerDenoiser(Denoiser):
         """The blocks of each list."""
         return [list(getattr(self.root, name)) for name in self.block_lists]
 
+    @property
+    def reading(self) -> tuple[tuple[str, ...], ...]:
+        """What the view takes the root's blocks for: two that agree in it see the same streams."""
+        return self.block_lists, self.streams, self.takes
+
     def injected_after(self, injected: Mapping[str, Any], name: str) -> Sequence[Tensor] | None:
         """Of what is injected in a call, what is added to the image stream after each block of the list `name`."""
         after: Sequence[Tensor] | None = injected.get(_AFTER.get(name, name))

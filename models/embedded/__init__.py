@@ -36,7 +36,7 @@ SPECS = (
         vocabulary=WORDS,
     ),
 )
-CONTROLNETS = {config.parent.name: config.parent for config in sorted(FOLDER.glob("*/config.json"))}
-"""The ControlNets here by name: folders that hold one network."""
+CONTROLNETS = {"tiny-sd-edges": FOLDER / "tiny-sd-edges"}
+"""The ControlNets here by name."""
 DEFAULT = "tiny-sd"
 DEFAULT_FLUX = "tiny-flux"

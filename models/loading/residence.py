@@ -6,9 +6,10 @@ changed; those of diffusers wait for each block and do not live with a cache (do
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Residence:
         self._blocks = {name: blocks_of(network) for name, network in networks.items() if name != VAE}
         self.sizes = Sizes(
             {name: bytes_of(network) for name, network in networks.items()},
-            {name: [bytes_of(block) for block in blocks] for name, blocks in self._blocks.items()},
+            {name: _own_bytes(networks[name], blocks) for name, blocks in self._blocks.items()},
             frozenset(name for name, network in networks.items() if not _is_plain(network)),
         )
 
@@ -120,7 +121,7 @@ class Guest(ModelHook):
         self.execution_device = device  # where diffusers' pipelines look for it
         self.here = False
         self._network, self._make_room, self._count = network, make_room, count
-        self._stream = Stream(streamed, device, count) if streamed else None
+        self._stream = Stream(streamed, _shared(network), device, count) if streamed else None
         self._host = {(id(table), key): (table[key], table[key].data) for table, key in _places(network)}
         add_hook_to_module(network, self)
 
@@ -148,7 +149,9 @@ class Guest(ModelHook):
                 table[key].data = data  # whatever it was cast to since
             else:
                 tensor = table[key]
-                table[key] = known.setdefault(id(tensor), _like(tensor, tensor.data.to("cpu")))
+                if id(tensor) not in known:
+                    known[id(tensor)] = _like(tensor, tensor.data.to("cpu"))
+                table[key] = known[id(tensor)]
         self.here = False
 
     def dismiss(self) -> None:
@@ -175,13 +178,16 @@ class Guest(ModelHook):
 class Stream:
     """Blocks that share two slots of the device's memory: while one computes, the next is copied into the other.
 
-    Their parameters are views of the slots. On CUDA copies run in a stream of their own and the host waits for none; a
-    call that skips blocks finds the next one's copy where it was.
+    Their parameters are views of the slots, but for `shared` ones. On CUDA copies run in a stream of their own and the
+    host waits for none; a call that skips blocks finds the next one's copy where it was.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, count: Callable[[int], None]) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], shared: frozenset[int], device: torch.device, count: Callable[[int], None]
+    ) -> None:
         self._device, self._count = device, count
-        self._rows = [[(table, key, _pinned(table, key, device)) for table, key in _places(one)] for one in blocks]
+        rows = ([place for place in _places(one) if id(place[0][place[1]]) not in shared] for one in blocks)
+        self._rows = [[(table, key, _pinned(table, key, device)) for table, key in row] for row in rows]
         self.places = frozenset((id(table), key) for row in self._rows for table, key, _ in row)
         self._casts = any(hasattr(part, "_diffusers_hook") for block in blocks for part in block.modules())
         self._bytes = [sum(_room(tensor) for *_, tensor in row) for row in self._rows]
@@ -300,6 +306,20 @@ def _listed(module: nn.Module) -> list[nn.Module]:
 def bytes_of(module: nn.Module) -> int:
     """Of its parameters and buffers, one that is shared counted once."""
     return sum({id(tensor): tensor.nbytes for tensor in (*module.parameters(), *module.buffers())}.values())
+
+
+def _own_bytes(network: nn.Module, blocks: Iterable[nn.Module]) -> list[int]:
+    """Of each of its blocks, what comes and goes with it."""
+    shared = _shared(network)
+    places = ((table[key] for table, key in _places(block)) for block in blocks)
+    return [sum(tensor.nbytes for tensor in tensors if id(tensor) not in shared) for tensors in places]
+
+
+def _shared(network: nn.Module) -> frozenset[int]:
+    """Ids of the tensors that lie in several places of it. They belong to no block, and stay with the network."""
+    parameters = network.named_parameters(remove_duplicate=False)
+    found = Counter(id(tensor) for _, tensor in chain(parameters, network.named_buffers(remove_duplicate=False)))
+    return frozenset(tensor for tensor, times in found.items() if times > 1)
 
 
 def _is_plain(network: nn.Module) -> bool:

@@ -105,7 +105,7 @@ def _of_profile(wish: Wish, model: str, names: tuple[str, str], known: Front | N
 
 def _of_speed(wish: Wish, model: str, point: Point, fastest: Point) -> Iterator[str]:
     """What to say of a wish that is not fulfilled."""
-    if point.speedup >= wish.speedup:
+    if point.reaches(wish.speedup):
         return
     if point != fastest:
         yield (

@@ -14,6 +14,7 @@ from typing import Any
 from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
 
 STRATEGIES: Mapping[str, Any] = {kind.name: kind for kind in (NoCache, DeepCache, FirstBlockCache)}
+WAVERING = 0.97  # of a wish: seconds differ by as much between two measurements of a quiet machine
 FEWEST = 2  # steps of a point: passes that draw a part of the schedule anew have nothing to do with one
 
 
@@ -40,6 +41,10 @@ class Point:
     @property
     def speedup(self) -> float:
         return self.operations if self.seconds is None else self.seconds
+
+    def reaches(self, speedup: float) -> bool:
+        """Whether it is so fast, as nearly as seconds can say."""
+        return self.operations >= speedup if self.seconds is None else self.seconds >= WAVERING * speedup
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -124,12 +129,12 @@ class Front:
         return replace(self, steps=steps, points=tuple(points))
 
     def chosen(self, speedup: float, floor: float | None = None) -> Point:
-        """The point nearest to the uncached pictures among those at least so fast; the fastest one if none is.
+        """The point nearest to the uncached pictures among those that reach the speed; the fastest one if none does.
 
         floor: dB; of the points that are not farther than that, the fastest, should the choice be farther.
         """
         points = (Point(steps=self.steps, strategy=NoCache()), *self.points)
-        fast = [point for point in points if point.speedup >= speedup]
+        fast = [point for point in points if point.reaches(speedup)]
         best = max(fast, key=lambda point: point.psnr_db) if fast else max(points, key=lambda point: point.speedup)
         if floor is None or best.psnr_db >= floor:
             return best

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.chat import FLUX2_KLEIN, Z_IMAGE_TURBO
 from benchmarks.geometries import ALL, FLUX_DEV, FLUX_SCHNELL, FLUX_SMALL, SD15, SDXL, SDXL_REFINER, Geometry
 from benchmarks.gpu import measure
 from benchmarks.gpu.measure import COUNTED, GEOMETRIES, Within, cached, ignore
@@ -105,7 +106,7 @@ def cards_table() -> Iterator[str]:
     """Gigabytes (10⁹ bytes), with the family's cache by default."""
     yield row("model", "card", "plan", "moved for a prompt", "streamed a step", "counted", "peak")
     yield row(*["---"] * 7)
-    for geometry in (SD15, SDXL, FLUX_DEV, *FLUX_SMALL.values(), *JOINT):
+    for geometry in (SD15, SDXL, FLUX_DEV, *FLUX_SMALL.values(), *JOINT, FLUX2_KLEIN, Z_IMAGE_TURBO):
         device = Accelerator()
         with device, torch.no_grad():
             loaded = load(geometry, memory=0)

@@ -123,6 +123,7 @@ class Accelerator:
             Accelerator.current = self
             stack.enter_context(_Dispatch(self))
             stack.enter_context(_Functions(self))
+            stack.enter_context(patch.object(nn.Module, "_apply", _apply))
             stack.enter_context(patch.object(torch, "Generator", _Generator))
             stack.enter_context(patch.object(Tensor, "_make_subclass", make_subclass))
             stack.enter_context(patch.object(TorchDeviceBackend, "_detect_device_type", lambda *_: NAME))
@@ -293,6 +294,29 @@ class Accelerator:
             self._upload(index, False)
             return [self.new(torch.empty_like(index, device="meta"), index)]
         return [index]
+
+
+_apply_to_each = nn.Module._apply
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`; a parameter that modules share is exchanged once, for one that they share."""
+    first: dict[int, tuple[Any, str]] = {}
+    further: list[tuple[Any, str, Any, str]] = []
+    for part in module.modules():
+        table: Any = part._parameters
+        for key, parameter in table.items():
+            if id(parameter) in first:
+                further.append((table, key, *first[id(parameter)]))
+            elif parameter is not None:
+                first[id(parameter)] = (table, key)
+    for table, key, *_ in further:
+        table[key] = None
+    try:
+        return _apply_to_each(module, function, recurse)
+    finally:
+        for table, key, origin, name in further:
+            table[key] = origin[name]
 
 
 class _Dispatch(TorchDispatchMode):

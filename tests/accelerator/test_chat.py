@@ -17,7 +17,7 @@ from tests.accelerator.memory import phases, request, strategies
 from tests.accelerator.waits import STRATEGIES, waits
 
 PUBLISHED = {  # millions of parameters: FLUX.2 klein 4B, Z-Image of 6B, with Qwen3-4B
-    FLUX2_KLEIN: {"transformer": 3876, "vae": 84},
+    FLUX2_KLEIN: {"transformer": 3876, "text_encoder": 4022, "vae": 84},
     Z_IMAGE: {"transformer": 6155, "text_encoder": 4022, "vae": 84},
 }
 
@@ -44,7 +44,7 @@ def test_no_step_waits_but_to_read_a_decision(device: Accelerator, load: Load, g
             assert all(place.startswith("from device cache/first_block/rule.py:") for place in found.places)
 
 
-CARDS = [(Z_IMAGE_TURBO, 16, "model")]
+CARDS = [(FLUX2_KLEIN, 8, "group"), (FLUX2_KLEIN, 12, "model"), (Z_IMAGE_TURBO, 16, "model")]
 
 
 @pytest.mark.parametrize(("geometry", "gigabytes", "offload"), CARDS, ids=lambda one: getattr(one, "name", str(one)))

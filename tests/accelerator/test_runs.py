@@ -158,7 +158,7 @@ def test_items_of_a_batch_decide_apart(load: Load, device: Accelerator) -> None:
 def test_offloaded_with_previews(load: Load, geometry: Geometry, offload: str) -> None:
     model = load(geometry, offload=offload)
     steps: list[Step] = []
-    request = params(geometry, steps=2, sampler="euler", preview=True)
+    request = params(geometry, steps=3, sampler="euler", preview=True)  # the last call computes
     made = model.generate(request, cache(geometry), steps.append)
     assert made.images
     assert all(step.preview for step in steps)

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cache import CacheReport
 from models.base import GenerationParams, Multiscale, StageReport
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
+from tests.app.test_bad_input import assert_refused
 
 
 def upload(width: int = 96, height: int = 64) -> str:
@@ -42,6 +44,32 @@ async def drawn(client: httpx.AsyncClient, engine: FakeEngine, **fields: Any) ->
     response = await client.post("/api/generate", json={"prompt": "a", "steps": 10, **fields})
     assert response.status_code == 200, response.text
     return engine.submitted[-1].params, response.json()["warnings"]
+
+
+HIRES = {"enable_hr": True, "hr_upscaler": "Lanczos", "hr_scale": 2, "denoising_strength": 0.5, "width": 256}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "field"),
+    [
+        ("/api/generate", {"img2img_enabled": True, "img2img_image": upload()}, "img2img_enabled"),
+        ("/api/generate", {"img2img_enabled": True, "img2img_image": upload(), "mask": upload()}, "img2img_enabled"),
+        ("/api/generate", {"hires_fix": True}, "hires_fix"),
+        ("/api/generate", {"adetailer": True}, "adetailer"),
+        ("/sdapi/v1/img2img", {"init_images": [upload()]}, "img2img_enabled"),
+        ("/sdapi/v1/txt2img", HIRES, "hires_fix"),
+    ],
+    ids=["img2img", "mask", "hires_fix", "adetailer", "A1111 img2img", "A1111 hires_fix"],
+)
+async def test_a_family_that_draws_from_noise_alone_refuses_what_draws_over(
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, fields: dict[str, Any], field: str
+) -> None:
+    known = engine.models.models
+    engine.models = replace(engine.models, models={**known, "fine": replace(known["fine"], family="flux2-klein")})
+    answer = await client.post(path, json={"prompt": "a", **fields})
+    assert_refused(answer, 422, "incompatible", field, f"Leave {field} out, or take a model of another family")
+    assert engine.submitted == []
+    assert (await client.post("/api/generate", json={"prompt": "a"})).status_code == 200
 
 
 async def test_fields_become_passes(client: httpx.AsyncClient, engine: FakeEngine) -> None:

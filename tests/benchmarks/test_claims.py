@@ -23,8 +23,8 @@ def test_a_forecast_is_held_against_plain_reuse_the_helper_and_fewer_steps() -> 
             result(PUBLISHED, plain, **where),
             result(OURS, 90, interval=3, branch=1),  # another branch
             result(f"{OURS}, guidance reused, fewer steps", 90, 3.0, steps=10, **where),  # of another run
-            result("fewer steps", 34, 1.9, steps=10),
-            result("fewer steps", 32, 2.1, steps=9),
+            result("fewer steps", 34, 1.9, label="10", steps=10),
+            result("fewer steps", 32, 2.1, label="9", steps=9),
         ]
 
     clear = of_intervals(unet(35), 0)

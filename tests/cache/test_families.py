@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -179,10 +181,10 @@ def test_items_decide_apart_where_each_block_has_something_of_its_own(lists: lis
     assert report.item_decisions == ["CRR", "CCR"]
 
 
-def test_streams_that_a_root_joins_are_followed() -> None:
-    """AuraFlow's second list runs over text and image in one tensor."""
+def aura_flow() -> AuraFlowTransformer2DModel:
+    """Its second list runs over text and image in one tensor."""
     torch.manual_seed(0)
-    network = AuraFlowTransformer2DModel(
+    return AuraFlowTransformer2DModel(
         sample_size=8,
         in_channels=4,
         num_mmdit_layers=2,
@@ -193,6 +195,10 @@ def test_streams_that_a_root_joins_are_followed() -> None:
         caption_projection_dim=16,
         pos_embed_max_size=64,
     ).eval()
+
+
+def test_streams_that_a_root_joins_are_followed() -> None:
+    network = aura_flow()
     inputs = {
         "hidden_states": torch.randn(1, 4, 8, 8),
         "encoder_hidden_states": torch.randn(1, 4, 16),
@@ -207,6 +213,33 @@ def test_streams_that_a_root_joins_are_followed() -> None:
     turned = TransformerDenoiser(network, block_lists=lists, streams=("hidden_states", "encoder_hidden_states"))
     with pytest.raises(IncompatibleDenoiser), attach(turned, FirstBlockCache(0.9)):
         network(**inputs)
+
+
+def test_what_one_view_has_seen_is_not_taken_for_another() -> None:
+    """Of as many tokens of text as of the image the streams are alike in shape, and joined in the wrong order."""
+    network, lists = aura_flow(), ["joint_transformer_blocks", "single_transformer_blocks"]
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 8, 16),
+        "timestep": torch.tensor([0.5]),
+    }
+    with attach(TransformerDenoiser(network, block_lists=lists), FirstBlockCache(0.9)):
+        network(**inputs)
+    names = ("hidden_states", "encoder_hidden_states")
+    turned = TransformerDenoiser(network, block_lists=lists, streams=names)
+    with pytest.raises(IncompatibleDenoiser, match="changes hidden_states"), attach(turned, FirstBlockCache(0.9)):
+        network(**inputs)
+
+
+def test_a_network_that_was_seen_is_not_kept() -> None:
+    network = flux2.build()
+    with attach(network, FirstBlockCache(0.9)) as report:
+        list(flux2.steps(network, steps=2))
+    assert len(report.decisions) == 2
+    seen = weakref.ref(network)
+    del network
+    gc.collect()
+    assert seen() is None
 
 
 def by_blocks(family: ModuleType, threshold: float) -> tuple[list[Tensor], str]:
@@ -292,7 +325,7 @@ def test_lists_of_predictions_are_corrected_like_tensors() -> None:
     view = view_of(network).sampled(lambda: responses(scheduler))
     with attach(view, FirstBlockCache(1.0, max_consecutive=1)) as report:
         corrected = list(z_image.steps(network))[-1]
-    assert report.decisions == "CRCRCR"
+    assert report.decisions == "CRCRCC"  # the last call computes
     assert report.settings["correction"] is True
     with attach(network, FirstBlockCache(1.0, max_consecutive=1)) as plain:
         assert not torch.equal(list(z_image.steps(network))[-1], corrected)

@@ -26,8 +26,9 @@ from models.generation import LoadedModel
 from models.registry import Registry
 from tests.app.conftest import client_of
 from tests.app.fakes import FakeEngine
-from tests.compatibility.rows import PICTURE, WEIGHTS
+from tests.compatibility.rows import CHAT, PICTURE, WEIGHTS
 from tests.models.conftest import family_folders, flux_folder, sd_folder, small_folders  # noqa: F401  # fixtures
+from tests.models.families.chat import save_all
 
 
 @dataclass
@@ -44,9 +45,14 @@ class RunnerEngine(FakeEngine):
 
 
 @pytest.fixture(scope="session")
-def registry(family_folders: dict[str, Path], small_folders: dict[str, Path]) -> Registry:  # noqa: F811
-    published = ("sd15", "sd21", "sdxl", "sdxl-refiner", "flux-schnell", "flux-dev")
-    specs = [ModelSpec(name=name, family=name, source=family_folders[name]) for name in published]
+def registry(
+    family_folders: dict[str, Path],  # noqa: F811
+    small_folders: dict[str, Path],  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Registry:
+    folders = {**family_folders, **save_all(tmp_path_factory.mktemp("chat"))}
+    published = ("sd15", "sd21", "sdxl", "sdxl-refiner", "flux-schnell", "flux-dev", *CHAT)
+    specs = [ModelSpec(name=name, family=name, source=folders[name]) for name in published]
     small = ModelSpec(name="small-sd", family="sd", source=small_folders["epsilon"])
     return Registry([*SPECS, *specs, small], "tiny-sd", "tiny-flux")
 

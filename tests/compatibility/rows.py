@@ -22,6 +22,7 @@ ON: Mapping[Cache, Mapping[str, Any]] = {
 }
 UNETS = ("sd15", "sd21", "sdxl")
 TRANSFORMERS = ("flux-schnell", "flux-dev")
+CHAT = ("flux2-klein", "flux2-klein-base", "z-image", "z-image-turbo")
 PICTURE = "<a picture>"  # stands for one in base64
 WEIGHTS = "<the model's own>"  # stands for the name of a LoRA or an embedding that was made for the model
 
@@ -165,6 +166,20 @@ ROWS = (
         remedy=("deepcache_enabled", "Set deepcache_enabled to false"),
     ),
     Row(cache="FBCache", beside="Flux models", models=(*TRANSFORMERS, "tiny-flux")),
+    Row(cache="FBCache", beside="FLUX.2 klein and Z-Image", models=CHAT),
+    Row(
+        cache="FBCache",
+        beside="Img2Img and inpainting of Z-Image",
+        models=("z-image-turbo",),
+        fields=(IMG2IMG, INPAINT),
+    ),
+    Row(
+        cache="FBCache",
+        beside="Img2Img of FLUX.2 klein (its pipelines take a picture for a reference)",
+        models=("flux2-klein", "flux2-klein-base"),
+        fields=(IMG2IMG,),
+        remedy=("img2img_enabled", "Leave img2img_enabled out"),
+    ),
     Row(
         cache="FBCache",
         beside="SageAttention/SpargeAttn",

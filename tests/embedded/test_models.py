@@ -80,6 +80,12 @@ def test_pictures_show_what_was_asked_for(spec: ModelSpec) -> None:
     assert right.min() >= 6, dict(zip(judges.TABLES, right.tolist(), strict=True))
 
 
+def test_what_is_named_as_a_controlnet_is_one() -> None:
+    """And every one that lies there is named: other single networks, as the fine decoder, lie there too."""
+    classes = {path.parent: json.loads(path.read_text())["_class_name"] for path in FOLDER.glob("*/config.json")}
+    assert set(CONTROLNETS.values()) == {folder for folder, name in classes.items() if name == "ControlNetModel"}
+
+
 def test_edges_are_where_the_controlnet_was_shown_them() -> None:
     """A picture with it has more of them in their places, to within a pixel, than the same seed without."""
     model, triple = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get("tiny-sd"), Triple("clear", "desert", "sunset")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from app.ui.gallery import Drawn
 from app.ui.run import Run
@@ -229,6 +232,44 @@ def test_a_dropped_picture_restores_its_settings(page: Any) -> None:
     assert (page.text_area(key="prompt").value, page.number_input(key="steps").value) == ("a sea at dawn", 5)
     page.file_uploader[0].set_value(("a.png", drawn.pictures[0][:80], "image/png")).run()
     assert ["no picture that can be read" in error.value for error in page.error] == [True]
+
+
+def dropped(page: Any) -> bytes:
+    Image.new("RGB", (96, 64), "teal").save(out := io.BytesIO(), "PNG")
+    page.file_uploader[0].set_value(("a.png", out.getvalue(), "image/png")).run()
+    return out.getvalue()
+
+
+def test_a_dropped_picture_steers_a_controlnet(page: Any) -> None:
+    picture = dropped(page)
+    page.toggle(key="paints").set_value(True).run()
+    assert page.select_slider(key="speed").disabled
+    page.segmented_control(key="use").set_value("control").run()
+    assert not page.select_slider(key="speed").disabled  # DeepCache goes with it
+    assert not any(slider.key == "img2img_denoise" for slider in page.slider)
+    page.slider(key="control_span").set_value((0.0, 0.75)).run()
+    drawn = small(page)
+    encoded = base64.b64encode(picture).decode()
+    unit = {"model": "tiny-sd-edges", "image": encoded, "weight": 1.0, "start": 0.0, "end": 0.75, "edges": True}
+    assert drawn.request["control"] == [unit]
+    assert "img2img_enabled" not in drawn.request
+    assert drawn.answer["cache"]["strategy"] == "deepcache"
+    of_job(page, "reuse", drawn).click().run()  # settings without pictures, as of one that was drawn over
+    assert page.session_state["source"] is None
+    assert "control" not in small(page).request
+
+
+def test_control_is_no_choice_where_no_controlnet_is_listed(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped(page)
+    page.segmented_control(key="use").set_value("control").run()
+    connection = page.session_state["connection"]
+    none = {**connection.adapters, "controlnets": []}
+    monkeypatch.setattr(connection.server, "adapters", lambda: none)
+    connection.adapters = none
+    page.run()
+    assert not any(group.key == "use" for group in page.segmented_control)
+    assert page.slider(key="img2img_denoise").value == 0.6
+    assert page.run().select_slider(key="speed").disabled
 
 
 def test_a_job_under_way_is_followed_by_a_page_loaded_anew(

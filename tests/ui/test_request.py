@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -94,6 +95,19 @@ def test_a_picture_to_begin_from_and_its_mask_are_sent(model: dict[str, Any], ma
     parse(sent)
     assert (sent["img2img_enabled"], sent["img2img_denoise"], "mask" in sent) == (True, 0.6, mask is not None)
     assert ("cache_speedup" in sent) == (model is FLUX)  # DeepCache does not go with it
+
+
+@pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])
+def test_a_picture_that_a_controlnet_sees_is_sent_as_control(model: dict[str, Any]) -> None:
+    chosen = {"control_model": "depth", "control_edges": False, "control_weight": 0.8, "control_span": (0.1, 0.75)}
+    sent = body({**DEFAULTS, **chosen, "speed": 3.0}, model, control=PIXEL)
+    parse(sent)
+    image = base64.b64encode(PIXEL).decode()
+    unit = {"model": "depth", "image": image, "weight": 0.8, "start": 0.1, "end": 0.75, "edges": False}
+    assert sent["control"] == [unit]
+    assert "img2img_enabled" not in sent
+    assert sent["cache_speedup"] == 3.0  # every cache goes with it
+    assert "control" not in body({**DEFAULTS, **chosen}, model)
 
 
 @pytest.mark.parametrize("model", [UNET, FLUX], ids=lambda model: model["name"])

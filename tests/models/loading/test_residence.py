@@ -142,14 +142,14 @@ def test_a_network_is_as_it_was_when_nothing_is_moved_any_more(models: dict[str,
 
 
 def test_a_call_that_skips_blocks_copies_none(models: dict[str, LoadedModel], housed: Any) -> None:
-    """One step of two computes; without the cache both do."""
+    """Of three steps the second reuses; without the cache all compute."""
     copied = {}
     for cache in (NoCache(), strategy("flux-dev")):
         model = housed("flux-dev", by_blocks(1))
         residence = model.model.residence
-        drawn(model, cache, steps=2, preview=False)
+        drawn(model, cache, steps=3, preview=False)
         before = residence.copied
-        drawn(model, cache, steps=2, preview=False)
+        drawn(model, cache, steps=3, preview=False)
         copied[cache.name] = residence.copied - before
     away = residence.plan.copied_each_step(residence.sizes)
     assert away > 0
@@ -233,6 +233,55 @@ def test_weights_that_are_stored_in_eight_bits_are_streamed_in_eight_bits(family
     slots = {tensor.untyped_storage().data_ptr() for block in blocks_of(network) for tensor in block.parameters()}
     assert len(slots) == 2
     assert residence.copied < 4 * 1.1 * residence.sizes.weights["transformer"]
+
+
+@pytest.mark.parametrize("kept", [None, 0, 1], ids=["whole", "streamed", "one kept"])
+def test_what_modules_share_is_moved_once_and_shared_again(monkeypatch: pytest.MonkeyPatch, kept: int | None) -> None:
+    """A matrix of an output that is that of the words, and one of two blocks. On the meta device."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.blocks = nn.Embedding(6, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.blocks[2].weight = self.blocks[0].weight
+            self.head = nn.Linear(4, 6, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            hidden = self.words(numbers)
+            for block in self.blocks:
+                hidden = block(hidden)
+            made: torch.Tensor = self.head(hidden)
+            return made
+
+    def parameters() -> dict[str, nn.Parameter]:
+        return dict(network.named_parameters(remove_duplicate=False))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # the meta device pins nothing
+    network = Tied()
+    values = {name: one.detach().clone() for name, one in parameters().items()}
+    residence = Residence(
+        {"text_encoder": network, "unet": nn.Linear(1, 1), "vae": nn.Linear(1, 1)}, torch.device("meta")
+    )
+    matrices, biases = (24 + 16 + 16) * 4, 3 * 16
+    assert residence.sizes.weights["text_encoder"] == matrices + biases
+    assert residence.sizes.blocks["text_encoder"] == [16, 16 + 64, 16]  # but for the matrix of two
+    moved, keeping = frozenset(residence.networks), {} if kept is None else {"text_encoder": kept}
+    residence.settle(Plan(offload="group", moved=moved, kept=keeping))
+    before = parameters()
+    assert before["head.weight"] is before["words.weight"]
+    assert before["blocks.2.weight"] is before["blocks.0.weight"]
+    for _ in range(2):
+        copied = residence.copied
+        assert network(torch.zeros(1, dtype=torch.long, device="meta")).is_meta
+        there = parameters()
+        assert all(one.is_meta for one in there.values())
+        assert there["head.weight"] is there["words.weight"]
+        assert there["blocks.2.weight"] is there["blocks.0.weight"]
+        assert residence.copied - copied <= matrices + biases + 16  # of the streamed, the first comes for the next call
+        residence.send_away(["text_encoder"])
+        assert all(one is before[name] for name, one in parameters().items())
+        assert all(torch.equal(one, values[name]) for name, one in parameters().items())
 
 
 def test_weights_that_are_no_plain_tensors_stay() -> None:
