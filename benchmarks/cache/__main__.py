@@ -54,9 +54,13 @@ def fingerprint(conditions: Mapping[str, Any], weights: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def bench_of(registry: Registry, name: str, pictures: int, steps: int | None) -> Bench:
+def bench_of(
+    registry: Registry, name: str, pictures: int, steps: int | None, size: tuple[int, int] | None = None
+) -> Bench:
+    """size: width and height, pixels; None for the model's own."""
     spec, family = registry.spec(name), registry.family(name)
-    width, height = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
+    own = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
+    width, height = size or own
     guidance = family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale
     given: Any = {"width": width, "height": height, "guidance_scale": guidance}
     params = GenerationParams(prompt="", steps=steps or spec.steps or family.steps, **given)

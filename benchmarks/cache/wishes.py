@@ -1,6 +1,7 @@
 """`cache_speedup` held to what it promises: wishes beside presets and fewer steps, on pictures that no calibration saw.
 
 python -m benchmarks.cache.wishes tiny-sd --sampler euler --steps 20
+WAVESPEED_MODELS_FILE=models.toml python -m benchmarks.cache.wishes mine --size 512 512
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import typer
 from app.cli import bar
 from app.engine.runner import RegistryRunner
 from app.engine.types import ModelInfo
+from app.settings import read_settings
 from benchmarks.cache.__main__ import bench_of
 from benchmarks.cache.front import in_operations, shortened
 from benchmarks.cache.measure import Bench, Result, difference, interval
 from benchmarks.cache.settings import FEWER, FEWER_STEPS, PLAIN, WISHED, Setting, ours, presets, shares
 from benchmarks.report import conditions, machine, show, table
-from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
+from models.models_file import read
 from models.registry import Registry
 from models.tuning.choice import Wish, choose
 
@@ -64,17 +66,19 @@ def _gain(one: Result, other: Result) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="An embedded model.")],
+    model: Annotated[str, typer.Argument(help="An embedded model, or one of the models file.")],
     sampler: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Default: the model's.")] = None,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Width and height, pixels. Default: its own.")] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Prompts with seeds.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a setting, each beside an uncached one.")] = 5,
     wish: Annotated[list[float], typer.Option(min=1, max=6, help="Repeat for several.")] = list(WISHES),  # noqa: B006
 ) -> None:
     """Draw what each wish chooses, the presets and fewer steps; print a table and, last, one JSON line."""
-    registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX, "cpu")
+    served = read(read_settings().models_file)
+    registry = Registry(served.specs, served.default, served.default_flux, "cpu")
     info = RegistryRunner(registry, "CPU").catalogue().models[model]
-    bench = bench_of(registry, model, pictures, steps)
+    bench = bench_of(registry, model, pictures, steps, size)
     bench.params = replace(bench.params, sampler=sampler)
     settings = [
         *(wished(info, bench, one) for one in wish),
