@@ -251,7 +251,9 @@ def test_what_was_drawn_and_typed_outlives_the_server_s_sudden_end(driver: Any, 
         os.kill(server.process.pid, 9)
         port = str(server.address[1])
     with running(SERVER, WAVESPEED_PORT=port, **settings):
-        browser.tab("Gallery")  # in the page that was open all the time
+        # In the page that was open all the time, which hears no click before it is back.
+        until(lambda: browser.all("[data-test-connection-state=CONNECTED]"), "the connection")
+        browser.tab("Gallery")
         until(lambda: browser.all(f".st-key-open-{kept['id']}"), "the picture of before")
         browser.tab("Draw")
         assert (browser.prompt(), browser.width()) == ("a stormy desert at sunset", "640")
