@@ -206,9 +206,7 @@ class FluxSteering(Steering):
     def _hint(self, number: int, call: Call) -> Tensor:
         tokens: Tensor = call.kwargs["hidden_states"]
         rows, (height, width) = len(tokens), self._grid
-        if (
-            tokens.shape[1] != height * width // 4
-        ):  # a call at a smaller size, whose positions multi-scale has just made
+        if tokens.shape[1] != height * width // 4:  # a smaller size, whose positions multi-scale has just made
             height, width = (2 * (int(side) + 1) for side in call.kwargs["img_ids"].amax(0)[1:])
         if number not in self._latents:
             return 2 * self._pixels(number, self._scale * width, self._scale * height, rows) - 1
@@ -246,7 +244,7 @@ class FluxSteering(Steering):
         hint = tokens
         if network.input_hint_block is not None:
             sides = [self._scale * side for side in self._grid]
-            hint = tokens.new_empty((len(tokens), network.config.conditioning_embedding_channels and 3, *sides))
+            hint = tokens.new_empty((len(tokens), 3, *sides))
         guidance = tokens.new_empty((len(tokens),)) if network.config.guidance_embeds else None
         given |= {"hidden_states": tokens, "controlnet_cond": hint, "guidance": guidance, "return_dict": False}
         given.pop("joint_attention_kwargs", None)

@@ -51,13 +51,8 @@ class ChromaModel(FlowModel):
         return [(embedding, "guidance_proj", lambda guidance: upload(own(guidance), self.device))]
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
+        config, tensor = self.pipeline.transformer.config, self.blank
         tokens, text = height * width // CELLS, self.text_length
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
 
         return {
             "hidden_states": tensor(1, tokens, config.in_channels),

@@ -49,6 +49,12 @@ class FlowModel(PipelineModel):
         config = self.pipeline.transformer.config
         return KEPT_STREAMS * int(config.num_attention_heads * config.attention_head_dim) // CELLS
 
+    def blank(self, *shape: int) -> torch.Tensor:
+        """An input of the network without values, on the meta device, for `inputs`."""
+        import torch
+
+        return torch.empty(shape, dtype=self.pipeline.vae.dtype, device="meta")
+
     def view(self, scheduler: Any, sampling: tuple[str, str], guidance: Guidance) -> Denoiser:
         return self.denoiser if self.rows(guided=True) == 1 else self.denoiser.guided_by(guidance.acts)
 

@@ -40,13 +40,8 @@ class FluxModel(FlowModel):
         return FluxSteering(*given, pipeline=self.pipeline, guidance_scale=params.guidance_scale)
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
+        config, tensor = self.pipeline.transformer.config, self.blank
         tokens, text = height * width // CELLS, self.text_length
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
 
         given = {
             "hidden_states": tensor(1, tokens, config.in_channels),

@@ -41,12 +41,7 @@ class QwenImageModel(FlowModel):
         return len(pipeline.tokenizer(written).input_ids) - int(pipeline.prompt_template_encode_start_idx)
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+        config, tensor = self.pipeline.transformer.config, self.blank
 
         return {
             "hidden_states": tensor(1, height * width // CELLS, config.in_channels),

@@ -55,13 +55,8 @@ class StableDiffusion3Model(FlowModel):
         return Spatial("hidden_states", self.pipeline.patch_size, trained)
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
+        config, tensor = self.pipeline.transformer.config, self.blank
         text = self.pipeline.tokenizer_max_length + self._t5_length
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
 
         return {
             "hidden_states": tensor(1, config.in_channels, height, width),

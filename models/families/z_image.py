@@ -67,12 +67,7 @@ class ZImageModel(FlowModel):
         return ReversedFlow()
 
     def inputs(self, height: int, width: int) -> Mapping[str, Any]:
-        import torch
-
-        config, dtype = self.pipeline.transformer.config, self.pipeline.vae.dtype
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+        config, tensor = self.pipeline.transformer.config, self.blank
 
         return {
             "x": [tensor(config.in_channels, 1, height, width)],

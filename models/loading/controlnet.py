@@ -167,8 +167,8 @@ def _flux(shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     hint = shapes.get("input_hint_block.conv_out.weight")
     return {
         "in_channels": shapes["x_embedder.weight"].shape[1],
-        "num_layers": _count(shapes, r"^transformer_blocks\.(\d+)\."),
-        "num_single_layers": _count(shapes, r"^single_transformer_blocks\.(\d+)\."),
+        "num_layers": layers(shapes, r"^transformer_blocks\.(\d+)\."),
+        "num_single_layers": layers(shapes, r"^single_transformer_blocks\.(\d+)\."),
         "joint_attention_dim": shapes["context_embedder.weight"].shape[1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"].shape[1],
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
@@ -178,10 +178,10 @@ def _flux(shapes: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _unet(shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     hint = "controlnet_cond_embedding"
-    levels = range(_count(shapes, r"^down_blocks\.(\d+)\."))
-    strides = range(1, _count(shapes, rf"^{hint}\.blocks\.(\d+)\."), 2)
-    depths = [_count(shapes, rf"^down_blocks\.{level}\.attentions\.0\.transformer_blocks\.(\d+)\.") for level in levels]
-    middle = _count(shapes, r"^mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
+    levels = range(layers(shapes, r"^down_blocks\.(\d+)\."))
+    strides = range(1, layers(shapes, rf"^{hint}\.blocks\.(\d+)\."), 2)
+    depths = [layers(shapes, rf"^down_blocks\.{level}\.attentions\.0\.transformer_blocks\.(\d+)\.") for level in levels]
+    middle = layers(shapes, r"^mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
     depths[-1] = depths[-1] or middle or 1  # the middle block reads the last one's
     labels = shapes.get("add_embedding.linear_1.weight")
     text = next((tensor for key, tensor in shapes.items() if key.endswith("attn2.to_k.weight")), None)
@@ -207,10 +207,6 @@ def _unet(shapes: Mapping[str, Tensor]) -> dict[str, Any]:
     if linear is not None:
         read["use_linear_projection"] = linear
     return read
-
-
-def _count(shapes: Mapping[str, Any], pattern: str) -> int:
-    return layers(shapes, pattern)
 
 
 def _check(

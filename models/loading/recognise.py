@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -246,7 +246,7 @@ def _role(tensors: Mapping[str, TensorInfo], said: Role | None) -> Role | None:
     return None
 
 
-def layers(tensors: Mapping[str, TensorInfo], pattern: str) -> int:
+def layers(tensors: Iterable[str], pattern: str) -> int:
     """One more than the highest number that the group of `pattern` finds in a name."""
     return max((int(match[1]) + 1 for name in tensors if (match := re.search(pattern, name))), default=0)
 
