@@ -15,7 +15,7 @@ from app.errors import kinds
 RECENT = 100  # requests that the recent hit rate looks back on
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _IMAGES = (1, 2, 3, 4, 6, 8, 12, 16)
-_TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache"}
+_TELEMETRY_NAMES = {"deepcache": "deepcache", "first_block": "fbcache", "fitted": "fitted"}
 _FAULTS = sorted({error.type for error in kinds() if error.status >= 500 or error.status == 429})
 """Outcomes that are the server's doing, not the client's."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .deepcache import DeepCache
 from .errors import AlreadyAttached, CacheError, IncompatibleDenoiser
 from .first_block import FirstBlockCache
+from .fitted import FittedForecast
 from .report import CacheReport
 from .strategy import CacheStrategy, NoCache
 
@@ -33,6 +34,7 @@ __all__ = [
     "DeepCache",
     "Denoiser",
     "FirstBlockCache",
+    "FittedForecast",
     "IncompatibleDenoiser",
     "Injector",
     "NoCache",

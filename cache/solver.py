@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -121,18 +121,47 @@ def responses(scheduler: Any) -> Response | None:
     prediction = prediction_of(scheduler)
     if isinstance(prediction, Diffusion) and not is_even(remaining.tolist()):
         return None
-    unit = scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1
-    stepper, spread = stepping_copy(scheduler), spread_of(prediction)
-    sample = torch.zeros(1, calls, 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
-    for call, timestep in enumerate(remaining):
-        x = stepper.scale_model_input(sample, timestep) if hasattr(stepper, "scale_model_input") else sample
+    unit, spread = (
+        scheduler.config.num_train_timesteps if isinstance(prediction, FlowMatching) else 1,
+        spread_of(prediction),
+    )
+
+    def likely(x: Tensor, timestep: Tensor) -> Tensor:
         level = prediction.at(float(timestep) / unit)
-        output = prediction.output(x, _likely(level, spread) * x, level)
-        output[:, call] += SMALL
-        sample = stepper.step(output, timestep, sample, return_dict=False)[0]
-    found = sample.flatten() / SMALL
+        return prediction.output(x, _likely(level, spread) * x, level)
+
+    *_, found = _moved(scheduler, remaining, likely)
     multistep = (setting(scheduler, "solver_order") or 1) > 1
     return Response(tuple(found.tolist()), multistep) if found.isfinite().all() else None
+
+
+def steps_of(scheduler: Any) -> Tensor | None:
+    """(calls, calls), float64: how much of each remaining call's prediction the latent after each step holds.
+
+    Exactly, where `responses` supposes what a network would make of a change. scheduler, and where it is None: as
+    there, but for uneven timesteps, which do no harm here.
+    """
+    if not follows(scheduler) or not _timesteps(scheduler):
+        return None
+    remaining = scheduler.timesteps[begun(scheduler) :].cpu()
+    if len(remaining) > len(set(remaining.tolist())):
+        return None
+    return torch.stack(list(_moved(scheduler, remaining, lambda x, timestep: torch.zeros_like(x))))
+
+
+def _moved(scheduler: Any, timesteps: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Tensor]:
+    """After each step the latent (calls,), by what a unit of each call's prediction more than the network's moves it.
+
+    network: from its input and the timestep to its prediction.
+    """
+    stepper = stepping_copy(scheduler)
+    sample = torch.zeros(1, len(timesteps), 1, 1, dtype=torch.float64)  # in channel k, call k has another prediction
+    for call, timestep in enumerate(timesteps):
+        x = stepper.scale_model_input(sample, timestep) if hasattr(stepper, "scale_model_input") else sample
+        output = network(x, timestep)
+        output[:, call] += SMALL
+        sample = stepper.step(output, timestep, sample, return_dict=False)[0]
+        yield sample.flatten() / SMALL
 
 
 def spread_of(prediction: Prediction) -> float:

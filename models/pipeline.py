@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from cache import FittedForecast
+
 from . import finite, masks
 from .acceleration import attention, compilation
 from .base import UNWATCHED, Control, GenerationParams, LoadHooks, ModelSpec
@@ -167,6 +169,10 @@ class PipelineModel(Decoding):
             guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
             steering = self.steering(control, params) if control else None
+            if isinstance(strategy, FittedForecast) and (
+                pictures or begun is not None or len(part) < params.steps or not guidance.is_whole
+            ):
+                strategy = strategy.otherwise
             with strategy.attach(view.injecting(steering)) as report:
                 run = Run(
                     pipeline=pipeline,

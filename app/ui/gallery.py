@@ -69,6 +69,8 @@ class Drawn:
                 parts.append(f"DeepCache {cache['interval']}, {cache['depth']}")
             case "first_block":
                 parts.append(f"FBCache {self.request.get('fbcache_threshold', cache.get('threshold', ''))}".rstrip())
+            case "fitted":
+                parts.append(f"fitted forecast, {cache['computed']} calls of {cache['fitted_calls']}")
             case _:
                 parts.append("uncached")
         return " · ".join(parts)

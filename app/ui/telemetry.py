@@ -14,7 +14,7 @@ from app.ui.refusal import explained
 
 EVERY_SECONDS = 2.0
 KEPT = 1800  # samples: an hour
-CACHES = {"deepcache": "DeepCache", "fbcache": "FBCache"}
+CACHES = {"deepcache": "DeepCache", "fbcache": "FBCache", "fitted": "Fitted forecast"}
 
 
 def sample(telemetry: Mapping[str, Any], at: datetime.datetime) -> dict[str, Any]:

@@ -29,13 +29,12 @@ def budget(calls: int, interval: int) -> int:
     return math.ceil(calls / interval)
 
 
-def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] | None = None) -> tuple[int, ...]:
-    """The k-th of K compute calls where (k / K) ^ growth of the run lies: 1 is even, above 1 they lie closer at first.
+def warped(calls: int, count: int, growth: float, timesteps: Sequence[float] | None = None) -> tuple[int, ...]:
+    """The k-th of `count` compute calls where (k / count) ^ growth of the run lies: 1 is even, above 1 closer at first.
 
     timesteps: of the calls, falling. With them, a run is halfway between its calls and its noise schedule: karras and
     beta spend most of their calls in noise, where little is decided. Without, or evenly spaced, it is its calls.
     """
-    count = budget(calls, interval)
     behind = [call / calls for call in range(calls)]
     if timesteps is not None and calls > 1 and timesteps[0] > timesteps[-1]:
         first, last = timesteps[0], timesteps[-1]
@@ -52,7 +51,9 @@ def warped(calls: int, interval: int, growth: float, timesteps: Sequence[float] 
 
 def ruled(timesteps: Sequence[float], interval: int) -> Placement:
     """Where the compute calls of a run with these timesteps lie, as far as nothing is calibrated."""
-    return Placement(warped(len(timesteps), interval, GROWTH, timesteps), len(timesteps), "not calibrated")
+    return Placement(
+        warped(len(timesteps), budget(len(timesteps), interval), GROWTH, timesteps), len(timesteps), "not calibrated"
+    )
 
 
 def progress(timestep: float, num_train_timesteps: int = 1000) -> float:

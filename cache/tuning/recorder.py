@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from cache.errors import IncompatibleDenoiser
 from cache.flops import on_meta
+from cache.patching import shadowed
 from cache.report import CacheReport
+from cache.solver import steps_of
+from cache.strategy import CacheStrategy
 from cache.views.base import Call, Denoiser
 from cache.views.transformer import IMAGE, TransformerDenoiser
 from cache.views.unet import UNetDenoiser
@@ -66,6 +69,37 @@ def embedded(states: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(products)
     short: Tensor = vectors * values.clamp(min=0).sqrt()[:, None, :]
     return short
+
+
+@dataclass(slots=True)
+class PredictionRecorder:
+    """Another strategy, of whose runs what the sampler is told is remembered, and what it makes of that.
+
+    scheduler: that of the run which begins, a diffusers scheduler.
+    """
+
+    name: ClassVar[str] = "recorder"
+
+    strategy: CacheStrategy
+    scheduler: Callable[[], Any]
+    runs: list[Tensor] = field(default_factory=list)  # of each run: (calls, …), float32 on the CPU
+    moves: Tensor | None = None  # of the last run, as `steps_of` gives them
+
+    @contextmanager
+    def attach(self, denoiser: Denoiser) -> Iterator[CacheReport]:
+        """As the strategy's own."""
+        scheduler = self.scheduler()
+        step, told = scheduler.step, list[Tensor]()
+
+        def stepping(prediction: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not told:
+                self.moves = steps_of(scheduler)
+            told.append(prediction.detach().float().cpu())
+            return step(prediction, *args, **kwargs)
+
+        with shadowed([(scheduler, "step", stepping)]), self.strategy.attach(denoiser) as report:
+            yield report
+        self.runs.append(torch.stack(told))
 
 
 class ResidualRecorder:

@@ -72,8 +72,9 @@ def calibrate(
     found = []
     for interval in intervals:
         search = Search(states, DeepCache().forecast, math.ceil(LONGEST * interval))
-        proposed = [search.best(budget(calls, interval), [weight**power for weight in weights]) for power in POWERS]
-        proposed += [warped(calls, interval, growth, recorder.timesteps) for growth in GROWTHS]
+        count = budget(calls, interval)
+        proposed = [search.best(count, [weight**power for weight in weights]) for power in POWERS]
+        proposed += [warped(calls, count, growth, recorder.timesteps) for growth in GROWTHS]
         uniform = tuple(range(0, calls, interval))
         nearness: dict[tuple[int, ...], list[float]] = {}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cache import CacheStrategy, NoCache
+from cache import CacheStrategy, FittedForecast, NoCache
 from models.base import CacheName
 from models.sampling.samplers import DEFAULT_SAMPLER
 
@@ -52,9 +52,14 @@ def choose(wish: Wish, model: str, cache: CacheName, profile: Profile) -> Choice
     known = nearest(profile.fronts, *names, wish.steps)
     point = fastest = Point(steps=wish.steps, strategy=NoCache())
     if known is not None:
+        if profile.borrowed or known.key != (*names, wish.steps):
+            known = known.portable
         front = known.at(wish.steps, wish.guidance_scale)
         fastest = front.chosen(wish.speedup)
         point = fastest if profile.borrowed else front.chosen(wish.speedup, wish.floor)
+    if isinstance(point.strategy, FittedForecast):
+        otherwise = front.portable.chosen(wish.speedup, wish.floor).strategy
+        point = replace(point, strategy=replace(point.strategy, otherwise=otherwise))
     if profile.borrowed:
         said = list(_of_lender(wish, model, cache))
     else:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from cache import CacheStrategy, DeepCache, FirstBlockCache, FittedForecast, NoCache
 
-STRATEGIES: Mapping[str, Any] = {kind.name: kind for kind in (NoCache, DeepCache, FirstBlockCache)}
+STRATEGIES: Mapping[str, Any] = {kind.name: kind for kind in (NoCache, DeepCache, FirstBlockCache, FittedForecast)}
 WAVERING = 0.97  # of a wish: seconds differ by as much between two measurements of a quiet machine
 FEWEST = 2  # steps of a point: passes that draw a part of the schedule anew have nothing to do with one
 
@@ -58,7 +58,8 @@ class Point:
     def of(cls, row: Mapping[str, Any]) -> Point:
         """Of what `as_dict` gave. Raises KeyError, TypeError or ValueError for anything else."""
         row = dict(row)
-        strategy = STRATEGIES[row.pop("cache")](**row.pop("settings"))
+        told = {name: _tuples(value) for name, value in row.pop("settings").items()}
+        strategy = STRATEGIES[row.pop("cache")](**told)
         low, high = row.pop("psnr_interval")
         return cls(strategy=strategy, psnr_interval=(low, high), **row)
 
@@ -70,6 +71,11 @@ def _told(strategy: Any) -> dict[str, Any]:
         for one in fields(strategy)
         if one.default is MISSING or getattr(strategy, one.name) != one.default
     }
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as settings have them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,17 +116,25 @@ class Front:
             return self
         return replace(self, points=tuple(replace(point, seconds=None) for point in self.points))
 
+    @property
+    def portable(self) -> Front:
+        """Without the points that hold for this model, sampler, noise schedule and number of steps alone."""
+        points = tuple(point for point in self.points if not isinstance(point.strategy, FittedForecast))
+        return replace(self, points=points)
+
     def at(self, steps: int, guidance_scale: float) -> Front:
         """For a run of `steps` steps: each point has its share of them, rounded down.
 
         Points that reuse guidance are left out where there is none, and above the scale that they were measured at,
-        where they lose (docs/decisions/beyond-plain-reuse.md).
+        where they lose (docs/decisions/beyond-plain-reuse.md); above it fitted ones too (docs/decisions/fitted.md).
         """
         points = []
         for point in self.points:
             own = max(FEWEST, point.steps * steps // self.steps)
             gain = point.steps * steps / (self.steps * own)  # by the rounding
             if own > steps or (own == steps and isinstance(point.strategy, NoCache)):
+                continue
+            if isinstance(point.strategy, FittedForecast) and guidance_scale > self.guidance_scale:
                 continue
             if getattr(point.strategy, "guidance", "full") == "reuse" and not 1 < guidance_scale <= self.guidance_scale:
                 continue

@@ -107,7 +107,7 @@ class Pictures:
             pictures, calls = self._drawn(candidate, number)
             return [[psnr(*pair) for pair in zip(reference, pictures, strict=True)], calls]
 
-        nearness, calls = self.kept.known(f"{self._about}, {candidate}, round {number}", draw)
+        nearness, calls = self.kept.known(f"{self.about}, {candidate}, round {number}", draw)
         return Tried(nearness, [calls])
 
     def reference(self, number: int) -> list[ArrayLike]:
@@ -117,7 +117,7 @@ class Pictures:
 
     def uncached_calls(self) -> float:
         """Of one picture."""
-        calls: float = self.kept.known(f"{self._about}, calls", lambda: self._drawn(self.uncached, 0)[1])
+        calls: float = self.kept.known(f"{self.about}, calls", lambda: self._drawn(self.uncached, 0)[1])
         return calls
 
     @property
@@ -125,22 +125,23 @@ class Pictures:
         return Candidate(self.params.steps, NoCache())
 
     @property
-    def _about(self) -> str:
+    def about(self) -> str:
         one = self.params
         return (
             f"{one.sampler}, {one.scheduler}, {one.steps} steps, {one.width}×{one.height}, guidance "
             f"{one.guidance_scale}, seeds {one.seeds}, prompts {'|'.join(self.prompts)}"
         )
 
-    def _params(self, candidate: Candidate, number: int) -> GenerationParams:
+    def round(self, number: int) -> GenerationParams:
+        """Of the uncached pictures of a round."""
         turn, place = divmod(number, len(self.prompts))
         seeds = tuple(seed + turn * len(self.params.seeds) for seed in self.params.seeds)
-        return replace(self.params, prompt=self.prompts[place], seeds=seeds, steps=candidate.steps)
+        return replace(self.params, prompt=self.prompts[place], seeds=seeds)
 
     def _drawn(self, candidate: Candidate, number: int) -> tuple[list[ArrayLike], float]:
         """The pictures of a round, and what they cost in whole calls, each."""
         self.tick(f"{candidate}, round {number + 1}")
-        params = self._params(candidate, number)
+        params = replace(self.round(number), steps=candidate.steps)
         drawn = self.model.generate(params, candidate.strategy, lambda step: None)
         return [np.asarray(image) for image in drawn.images], statistics.mean(map(_cost, drawn.reports))
 
@@ -156,12 +157,12 @@ class Pictures:
                 ratios.append(taken[self.uncached] / taken[candidate])
             return statistics.median(ratios)
 
-        taken: float = self.kept.known(f"{self._about}, {candidate}, timed", paired)
+        taken: float = self.kept.known(f"{self.about}, {candidate}, timed", paired)
         return taken
 
     def _timed(self, candidate: Candidate, number: int) -> float:
-        params = self._params(candidate, number)
-        one = replace(params, seeds=params.seeds[:1], batch_size=1)
+        params = self.round(number)
+        one = replace(params, steps=candidate.steps, seeds=params.seeds[:1], batch_size=1)
         return self.model.generate(one, candidate.strategy, lambda step: None).timings.denoise_seconds
 
 

@@ -10,7 +10,7 @@ from models.base import GenerationParams
 from models.families.sd import StableDiffusionModel
 from models.sampling.samplers import names
 
-from . import calibration, halving, profile
+from . import calibration, forecasts, halving, profile
 from .front import Front, Point
 from .unfinished import Unfinished
 
@@ -66,9 +66,13 @@ class Measuring:
     def front(self) -> None:
         """Found and written. Where time runs out, what was found by then, if nothing was known. Raises LoadFailed."""
         found: Front | None = None
+        pictures = self._pictures
         try:
-            for points, pictures in halving.fronts(self._pictures, self._candidates):
-                found = self._front(points, pictures)
+            for points, drawn in halving.fronts(pictures, self._candidates):
+                found = self._front(points, drawn)
+            portable = () if found is None else found.points
+            for points, drawn in halving.fronts(pictures, forecasts.forecasts(pictures)):
+                found = self._front([*portable, *points], drawn)
         except halving.OutOfTime:
             known = {one.key for one in profile.read(self.model.spec).fronts}
             if found is not None and found.key not in known:
@@ -80,7 +84,9 @@ class Measuring:
     def most(self, intervals: Sequence[int]) -> int:
         """Drawings that `placements` and `front` may take, about."""
         placing = calibration.rounds(intervals) if isinstance(self.model.model, StableDiffusionModel) else 0
-        return placing + halving.drawings(len(self._candidates))
+        fitted = forecasts.most(self.params.steps)
+        drawn = halving.drawings(len(self._candidates)) + halving.drawings(fitted)
+        return placing + drawn + forecasts.drawings(fitted)
 
     @property
     def _candidates(self) -> list[halving.Candidate]:
@@ -103,7 +109,7 @@ class Measuring:
             height=params.height,
             pictures=pictures,
             device=self.device,
-            points=tuple(points),
+            points=tuple(sorted(points, key=lambda point: point.operations)),
         )
 
     def _write(self, front: Front) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import DeepCache, attach
-from cache.deepcache.schedule import GROWTH, Placement, Uniform, Window, progress, warped
+from cache.deepcache.schedule import GROWTH, Placement, Uniform, Window, budget, progress, warped
 from tests.cache.networks import denoise_unet, tiny_unconditional
 
 
@@ -51,7 +51,7 @@ def played(schedule: Uniform | Placement, calls: int) -> str:
 
 @given(interval=st.integers(1, 12), calls=st.integers(1, 150), growth=st.floats(1, 2))
 def test_a_warped_placement_keeps_the_budget_and_its_gaps_grow(interval: int, calls: int, growth: float) -> None:
-    computed = warped(calls, interval, growth)
+    computed = warped(calls, budget(calls, interval), growth)
     letters = played(Placement(computed, calls, ""), calls)
     assert letters.count("C") == len(computed) == math.ceil(calls / interval)
     gaps = [b - a for a, b in itertools.pairwise([*computed, calls])]
@@ -70,20 +70,23 @@ def test_a_warped_placement_keeps_the_budget_and_its_gaps_grow(interval: int, ca
     ],
 )
 def test_a_warped_placement_by_hand(interval: int, calls: int, expected: str) -> None:
-    assert played(Placement(warped(calls, interval, 1.2), calls, ""), calls) == expected
+    assert played(Placement(warped(calls, budget(calls, interval), 1.2), calls, ""), calls) == expected
 
 
 @given(interval=st.integers(1, 12), calls=st.integers(2, 150), growth=st.floats(1, 2), first=st.floats(0.5, 1000))
 def test_evenly_spaced_timesteps_place_as_none(interval: int, calls: int, growth: float, first: float) -> None:
     even = [first * (1 - call / calls) for call in range(calls)]
-    with_them, without = warped(calls, interval, growth, even), warped(calls, interval, growth)
+    with_them, without = (
+        warped(calls, budget(calls, interval), growth, even),
+        warped(calls, budget(calls, interval), growth),
+    )
     assert all(abs(one - other) <= 1 for one, other in zip(with_them, without, strict=True))  # a tie may round
 
 
 @given(gaps=st.lists(st.floats(0, 100), min_size=1, max_size=60), interval=st.integers(1, 12), growth=st.floats(0.5, 2))
 def test_any_timesteps_keep_the_budget(gaps: list[float], interval: int, growth: float) -> None:
     timesteps = list(itertools.accumulate(reversed(gaps), initial=1.0))[::-1]
-    computed = warped(len(timesteps), interval, growth, timesteps)
+    computed = warped(len(timesteps), budget(len(timesteps), interval), growth, timesteps)
     assert computed[0] == 0
     assert list(computed) == sorted(set(computed))
     assert len(computed) == math.ceil(len(timesteps) / interval)
@@ -111,7 +114,7 @@ UNKNOWN = "uniform: the length of the run is not known"
     [
         (
             DeepCache(2, 0),
-            "".join("C" if c in warped(10, 2, GROWTH) else "R" for c in range(10)),
+            "".join("C" if c in warped(10, 5, GROWTH) else "R" for c in range(10)),
             "auto",
             "not calibrated",
         ),

@@ -45,9 +45,9 @@ def ignore(step: Step) -> None:
         ("ddim", "normal", 12, 3, Placement((0, 1, 2, 7), 12, "calibrated: ddim, normal, 12 steps")),
         # 8 calls are nearer to 6 (ratio 1.33) than to 12 (1.5); K = 3 of knots 0, 1, 6: at 2/3 and 4/3 of a gap
         ("ddim", "normal", 8, 3, Placement((0, 1, 4), 8, "stretched from ddim, normal, 6 steps")),
-        ("ddim", "karras", 6, 3, Placement(warped(6, 3, GROWTH), 6, "not calibrated")),
-        ("euler", "normal", 6, 3, Placement(warped(6, 3, GROWTH), 6, "not calibrated")),
-        ("ddim", "normal", 6, 2, Placement(warped(6, 2, GROWTH), 6, "not calibrated")),
+        ("ddim", "karras", 6, 3, Placement(warped(6, 2, GROWTH), 6, "not calibrated")),
+        ("euler", "normal", 6, 3, Placement(warped(6, 2, GROWTH), 6, "not calibrated")),
+        ("ddim", "normal", 6, 2, Placement(warped(6, 3, GROWTH), 6, "not calibrated")),
     ],
 )
 def test_the_nearest_calibrated_run_places(
@@ -60,14 +60,14 @@ def test_what_is_not_calibrated_is_placed_where_the_noise_goes() -> None:
     """Half of these calls lie within the first tenth of the noise schedule."""
     dense = [1000.0 - 10 * call for call in range(10)] + [900.0 - 90 * call for call in range(10)]
     placed = place([FOUND], "euler", "karras", dense, 3, 0)
-    assert placed == Placement(warped(20, 3, GROWTH, dense), 20, "not calibrated")
-    assert sum(call >= 10 for call in placed.computed) > sum(call >= 10 for call in warped(20, 3, GROWTH))
+    assert placed == Placement(warped(20, 7, GROWTH, dense), 20, "not calibrated")
+    assert sum(call >= 10 for call in placed.computed) > sum(call >= 10 for call in warped(20, 7, GROWTH))
 
 
 @pytest.mark.parametrize("interval", [2, 3, 5, 8])
 def test_gaps_grow_where_nothing_is_calibrated(interval: int) -> None:
     assert place([FOUND], "unipc", "normal", evenly(20), interval, 0).computed == warped(
-        20, interval, GROWTH, evenly(20)
+        20, budget(20, interval), GROWTH, evenly(20)
     )
 
 
@@ -79,7 +79,7 @@ def test_the_branch_decides_between_equal_lengths() -> None:
 
 @given(calls=st.integers(1, 150), other=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
 def test_a_stretched_placement_keeps_the_budget(calls: int, other: int, interval: int, growth: float) -> None:
-    found = stretched(warped(calls, interval, growth), calls, other, interval)
+    found = stretched(warped(calls, budget(calls, interval), growth), calls, other, interval)
     assert found[0] == 0
     assert list(found) == sorted(set(found))
     assert len(found) == math.ceil(other / interval)
@@ -88,7 +88,7 @@ def test_a_stretched_placement_keeps_the_budget(calls: int, other: int, interval
 
 @given(calls=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
 def test_stretched_to_its_own_length_a_placement_is_itself(calls: int, interval: int, growth: float) -> None:
-    computed = warped(calls, interval, growth)
+    computed = warped(calls, budget(calls, interval), growth)
     assert stretched(computed, calls, calls, interval) == computed
 
 
