@@ -107,7 +107,7 @@ class Pictures:
             pictures, calls = self._drawn(candidate, number)
             return [[psnr(*pair) for pair in zip(reference, pictures, strict=True)], calls]
 
-        nearness, calls = self.kept.known(f"{self.about}, {candidate}, round {number}", draw)
+        nearness, calls = self.kept.known(f"{self.about}, {candidate!r}, round {number}", draw)
         return Tried(nearness, [calls])
 
     def reference(self, number: int) -> list[ArrayLike]:
@@ -157,7 +157,7 @@ class Pictures:
                 ratios.append(taken[self.uncached] / taken[candidate])
             return statistics.median(ratios)
 
-        taken: float = self.kept.known(f"{self.about}, {candidate}, timed", paired)
+        taken: float = self.kept.known(f"{self.about}, {candidate!r}, timed", paired)
         return taken
 
     def _timed(self, candidate: Candidate, number: int) -> float:
