@@ -169,9 +169,8 @@ class PipelineModel(Decoding):
             guidance = Guidance.of(params, part.start / whole, part.stop / whole, twice=self.runs_twice(params))
             view = self.view(scheduler, sampling, guidance).sampled(partial(self.responses, scheduler))
             steering = self.steering(control, params) if control else None
-            if isinstance(strategy, FittedForecast) and (
-                pictures or begun is not None or len(part) < params.steps or not guidance.is_whole
-            ):
+            plain = not pictures and begun is None and params.multiscale is None and guidance.is_whole
+            if isinstance(strategy, FittedForecast) and not (plain and len(part) == params.steps):
                 strategy = strategy.otherwise
             with strategy.attach(view.injecting(steering)) as report:
                 run = Run(

@@ -69,7 +69,7 @@ def test_an_answer_is_of_the_whole_run_alone(sd: LoadedModel) -> None:
     for changes, named in (
         ({}, ["fitted"]),
         ({"width": 192, "height": 192, "hires_fix": True}, ["fitted", "deepcache"]),
-        ({"multiscale": Multiscale()}, ["deepcache", "deepcache"]),
+        ({"multiscale": Multiscale(fullres_start=1, fullres_end=1)}, ["deepcache"]),
         ({"guidance_end": 0.5}, ["deepcache"]),
     ):
         drawn = sd.generate(replace(params, **changes), FITTED, ignore)  # type: ignore[arg-type]
