@@ -44,7 +44,7 @@ class CacheAnswer(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    strategy: str = Field(description="none, deepcache or first_block.")
+    strategy: str = Field(description="none, deepcache, first_block, or fitted, which cache_speedup alone takes.")
     computed: int = Field(description="Denoiser calls computed in full, over all batches.")
     reused: int = Field(description="Denoiser calls served from the cache.")
     hit_rate: float = Field(description="reused / (computed + reused).")
