@@ -256,6 +256,8 @@ def fields_of(found: Mapping[str, object]) -> dict[str, object]:
     finer = ("guidance_start", "guidance_end", "clip_skip", "sampler", "scheduler", "seed", "loras")
     fields = {name: found[name] for name in (*names, *finer) if name in found}
     match found.get("cache"):
+        case {"chosen": {"asked_speedup": speedup, "asked_steps": steps, "floor_db": floor}}:
+            fields |= {"cache_speedup": speedup, "steps": steps} | ({} if floor is None else {"cache_floor": floor})
         case {"strategy": "deepcache", "interval": interval, "depth": depth}:
             fields |= {"deepcache_enabled": True, "deepcache_interval": interval, "deepcache_depth": depth}
         case {"strategy": "first_block", "threshold": threshold}:

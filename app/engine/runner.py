@@ -187,7 +187,7 @@ def _finished(job: Job, generation: Generation | Exception) -> JobResult:
     """Encodes the pictures."""
     if isinstance(generation, Exception):
         raise generation
-    cache = summarise_stages(generation.stages)
+    cache = summarise_stages(generation.stages) | ({} if job.chosen is None else {"chosen": dict(job.chosen)})
     params = job.params.sampled_by(generation.sampling)
     pictures = tuple(
         images.encode(image, job.output_format, text_chunks(params, seed, job.model, job.strategy.name, cache))

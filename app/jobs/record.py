@@ -176,7 +176,7 @@ def drawn(job: AnyJob, result: JobResult, *, queue_seconds: float, total_seconds
         "attention": result.attention,
         "reused_run": result.reused_runs > 0,
         "timings": timings,
-        "cache": {**result.cache, **({} if job.chosen is None else {"chosen": dict(job.chosen)})},
+        "cache": result.cache,
     }
     job = replace(job, params=job.params.sampled_by(result.sampling))
     return Drawn(job, result.images, report, result.batches, result.reused_runs, result.spared_calls)

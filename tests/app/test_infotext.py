@@ -14,7 +14,7 @@ from PIL import Image
 from app import infotext as written
 from app.engine.types import Catalogue
 from app.http.apis.a1111_payload import Options, read_payload
-from app.infotext import SAMPLERS, SCHEDULERS, drawn_with, infotext, text_chunks
+from app.infotext import SAMPLERS, SCHEDULERS, drawn_with, fields_of, infotext, text_chunks
 from models.base import FreeU, GenerationParams, Img2Img, Inpaint, Lora, Upscaler
 from models.sampling.samplers import DIFFUSION, choices
 from tests.app.fakes import FakeEngine
@@ -195,3 +195,13 @@ async def test_a_name_that_nobody_knows_is_refused_with_those_that_there_are(cli
     answer = await client.post("/api/generate", json={"prompt": "a", "sampler": "DPM++ 7M Karras"})
     assert (answer.status_code, answer.json()["error"]["field"]) == (422, "sampler")
     assert "euler" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("floor", [None, 40.0])
+def test_a_wish_is_restored_as_a_wish(floor: float | None) -> None:
+    """What it came to may be settings that no field names."""
+    chosen = {"asked_speedup": 3.0, "asked_steps": 20, "floor_db": floor, "steps": 18}
+    texts = text_chunks(params(steps=18), 4, "tiny-sd", "fitted", {"strategy": "fitted", "chosen": chosen})
+    fields = fields_of(drawn_with(texts))
+    assert (fields["cache_speedup"], fields["steps"], fields.get("cache_floor")) == (3.0, 20, floor)
+    assert not any(name.startswith(("deepcache", "fbcache")) for name in fields)
