@@ -10,23 +10,26 @@ from unittest.mock import patch
 
 from diffusers import DiffusionPipeline
 
-from cache import CacheStrategy, DeepCache, FirstBlockCache, NoCache
+from cache import CacheStrategy, DeepCache, FirstBlockCache, FittedForecast, NoCache
 from models.base import Generation, GenerationParams, Step
 from models.generation import LoadedModel
 
 from .device import Accelerator
 
+FITTED = FittedForecast((0, 1), ((1.0,), (-0.5, 1.5), (-1.0, 2.0)))
 STRATEGIES: dict[str, dict[str, CacheStrategy]] = {
     "deepcache": {
         "none": NoCache(),
         "default": DeepCache(interval=2),
         "published": DeepCache(interval=2, forecast=False, schedule="uniform"),
         "half guidance": DeepCache(interval=2, guidance="reuse"),
+        "fitted": FITTED,
     },
     "first_block": {
         "none": NoCache(),
         "default": FirstBlockCache(),
         "published": FirstBlockCache(forecast=False),
+        "fitted": FITTED,
     },
 }
 """By the cache that acts on a family."""

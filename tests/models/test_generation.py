@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 
-from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser
+from cache import DeepCache, FirstBlockCache, FittedForecast, NoCache, TransformerDenoiser
 from cache.deepcache.schedule import Schedule
 from models.base import GenerationParams, ModelSpec, Step
 from models.errors import GenerationCancelled, UnsupportedSampler
@@ -27,6 +27,8 @@ from models.sampling import samplers
 PARAMS = GenerationParams(
     prompt="a misty forest", width=64, height=64, steps=4, guidance_scale=3.0, seeds=(7, 8), batch_size=2
 )
+
+FITTED = FittedForecast((0, 2), ((1.0,), (1.25,), (-0.25, 1.25), (-0.5, 1.5)))
 
 
 def ignore(step: Step) -> None:
@@ -78,9 +80,15 @@ def test_without_a_cache_the_plain_pipelines_pictures_come_out(model: LoadedMode
 
 
 def test_a_cache_that_never_reuses_changes_nothing(sd: LoadedModel, flux: LoadedModel) -> None:
-    for model, strategy in ((sd, DeepCache(interval=1)), (flux, FirstBlockCache(threshold=0.0))):
+    every = FittedForecast(tuple(range(PARAMS.steps)), ((1.0,),) * PARAMS.steps)
+    for model, strategy in (
+        (sd, DeepCache(interval=1)),
+        (flux, FirstBlockCache(threshold=0.0)),
+        (sd, every),
+        (flux, every),
+    ):
         cached = model.generate(PARAMS, strategy, ignore)
-        assert cached.reports[0].reused == 0
+        assert (cached.reports[0].strategy, cached.reports[0].reused) == (strategy.name, 0)
         assert np.array_equal(pixels(cached.images), pixels(plain(model, PARAMS)))
 
 
@@ -89,6 +97,8 @@ def test_a_cache_acts_and_the_next_run_knows_nothing_of_it(sd: LoadedModel, flux
     for model, strategy, decisions in (
         (sd, DeepCache(interval=2, depth=2), "CRCR"),
         (flux, FirstBlockCache(threshold=1.0, forecast=False), "CCRRRRRR"),
+        (sd, FITTED, "CRCR"),
+        (flux, FITTED, "CCRRCCRR"),
     ):
         cached = model.generate(PARAMS, strategy, ignore)
         assert [report.decisions for report in cached.reports] == [decisions]

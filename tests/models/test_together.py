@@ -17,7 +17,7 @@ from models.errors import GenerationCancelled
 from models.families.flux import FLUX
 from models.families.sd import SD
 from models.generation import LoadedModel
-from tests.models.test_generation import PARAMS, ignore, pixels, plain
+from tests.models.test_generation import FITTED, PARAMS, ignore, pixels, plain
 
 PROMPTS = ("a fox", "a rainy day", "the sea")
 LONG = ", ".join(["a misty forest at twilight"] * 20)  # more than one window of the text encoder
@@ -67,6 +67,7 @@ def tolerance(model: LoadedModel, params: GenerationParams) -> int:
         ("sd", NoCache()),
         ("sd", DeepCache(2, 2)),
         ("sd", DeepCache(2, 2, guidance="reuse")),
+        ("sd", FITTED),
         ("flux", NoCache()),
         ("flux", FirstBlockCache(0.3)),
     ],
