@@ -2,8 +2,8 @@
 
 A few pictures are drawn uncached while what the sampler is told is remembered. For each number of computed calls that
 gives two candidates: the calls that a search finds, as if the network did not mind latents that are a little off, and
-evenly growing gaps. Each draws the same pictures once, and its weights are fitted anew to what the network answered
-there (`cache/tuning/fitting.py`). Which of them are worth anything, other pictures tell (`halving.py`).
+evenly growing gaps. Each draws the same pictures, and its weights are fitted anew to what the network answered there,
+twice (`cache/tuning/fitting.py`). Which of them are worth anything, other pictures tell (`halving.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .halving import Candidate, Pictures
 SPEEDS = (1.25, 1.5, 1.6, 1.75, 2.0, 2.1, 2.25, 2.5, 2.75, 3.0, 3.15, 3.5, 4.0, 4.2, 4.5, 5.0, 6.0)  # by operations
 LEAST = 3  # computed calls
 ROUNDS = range(1000, 1004)  # of pictures that are fitted to: none that are measured
+REFITS = 2  # of a candidate
+RUNGS = (4, 8)  # as in `halving`: there are few, and near each other
 DIGITS = 5  # of a weight: what is rounded away lies 100 dB below a prediction
 Row = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # computed calls, and weights
 
@@ -41,7 +43,7 @@ def most(steps: int) -> int:
 
 def drawings(count: int) -> int:
     """How often it draws for so many."""
-    return len(ROUNDS) * (1 + count)
+    return len(ROUNDS) * (1 + REFITS * count)
 
 
 def forecasts(pictures: Pictures) -> list[Candidate]:
@@ -66,10 +68,12 @@ def _found(pictures: Pictures, steps: int) -> list[Row]:
             )
         }
         for number, fit in enumerate(tried.values(), start=1):
-            answers, _ = _drawn(pictures, FittedForecast(*_rounded(fit)), f"{count} of {steps} calls, {number}")
-            own = [fitting.unmixed(each, fit) for each in answers]
-            both = sum(map(fitting.products, uncached, own), start=torch.tensor(0.0))
-            found.append(_rounded(fitting.fitted(both, moves, fit.computed)))
+            for _ in range(REFITS):
+                answers, _ = _drawn(pictures, FittedForecast(*_rounded(fit)), f"{count} of {steps} calls, {number}")
+                own = [fitting.unmixed(each, fit) for each in answers]
+                both = sum(map(fitting.products, uncached, own), start=torch.tensor(0.0))
+                fit = fitting.fitted(both, moves, fit.computed)
+            found.append(_rounded(fit))
     return found
 
 

@@ -71,7 +71,7 @@ class Measuring:
             for points, drawn in halving.fronts(pictures, self._candidates):
                 found = self._front(points, drawn)
             portable = () if found is None else found.points
-            for points, drawn in halving.fronts(pictures, forecasts.forecasts(pictures)):
+            for points, drawn in halving.fronts(pictures, forecasts.forecasts(pictures), forecasts.RUNGS):
                 found = self._front([*portable, *points], drawn)
         except halving.OutOfTime:
             known = {one.key for one in profile.read(self.model.spec).fronts}
@@ -85,7 +85,7 @@ class Measuring:
         """Drawings that `placements` and `front` may take, about."""
         placing = calibration.rounds(intervals) if isinstance(self.model.model, StableDiffusionModel) else 0
         fitted = forecasts.most(self.params.steps)
-        drawn = halving.drawings(len(self._candidates)) + halving.drawings(fitted)
+        drawn = halving.drawings(len(self._candidates)) + halving.drawings(fitted, forecasts.RUNGS)
         return placing + drawn + forecasts.drawings(fitted)
 
     @property
