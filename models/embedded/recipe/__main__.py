@@ -1,7 +1,7 @@
 """`python -m models.embedded.recipe STAGE…`: how the embedded models were made, stage by stage.
 
 Each stage resumes from its checkpoint in the work folder and logs its progress; `all` runs them in order. Two CPU cores
-take about two and a half hours, a GPU minutes.
+take about five hours, a GPU minutes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ STEPS = {
     "autoencoder": 3100,
     "clip": 500,
     "t5": 500,
-    "unet": 2200,
-    "flux": 1600,
-    "flux-distilled": 350,
+    "unet": 4800,
+    "flux": 4000,
+    "flux-distilled": 450,
     "judges": 800,
     "fine-alike": 2100,
     "fine": 1050,
