@@ -52,7 +52,7 @@ def choose(wish: Wish, model: str, cache: CacheName, profile: Profile) -> Choice
     known = nearest(profile.fronts, *names, wish.steps)
     point = fastest = Point(steps=wish.steps, strategy=NoCache())
     if known is not None:
-        if profile.borrowed or known.key != (*names, wish.steps):
+        if known.key != (*names, wish.steps):
             known = known.portable
         front = known.at(wish.steps, wish.guidance_scale)
         fastest = front.chosen(wish.speedup)

@@ -193,14 +193,18 @@ def processor() -> str:
 
 
 def borrowed(known: Profile, cache: CacheName, branch_costs: Sequence[float]) -> Profile:
-    """For a model without fronts: those of the embedded model with the same cache, operations counted on this one.
+    """For a model without fronts: the embedded model's with the same cache, without what holds for that one alone.
+
+    Operations are counted on this one.
 
     branch_costs: of this model, empty if it has no branches.
     """
     lender = next(spec for spec in SPECS if spec.name == LENDERS[cache])
     lent = read(lender)
     fronts = [
-        replace(front, device=None, points=tuple(_counted(front, point, branch_costs) for point in front.points))
+        replace(
+            front, device=None, points=tuple(_counted(front, point, branch_costs) for point in front.portable.points)
+        )
         for front in lent.fronts
     ]
     return replace(known, own=known.own or lent.own, fronts=tuple(fronts), borrowed=True)

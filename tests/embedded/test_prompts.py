@@ -37,12 +37,12 @@ def seen(model: LoadedModel, prompt: str, table: str, word: str) -> float:
 
 
 def test_a_weight_makes_its_word_stronger_or_weaker(tiny_sd: LoadedModel) -> None:
-    weak = seen(tiny_sd, "a (snowy:0.3) misty forest at noon", "weather", "snowy")
-    strong = seen(tiny_sd, "a (snowy:1.5) misty forest at noon", "weather", "snowy")
+    weak = seen(tiny_sd, "a (snowy:0.3) misty island at noon", "weather", "snowy")
+    strong = seen(tiny_sd, "a (snowy:1.5) misty island at noon", "weather", "snowy")
     assert weak < 0.3 < 0.6 < strong
 
 
 def test_the_last_words_of_a_long_prompt_are_read(tiny_sd: LoadedModel) -> None:
-    night = seen(tiny_sd, FILLER + "a misty forest at night", "time", "night")
-    noon = seen(tiny_sd, FILLER + "a misty forest at noon", "time", "night")
+    night = seen(tiny_sd, FILLER + "misty hills at night", "time", "night")
+    noon = seen(tiny_sd, FILLER + "misty hills at noon", "time", "night")
     assert noon < 0.3 < 0.7 < night

@@ -99,22 +99,19 @@ FRONT = Front(
 
 
 @pytest.mark.parametrize(
-    ("changes", "profile", "fitted"),
+    ("changes", "fitted"),
     [
-        ({}, {}, True),
-        ({"guidance_scale": 1.5}, {}, True),
-        ({"guidance_scale": 3.5}, {}, False),  # where it was not measured
-        ({"steps": 12}, {}, False),
-        ({"scheduler": "karras"}, {}, False),
-        ({"sampler": "ddim"}, {}, False),
-        ({}, {"borrowed": True}, False),  # another model's predictions
+        ({}, True),
+        ({"guidance_scale": 1.5}, True),
+        ({"guidance_scale": 3.5}, False),  # where it was not measured
+        ({"steps": 12}, False),
+        ({"scheduler": "karras"}, False),
+        ({"sampler": "ddim"}, False),
     ],
 )
-def test_a_wish_takes_weights_where_they_were_fitted(
-    changes: dict[str, Any], profile: dict[str, bool], fitted: bool
-) -> None:
+def test_a_wish_takes_weights_where_they_were_fitted(changes: dict[str, Any], fitted: bool) -> None:
     wish = replace(Wish(2.0, None, STEPS, 3.0, "euler", "normal"), **changes)
-    choice = choose(wish, "a", "deepcache", Profile(own=("euler", "normal"), fronts=(FRONT,), **profile))  # type: ignore[arg-type]
+    choice = choose(wish, "a", "deepcache", Profile(own=("euler", "normal"), fronts=(FRONT,)))
     assert choice.strategy == (FITTED if fitted else DeepCache(2))
 
 
