@@ -8,7 +8,6 @@ twice (`cache/tuning/fitting.py`). Which of them are worth anything, other pictu
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,8 +46,13 @@ def drawings(count: int) -> int:
 
 
 def forecasts(pictures: Pictures) -> list[Candidate]:
-    """What is tried; nothing for a sampler whose steps do not follow from the predictions alone."""
+    """What is tried; nothing for a sampler whose steps do not follow from the predictions alone.
+
+    Nor for a checkpoint for inpainting: all its runs are over a picture, where no fitted forecast acts.
+    """
     steps = pictures.params.steps
+    if pictures.model.model.inpaints:
+        return []
     rows: list[Any] = pictures.kept.known(f"{pictures.about}, fitted", lambda: _found(pictures, steps))
     return [Candidate(steps, FittedForecast(tuple(computed), tuple(map(tuple, weights)))) for computed, weights in rows]
 
@@ -83,8 +87,7 @@ def _drawn(pictures: Pictures, strategy: CacheStrategy, name: str) -> tuple[list
     recorder = PredictionRecorder(strategy, lambda: model.model.pipeline.scheduler)
     for number in ROUNDS:
         pictures.tick(f"{name}, round {number - ROUNDS.start + 1}")
-        params = replace(pictures.round(number), steps=pictures.params.steps)
-        model.generate(params, recorder, lambda step: None)
+        model.generate(pictures.round(number), recorder, lambda step: None)
     return recorder.runs, recorder.moves
 
 

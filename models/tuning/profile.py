@@ -195,9 +195,7 @@ def processor() -> str:
 def borrowed(known: Profile, cache: CacheName, branch_costs: Sequence[float]) -> Profile:
     """For a model without fronts: the embedded model's with the same cache, without what holds for that one alone.
 
-    Operations are counted on this one.
-
-    branch_costs: of this model, empty if it has no branches.
+    Operations are counted on the model that draws. branch_costs: of this model, empty if it has no branches.
     """
     lender = next(spec for spec in SPECS if spec.name == LENDERS[cache])
     lent = read(lender)

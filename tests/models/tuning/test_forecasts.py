@@ -58,6 +58,15 @@ def test_for_a_sampler_of_two_calls_a_step_there_are_none(sd: LoadedModel, tmp_p
     assert forecasts(pictures_of(sd, tmp_path, [], sampler="heun")) == []
 
 
+def test_for_a_checkpoint_for_inpainting_there_are_none(
+    sd: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(sd.model), "inpaints", True)
+    told: list[str] = []
+    assert forecasts(pictures_of(sd, tmp_path, told)) == []
+    assert told == []
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(20, [16, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3]), (4, [3]), (3, [])])
 def test_so_many_calls_compute(steps: int, expected: list[int]) -> None:
     assert counts(steps) == expected
