@@ -64,7 +64,12 @@ def place(
 
 
 def stretched(computed: Sequence[int], calls: int, other: int, interval: int) -> tuple[int, ...]:
-    """The same placement in a run of `other` calls instead of `calls`: the k-th of K at the same share of both."""
+    """The same placement in a run of `other` calls instead of `calls`: the k-th of K at the same share of both.
+
+    An even one stays even: where calls are no multiple of the interval, its last gap is short by chance.
+    """
+    if tuple(computed) == tuple(range(0, calls, interval)):
+        return tuple(range(0, other, interval))
     knots, count = [*computed, calls], budget(other, interval)
     places = [0]
     for k in range(1, count):

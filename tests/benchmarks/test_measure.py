@@ -104,14 +104,14 @@ def test_every_peer_acts_and_leaves_the_model_as_it_was(flux: Any) -> None:
 
 def test_auto_is_nearer_than_uniform_on_tiny_sd() -> None:
     model = Registry(SPECS, DEFAULT, DEFAULT_FLUX).get(DEFAULT)
-    params = GenerationParams(prompt="", width=128, height=128, steps=7, guidance_scale=3.0, sampler="euler")
+    params = GenerationParams(prompt="", width=192, height=128, steps=30, guidance_scale=3.0, sampler="euler")
     bench = Bench(model, params, pairs(2))
     auto, even = (
-        bench.quality(Setting("ours", schedule, ours(DeepCache(3, schedule=schedule))))  # type: ignore[arg-type]
+        bench.quality(Setting("ours", schedule, ours(DeepCache(2, schedule=schedule))))  # type: ignore[arg-type]
         for schedule in ("auto", "uniform")
     )
-    assert difference(auto, even)[0] > 0.5  # 3 dB here
-    assert auto.hit_rate == even.hit_rate == 4 / 7
+    assert difference(auto, even)[0] > 0.5  # 4 dB here
+    assert auto.hit_rate == even.hit_rate == 1 / 2
 
 
 def test_timing_pairs_each_run_with_an_uncached_one(sd: Any) -> None:

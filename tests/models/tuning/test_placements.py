@@ -86,6 +86,12 @@ def test_a_stretched_placement_keeps_the_budget(calls: int, other: int, interval
     assert found[-1] < other
 
 
+@given(calls=st.integers(1, 150), other=st.integers(1, 150), interval=st.integers(1, 10))
+def test_an_even_placement_lends_evenness(calls: int, other: int, interval: int) -> None:
+    """10 calls at interval 3 end in a gap of one. Stretched with it to 12, tiny-sd lost 5 dB."""
+    assert stretched(range(0, calls, interval), calls, other, interval) == tuple(range(0, other, interval))
+
+
 @given(calls=st.integers(1, 150), interval=st.integers(1, 10), growth=st.floats(1, 2))
 def test_stretched_to_its_own_length_a_placement_is_itself(calls: int, interval: int, growth: float) -> None:
     computed = warped(calls, budget(calls, interval), growth)
