@@ -1,9 +1,10 @@
 """A model's fitted forecasts, found by drawing: which calls compute, and by what their predictions are weighed.
 
-A few pictures are drawn uncached while what the sampler is told is remembered. For each number of computed calls that
-gives two candidates: the calls that a search finds, as if the network did not mind latents that are a little off, and
-evenly growing gaps. Each draws the same pictures, and its weights are fitted anew to what the network answered there,
-twice (`cache/tuning/fitting.py`). Which of them are worth anything, other pictures tell (`halving.py`).
+A few pictures are drawn uncached while what the sampler is told is remembered. Two runs of few computed calls show what
+the network answers to latents that are a little off. For each number of computed calls there are then four candidates:
+evenly growing gaps, and the calls that a search finds for a network that does not mind, goes astray, or answers as it
+did. Each draws the same pictures, and its weights are fitted anew to what the network answered there; the two that come
+nearest do so again (`cache/tuning/fitting.py`). What they are worth, other pictures tell (`halving.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from cache import CacheStrategy, FittedForecast, NoCache
 from cache.deepcache.schedule import GROWTH, warped
 from cache.tuning import fitting
-from cache.tuning.fitting import Fit
+from cache.tuning.fitting import Fit, Response
 from cache.tuning.recorder import PredictionRecorder
 
 from .halving import Candidate, Pictures
@@ -24,7 +25,9 @@ from .halving import Candidate, Pictures
 SPEEDS = (1.25, 1.5, 1.6, 1.75, 2.0, 2.1, 2.25, 2.5, 2.75, 3.0, 3.15, 3.5, 4.0, 4.2, 4.5, 5.0, 6.0)  # by operations
 LEAST = 3  # computed calls
 ROUNDS = range(1000, 1004)  # of pictures that are fitted to: none that are measured
-REFITS = 2  # of a candidate
+SHOWS = 3  # the part of all calls that compute in the runs that show what the network answers
+GO_ON = 2  # candidates for a number of computed calls that are fitted anew more than once
+REFITS = 2  # of those, after the first
 RUNGS = (4, 8)  # as in `halving`: there are few, and near each other
 DIGITS = 5  # of a weight: what is rounded away lies 100 dB below a prediction
 Row = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # computed calls, and weights
@@ -37,12 +40,12 @@ def counts(steps: int) -> list[int]:
 
 def most(steps: int) -> int:
     """How many `forecasts` gives at most."""
-    return 2 * len(counts(steps))
+    return GO_ON * len(counts(steps))
 
 
-def drawings(count: int) -> int:
-    """How often it draws for so many."""
-    return len(ROUNDS) * (1 + REFITS * count)
+def drawings(steps: int) -> int:
+    """How often it draws at most."""
+    return len(ROUNDS) * (1 + 2 * 2 + len(counts(steps)) * (4 + GO_ON * REFITS))
 
 
 def forecasts(pictures: Pictures) -> list[Candidate]:
@@ -62,21 +65,30 @@ def _found(pictures: Pictures, steps: int) -> list[Row]:
     if moves is None or len(moves) != steps:
         return []
     alone = sum(map(fitting.products, uncached), start=torch.tensor(0.0))
+
+    def anew(fit: Fit, name: str) -> tuple[Fit, Tensor]:
+        """Fitted to what the network answered with it, and the inner products of that."""
+        answers, _ = _drawn(pictures, FittedForecast(*_rounded(fit)), name)
+        own = [fitting.unmixed(each, fit) for each in answers]
+        both = sum(map(fitting.products, uncached, own), start=torch.tensor(0.0))
+        return fitting.fitted(both, moves, fit.computed), both
+
+    shown = []
+    few = max(LEAST, steps // SHOWS)
+    for fit in (fitting.fitted(alone, moves, warped(steps, few, GROWTH)), fitting.searched(alone, moves, few)):
+        better, _ = anew(fit, "what is answered")
+        shown.append((anew(better, "what is answered")[1], better))
+    response = Response.measured(shown, moves)
+
     found: list[Row] = []
     for count in counts(steps):
-        tried = {
-            fit.computed: fit
-            for fit in (
-                fitting.fitted(alone, moves, warped(steps, count, GROWTH)),
-                fitting.searched(alone, moves, count),
-            )
-        }
-        for number, fit in enumerate(tried.values(), start=1):
+        begun = [fitting.fitted(alone, moves, warped(steps, count, GROWTH), response)]
+        begun += [fitting.searched(alone, moves, count, one) for one in (None, response.astray, response)]
+        name = f"{count} of {steps} calls"
+        tried = [anew(fit, name)[0] for fit in {one.computed: one for one in begun}.values()]
+        for fit in sorted(tried, key=lambda one: one.error)[:GO_ON]:
             for _ in range(REFITS):
-                answers, _ = _drawn(pictures, FittedForecast(*_rounded(fit)), f"{count} of {steps} calls, {number}")
-                own = [fitting.unmixed(each, fit) for each in answers]
-                both = sum(map(fitting.products, uncached, own), start=torch.tensor(0.0))
-                fit = fitting.fitted(both, moves, fit.computed)
+                fit, _ = anew(fit, name)
             found.append(_rounded(fit))
     return found
 

@@ -86,7 +86,7 @@ class Measuring:
         placing = calibration.rounds(intervals) if isinstance(self.model.model, StableDiffusionModel) else 0
         fitted = forecasts.most(self.params.steps)
         drawn = halving.drawings(len(self._candidates)) + halving.drawings(fitted, forecasts.RUNGS)
-        return placing + drawn + forecasts.drawings(fitted)
+        return placing + drawn + forecasts.drawings(self.params.steps)
 
     @property
     def _candidates(self) -> list[halving.Candidate]:

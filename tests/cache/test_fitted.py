@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cache import FittedForecast, NoCache, attach
 from cache.solver import steps_of
 from cache.tuning import fitting
-from cache.tuning.fitting import Fit, fitted, products, searched, unmixed
+from cache.tuning.fitting import Fit, Response, fitted, products, searched, unmixed
 from cache.tuning.recorder import PredictionRecorder
 from tests.cache.families import z_image
 from tests.cache.networks import small_unet
@@ -240,6 +240,58 @@ def test_a_search_finds_no_worse_than_where_it_begins_and_keeps_the_number() -> 
         begun = [fitted(of, moves, fitting.warped(CALLS, count, growth)).error for growth in fitting.GROWTHS]
         assert found.error <= min(begun)
         assert found.error < max(begun)
+
+
+ALONG, ACROSS = 0.4, 0.3
+
+
+def drawn_with(fit: Fit, predictions: Tensor, moves: Tensor) -> tuple[Tensor, float]:
+    """The own predictions of a network that feels an error of the latent along and across it, and the last |e|².
+
+    Across: each computed call has numbers of its own behind the others, in which nothing else lies.
+    """
+    places = len(fit.computed)
+    truth = torch.cat([predictions, predictions.new_zeros(CALLS, places)], 1)
+    own, told = list[Tensor](), list[Tensor]()
+    error = torch.zeros_like(truth[0])
+    for call, row in enumerate(fit.weights):
+        if call in fit.computed:
+            answer = truth[call] + ALONG * error
+            answer[predictions.shape[1] + len(own)] += ACROSS * error.norm()
+            own.append(answer)
+        told.append(sum((weight * one for weight, one in zip(row, own[-len(row) :], strict=True)), torch.tensor(0.0)))
+        error = moves[call, : call + 1] @ (torch.stack(told) - truth[: call + 1])
+    return torch.stack(own), float(error @ error)
+
+
+@pytest.mark.parametrize("scheduler", LINEAR_STEPS, ids=lambda one: type(one).__name__)
+def test_what_a_network_makes_of_an_error_is_measured_and_foreseen(scheduler: Any) -> None:
+    predictions, moves = wandering(), moves_of(scheduler)
+    alone = products(predictions)
+    of_all = Response((ALONG,) * CALLS, (ACROSS,) * CALLS)
+    fit = fitted(alone, moves, (0, 2, 5, 7), of_all)
+    own, error = drawn_with(fit, predictions, moves)
+    assert fit.error == pytest.approx(error, rel=1e-6)
+    whole = products(torch.cat([predictions, predictions.new_zeros(CALLS, len(own))], 1), own)
+    found = Response.measured([(whole, fit)], moves)
+    assert found.along == pytest.approx(of_all.along)
+    assert found.across == pytest.approx(of_all.across)
+    unaware = fitted(alone, moves, (0, 2, 5, 7))
+    assert drawn_with(unaware, predictions, moves)[1] > max(error, unaware.error)
+
+
+def test_a_run_that_was_not_off_shows_nothing() -> None:
+    predictions, moves = wandering(), moves_of(LINEAR_STEPS[0])
+    fit = fitted(products(predictions), moves, range(CALLS))
+    assert Response.measured([(products(predictions, predictions), fit)], moves) == Response.none(CALLS)
+
+
+def test_a_search_believes_less_in_a_network_that_goes_astray() -> None:
+    response = Response((0.3,) * CALLS, (0.4,) * CALLS)
+    assert response.astray.along == (0.0,) * CALLS
+    assert response.astray.across == pytest.approx((0.5,) * CALLS)
+    moves, of = moves_of(LINEAR_STEPS[1]), products(wandering())
+    assert searched(of, moves, 4, response.astray).error > searched(of, moves, 4).error
 
 
 def test_sums_of_several_pictures_are_fitted_together() -> None:

@@ -40,7 +40,7 @@ def test_they_are_nearer_than_a_repeated_prediction(
     pictures = pictures_of(request.getfixturevalue(family), tmp_path, told)
     found = forecasts(pictures)
     assert 1 <= len(found) <= most(STEPS)
-    assert len(told) == module.drawings(len(found))
+    assert len(told) <= module.drawings(STEPS)
     for candidate in found:
         fitted = candidate.strategy
         assert isinstance(fitted, FittedForecast)
