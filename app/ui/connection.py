@@ -16,6 +16,8 @@ from app.ui.refusal import explained
 
 FRESH_SECONDS = 10.0  # for which the list of models is not asked for again
 RETRY_SECONDS = 2.0
+AGAIN = f"The page tries again every {RETRY_SECONDS:g} seconds."
+IDLE_SECONDS = 3600.0
 ANSWER_SECONDS = 120.0
 
 
@@ -67,15 +69,34 @@ def visitor() -> tuple[str | None, str]:
 
 
 def show(connection: Connection) -> None:
-    """What is wrong, if something is, and the way to try again."""
-    if connection.error is not None:
-        st.error(explained(connection.error), icon=":material/cloud_off:")
+    """What is wrong, if something is, and the way to try again.
+
+    Does not return before it heard of the models once. A run that ended without widgets would have the browser forget
+    what it holds of them, which after a restart of the server is all that is left.
+    """
+    if connection.error is None:
+        _comes_back()
+        return
+    st.error(explained(connection.error), icon=":material/cloud_off:")
+    if connection.models:
         _retry(connection)
+        return
+    st.caption(AGAIN)
+    time.sleep(RETRY_SECONDS)
+    st.rerun()
+
+
+@st.fragment(run_every=IDLE_SECONDS)
+def _comes_back() -> None:
+    """Nothing: where some fragment repeats, Streamlit runs the script when a browser that was cut off is back.
+
+    Without one it does not, and what was clicked meanwhile is lost: a tab that was opened stays empty.
+    """
 
 
 @st.fragment(run_every=RETRY_SECONDS)
 def _retry(connection: Connection) -> None:
-    st.caption(f"The page tries again every {RETRY_SECONDS:g} seconds.")
+    st.caption(AGAIN)
     st.button("Try again now", key="retry")
     try:
         connection.server.catalogue()

@@ -151,6 +151,7 @@ def _card(job: Job, owner: str, actions: Actions, upscaler: str | None, *, busy:
                     upscaler,
                     busy=busy,
                     comparable=card.comparable,
+                    place="card-",
                 )
 
 
@@ -164,13 +165,17 @@ def buttons(
     busy: bool,
     comparable: bool,
     number: int = 0,
+    place: str = "",
 ) -> None:
-    """Of one picture. `do`: calls an action with the opened job and what else it takes; `number`: of the picture."""
+    """Of one picture. `do`: calls an action with the opened job and what else it takes; `number`: of the picture.
+
+    `place`: before the job in the widgets' keys, since a picture's card and its result are on one page.
+    """
 
     def button(label: str, name: str, icon: str, *arguments: Any, hint: str | None = None, off: bool = False) -> None:
         st.button(
             label,
-            key=f"{name}-{identity}",
+            key=f"{name}-{place}{identity}",
             icon=f":material/{icon}:",
             on_click=do,
             args=arguments,
@@ -199,7 +204,7 @@ def buttons(
         data,
         name,
         "image/png",
-        key=f"png-{identity}",
+        key=f"png-{place}{identity}",
         on_click="ignore",
         icon=":material/download:",
         help=hint,

@@ -24,6 +24,10 @@ STYLE = """<style>
   [data-testid="stImageCaption"] { color: inherit; }
   .st-key-scene { gap: 0.25rem; }
   .st-key-begun-box { display: none; }
+  /* While the browser is cut off no script runs; Streamlit's own dialog can be closed. */
+  .stApp:not([data-test-connection-state=CONNECTED]) .stMainBlockContainer::before {
+    content: "The server is away. The page goes on when it is back."; display: block; position: sticky; top: 0.5rem;
+    z-index: 1; margin-bottom: 1rem; padding: 0.75rem 1rem; border-radius: 0.5rem; background: #a3211b; color: white; }
   @media (max-width: 640px) { .stMainBlockContainer { padding-left: 1rem; padding-right: 1rem; } }
 </style>"""
 
