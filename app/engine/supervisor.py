@@ -50,7 +50,7 @@ class QueueingEngine(Engine):
 
     def catalogue(self) -> Catalogue:
         if self._catalogue is None:
-            raise NotReady("The models are not known yet. Try again soon.", retry_after=errors.RETRY_SECONDS)
+            raise NotReady("The models are not known yet: the server is starting.", retry_after=errors.RETRY_SECONDS)
         return self._catalogue
 
     @abstractmethod

@@ -56,6 +56,7 @@ def main() -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,
+        timeout_keep_alive=60,  # longer than the service keeps a connection: no request meets one that is being closed
     )
 
 

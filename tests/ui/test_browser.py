@@ -187,6 +187,9 @@ def test_a_picture_is_drawn_compared_and_found_in_the_gallery(browser: Browser, 
     until(lambda: browser.all(f".st-key-open-{newest}"), "the newest card")
     until(browser.pictures, "thumbnails")
     assert browser.cut_off() == []
+    browser.click(f".st-key-menu-{newest} button")  # of the very picture that stands on the tab beside it
+    until(lambda: browser.all(f".st-key-uncached-card-{newest}"), "its menu")
+    assert "DuplicateElementKey" not in browser.driver.page_source
     browser.press(f"open-{newest}")
     until(lambda: browser.all(".st-key-actions button"), "the opened picture")
     assert "Traceback" not in browser.driver.page_source
