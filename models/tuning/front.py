@@ -14,7 +14,7 @@ from typing import Any
 from cache import CacheStrategy, DeepCache, FirstBlockCache, FittedForecast, NoCache
 
 STRATEGIES: Mapping[str, Any] = {kind.name: kind for kind in (NoCache, DeepCache, FirstBlockCache, FittedForecast)}
-ENOUGH = 0.95  # of a wish, in seconds: what N of M calls save is M / N less the sampler's own time, which wavers too
+ENOUGH = 0.93  # of a wish, in seconds: what N of M calls save is M / N less the sampler's own time, which wavers too
 FEWEST = 2  # steps of a point: passes that draw a part of the schedule anew have nothing to do with one
 
 
