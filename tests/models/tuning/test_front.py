@@ -59,8 +59,8 @@ def test_seconds_decide_where_they_are_known() -> None:
     timed = [replace(one, seconds=speed) for one, speed in zip(FRONT.points, (1.4, 1.4, 3.5, 4.4), strict=True)]
     front = replace(FRONT, points=tuple(timed))
     assert front.chosen(1.3).psnr_db == 50
-    assert front.chosen(1.47).psnr_db == 50  # seconds waver
-    assert front.chosen(1.48).psnr_db == 40
+    assert front.chosen(1.5).psnr_db == 50  # seconds waver
+    assert front.chosen(1.51).psnr_db == 40
     assert front.chosen(2).steps == 12
 
 
