@@ -51,10 +51,11 @@ def drawings(steps: int) -> int:
 def forecasts(pictures: Pictures) -> list[Candidate]:
     """What is tried; nothing for a sampler whose steps do not follow from the predictions alone.
 
-    Nor for a checkpoint for inpainting: all its runs are over a picture, where no fitted forecast acts.
+    Nor for so few steps that no call can be spared, nor for a checkpoint for inpainting: all its runs are over a
+    picture, where no fitted forecast acts.
     """
     steps = pictures.params.steps
-    if pictures.model.model.inpaints:
+    if pictures.model.model.inpaints or not counts(steps):
         return []
     rows: list[Any] = pictures.kept.known(f"{pictures.about}, fitted", lambda: _found(pictures, steps))
     return [Candidate(steps, FittedForecast(tuple(computed), tuple(map(tuple, weights)))) for computed, weights in rows]

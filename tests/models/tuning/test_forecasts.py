@@ -67,6 +67,13 @@ def test_for_a_checkpoint_for_inpainting_there_are_none(
     assert told == []
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_where_no_call_can_be_spared_there_are_none(sd: LoadedModel, tmp_path: Path, steps: int) -> None:
+    told: list[str] = []
+    assert forecasts(pictures_of(sd, tmp_path, told, steps=steps)) == []
+    assert told == []
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(20, [16, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3]), (4, [3]), (3, [])])
 def test_so_many_calls_compute(steps: int, expected: list[int]) -> None:
     assert counts(steps) == expected
