@@ -62,7 +62,7 @@ class Browser:
 
     def click(self, css: str, words: str = "") -> None:
         def clicked() -> bool:
-            found = [one for one in self.all(css) if words in one.text]
+            found = [one for one in self.all(css) if words in one.text and one.is_displayed()]  # help hides a twin
             self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found[0])
             found[0].click()
             return True
