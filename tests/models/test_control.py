@@ -152,9 +152,10 @@ def test_pictures_drawn_over_and_within_a_mask_are_those_of_diffusers_pipelines(
     control, over = controls[family], picture.transpose(Image.Transpose.ROTATE_90)
     params = replace(PARAMS_4, control=(control,), img2img=Img2Img(picture=over, denoise=0.6), guidance_scale=1.0)
     drawn = model.generate(params, NoCache(), ignore)
-    assert np.array_equal(
-        pixels(drawn.images), oracle(model, (control,), params, "Img2Img", image=[over] * 2, strength=0.6)
-    )
+    expected = oracle(model, (control,), params, "Img2Img", image=[over] * 2, strength=0.6)
+    apart = np.abs(pixels(drawn.images).astype(int) - expected.astype(int))
+    assert apart.max() <= 1  # on a processor with AVX-512 and without AMX two of SDXL's values round to another level
+    assert np.mean(apart > 0) < 1e-3
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 64))
     settings = Img2Img(picture=over, denoise=0.6, inpaint=Inpaint(mask=mask, blur=0))
