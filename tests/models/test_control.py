@@ -154,7 +154,8 @@ def test_pictures_drawn_over_and_within_a_mask_are_those_of_diffusers_pipelines(
     drawn = model.generate(params, NoCache(), ignore)
     expected = oracle(model, (control,), params, "Img2Img", image=[over] * 2, strength=0.6)
     apart = np.abs(pixels(drawn.images).astype(int) - expected.astype(int))
-    assert apart.max() <= 1  # on a processor with AVX-512 and without AMX two of SDXL's values round to another level
+    # On a processor with AVX-512 and without AMX two of SDXL's values round to another level.
+    assert apart.max() <= (1 if family == "sdxl" else 0)
     assert np.mean(apart > 0) < 1e-3
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 16, 48, 64))
