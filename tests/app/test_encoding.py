@@ -82,7 +82,7 @@ async def test_no_more_than_one_group_waits_for_the_encoder(
     first, second = await drawn(nursery, encoder, engine)
     third = engine.submit(job("c", steps=1))
     nursery.gate.open(100)
-    await until(lambda: nursery.gate.passed[-1] == "decode")
+    await until(lambda: nursery.gate.passed.count("decode") == 2)
     assert third.state is JobState.QUEUED
     assert device(engine).state is WorkerState.BUSY
     encoder.open()
@@ -113,11 +113,13 @@ async def test_pictures_of_a_group_that_nobody_waits_for_are_not_encoded(
     nursery.gate.open(3)
     await until(lambda: encoder.waiting == 1 and nursery.gate.at == "text")
     nursery.gate.open(5)  # the whole group
-    await until(lambda: nursery.gate.passed[-1] == "decode")
+    await until(lambda: nursery.gate.passed.count("decode") == 2)
+    engine.submit(job("next", steps=1))
     assert engine.cancel("b")
+    await until(nursery.child.has_orders)
     encoder.open(1)  # the first one's
     await blocking.result
-    await until(lambda: encoder.waiting == 1 and not nursery.child.has_orders())
+    await until(lambda: nursery.gate.at == "text")  # of the next one: so it has obeyed what came before that
     encoder.open()
     await group[0].result
     nursery.child.wait_sent(Failed, "b")
