@@ -36,6 +36,7 @@ PROMPTS = (
     "clear mountains at sunset",
 )
 REUSED_BELOW = 0.995  # of the run's costliest call, in operations
+BLOCK = 4  # settings between two uncached runs
 
 Pictures = NDArray[np.uint8]  # (pictures, height, width, 3)
 
@@ -237,6 +238,29 @@ class Bench:
                 self._draw(setting, watched, *picture)
             seconds.append((couple[0][1].seconds, couple[1][1].seconds))
         return seconds, couple[0][1]
+
+    def raced(self, settings: Sequence[Setting], rounds: int) -> Iterator[list[tuple[float, float]]]:
+        """Seconds of one picture's denoising under each setting, and uncached beside it, round after round.
+
+        All run in turn, each round with another picture. An uncached run stands before and behind each `BLOCK` of them,
+        and their mean beside each of the block: cheaper than `paired`, where there are many.
+        """
+        every = [self._watched(setting) for setting in (PLAIN, *settings)]
+
+        def seconds(number: int, picture: tuple[str, int]) -> float:
+            self._draw((PLAIN, *settings)[number], every[number], *picture)
+            return every[number].seconds
+
+        seconds(0, self.pairs[0])  # warms up
+        for number in range(rounds):
+            picture = self.pairs[number % len(self.pairs)]
+            found, before = [], seconds(0, picture)
+            for first in range(1, len(every), BLOCK):
+                own = [seconds(one, picture) for one in range(first, min(first + BLOCK, len(every)))]
+                behind = seconds(0, picture)
+                found += [(one, (before + behind) / 2) for one in own]
+                before = behind
+            yield found
 
     def _steps(self, setting: Setting) -> int:
         return setting.steps or self.params.steps

@@ -1,6 +1,7 @@
 """What was published beside `cache_speedup`, each as a front, on pictures that no calibration saw.
 
 python -m benchmarks.cache.published tiny-sd --sampler dpmpp_2m --steps 30   measures, and writes its table and the plot
+python -m benchmarks.cache.published tiny-sd --rounds 3                      times each method's front, too
 python -m benchmarks.cache.published                                         writes those of what is known
 """
 
@@ -19,7 +20,7 @@ import typer
 from app.cli import bar
 from app.engine.runner import RegistryRunner
 from benchmarks.cache.__main__ import PAGE, bench_of, fingerprint
-from benchmarks.cache.front import at_speed, in_operations, unbeaten
+from benchmarks.cache.front import Axis, at_speed, in_operations, in_time, unbeaten
 from benchmarks.cache.measure import Bench, Result, difference
 from benchmarks.cache.page import draw
 from benchmarks.cache.papers import calibrated, dicache, spectrum
@@ -126,11 +127,34 @@ def measure(bench: Bench, info: Any, kept: dict[str, Any], write: Callable[[], N
             progress.advance()
 
 
+def time_fronts(bench: Bench, info: Any, kept: dict[str, Any], rounds: int, write: Callable[[], None]) -> None:
+    """Take the seconds of what stands on a front, and of the presets, where there are none yet; then `write`."""
+    compared = {(one.method, one.label) for front in fronts(kept).values() for one in front}
+    missing = {(row["method"], row["label"]): row for row in kept["points"] if "seconds" not in row}
+    chosen = [one for one in settings(bench, info) if (one.method, one.label) in compared & missing.keys()]
+    rows = [missing[one.method, one.label] for one in chosen]
+    if not rows:
+        return
+    with bar("timing") as progress:
+        progress.show(completed=0, total=rounds)
+        for times in bench.raced(chosen, rounds):
+            for row, (own, uncached) in zip(rows, times, strict=True):
+                row.setdefault("seconds", []).append(round(own, 4))
+                row.setdefault("uncached_seconds", []).append(round(uncached, 4))
+            progress.advance()
+    kept["timed"] = conditions(machine())
+    write()
+
+
 def fronts(entry: Mapping[str, Any]) -> dict[str, list[Result]]:
     """Each method's points that none of its own beats, `cache_speedup` and fewer steps first. Presets are no front."""
+    return _fronts([Result(**row) for row in entry["points"]])
+
+
+def _fronts(results: Sequence[Result]) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
-    for row in entry["points"]:
-        found.setdefault(row["method"], []).append(Result(**row))
+    for one in results:
+        found.setdefault(one.method, []).append(one)
     return {
         method: points if method == PRESET else unbeaten((one for one in points if one.acts), in_operations)
         for method, points in found.items()
@@ -141,11 +165,15 @@ def rows(entry: Mapping[str, Any]) -> Iterator[str]:
     """Of `COMPARED` wishes: what was given, and what every other method has at as many operations."""
     found = fronts(entry)
     given = [wish for wish in _given(entry) if float(wish.label) in COMPARED]
-    wished_for = [f"**{_told(one)}** at {one.operations_speedup:.2f}×" for one in given]
+    wished_for = [f"**{_told(one)}** at {one.operations_speedup:.2f}×{_in_seconds(one)}" for one in given]
     yield " | ".join([f"`{WISHED}`", _span(found[WISHED]), *wished_for])
     for method, front in found.items():
         if method not in (WISHED, PRESET):
             yield " | ".join([method, _span(front), *(_against(one, front) for one in given)])
+
+
+def _in_seconds(one: Result) -> str:
+    return f", {one.speedup:.2f}× in seconds" if one.seconds else ""
 
 
 def _span(front: Sequence[Result]) -> str:
@@ -158,13 +186,18 @@ def _against(one: Result, front: Sequence[Result]) -> str:
     return f"{_told(other)}; {_gain(one, other)}" if other else "–"
 
 
-def nearer(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What another method has nearer than a wish at as many operations, by more than chance."""
-    for one in _given(entry):
-        for method, front in fronts(entry).items():
-            other = at_speed(front, in_operations, one.operations_speedup)
-            if method not in (WISHED, PRESET) and other is not None and difference(one, other)[2] < 0:
-                yield f"{method} at {one.operations_speedup:.2f}×, by {_gain(other, one)} dB"
+def nearer(entry: Mapping[str, Any], axis: Axis) -> Iterator[str]:
+    """What is nearer than a wish at the same speed, or a preset at no lower one, by more than chance."""
+    known = [Result(**row) for row in entry["points"] if axis is in_operations or "seconds" in row]
+    for one in (one for one in known if one.method == WISHED):
+        speed = axis(one)
+        others = [(f"`{other.label}`", other) for other in known if other.method == PRESET and axis(other) >= speed]
+        for method, front in _fronts(known).items():
+            if method not in (WISHED, PRESET) and (other := at_speed(front, axis, speed)):
+                others.append((method, other))
+        for name, other in others:
+            if difference(one, other)[2] < 0:
+                yield f"{name} at {speed:.2f}×, by {_gain(other, one)} dB"
 
 
 def _given(entry: Mapping[str, Any]) -> list[Result]:
@@ -182,9 +215,12 @@ def _gain(one: Result, other: Result) -> str:
 def part(entry: Mapping[str, Any]) -> list[str]:
     """The lines of a page."""
     columns = " | ".join(["method", "times as fast", *(f"asked {wish:g}×" for wish in COMPARED)])
-    told = f"Nearer than `{WISHED}` at as many operations, by more than chance: {'; '.join(nearer(entry)) or 'none'}."
-    lines = [f"### {entry['said']}", "", *table(columns, rows(entry)), told]
-    return [*lines, f"{len(entry['points'])} settings. {entry['conditions']}", ""]
+    lines = [f"### {entry['said']}", "", *table(columns, rows(entry))]
+    for what, axis in (("operations", in_operations), ("seconds", in_time))[: 2 if "timed" in entry else 1]:
+        found = "; ".join(nearer(entry, axis)) or "none"
+        lines.append(f"Nearer than `{WISHED}` at as many {what}, by more than chance: {found}.")
+    lines.append(f"{len(entry['points'])} settings. {entry['conditions']}")
+    return [*lines, *([f"Seconds: {entry['timed']}"] if "timed" in entry else []), ""]
 
 
 def main(
@@ -192,6 +228,7 @@ def main(
     sampler: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Default: the model's.")] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Prompts with seeds.")] = 8,
+    rounds: Annotated[int, typer.Option(min=0, help="Runs of each setting of a front whose seconds are taken.")] = 0,
     data: Annotated[Path, typer.Option(help="What was measured; a run goes on from it.")] = FILE,
     page: Annotated[Path, typer.Option(help="Its marked part is written anew, and its plot beside it.")] = PAGE,
 ) -> None:
@@ -214,6 +251,8 @@ def main(
             told = f"`{model}`, {sampling}, {bench.params.steps} steps, {pictures} pictures"
             kept[where] = {"mark": mark, "said": told, "conditions": conditions(machine()), "points": []}
         measure(bench, info, kept[where], write)
+        if rounds:
+            time_fronts(bench, info, kept[where], rounds, write)
     lines = [line for entry in kept.values() for line in part(entry)]
     if not all(row["lpips"] for entry in kept.values() for row in entry["points"]):
         lines.append(MISSING)

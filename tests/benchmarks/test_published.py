@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache import published
+from benchmarks.cache.front import in_operations
 from benchmarks.cache.measure import Bench
 from benchmarks.cache.papers import spectrum
 from benchmarks.cache.settings import FEWER, PRESET, WISHED, Setting
@@ -48,7 +49,24 @@ def test_a_table_holds_the_others_at_as_many_operations(monkeypatch: pytest.Monk
         "far | 1.50–2.50× | 37.0, 0.2500; +4.0 [+4.0, +4.0] | –",
         "near | 2.50–3.50× | – | 33.0, 0.2500; -2.0 [-2.0, -2.0]",
     ]
-    assert list(published.nearer(ENTRY)) == ["near at 3.00×, by +2.0 [+2.0, +2.0] dB"]
+    assert list(published.nearer(ENTRY, in_operations)) == [
+        "`balanced` at 2.00×, by +49.0 [+48.0, +50.0] dB",
+        "near at 3.00×, by +2.0 [+2.0, +2.0] dB",
+    ]
+
+
+def test_in_seconds_stands_what_was_timed() -> None:
+    """`far` is slower than its operations say, `near` was not timed, and the preset takes longer than the wish."""
+    seconds = {(WISHED, "2"): 0.5, (WISHED, "3"): 0.4, (PRESET, "balanced"): 0.8, ("far", "b"): 0.6, ("far", "c"): 0.3}
+    points = [
+        row | {"seconds": [seconds[key]] * 3, "uncached_seconds": [1.0, 5.0, 1.0]} if key in seconds else row
+        for row in ENTRY["points"]
+        for key in [(row["method"], row["label"])]
+    ]
+    told = "\n".join(published.part(ENTRY | {"points": points, "timed": "elsewhere."}))
+    assert "**41.0, 0.2500** at 2.00×, 2.00× in seconds" in told
+    assert "at as many seconds, by more than chance: far at 2.50×, by +6.0 [+6.0, +6.0] dB." in told
+    assert "Seconds: elsewhere." in told
 
 
 def test_the_command_goes_on_where_it_stopped(
@@ -66,6 +84,7 @@ def test_the_command_goes_on_where_it_stopped(
     page, data = tmp_path / "benchmarks.md", tmp_path / "published.json"
     page.write_text("<!-- published -->\n<!-- /published -->\n")
     given: dict[str, Any] = {"model": spec.name, "sampler": None, "steps": 5, "pictures": 2, "data": data, "page": page}
+    given["rounds"] = 0
     published.main(**given)
     first = data.read_text(encoding="utf-8")
     (entry,) = json.loads(first).values()
@@ -81,6 +100,12 @@ def test_the_command_goes_on_where_it_stopped(
     monkeypatch.setattr(Bench, "quality", fail)
     published.main(**given)
     assert data.read_text(encoding="utf-8") == first
+    published.main(**given | {"rounds": 2})
+    (entry,) = json.loads(data.read_text(encoding="utf-8")).values()
+    assert [len(row["seconds"]) for row in entry["points"]] == [2, 2, 2]
+    assert all(min(row["seconds"] + row["uncached_seconds"]) > 0 for row in entry["points"])
+    monkeypatch.setattr(Bench, "raced", fail)
+    published.main(**given | {"rounds": 2})
 
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the bench extra")
