@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,8 +129,8 @@ def measure(bench: Bench, info: Any, kept: dict[str, Any], write: Callable[[], N
 
 
 def time_fronts(bench: Bench, info: Any, kept: dict[str, Any], rounds: int, write: Callable[[], None]) -> None:
-    """Take the seconds of what stands on a front, and of the presets, where there are none yet; then `write`."""
-    compared = {(one.method, one.label) for front in fronts(kept).values() for one in front}
+    """Take the seconds of wishes, presets and what stands on a front, where there are none yet; then `write`."""
+    compared = {(one.method, one.label) for one in [*_given(kept), *chain.from_iterable(fronts(kept).values())]}
     missing = {(row["method"], row["label"]): row for row in kept["points"] if "seconds" not in row}
     chosen = [one for one in settings(bench, info) if (one.method, one.label) in compared & missing.keys()]
     rows = [missing[one.method, one.label] for one in chosen]
