@@ -99,13 +99,14 @@ def test_the_noise_schedule_ends_at_one_percent_of_the_signal() -> None:
     assert (signal.diff() < 0).all()
 
 
-def test_orthogonalised_has_the_singular_vectors_of_its_argument() -> None:
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_orthogonalised_has_the_singular_vectors_of_its_argument(precision: torch.dtype) -> None:
     matrix = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    made = orthogonalised(matrix[None])[0]
+    made = orthogonalised(matrix[None], precision)[0]
     assert ((left.T @ made @ right.T).diagonal() - 1).abs().max() < 0.35  # the iteration's own band, 0.7 to 1.2
     assert made.shape == matrix.shape
-    torch.testing.assert_close(orthogonalised(matrix.T[None])[0], made.T, atol=0.02, rtol=0)
+    torch.testing.assert_close(orthogonalised(matrix.T[None], precision)[0], made.T, atol=0.02, rtol=0)
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Nearly U Vᵀ of each matrix = U S Vᵀ, by the quintic Newton-Schulz iteration in bfloat16.
+def orthogonalised(matrices: Tensor, precision: torch.dtype, iterations: int = 5) -> Tensor:
+    """Nearly U Vᵀ of each matrix = U S Vᵀ, by the quintic Newton-Schulz iteration, for which bfloat16 is enough.
 
     Shape (count, rows, columns): matrices of one shape go together, most of the time would be calls otherwise.
     """
-    x = matrices.bfloat16()
+    x = matrices.to(precision)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -34,9 +34,15 @@ class Muon(Optimizer):
     """For parameters of two and more dimensions; `lr` and `weight_decay` as one would give AdamW."""
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        precision: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -50,7 +56,7 @@ class Muon(Optimizer):
                 buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 mixed = torch._foreach_lerp(gradients, buffers, group["momentum"])
-                made = orthogonalised(torch.stack([update.reshape(shape) for update in mixed]))
+                made = orthogonalised(torch.stack([update.reshape(shape) for update in mixed]), self.precision)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 updates = [one.view(p.shape) for one, p in zip(made, parameters, strict=True)]
                 torch._foreach_add_(parameters, updates, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
