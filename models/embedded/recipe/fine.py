@@ -116,6 +116,8 @@ def _latents(
     """(n, 8, h / 8, w / 8) as the autoencoder has them. size: (width, height), None over a picture."""
     if size is not None:
         options |= {"width": size[0], "height": size[1]}
+    if isinstance(pipeline, FluxPipeline):  # as in training: it reads padding too, and the pipeline's own is 512
+        options |= {"max_sequence_length": pipeline.tokenizer_2.model_max_length}
     latents: Tensor = pipeline(prompts, generator=seeds, guidance_scale=3.0, output_type="latent", **options).images
     if size is not None and isinstance(pipeline, FluxPipeline):
         latents = pipeline._unpack_latents(latents, size[1], size[0], pipeline.vae_scale_factor)
