@@ -86,7 +86,7 @@ def test_every_peer_acts_and_leaves_the_model_as_it_was(flux: Any) -> None:
     peers = {
         "taylor": lambda host, steps: diffusers_hook(host, steps, config=TaylorSeerCacheConfig(cache_interval=2)),
         "dbcache": lambda host, steps: cache_dit(host, steps, settings=pace),
-        "dbcache taylor": lambda host, steps: cache_dit(host, steps, settings=pace, taylor=1),
+        "dbcache taylor": lambda host, steps: cache_dit(host, steps, settings=pace, calibrator="TaylorSeer"),
     }
     rates = {}
     for name, make in peers.items():
