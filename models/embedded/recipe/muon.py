@@ -31,15 +31,18 @@ def orthogonalised(matrices: Tensor, precision: torch.dtype, iterations: int = 5
 
 
 class Muon(Optimizer):
-    """For parameters of two and more dimensions; `lr` and `weight_decay` as one would give AdamW."""
+    """For parameters of two and more dimensions; `lr` and `weight_decay` as one would give AdamW.
+
+    precision: what updates are orthogonalised in.
+    """
 
     def __init__(
         self,
         parameters: Iterable[Tensor],
         lr: float,
+        precision: torch.dtype,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
-        precision: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.precision = precision

@@ -16,14 +16,14 @@ from models.embedded.recipe.muon import Muon
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _halves() -> bool:
-    """Whether bfloat16 is fast: six times the float32 rate with a processor's matrix units, a quarter of it without."""
-    return DEVICE != "cpu" or any(torch.cpu.get_capabilities()[unit] for unit in ("amx_bf16", "avx512_bf16"))
+# bfloat16 where that is fast: six times the float32 rate with a processor's units for it, a quarter of it without.
+_UNITS = ("amx_bf16", "avx512_bf16")
+PRECISION = torch.bfloat16 if DEVICE != "cpu" or any(map(torch.cpu.get_capabilities().get, _UNITS)) else torch.float32
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where that is fast."""
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=_halves())
+    """To `PRECISION`."""
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=PRECISION is torch.bfloat16)
 
 
 def _optimizers(module: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -44,7 +44,7 @@ def _optimizers(module: nn.Module, learning_rate: float) -> list[torch.optim.Opt
         torch.optim.AdamW(rest, lr=0.3 * learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ]
     if inner:
-        optimizers.append(Muon(inner, lr=learning_rate, precision=torch.bfloat16 if _halves() else torch.float32))
+        optimizers.append(Muon(inner, learning_rate, PRECISION))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
