@@ -38,8 +38,9 @@ FRONT = Front(
         (1, None, 20, 1),  # the uncached picture itself
         (1.2, None, 20, 1.5),
         (1.5, None, 20, 1.5),
-        (1.51, None, 20, 2.5),  # nothing is interpolated
-        (2.6, None, 12, 3.0),
+        (1.57, None, 20, 1.5),  # 95 % of it
+        (1.6, None, 20, 2.5),  # nothing is interpolated
+        (2.7, None, 12, 3.0),
         (4, None, 5, 4.0),
         (6, None, 5, 4.0),  # out of reach: the fastest
         (4, 40, 12, 3.0),  # the fastest above the floor
@@ -60,7 +61,8 @@ def test_seconds_decide_where_they_are_known() -> None:
     front = replace(FRONT, points=tuple(timed))
     assert front.chosen(1.3).psnr_db == 50
     assert front.chosen(1.5).psnr_db == 50  # seconds waver
-    assert front.chosen(1.51).psnr_db == 40
+    assert front.chosen(1.53).psnr_db == 50
+    assert front.chosen(1.55).psnr_db == 40
     assert front.chosen(2).steps == 12
 
 
