@@ -1,11 +1,9 @@
-"""Pareto fronts over speed-up and PSNR, and where a peer's point lies against ours."""
+"""Pareto fronts over speed-up and PSNR, and what a method has at a speed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from benchmarks.cache.measure import Result
 from benchmarks.cache.settings import FEWER
@@ -21,9 +19,6 @@ def in_operations(result: Result) -> float:
     return result.operations_speedup
 
 
-AXES: dict[str, Axis] = {"time": in_time, "operations": in_operations}
-
-
 def unbeaten(results: Iterable[Result], axis: Axis) -> list[Result]:
     """Those that no other beats in both speed-up and mean PSNR, slowest first."""
     front: list[Result] = []
@@ -31,35 +26,6 @@ def unbeaten(results: Iterable[Result], axis: Axis) -> list[Result]:
         if not front or result.mean_psnr > front[-1].mean_psnr:
             front.append(result)
     return front[::-1]
-
-
-def our_front(results: Iterable[Result], axis: Axis) -> list[Result]:
-    """Those of ours that no other of ours beats.
-
-    A shortened run in which the cache never acted is fewer steps, and none of ours.
-    """
-    return unbeaten((one for one in results if one.ours and one.acts and one.hit_rate > 0), axis)
-
-
-def above(results: Sequence[Result], axis: Axis) -> Iterator[tuple[Result, float | None]]:
-    """Points of peers, fewer steps included, that our front does not cover, and by how many dB they lie above it.
-
-    The front is a polyline. None beyond an end of it: a point beyond the fast end counts whatever its quality, one
-    beyond the slow end only if it is nearer to the uncached pictures than all of ours.
-    """
-    front = our_front(results, axis)
-    speeds, heights = [axis(one) for one in front], [one.mean_psnr for one in front]
-    for peer in (one for one in results if one.acts and not one.ours):
-        if front and speeds[0] <= axis(peer) <= speeds[-1]:
-            if (by := peer.mean_psnr - float(np.interp(axis(peer), speeds, heights))) > 0:
-                yield peer, by
-        elif not any(axis(one) >= axis(peer) and one.mean_psnr >= peer.mean_psnr for one in front):
-            yield peer, None
-
-
-def at_least(results: Iterable[Result], measure: Axis, wanted: float) -> Result | None:
-    """The result that reaches `wanted` by the least, or None."""
-    return min((one for one in results if measure(one) >= wanted), key=measure, default=None)
 
 
 def shortened(results: Sequence[Result], axis: Axis, speedup: float) -> Result | None:

@@ -23,6 +23,7 @@ from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
+from models.registry import Registry
 from models.tuning.nearness import PEAK, psnr
 
 PROMPTS = (
@@ -278,6 +279,19 @@ class Bench:
         """Of all pairs, and what ran for them."""
         watched = self._watched(setting, counting=True)
         return np.stack([np.asarray(self._draw(setting, watched, *pair)) for pair in self.pairs]), watched
+
+
+def bench_of(
+    registry: Registry, name: str, pictures: int, steps: int | None, size: tuple[int, int] | None = None
+) -> Bench:
+    """size: width and height, pixels; None for the model's own."""
+    spec, family = registry.spec(name), registry.family(name)
+    own = spec.render_sizes[0] if spec.render_sizes else (family.native_size, family.native_size)
+    width, height = size or own
+    guidance = family.guidance_scale if spec.guidance_scale is None else spec.guidance_scale
+    given: Any = {"width": width, "height": height, "guidance_scale": guidance}
+    params = GenerationParams(prompt="", steps=steps or spec.steps or family.steps, **given)
+    return Bench(registry.get(name), params, pairs(pictures))
 
 
 def pairs(number: int) -> list[tuple[str, int]]:

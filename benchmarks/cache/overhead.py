@@ -1,13 +1,15 @@
-"""What a reuse step of a UNet costs above the layers that it runs: ours beside the published helper's, in one process.
+"""What a cache costs beside the layers that it runs, on a UNet.
 
-The bare step is the network's own forward over its shortened lists of layers, shortened before the clock starts and
-left so: no interception, no decision, no forecast. All take turns call by call on the same inputs; every second call
-computes, untimed, so that forecasts have values to go by.
+A reuse step: ours beside the published helper's, in one process. The bare step is the network's own forward over its
+shortened lists of layers, shortened before the clock starts and left so: no interception, no decision, no forecast. All
+take turns call by call on the same inputs; every second call computes, untimed, so that forecasts have values to go by.
+And the forecast: whole runs beside plain reuse.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cache.measure import now
+from benchmarks.cache.measure import Bench, now
 from benchmarks.cache.peers import published_deepcache, twin
-from benchmarks.cache.settings import OURS, PUBLISHED
+from benchmarks.cache.settings import OURS, PLAIN_REUSE, PUBLISHED, Setting, branches, ours
+from benchmarks.report import Claim
 from cache import DeepCache, UNetDenoiser
 from cache.patching import shadowed
 from cache.views.base import Response
 
 WARM_UP = 2  # pairs of a computed and a reused call; a forecast begins with the second
+REPEATS = 40  # of a reuse step
+RUNS = 20  # of a forecast and of plain reuse
+LONGER = 0.02  # than plain reuse: what a run may be by its forecast
+OURS_AT_MOST = 0.05  # of a reuse step's bare layers
+
+
+def claims(bench: Bench) -> Iterator[Claim]:
+    """What is demanded of a UNet's cache: of each branch's reuse step, and of the forecast."""
+    scale, params = bench.model.pipeline.vae_scale_factor, bench.params
+    size = params.height // scale, params.width // scale
+    for branch, depth in branches(bench.model.denoiser.branch_costs).items():
+        yield of_step(overhead(bench.model.pipeline, branch, depth, REPEATS, size))
+    even = DeepCache(schedule="uniform")
+    forecast = Setting(OURS, f"{even}", ours(even))
+    plain = Setting(PLAIN_REUSE, "", ours(even, forecast=False))
+    excess = statistics.median(own / base - 1 for own, base in bench.paired(forecast, plain, RUNS)[0])
+    sentence = f"{forecast.name}: time over plain reuse, at most {LONGER:.0%}"
+    yield Claim(sentence, f"{excess:+.1%}, median of {RUNS} pairs", excess <= LONGER)
+
+
+def of_step(row: Mapping[str, Any]) -> Claim:
+    """Of what `overhead` gave."""
+    own, published = row["excess"][OURS], row["excess"][PUBLISHED]
+    sentence = f"branch {row['branch']}: a reuse step above its bare layers, at most {OURS_AT_MOST:.0%} and below the "
+    measured = f"{own:+.1%} of {row['milliseconds']:.2f} ms against {published:+.1%}"
+    return Claim(f"{sentence}published helper's", measured, own <= OURS_AT_MOST and own < published)
 
 
 def overhead(pipeline: Any, branch: int, depth: int, repeats: int, size: tuple[int, int]) -> dict[str, Any]:

@@ -1,35 +1,19 @@
-"""A model's part of docs/benchmarks.md, and the plot of the fronts."""
+"""A line of the table that is printed, and the plot of the fronts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cache.front import AXES, above, in_operations
+from benchmarks.cache.front import in_operations
 from benchmarks.cache.measure import Result
 from benchmarks.cache.settings import FEWER, PRESET, WISHED
-from benchmarks.report import Claim, judged, save, table
+from benchmarks.report import save
 
 COLUMNS = "setting | hit rate | speed-up in time | in operations | predicted | PSNR dB | 95 % | SSIM | LPIPS | kept"
-
-
-def part(results: Sequence[Result], claims: Sequence[Claim]) -> list[str]:
-    demanded = ["### What was demanded", "", *judged(claims), "### Peers above our front", ""]
-    fronts = table("by speed-up in | point | speed-up | PSNR dB | above by", _above(results))
-    return [*demanded, *fronts, "### All points", "", *table(COLUMNS, map(row, results))]
-
-
-def _above(results: Sequence[Result]) -> Iterator[str]:
-    for unit, axis in AXES.items():
-        found = list(above(results, axis))
-        for peer, by in found:
-            distance = "beyond its end" if by is None else f"{by:.1f} dB"
-            yield f"{unit} | {peer.name} | {axis(peer):.2f}× | {peer.mean_psnr:.1f} | {distance}"
-        if not found:
-            yield f"{unit} | none | | | "
 
 
 def row(one: Result) -> str:

@@ -7,6 +7,7 @@ python -m benchmarks.cache.published                                         wri
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,8 @@ import typer
 
 from app.cli import bar
 from app.engine.runner import RegistryRunner
-from benchmarks.cache.__main__ import PAGE, bench_of, fingerprint
 from benchmarks.cache.front import Axis, at_speed, in_operations, in_time, unbeaten
-from benchmarks.cache.measure import Bench, Result, difference
+from benchmarks.cache.measure import Bench, Result, bench_of, difference
 from benchmarks.cache.page import draw
 from benchmarks.cache.papers import calibrated, dicache, spectrum
 from benchmarks.cache.peers import cache_dit, diffusers_hook, faster_cache, mag_ratios, published_deepcache, sea_cache
@@ -35,7 +35,12 @@ from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
 from models.sampling.samplers import names
 
-FILE = ROOT / "docs" / "published.json"
+FILE, PAGE = ROOT / "docs" / "published.json", ROOT / "docs" / "benchmarks.md"
+_MEASURED_CODE = (
+    "cache/**/*.py",
+    "models/**/*.py",
+    *(f"benchmarks/cache/{name}.py" for name in ("measure", "papers", "peers", "perceptual")),
+)
 WISHES = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 COMPARED = (1.5, 2.0, 3.0, 4.0)  # of the wishes, those that the table holds against the others
 FEWER_STEPS = (0.8, 0.6, 0.5, 0.4, 0.35, 0.25, 0.2, 0.15)
@@ -99,6 +104,15 @@ def _of_transformer(bench: Bench) -> Iterator[Setting]:
             make = partial(cache_dit, settings=pace, calibrator=calibrator)
             yield Setting(f"cache-dit {calibrator}", f"{threshold}", make)
     yield Setting("FasterCache", "N2 t<1000", partial(faster_cache, every=2, below=1000))
+
+
+def fingerprint(conditions: Mapping[str, Any], weights: Path) -> str:
+    """Changes with the conditions, the code that is measured or measures, and the model's files."""
+    digest = hashlib.sha256(json.dumps(conditions, sort_keys=True, default=str).encode())
+    code = sorted(file for pattern in _MEASURED_CODE for file in ROOT.glob(pattern))
+    for file in (*code, *sorted(file for file in weights.rglob("*") if file.is_file())):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def settings(bench: Bench, info: Any) -> list[Setting]:

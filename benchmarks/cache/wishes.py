@@ -17,9 +17,8 @@ from app.cli import bar
 from app.engine.runner import RegistryRunner
 from app.engine.types import ModelInfo
 from app.settings import read_settings
-from benchmarks.cache.__main__ import bench_of
 from benchmarks.cache.front import in_operations, shortened
-from benchmarks.cache.measure import Bench, Result, difference, interval
+from benchmarks.cache.measure import Bench, Result, bench_of, difference, interval
 from benchmarks.cache.settings import FEWER, FEWER_STEPS, PLAIN, WISHED, Setting, ours, presets, shares
 from benchmarks.report import conditions, machine, show, table
 from models.models_file import read

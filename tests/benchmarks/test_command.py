@@ -1,11 +1,10 @@
-"""The cache benchmark as it is called: the last line, the page, and going on after an interruption."""
+"""The cache benchmark as it is called: the last line, and the table of small weights."""
 
 from __future__ import annotations
 
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,11 @@ import pytest
 import torch
 
 from benchmarks.cache import __main__ as command
-from benchmarks.cache import settings, weights
-from benchmarks.cache.measure import Bench
+from benchmarks.cache import overhead, settings, weights
 from cache import FirstBlockCache
 from models.base import ModelSpec
 from models.registry import Registry
 from models.tuning.nearness import psnr
-
-needs_peers = pytest.mark.skipif(
-    find_spec("cache_dit") is None or find_spec("matplotlib") is None, reason="needs the bench extra"
-)
 
 
 @pytest.fixture
@@ -32,16 +26,15 @@ def names(monkeypatch: pytest.MonkeyPatch, sd_spec: ModelSpec, flux_spec: ModelS
     monkeypatch.setattr(command, "SPECS", specs)
     monkeypatch.setattr(command, "DEFAULT", sd_spec.name)
     monkeypatch.setattr(command, "DEFAULT_FLUX", flux_spec.name)
-    monkeypatch.setattr(command, "OVERHEAD_REPEATS", 2)
-    monkeypatch.setattr(command, "FORECAST_REPEATS", 2)
-    for name, only in {"INTERVALS": 3, "DEPTHS": 2, "THRESHOLDS": 0.6, "FEWER_STEPS": 0.5, "CACHED_STEPS": 0.5}.items():
-        monkeypatch.setattr(settings, name, (only,))
+    monkeypatch.setattr(overhead, "REPEATS", 2)
+    monkeypatch.setattr(overhead, "RUNS", 2)
+    monkeypatch.setattr(settings, "DEPTHS", (2,))
     return [spec.name for spec in specs]
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    usual = {"model": None, "whole": False, "weights": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
-    return {**usual, "page": folder / "benchmarks.md", "store": folder / "store", **changes}
+    usual = {"model": None, "weights": False, "pictures": 2, "repeats": 1, "steps": 4, "device": "cpu"}
+    return {**usual, "page": folder / "benchmarks.md", **changes}
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -61,6 +54,9 @@ def test_the_quick_run_ends_in_one_json_line(
     assert balanced["operations_speedup"] == pytest.approx(balanced["predicted_speedup"], rel=0.03)
     assert balanced["operations_speedup"] > 1
     assert last["machine"]["versions"]["torch"] == torch.__version__
+    step, forecast = (claim["sentence"] for claim in last["models"][names[0]]["demands"])
+    assert "above its bare layers" in step
+    assert "time over plain reuse" in forecast
     assert not (tmp_path / "benchmarks.md").exists()
 
 
@@ -83,28 +79,3 @@ def test_a_loss_by_weights_is_told_apart_from_the_caches(
     assert cached["loss"][0] < equal
     assert cached["hit_rate"] == whole_cached["hit_rate"] > 0
     assert f"| again | uncached | 0.00 | {equal:.1f} | {equal:.1f}–{equal:.1f} |" in page.read_text(encoding="utf-8")
-
-
-@needs_peers
-def test_the_full_run_writes_its_page_and_goes_on_where_it_stopped(
-    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "benchmarks.md").write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
-    command.main(**arguments(tmp_path, whole=True))
-    first = last_line(capsys)
-    page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
-    for name in names:
-        for setting in first["models"][name]["settings"]:
-            assert f"| {setting} |" in page
-    told = [claim["sentence"] for claim in first["models"][names[0]]["demands"]]
-    assert any("time over plain reuse" in sentence for sentence in told)
-    assert any("above its bare layers" in sentence for sentence in told)
-
-    def fail(*_: Any) -> None:
-        raise AssertionError("measured again")
-
-    monkeypatch.setattr(Bench, "quality", fail)
-    command.main(**arguments(tmp_path, whole=True))
-    again = last_line(capsys)
-    for name in names:
-        assert again["models"][name]["settings"] == first["models"][name]["settings"]

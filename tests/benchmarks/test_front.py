@@ -1,4 +1,4 @@
-"""Pareto fronts and what lies above them, against comparisons of every pair."""
+"""Pareto fronts, against comparisons of every pair, and what is read off them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.cache.front import above, at_least, at_speed, in_operations, in_time, our_front, shortened
+from benchmarks.cache.front import at_speed, in_operations, in_time, shortened, unbeaten
 from benchmarks.cache.measure import Result, difference
 
 
@@ -18,42 +18,13 @@ def point(method: str, speedup: float, psnr: float, label: str = "", hit_rate: f
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
     rng = random.Random(0)
     points = [point("ours", rng.uniform(1, 4), rng.uniform(10, 50), str(i)) for i in range(40)]
-    unbeaten = [
+    expected = [
         one for one in points
         if not any(in_time(o) >= in_time(one) and o.mean_psnr >= one.mean_psnr for o in points if o is not one)
     ]  # fmt: skip
-    front = our_front(points, in_time)
-    assert sorted(one.label for one in front) == sorted(one.label for one in unbeaten)
+    front = unbeaten(points, in_time)
+    assert sorted(one.label for one in front) == sorted(one.label for one in expected)
     assert [in_time(one) for one in front] == sorted(in_time(one) for one in front)
-
-
-def test_peers_above_the_front_are_told_with_their_distance() -> None:
-    results = [
-        point("ours, linear", 2, 40),
-        point("ours, linear", 3, 30),
-        point("uncached", 1, 96),
-        point("below", 2.25, 37),
-        point("above", 2.25, 38),
-        point("slow and good", 1.5, 50),
-        point("slow and bad", 1.5, 39),
-        point("fast", 4, 10),
-    ]
-    found = {peer.method: by for peer, by in above(results, in_operations)}
-    assert found == {"above": pytest.approx(0.5), "slow and good": None, "fast": None}
-
-
-def test_a_run_in_which_the_cache_never_acted_is_no_point_of_ours() -> None:
-    fewer = point("fewer steps", 2.5, 36)
-    results = [point("ours", 2, 40), point("ours", 3, 30), fewer, point("ours, fewer steps", 2.5, 37, hit_rate=0)]
-    assert [peer for peer, _ in above(results, in_operations)] == [fewer]
-
-
-def test_matching_points() -> None:
-    results = [point("ours", 1.5, 0, "a"), point("ours", 2.5, 0, "b"), point("ours", 3.5, 0, "c")]
-    matched = at_least(results, in_time, 2.0)
-    assert matched is not None
-    assert matched.label == "b"
-    assert at_least(results, in_time, 3.6) is None
 
 
 def test_fewer_steps_at_equal_speed_lie_between_two_runs() -> None:

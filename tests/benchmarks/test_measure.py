@@ -12,13 +12,12 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 from benchmarks.cache import settings as grid
 from benchmarks.cache.measure import Bench, Operations, Result, difference, pairs
 from benchmarks.cache.peers import cache_dit, diffusers_hook, published_deepcache, twin
-from benchmarks.cache.settings import Setting, full, ours
-from cache import DeepCache, FirstBlockCache, NoCache, TransformerDenoiser, UNetDenoiser
+from benchmarks.cache.settings import Setting, branches, ours, shares
+from cache import DeepCache, FirstBlockCache, NoCache
 from cache.flops import deepest_branch
 from models.base import GenerationParams
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
 from models.registry import Registry
-from tests.cache.networks import tiny_flux
 
 STEPS = 6
 
@@ -133,26 +132,8 @@ def test_a_twin_shares_the_weights_and_nothing_else(sd: Any) -> None:
     assert set(map(id, network.modules())).isdisjoint(map(id, copied.modules()))
 
 
-class Costs(UNetDenoiser):
-    branch_costs = (0.08, 0.22, 0.38, 0.47)
-
-
-def test_equal_settings_are_measured_once(sd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two depths that choose one branch are one setting."""
-    monkeypatch.setattr(grid, "INTERVALS", (3,))
+def test_equal_settings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two depths that choose one branch are one setting, and so are two shares of a run that are as many steps."""
     monkeypatch.setattr(grid, "DEPTHS", (0, 1, 2, 3))
-    monkeypatch.setattr(grid, "FEWER_STEPS", (0.5, 0.51))
-    settings = full(Costs(sd.pipeline.unet), 20)
-    names = [setting.name for setting in settings]
-    assert len(set(names)) == len(names)
-    assert {setting.branch for setting in settings if setting.interval} == {3, 1, 0}
-    assert [setting.steps for setting in settings if setting.method == "fewer steps"] == [10]
-
-
-def test_a_transformers_shortened_runs_are_those_of_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "THRESHOLDS", (0.1,))
-    monkeypatch.setattr(grid, "CACHED_STEPS", (0.5, 0.25))
-    settings = full(TransformerDenoiser(tiny_flux()), 20)
-    named = [(one.name, one.steps) for one in settings if one.ours]
-    assert named[:2] == [("ours 0.1", None), ("ours, plain reuse 0.1", None)]
-    assert named[2:] == [("ours, fewer steps 10 0.1", 10), ("ours, fewer steps 5 0.1", 5)]
+    assert branches((0.08, 0.22, 0.38, 0.47)) == {3: 0, 1: 1, 0: 3}
+    assert shares(20, (0.5, 0.51, 1.0)) == [10]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cache.overhead import overhead
+from benchmarks.cache.overhead import of_step, overhead
 from benchmarks.cache.settings import OURS, PUBLISHED
 
 
@@ -16,3 +16,11 @@ def test_the_reused_steps_are_timed(sd: Any) -> None:
     assert row["milliseconds"] > 0
     assert sd.pipeline.unet is network
     assert "forward" not in vars(network)
+
+
+def test_the_overhead_must_be_small_and_below_the_helpers() -> None:
+    rows = [
+        {"branch": branch, "milliseconds": 5.0, "excess": {OURS: own, PUBLISHED: published}}
+        for branch, (own, published) in enumerate([(0.03, 0.1), (0.03, 0.02), (0.06, 0.1)])
+    ]
+    assert [of_step(row).holds for row in rows] == [True, False, False]
