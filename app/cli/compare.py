@@ -155,7 +155,7 @@ class Comparison:
         packages = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
         runs = "one run each" if self.repeats == 1 else f"the median of {self.repeats} runs each, in turn"
         return (
-            f"Denoising time, {runs}, after a warm-up. {self.machine['device']}, {self.machine['threads']} threads, "
+            f"Denoising time, {runs}, after a warm-up. {self.machine['device']}, {_threads(self.machine['threads'])}, "
             f"WaveSpeed {__version__}, {packages}, {self.machine['date']}."
         )
 
@@ -334,3 +334,7 @@ def _differences(rows: tuple[Row, ...]) -> tuple[int, list[Image.Image]]:
 
 def _high(size: int) -> int:
     return round(size * _LINE)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

@@ -39,7 +39,7 @@ def claims(bench: Bench) -> Iterator[Claim]:
     for branch, depth in branches(bench.model.denoiser.branch_costs).items():
         yield of_step(overhead(bench.model.pipeline, branch, depth, REPEATS, size))
     even = DeepCache(schedule="uniform")
-    forecast = Setting(OURS, f"{even}", ours(even))
+    forecast = Setting(OURS, f"N{even.interval} d{even.depth}, evenly placed", ours(even))
     plain = Setting(PLAIN_REUSE, "", ours(even, forecast=False))
     excess = statistics.median(own / base - 1 for own, base in bench.paired(forecast, plain, RUNS)[0])
     sentence = f"{forecast.name}: time over plain reuse, at most {LONGER:.0%}"

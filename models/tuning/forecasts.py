@@ -20,9 +20,10 @@ from cache.tuning import fitting
 from cache.tuning.fitting import Fit, Response
 from cache.tuning.recorder import PredictionRecorder
 
-from .halving import Candidate, Pictures
+from .halving import FASTEST, Candidate, Pictures
 
-SPEEDS = (1.25, 1.5, 1.6, 1.75, 2.0, 2.1, 2.25, 2.5, 2.75, 3.0, 3.15, 3.5, 4.0, 4.2, 4.5, 5.0, 6.0)  # by operations
+# By operations.
+SPEEDS = (1.25, 1.5, 1.6, 1.75, 2.0, 2.1, 2.25, 2.5, 2.75, 3.0, 3.15, 3.5, 4.0, 4.2, 4.5, 5.0, 6.0, 7.5)
 LEAST = 3  # computed calls
 ROUNDS = range(1000, 1004)  # of pictures that are fitted to: none that are measured
 SHOWS = 3  # the part of all calls that compute in the runs that show what the network answers
@@ -35,7 +36,8 @@ Row = tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]  # computed calls, a
 
 def counts(steps: int) -> list[int]:
     """How many calls of a run compute, of those that are tried."""
-    return sorted({int(steps / speed) for speed in SPEEDS if LEAST <= int(steps / speed) < steps}, reverse=True)
+    tried = {int(steps / speed) for speed in SPEEDS}
+    return sorted((one for one in tried if LEAST <= one < steps <= FASTEST * one), reverse=True)
 
 
 def most(steps: int) -> int:
