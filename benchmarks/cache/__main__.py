@@ -16,7 +16,7 @@ import typer
 
 from app.cli import bar
 from benchmarks.cache import overhead
-from benchmarks.cache.measure import Bench, bench_of
+from benchmarks.cache.measure import Bench, bench_of, measured
 from benchmarks.cache.page import COLUMNS, row
 from benchmarks.cache.settings import presets
 from benchmarks.cache.weights import COLUMNS as WEIGHTS_COLUMNS
@@ -44,14 +44,14 @@ def command() -> str:
 
 
 def measure_weights(pictures: int, steps: int | None, device: str, page: Path) -> None:
-    measured = machine(device)
+    here = machine(device)
     with small_flux(device) as registry:
         said = said_of(bench_of(registry, registry.names[0], pictures, steps), DEFAULT_FLUX)
         found = list(weights_rows(registry, lambda name: bench_of(registry, name, pictures, steps)))
     lines = table(WEIGHTS_COLUMNS, map(str, found))
     show([said, *lines])
-    fill(page, {"weights": [f"`{command()}`: {said} {conditions(measured)}", "", *lines]})
-    print(json.dumps({"benchmark": "cache, weights", "machine": measured, "rows": list(map(asdict, found))}))
+    fill(page, {"weights": [f"`{command()}`: {said} {conditions(here)}", "", *lines]})
+    print(json.dumps({"benchmark": "cache, weights", "machine": here, "rows": list(map(asdict, found))}))
 
 
 def main(
@@ -67,25 +67,18 @@ def main(
     if weights:
         measure_weights(pictures, steps, device, page)
         return
-    registry, measured = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device), machine(device)
+    registry, here = Registry(SPECS, DEFAULT, DEFAULT_FLUX, device), machine(device)
     models: dict[str, Any] = {}
     for name in model or registry.names:
         with bar(f"loading {name}"):
             bench = bench_of(registry, name, pictures, steps)
-        results = []
-        settings = presets(registry.family(name).cache)
-        with bar("measuring") as progress:
-            progress.show(completed=0, total=len(settings))
-            for setting in settings:
-                progress.show(setting.name)
-                results.append(bench.timed(bench.quality(setting), setting, repeats))
-                progress.advance()
+        results = measured(bench, presets(registry.family(name).cache), repeats)
         claims = list(overhead.claims(bench)) if isinstance(bench.model.denoiser, UNetDenoiser) else []
         said = said_of(bench, name)
         show([said, *table(COLUMNS, map(row, results)), *(judged(claims) if claims else [])])
         rows = {result.name: result.row() for result in results}
         models[name] = {"conditions": said, "settings": rows, "demands": list(map(asdict, claims))}
-    print(json.dumps({"benchmark": "cache", "pictures": pictures, "machine": measured, "models": models}))
+    print(json.dumps({"benchmark": "cache", "pictures": pictures, "machine": here, "models": models}))
 
 
 if __name__ == "__main__":

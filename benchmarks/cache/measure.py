@@ -18,6 +18,7 @@ from skimage.metrics import structural_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from app.cli import bar
 from benchmarks.cache import perceptual
 from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
@@ -292,6 +293,18 @@ def bench_of(
     given: Any = {"width": width, "height": height, "guidance_scale": guidance}
     params = GenerationParams(prompt="", steps=steps or spec.steps or family.steps, **given)
     return Bench(registry.get(name), params, pairs(pictures))
+
+
+def measured(bench: Bench, settings: Sequence[Setting], repeats: int) -> list[Result]:
+    """Quality and, of so many runs, time of each, with a progress bar."""
+    results = []
+    with bar("measuring") as progress:
+        progress.show(completed=0, total=len(settings))
+        for setting in settings:
+            progress.show(setting.name)
+            results.append(bench.timed(bench.quality(setting), setting, repeats))
+            progress.advance()
+    return results
 
 
 def pairs(number: int) -> list[tuple[str, int]]:

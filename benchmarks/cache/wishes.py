@@ -13,12 +13,11 @@ from typing import Annotated
 
 import typer
 
-from app.cli import bar
 from app.engine.runner import RegistryRunner
 from app.engine.types import ModelInfo
 from app.settings import read_settings
 from benchmarks.cache.front import in_operations, shortened
-from benchmarks.cache.measure import Bench, Result, bench_of, difference, interval
+from benchmarks.cache.measure import Bench, Result, bench_of, difference, interval, measured
 from benchmarks.cache.settings import FEWER, FEWER_STEPS, PLAIN, WISHED, Setting, ours, presets, shares
 from benchmarks.report import conditions, machine, show, table
 from models.models_file import read
@@ -84,13 +83,7 @@ def main(
         *presets(info.cache)[1:],
         *(Setting(FEWER, f"{n}", PLAIN.make, steps=n) for n in shares(bench.params.steps, FEWER_STEPS)),
     ]
-    results = []
-    with bar("measuring") as progress:
-        progress.show(completed=0, total=len(settings))
-        for setting in settings:
-            progress.show(setting.name)
-            results.append(bench.timed(bench.quality(setting), setting, repeats))
-            progress.advance()
+    results = measured(bench, settings, repeats)
     said = f"`{model}`, {sampler or 'its own sampler'}, {bench.params.steps} steps, {pictures} pictures."
     show([said, "", *table(COLUMNS, rows(results)), conditions(machine())])
     print(json.dumps({"benchmark": "wishes", "conditions": said, "settings": {one.name: one.row() for one in results}}))
