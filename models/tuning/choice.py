@@ -125,10 +125,9 @@ def _of_speed(wish: Wish, model: str, point: Point, fastest: Point) -> Iterator[
 
 
 def _conditions(front: Front) -> str:
-    return (
-        f"{front}, guidance {front.guidance_scale:g}, {front.width}×{front.height}, {front.pictures} pictures, "
-        f"{front.device}"
-    )
+    told = [str(front), f"guidance {front.guidance_scale:g}", f"{front.width}×{front.height}"]
+    told.append(f"{front.pictures} pictures")
+    return ", ".join(told if front.device is None else [*told, front.device])
 
 
 def faults(model: str, profile: Profile, strategy: CacheStrategy) -> list[str]:

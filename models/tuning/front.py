@@ -87,7 +87,7 @@ def _tuples(value: Any) -> Any:
 class Front:
     """The points of one sampler, noise schedule and number of steps, slowest first, and what they were measured on.
 
-    device: the name of what the seconds were taken on; None where a front is not this model's own.
+    device: the name of what the seconds were taken on; None where there are none, or a front is not this model's own.
     """
 
     sampler: str

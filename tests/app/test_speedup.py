@@ -165,3 +165,10 @@ async def test_the_answer_says_what_was_chosen_and_what_it_promises() -> None:
     assert '"speedup": 2.9' in header.headers["X-WaveSpeed-Cache-Chosen"]
     assert "chosen" not in plain["cache"]
     assert "profile" not in listed.json()["models"][0]
+
+
+def test_of_a_front_without_seconds_no_device_is_named() -> None:
+    untimed = replace(SD.seen_from("another device"), fronts=(replace(ELSEWHERE.fronts[0], device=None),))
+    chosen = resolved(untimed, cache_speedup=2).chosen
+    assert chosen is not None
+    assert chosen["measured"] == "euler, normal, 20 steps, guidance 3, 192×128, 16 pictures"
