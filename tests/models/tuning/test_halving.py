@@ -25,7 +25,7 @@ def point(operations: float, psnr_db: float) -> Point:
 
 
 def test_what_another_beats_in_both_is_no_part_of_the_front() -> None:
-    points = [point(3, 40), point(2, 45), point(2.5, 39), point(2, 44), point(3, 40), point(8, 20), point(1, 60)]
+    points = [point(3, 40), point(2, 45), point(2.5, 39), point(2, 44), point(3, 40), point(9, 20), point(1, 60)]
     assert unbeaten(points) == [points[1], points[0]]  # one as slow as uncached, and one beyond what can be asked for
 
 
