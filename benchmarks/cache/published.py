@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -204,7 +204,7 @@ def _against(one: Result, front: Sequence[Result]) -> str:
 def nearer(entry: Mapping[str, Any], axis: Axis) -> Iterator[str]:
     """What is nearer than a wish at the same speed, or a preset at no lower one, by more than chance."""
     known = [Result(**row) for row in entry["points"] if axis is in_operations or "seconds" in row]
-    for one in (one for one in known if one.method == WISHED):
+    for one in _wishes(known):
         speed = axis(one)
         others = [(f"`{other.label}`", other) for other in known if other.method == PRESET and axis(other) >= speed]
         for method, front in _fronts(known).items():
@@ -216,7 +216,12 @@ def nearer(entry: Mapping[str, Any], axis: Axis) -> Iterator[str]:
 
 
 def _given(entry: Mapping[str, Any]) -> list[Result]:
-    return [Result(**row) for row in entry["points"] if row["method"] == WISHED]
+    return _wishes(Result(**row) for row in entry["points"])
+
+
+def _wishes(results: Iterable[Result]) -> list[Result]:
+    """Slowest first: those drawn again stand last in the file."""
+    return sorted((one for one in results if one.method == WISHED), key=lambda one: float(one.label))
 
 
 def _told(one: Result) -> str:

@@ -29,8 +29,8 @@ ENTRY = {
     "said": "made up",
     "conditions": "nowhere.",
     "points": [
-        point(WISHED, "2", 2.0, 40.0, 42.0),
         point(WISHED, "3", 3.0, 30.0, 32.0),
+        point(WISHED, "2", 2.0, 40.0, 42.0),  # drawn again, after the others
         point(PRESET, "balanced", 2.5, 90.0, 90.0),
         point("far", "a", 1.0, 41.0, 41.0),  # spares nothing
         point("far", "b", 1.5, 38.0, 40.0),
