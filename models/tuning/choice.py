@@ -125,9 +125,8 @@ def _of_speed(wish: Wish, model: str, point: Point, fastest: Point) -> Iterator[
 
 
 def _conditions(front: Front) -> str:
-    told = [str(front), f"guidance {front.guidance_scale:g}", f"{front.width}×{front.height}"]
-    told.append(f"{front.pictures} pictures")
-    return ", ".join(told if front.device is None else [*told, front.device])
+    told = f"{front}, guidance {front.guidance_scale:g}, {front.width}×{front.height}, {front.pictures} pictures"
+    return told if front.device is None else f"{told}, {front.device}"
 
 
 def faults(model: str, profile: Profile, strategy: CacheStrategy) -> list[str]:
