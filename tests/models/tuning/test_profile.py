@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,16 @@ def test_a_model_without_a_profile_borrows_an_embedded_ones_front(cache: str) ->
         pairs = list(zip(points, speeds, strict=True))
         assert all(point.operations <= speed for point, speed in pairs)
         assert any(point.operations < speed for point, speed in pairs)
+
+
+@pytest.mark.parametrize(("name", "samplers"), [("tiny-sd", ("ddim", "euler", "dpmpp_2m")), ("tiny-flux", ("euler",))])
+def test_what_ships_has_every_usual_number_of_steps_and_each_speed_up_to_five_times(
+    name: str, samplers: tuple[str, ...]
+) -> None:
+    fronts = {front.key: front for front in read(next(spec for spec in SPECS if spec.name == name)).fronts}
+    assert set(fronts) == {(sampler, "normal", steps) for sampler in samplers for steps in (10, 20, 28, 30, 50)}
+    for front in fronts.values():
+        assert {point.strategy.name for point in front.points} >= {"fitted"}
+        speeds = sorted(point.operations for point in front.points)
+        assert speeds[-1] >= 5
+        assert all(next_one <= 1.7 * speed for speed, next_one in pairwise([1.0, *speeds]))
