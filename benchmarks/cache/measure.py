@@ -24,6 +24,7 @@ from benchmarks.cache.peers import slot_of
 from benchmarks.cache.settings import PLAIN, Point, Setting
 from cache import CacheReport, CacheStrategy, Denoiser
 from models.base import GenerationParams
+from models.embedded.recipe import alexnet
 from models.registry import Registry
 from models.tuning.nearness import PEAK, psnr
 
@@ -197,7 +198,7 @@ class Bench:
 
     @cached_property
     def lpips(self) -> perceptual.Distance | None:
-        file = perceptual.installed()
+        file = alexnet.installed()
         return None if file is None else perceptual.lpips(file)
 
     def quality(self, setting: Setting) -> Result:

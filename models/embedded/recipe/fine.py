@@ -3,8 +3,8 @@
 It learns from pairs of one scene at two sizes. What it will be shown are latents that a denoiser made, soft and askew:
 so the small picture is decoded, or noised or drawn over by the models before that, then bent and blurred, and encoded
 again. Where an edge of the large one lies cannot be told from that to the pixel, and the mean of all such edges is a
-blur. A critic asks for edges (Goodfellow et al. 2014, with the loss of Lim and Ye 2017, "Geometric GAN"): it sees large
-renderings, and what is made of small ones and of the models' own pictures.
+blur. Two critics ask for edges and for shapes (Goodfellow et al. 2014): they see large renderings, and what is made of
+small ones and of the models' own pictures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import fine
-from models.embedded.recipe import data
+from models.embedded.recipe import critics, data
+from models.embedded.recipe.alexnet import AlexNet
 from models.embedded.recipe.autoencoder import gradients, to_tensor
+from models.embedded.recipe.critics import EdgeCritic, ShapeCritic
 from models.embedded.recipe.grammar import TRAINED, Triple
 from models.embedded.recipe.renderer import render
 from models.embedded.recipe.training import DEVICE, autocast, averaged, train
@@ -37,6 +39,7 @@ from models.embedded.recipe.training import DEVICE, autocast, averaged, train
 PAIRS = 520
 DRAWN = {"tiny-sd": 300, "tiny-flux": 80}
 KINDS = {"clean": 3, "noised": 2, "drawn over": 1}  # of small pictures, and how often each is shown
+OFTEN = {"island": 3, "forest": 2, "mountains": 2}  # places whose shapes are fine; others once
 CROP = 64  # pixels of the small picture
 FACTOR = 8  # pixels a latent
 BATCH = 4  # pictures that are made together
@@ -89,9 +92,10 @@ def draw(folder: Path, embedded: Path) -> None:
 
 
 def _triples(count: int, seed: int) -> list[Triple]:
-    triples = [TRAINED[i % len(TRAINED)] for i in range(count)]
+    scenes = [triple for triple in TRAINED for _ in range(OFTEN.get(triple.place, 1))]
+    triples = scenes * (count // len(scenes) + 1)
     Random(seed).shuffle(triples)
-    return triples
+    return triples[:count]
 
 
 def _batches(triples: list[Triple]) -> Iterator[tuple[int, list[str], list[torch.Generator]]]:
@@ -158,39 +162,6 @@ def _blurred(picture: Tensor, rng: np.random.Generator) -> Tensor:
         picture = F.conv2d(F.pad(picture.transpose(0, 1), padding, mode="replicate"), weights / weights.sum())
         picture = picture.transpose(0, 1)
     return picture
-
-
-class Critic(nn.Module):
-    """(n, 3, h, w) in 0…1 → how much each part looks like a rendering, and the features by which it tells.
-
-    It reads four by four pixels at once, and what each of them has beside their mean, amplified: edges are all that a
-    soft picture lacks. Where the first four lie is drawn, so that it sees the seams between the decoder's own.
-    """
-
-    def __init__(self, width: int = 96) -> None:
-        super().__init__()
-        block = fine.SCALE**2
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(6 * block, 64, 1),
-                *(
-                    nn.Sequential(nn.Conv2d(taken, width, 3, stride=stride, padding=1), nn.GroupNorm(8, width))
-                    for taken, stride in ((64, 1), (width, 2), (width, 1))
-                ),
-                nn.Conv2d(width, 1, 3, padding=1),
-            ]
-        )
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-        top, left = torch.randint(fine.SCALE, (2,)).tolist()
-        height, width = (side - fine.SCALE for side in pictures.shape[-2:])
-        pictures = pictures[..., top : top + height, left : left + width]
-        blocks = F.pixel_unshuffle(pictures, fine.SCALE)
-        means = F.avg_pool2d(pictures, fine.SCALE).repeat_interleave(fine.SCALE**2, dim=1)
-        features = [torch.cat([blocks * 2 - 1, 8 * (blocks - means)], 1).to(memory_format=torch.channels_last)]
-        for layer in self.layers[:-1]:
-            features.append(F.leaky_relu(layer(features[-1]), 0.2))
-        return self.layers[-1](features[-1]), features[1:]
 
 
 @dataclass(slots=True)
@@ -278,8 +249,8 @@ def likeness_loss(made: Tensor, true: Tensor) -> Tensor:
     return F.l1_loss(made, true) + sum(F.l1_loss(a, b) for a, b in zip(gradients(made), gradients(true), strict=True))
 
 
-def run(folder: Path, embedded: Path, alike_steps: int, critic_steps: int) -> None:
-    """Likeness alone first, then with the critic. All in 0…1."""
+def run(folder: Path, embedded: Path, seeing: AlexNet, alike_steps: int, critic_steps: int) -> None:
+    """Likeness alone first, then with the critics. All in 0…1."""
     torch.manual_seed(0)
     vae, model = build(embedded)
     pairs = Pairs.of(folder)
@@ -300,57 +271,64 @@ def run(folder: Path, embedded: Path, alike_steps: int, critic_steps: int) -> No
         return likeness_loss(made_of(latents), large)
 
     train("fine-alike", folder, model, alike, steps=alike_steps, learning_rate=3e-3, ema_decay=0.995)
-    critic = Critic().to(DEVICE)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=0)
+    criticised = Criticised(pairs, shown, made_of, seeing, EdgeCritic().to(DEVICE), ShapeCritic(seeing).to(DEVICE))
     train(
         "fine",
         folder,
         model,
-        _criticised(pairs, shown, made_of, critic, optimizer),
+        criticised,
         steps=critic_steps,
         learning_rate=2e-3,
-        ema_decay=0.995,
-        beside={"critic": critic, "critic's optimizer": optimizer},
+        ema_decay=0.997,
+        beside=criticised.learning,
     )
 
 
-def _criticised(
-    pairs: Pairs,
-    shown: Callable[[np.random.Generator, int], tuple[Tensor, Tensor]],
-    made_of: Callable[[Tensor], Tensor],
-    critic: Critic,
-    optimizer: torch.optim.Optimizer,
-) -> Callable[[int], Tensor]:
-    """The loss with a critic, which learns one step beside each of it.
+class Criticised:
+    """The loss with critics, which learn one step beside each of it.
 
-    What is made of a drawn picture has no truth beside it: four small pixels' mean is kept. The critic weighs as much
-    as .7 of the rest, by the gradients at the pixels (Esser et al. 2021, "Taming transformers": at the last layer).
+    What is made of a drawn picture has no truth beside it: four small pixels' mean is kept. How much a critic weighs
+    beside the rest is its share of the gradient at the pixels (Esser et al. 2021, "Taming transformers": at the last
+    layer).
     """
 
-    def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([4, step])
-        latents, large = shown(rng, 3)
-        more, drawn = pairs.deal_drawn(rng, 2)
-        made = made_of(torch.cat([latents, more]))
-        count = len(large)
-        with autocast():
-            verdicts = critic(torch.cat([large, made.detach()]))[0].float()
-        optimizer.zero_grad(set_to_none=True)
-        (F.relu(1 - verdicts[:count]).mean() + F.relu(1 + verdicts[count:]).mean()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        critic.requires_grad_(False)
-        with autocast():
-            verdicts, features = critic(torch.cat([made, large]))
-        critic.requires_grad_(True)
-        seen = sum(F.l1_loss(one[:count].float(), one[len(made) :].float()) for one in features)
-        kept = F.l1_loss(F.avg_pool2d(made[count:], 4 * fine.SCALE), F.avg_pool2d(drawn, 4))
-        loss = likeness_loss(made[:count], large) + kept + 0.05 * seen
-        doubt = -verdicts[: len(made)].float().mean()
-        (by_loss,) = torch.autograd.grad(loss, made, retain_graph=True)
-        (by_doubt,) = torch.autograd.grad(doubt, made, retain_graph=True)
-        return loss + min(0.7 * float(by_loss.norm() / (by_doubt.norm() + 1e-9)), 1.0) * doubt
+    def __init__(
+        self,
+        pairs: Pairs,
+        shown: Callable[[np.random.Generator, int], tuple[Tensor, Tensor]],
+        made_of: Callable[[Tensor], Tensor],
+        seeing: AlexNet,
+        edges: nn.Module,
+        shapes: nn.Module,
+    ) -> None:
+        self.pairs, self.shown, self.made_of, self.seeing = pairs, shown, made_of, seeing
+        optimizers = [
+            torch.optim.AdamW(edges.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=0),
+            torch.optim.AdamW(shapes.parameters(), lr=5e-4, betas=(0.0, 0.99), weight_decay=0),
+        ]
+        self.critics = list(zip((edges, shapes), optimizers, (0.5, 1.0), strict=True))  # and their shares
+        self.learning = {"edges": edges, "edges' optimizer": optimizers[0]}
+        self.learning |= {"shapes": shapes, "shapes' optimizer": optimizers[1]}
 
-    return loss_of
+    def __call__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([4, step])
+        latents, large = self.shown(rng, 3)
+        more, drawn = self.pairs.deal_drawn(rng, 2)
+        made = self.made_of(torch.cat([latents, more]))
+        alike, free = made[: len(large)], made[len(large) :]
+        near = F.l1_loss(F.avg_pool2d(alike, fine.SCALE), F.avg_pool2d(large, fine.SCALE))
+        kept = F.l1_loss(F.avg_pool2d(free, 4 * fine.SCALE), F.avg_pool2d(drawn, 4))
+        with autocast():
+            seen = self.seeing.distance(alike * 2 - 1, large * 2 - 1).mean()
+        total = loss = 0.5 * likeness_loss(alike, large) + near + kept + seen
+        (by_loss,) = torch.autograd.grad(loss, made, retain_graph=True)
+        for critic, optimizer, share in self.critics:
+            with autocast():
+                critics.learn(critic, optimizer, large, made.detach())
+                doubt = critics.doubt(critic, made)
+            (by_doubt,) = torch.autograd.grad(doubt, made, retain_graph=True)
+            total = total + share * min(float(by_loss.norm() / (by_doubt.norm() + 1e-9)), 2.0) * doubt
+        return total
 
 
 def save(folder: Path, embedded: Path) -> None:
