@@ -73,6 +73,6 @@ class AlexNet(nn.Module):
         """LPIPS of each couple of pictures, (n,): 0 for equal ones."""
         total = torch.zeros(len(one), device=one.device)
         for weight, *couple in zip(self.linear, self(one), self(other), strict=True):
-            a, b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in couple)
+            a, b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in map(Tensor.float, couple))
             total = total + (weight * (a - b) ** 2).sum(1).mean((1, 2))
         return total

@@ -35,14 +35,14 @@ class EdgeCritic(nn.Module):
         blocks = F.pixel_unshuffle(pictures, fine.SCALE)
         means = F.avg_pool2d(pictures, fine.SCALE).repeat_interleave(fine.SCALE**2, dim=1)
         seen = torch.cat([blocks * 2 - 1, 8 * (blocks - means)], 1).to(memory_format=torch.channels_last)
-        return [self.layers(seen)]
+        return [self.layers(seen).float()]
 
 
 class ShapeCritic(nn.Module):
     """Reads AlexNet's features, which stay as they are, and gives a verdict on each of its five layers.
 
     Sauer et al. 2021, "Projected GANs Converge Faster": a critic that can see from its first step. The deepest layer
-    has 195 pixels in view, a palm and what it stands on.
+    has 163 pixels in view, a palm and what it stands on.
     """
 
     def __init__(self, alexnet: AlexNet, width: int = 64) -> None:
@@ -59,7 +59,7 @@ class ShapeCritic(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         features = self.alexnet[0](_moved(pictures, _SHIFT) * 2 - 1)
-        return [head(one) for head, one in zip(self.heads, features, strict=True)]
+        return [head(one).float() for head, one in zip(self.heads, features, strict=True)]
 
 
 def _moved(pictures: Tensor, most: int) -> Tensor:
