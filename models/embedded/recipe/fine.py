@@ -31,7 +31,6 @@ from models import fine
 from models.embedded.recipe import critics, data
 from models.embedded.recipe.alexnet import AlexNet
 from models.embedded.recipe.autoencoder import gradients, to_tensor
-from models.embedded.recipe.critics import EdgeCritic, ShapeCritic
 from models.embedded.recipe.grammar import TRAINED, Triple
 from models.embedded.recipe.renderer import render
 from models.embedded.recipe.training import DEVICE, autocast, averaged, train
@@ -250,7 +249,7 @@ def likeness_loss(made: Tensor, true: Tensor) -> Tensor:
 
 
 def run(folder: Path, embedded: Path, seeing: AlexNet, alike_steps: int, critic_steps: int) -> None:
-    """Likeness alone first, then with the critics. All in 0…1."""
+    """Likeness alone first, then with the critics, one of which reads what `seeing` sees. All in 0…1."""
     torch.manual_seed(0)
     vae, model = build(embedded)
     pairs = Pairs.of(folder)
@@ -271,7 +270,7 @@ def run(folder: Path, embedded: Path, seeing: AlexNet, alike_steps: int, critic_
         return likeness_loss(made_of(latents), large)
 
     train("fine-alike", folder, model, alike, steps=alike_steps, learning_rate=3e-3, ema_decay=0.995)
-    criticised = Criticised(pairs, shown, made_of, seeing, EdgeCritic().to(DEVICE), ShapeCritic(seeing).to(DEVICE))
+    criticised = Criticised(pairs, shown, made_of, seeing)
     train(
         "fine",
         folder,
@@ -298,17 +297,16 @@ class Criticised:
         shown: Callable[[np.random.Generator, int], tuple[Tensor, Tensor]],
         made_of: Callable[[Tensor], Tensor],
         seeing: AlexNet,
-        edges: nn.Module,
-        shapes: nn.Module,
     ) -> None:
         self.pairs, self.shown, self.made_of, self.seeing = pairs, shown, made_of, seeing
-        optimizers = [
-            torch.optim.AdamW(edges.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=0),
-            torch.optim.AdamW(shapes.parameters(), lr=5e-4, betas=(0.0, 0.99), weight_decay=0),
+        edges, shapes = critics.EdgeCritic().to(DEVICE), critics.ShapeCritic(seeing).to(DEVICE)
+        of_edges = torch.optim.AdamW(edges.parameters(), lr=1e-3, betas=(0.5, 0.99), weight_decay=0)
+        of_shapes = torch.optim.AdamW(shapes.parameters(), lr=5e-4, betas=(0.0, 0.99), weight_decay=0)
+        self.critics: list[tuple[nn.Module, torch.optim.Optimizer, float]] = [  # and the shares
+            (edges, of_edges, 0.5),
+            (shapes, of_shapes, 1.0),
         ]
-        self.critics = list(zip((edges, shapes), optimizers, (0.5, 1.0), strict=True))  # and their shares
-        self.learning = {"edges": edges, "edges' optimizer": optimizers[0]}
-        self.learning |= {"shapes": shapes, "shapes' optimizer": optimizers[1]}
+        self.learning = {"edges": edges, "edges' optimizer": of_edges, "shapes": shapes, "shapes' optimizer": of_shapes}
 
     def __call__(self, step: int) -> Tensor:
         rng = np.random.default_rng([4, step])
@@ -323,9 +321,8 @@ class Criticised:
         total = loss = 0.5 * likeness_loss(alike, large) + near + kept + seen
         (by_loss,) = torch.autograd.grad(loss, made, retain_graph=True)
         for critic, optimizer, share in self.critics:
-            with autocast():
-                critics.learn(critic, optimizer, large, made.detach())
-                doubt = critics.doubt(critic, made)
+            critics.learn(critic, optimizer, large, made.detach())
+            doubt = critics.doubt(critic, made)
             (by_doubt,) = torch.autograd.grad(doubt, made, retain_graph=True)
             total = total + share * min(float(by_loss.norm() / (by_doubt.norm() + 1e-9)), 2.0) * doubt
         return total
